@@ -1,0 +1,458 @@
+"""Configuration: a small tree of frozen typed classes.
+
+A YAML file holds only what differs from the defaults here (the paper's recipe); `base: other.yaml` starts from another file;
+`section.key=value` on the command line overrides both. Unknown keys are refused with the nearest known one, and every
+cross-check is done once, in `Config`.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from metis_fast.errors import ConfigError
+from metis_fast.types import ToolName
+
+Positive = Annotated[int, Field(gt=0)]
+NonNegative = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
+
+
+class RunConfig(_Section):
+    """Where a run lives and what makes it repeatable."""
+
+    dir: Path = Path("runs/default")
+    """Folder of this run: resolved config, metrics, rollouts, checkpoints, report."""
+    seed: int = 0
+    """Seeds data order, sampling and initialisation."""
+    threads: NonNegative = 0
+    """CPU threads for torch; 0 leaves torch's own choice. Runs are bit-repeatable for a fixed number."""
+
+
+class DataConfig(_Section):
+    """Prompts, in the Metis-RL Parquet schema."""
+
+    train: tuple[Path, ...] = ()
+    """Parquet files (or folders of them) to train on."""
+    heldout: tuple[Path, ...] = ()
+    """Parquet files (or folders of them) to evaluate on."""
+    shuffle: bool = True
+    """Shuffle every epoch, by `run.seed` and the epoch's number."""
+    on_bad_row: Literal["stop", "skip"] = "stop"
+    """What a row that does not fit the schema does: stop the run, or be skipped and counted."""
+
+
+class ModelConfig(_Section):
+    """The policy: any Qwen3-VL folder with safetensors."""
+
+    path: Path = Path("models/Metis-8B-ColdStart")
+    """Folder with config.json, *.safetensors, tokenizer and processor."""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Type of weights and activations. With bfloat16 the optimizer keeps float32 masters."""
+    freeze: tuple[Literal["vision", "embeddings"], ...] = ()
+    """Parts that are not trained: the vision tower (with its mergers), the token embeddings (with a tied LM head)."""
+    attention: Literal["bmm", "sdpa"] = "sdpa"
+    """Training attention: torch's scaled_dot_product_attention, or two batched products and a softmax, which is faster in
+    bfloat16 on CPUs for short sequences but holds the [S, S] scores."""
+
+
+class RolloutConfig(_Section):
+    """How rollouts are sampled (paper's values)."""
+
+    engine: Literal["native", "vllm"] = "native"
+    """`native`: the trainer's own model in process. `vllm`: vLLM engines."""
+    prompts_per_step: Positive = 128
+    """P, prompts in a step."""
+    rollouts_per_prompt: Positive = 16
+    """G, rollouts of each prompt."""
+    temperature: PositiveFloat = 1.0
+    """Sampling temperature; the loss uses the same one."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Nucleus; the loss is exact only at 1."""
+    top_k: NonNegative = 0
+    """0 is off; the loss is exact only when off."""
+    max_prompt_tokens: Positive = 24576
+    """A longer prompt is an error of the data."""
+    max_response_tokens: Positive = 16384
+    """Sampled tokens and observations of one rollout, together."""
+    max_observation_tokens: Positive = 8192
+    """Longer observations are cut at a part border (text or whole image)."""
+    max_turns: Positive = 10
+    """Assistant messages in a rollout."""
+    max_turn_tokens: NonNegative = 0
+    """Sampled tokens in one message; 0 means only `max_response_tokens` limits it."""
+    max_concurrent: Positive = 512
+    """Rollouts in flight at once."""
+    retries: NonNegative = 2
+    """How often an infrastructure failure is retried before the rollout loses its verdict."""
+    deterministic: bool = True
+    """Native engine: admit requests in waves of fixed order, so that a run repeats bit for bit. False admits at any time."""
+
+
+class PythonToolConfig(_Section):
+    """The `python` tool: one sandboxed session a rollout."""
+
+    timeout_s: PositiveFloat = 20.0
+    """Wall seconds a call may take."""
+    memory_mb: Positive = 1024
+    """Address-space limit of a session, beyond what the warm interpreter holds."""
+    scratch_mb: Positive = 64
+    """Size of the session's private scratch folder."""
+    max_output_chars: Positive = 20000
+    """Longer output is cut in the middle."""
+    unsafe: bool = False
+    """Run model-written code without a sandbox. Only for machines that you can throw away."""
+
+
+class TextSearchConfig(_Section):
+    """The `text_search` tool over a local corpus."""
+
+    corpus: Path | None = None
+    """Parquet with columns `title`, `link`, `text`; indexed on first use, the index kept beside it."""
+    max_results: Positive = 3
+    """Results in an observation."""
+    snippet_chars: Positive = 300
+    """Length of a snippet."""
+
+
+class ImageSearchConfig(_Section):
+    """The `image_search` tool over a local set of images."""
+
+    corpus: Path | None = None
+    """Parquet with columns `title`, `link`, `image` (encoded bytes); indexed on first use."""
+    max_results: Positive = 2
+    """Results in an observation, each with a thumbnail."""
+    thumbnail_px: Positive = 256
+    """Longest side of a thumbnail."""
+
+
+class ToolsConfig(_Section):
+    """Which tools the agent has."""
+
+    enabled: tuple[ToolName, ...] = (ToolName.PYTHON, ToolName.TEXT_SEARCH, ToolName.IMAGE_SEARCH)
+    """Calling another one is the agent's error."""
+    python: PythonToolConfig = PythonToolConfig()
+    text_search: TextSearchConfig = TextSearchConfig()
+    image_search: ImageSearchConfig = ImageSearchConfig()
+
+
+class LlmJudgeConfig(_Section):
+    """LLM judge: any endpoint that speaks the OpenAI chat-completions protocol."""
+
+    base_url: str = ""
+    """For example http://127.0.0.1:8000/v1. Empty: rows of style `llm` are an error at start."""
+    model: str = ""
+    """Model name to ask for."""
+    api_key_env: str = "METIS_JUDGE_API_KEY"
+    """Environment variable that holds the key, if the endpoint wants one."""
+    timeout_s: PositiveFloat = 60.0
+    """Seconds for one request."""
+    concurrency: Positive = 32
+    """Requests in flight."""
+    retries: NonNegative = 3
+    """Tries after the first, with exponential back-off; then there is no verdict."""
+    cache: Path | None = None
+    """SQLite file of past verdicts; none: kept in memory."""
+
+
+class ScoreConfig(_Section):
+    """Rewards and advantages (ALGORITHM sections 2 to 4)."""
+
+    w_ans: NonNegativeFloat = 0.9
+    """Weight of the answer in r_acc."""
+    w_fmt: NonNegativeFloat = 0.1
+    """Weight of the format in r_acc."""
+    estimator: Literal["hdpo", "grpo", "coupled", "gdpo"] = "hdpo"
+    """`hdpo`: two channels. Baselines: `grpo` (accuracy only), `coupled` (r_acc + alpha r_tool, one channel), `gdpo` (each
+    reward normalised over the group, summed, normalised over the batch)."""
+    alpha: NonNegativeFloat = 0.15
+    """Weight of r_tool in `coupled` and `gdpo`."""
+    norm_by_std: bool = True
+    """False leaves out the division by the standard deviation (Dr. GRPO)."""
+    number_tolerance: NonNegativeFloat = 1e-4
+    """Relative tolerance of the rule judge for numbers."""
+    llm: LlmJudgeConfig = LlmJudgeConfig()
+
+
+class LossConfig(_Section):
+    """The clipped dual-surrogate loss (ALGORITHM section 4)."""
+
+    w_acc: NonNegativeFloat = 1.0
+    """Weight of the accuracy surrogate."""
+    w_tool: NonNegativeFloat = 0.15
+    """Weight of the tool-efficiency surrogate: the price of an error, in calls. 0 is GRPO."""
+    eps_low: Fraction = 0.2
+    """Lower clip range."""
+    eps_high: NonNegativeFloat = 0.2
+    """Upper clip range."""
+    dual_clip: Annotated[float, Field(gt=1)] = 3.0
+    """c; `.inf` switches the dual clip off."""
+    entropy_coef: NonNegativeFloat = 0.0
+    """Entropy bonus."""
+    kl_coef: NonNegativeFloat = 0.0
+    """KL (k3 estimator) to the starting policy."""
+    tis_cap: NonNegativeFloat = 0.0
+    """C of the truncated importance weight min(exp(logp_old - logp_engine), C); 0 is off."""
+    normalization: Literal["global", "reference"] = "global"
+    """`global`: over the whole mini-batch. `reference`: the public recipe's, per micro-batch and with float noise in uniform
+    groups; for parity runs only."""
+    token_chunk: Positive = 2048
+    """Tokens whose logits exist at once."""
+
+
+class OptimConfig(_Section):
+    """AdamW, with Muon for matrices where asked for."""
+
+    lr: PositiveFloat = 1e-6
+    """Learning rate of AdamW."""
+    muon_lr: NonNegativeFloat = 0.0
+    """Learning rate of Muon on the matrices of layers and blocks; 0 leaves them to AdamW."""
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    """AdamW's averages."""
+    eps: PositiveFloat = 1e-8
+    """AdamW's epsilon."""
+    weight_decay: NonNegativeFloat = 0.01
+    """On matrices only."""
+    grad_clip: PositiveFloat = 1.0
+    """Largest global gradient norm."""
+    warmup_steps: NonNegative = 0
+    """Linear warm-up."""
+    final_lr: Fraction = 1.0
+    """Learning rate at the last step as a share of `lr`, reached linearly after the warm-up; 1 is constant."""
+
+
+class TrainConfig(_Section):
+    """The update."""
+
+    backend: Literal["torch", "megatron"] = "torch"
+    """Trainer back end."""
+    steps: Positive = 200
+    """Rollout steps."""
+    prompts_per_mini_batch: Positive = 64
+    """Prompts in one optimizer step."""
+    tokens_per_micro_batch: Positive = 32768
+    """Padded tokens in one forward and backward pass. Changes memory and speed, not the gradient."""
+    skip_zero_advantage: bool = True
+    """Do not run rollouts whose advantages are both exactly 0 (exact; off by itself when entropy or KL need them)."""
+    activation_checkpointing: bool = False
+    """Recompute activations in the backward pass."""
+    optim: OptimConfig = OptimConfig()
+
+
+class SftConfig(_Section):
+    """Cold start on played trajectories."""
+
+    steps: Positive = 400
+    """Optimizer steps."""
+    batch_size: Positive = 64
+    """Trajectories in a step."""
+    trajectories: tuple[Path, ...] = ()
+    """Parquet files of trajectories (`metis-fast data demo` writes them)."""
+    tokens_per_micro_batch: Positive = 32768
+    """Padded tokens in one forward and backward pass."""
+    optim: OptimConfig = OptimConfig(lr=1e-5)
+
+
+class CheckpointConfig(_Section):
+    """Resume state and exports."""
+
+    every: NonNegative = 10
+    """Steps between checkpoints; 0 writes only the last."""
+    keep_last: Positive = 2
+    """Older ones are deleted; the best one (held-out accuracy, fewer calls on a tie) is kept too."""
+
+
+class EvalConfig(_Section):
+    """Evaluation on the held-out prompts."""
+
+    every: NonNegative = 0
+    """Steps between evaluations while training; 0: only before and after."""
+    rollouts_per_prompt: Positive = 1
+    """Samples of each held-out prompt."""
+    temperature: NonNegativeFloat = 1.0
+    """Sampling temperature; 0 is greedy."""
+    max_prompts: NonNegative = 0
+    """Only the first ones; 0: all."""
+
+
+class LogConfig(_Section):
+    """What is written while training."""
+
+    rollouts: bool = True
+    """Store every rollout in Parquet."""
+    tensorboard: bool = True
+    """Write TensorBoard events."""
+    progress: bool = True
+    """Progress bars (they also go away by themselves where stderr is not a terminal)."""
+
+
+class Config(_Section):
+    """The whole tree. Defaults are the recipe of the Metis paper (ALGORITHM section 5)."""
+
+    run: RunConfig = RunConfig()
+    data: DataConfig = DataConfig()
+    model: ModelConfig = ModelConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    tools: ToolsConfig = ToolsConfig()
+    score: ScoreConfig = ScoreConfig()
+    loss: LossConfig = LossConfig()
+    train: TrainConfig = TrainConfig()
+    sft: SftConfig = SftConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    eval: EvalConfig = EvalConfig()
+    log: LogConfig = LogConfig()
+
+    @model_validator(mode="after")
+    def _cross_check(self) -> Self:
+        rollout, train = self.rollout, self.train
+        if rollout.prompts_per_step % train.prompts_per_mini_batch:
+            raise ValueError(
+                f"rollout.prompts_per_step={rollout.prompts_per_step} is no multiple of "
+                f"train.prompts_per_mini_batch={train.prompts_per_mini_batch}; choose a divisor for the latter"
+            )
+        if rollout.rollouts_per_prompt == 1:
+            raise ValueError("rollout.rollouts_per_prompt=1 gives every advantage 0; use 2 or more (paper: 16)")
+        if self.score.w_ans + self.score.w_fmt == 0:
+            raise ValueError("score.w_ans and score.w_fmt are both 0, so every reward is; set one of them")
+        if self.loss.w_acc == 0 and self.loss.w_tool == 0:
+            raise ValueError("loss.w_acc and loss.w_tool are both 0, so nothing is learnt; set one of them")
+        if self.loss.normalization == "reference" and self.score.estimator != "hdpo":
+            raise ValueError("loss.normalization=reference reproduces HDPO only; set score.estimator=hdpo")
+        if rollout.max_turn_tokens > rollout.max_response_tokens:
+            raise ValueError("rollout.max_turn_tokens is larger than rollout.max_response_tokens; lower it or set 0")
+        if (rollout.top_p < 1 or rollout.top_k) and self.loss.tis_cap == 0:
+            raise ValueError(
+                "rollout.top_p < 1 or rollout.top_k > 0 samples from another distribution than the loss assumes; "
+                "set both off, or set loss.tis_cap"
+            )
+        if not 0 < train.optim.betas[1] < 1 or not 0 < self.sft.optim.betas[1] < 1:
+            raise ValueError("optim.betas[1] must lie strictly between 0 and 1")
+        return self
+
+    def section(self, name: str) -> BaseModel:
+        """The section of that name."""
+        return getattr(self, name)
+
+
+def _leaf_paths(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    for name, info in model.model_fields.items():
+        nested = info.annotation
+        if isinstance(nested, type) and issubclass(nested, BaseModel):
+            yield prefix + name
+            yield from _leaf_paths(nested, f"{prefix}{name}.")
+        else:
+            yield prefix + name
+
+
+def known_keys() -> tuple[str, ...]:
+    """Every dotted key of the tree, sections included."""
+    return tuple(_leaf_paths(Config))
+
+
+def _nearest(path: str) -> str:
+    keys = known_keys()
+    leaf = path.rsplit(".", 1)[-1]
+    close = [key for key in keys if "." in key and key.rsplit(".", 1)[-1] == leaf]  # a right leaf in a wrong section
+    close = close or difflib.get_close_matches(path, keys, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else f"; sections are {', '.join(Config.model_fields)}"
+
+
+def _merge(low: dict[str, Any], high: dict[str, Any]) -> dict[str, Any]:
+    out = dict(low)
+    for key, value in high.items():
+        old = out.get(key)
+        out[key] = _merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return out
+
+
+def _read_tree(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+    if path.resolve() in seen:
+        raise ConfigError(f"{path}: `base:` leads back to this file; remove one of the links")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"cannot read config {path}: {error.strerror}; give the path of a YAML file") from None
+    try:
+        tree = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    tree = {} if tree is None else tree
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: expected sections like `loss:`, got a {type(tree).__name__}")
+    base = tree.pop("base", None)
+    if base is None:
+        return tree
+    if not isinstance(base, str):
+        raise ConfigError(f"{path}: `base` must be the path of another config, got {base!r}")
+    return _merge(_read_tree(path.parent / base, (*seen, path.resolve())), tree)
+
+
+def _override_tree(override: str) -> dict[str, Any]:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"override {override!r}: expected section.key=value, for example loss.w_tool=0.2")
+    try:
+        value = yaml.safe_load(text) if text else ""
+    except yaml.YAMLError:
+        value = text
+    tree: dict[str, Any] = {}
+    node = tree
+    *parents, leaf = key.strip().split(".")
+    for part in parents:
+        node = node.setdefault(part, {})
+    node[leaf] = value
+    return tree
+
+
+def _explain(error: ValidationError, source: str) -> ConfigError:
+    lines = []
+    for item in error.errors():
+        path = ".".join(str(part) for part in item["loc"])
+        if item["type"] == "extra_forbidden":
+            lines.append(f"unknown key {path!r}{_nearest(path)}")
+        elif item["type"] == "value_error":
+            lines.append(str(item["ctx"]["error"]))
+        else:
+            lines.append(f"{path}: {item['msg'][0].lower()}{item['msg'][1:]}, got {item['input']!r}")
+    return ConfigError(f"{source}: " + "; ".join(lines))
+
+
+def build(tree: dict[str, Any], source: str = "config") -> Config:
+    """Check a tree of plain values.
+
+    Raises:
+        ConfigError: unknown key (the nearest known one is named), wrong type, or a combination that cannot work.
+    """
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise _explain(error, source) from None
+
+
+def load(path: Path | None, overrides: Sequence[str] = ()) -> Config:
+    """Read a config file (None: the defaults), apply `section.key=value` overrides, check everything once.
+
+    Raises:
+        ConfigError: see `build`; also an unreadable file or a malformed override.
+    """
+    tree = _read_tree(path) if path is not None else {}
+    for override in overrides:
+        tree = _merge(tree, _override_tree(override))
+    return build(tree, str(path) if path is not None else "config")
+
+
+def to_yaml(config: Config, only_changes: bool = False) -> str:
+    """The config as YAML; `only_changes` leaves out what equals the defaults."""
+    tree = config.model_dump(mode="json", exclude_defaults=only_changes)
+    return yaml.safe_dump(tree, sort_keys=False, default_flow_style=None, allow_unicode=True, width=110)

@@ -1,0 +1,47 @@
+"""The errors a user can cause. Each message says what was expected, what came, and what to do.
+
+The command line turns every `MetisError` into one line on stderr and exit code 2; anything else is a defect of ours and
+keeps its traceback.
+"""
+
+from __future__ import annotations
+
+
+class MetisError(ValueError):
+    """Base of all errors that a user can cause and mend."""
+
+
+class ConfigError(MetisError):
+    """A configuration value, key, file or combination that cannot work."""
+
+
+class DataError(MetisError):
+    """A data file, row or column that does not hold what the schema asks for."""
+
+
+class ModelError(MetisError):
+    """A model folder that is missing, incomplete, or not a Qwen3-VL."""
+
+
+class ToolSetupError(MetisError):
+    """A tool that cannot run on this machine as configured (no sandbox, no corpus, ...)."""
+
+
+class JudgeError(MetisError):
+    """A judge that is not reachable or not configured, found before any rollout depends on it."""
+
+
+class CheckpointError(MetisError):
+    """A checkpoint that is damaged, or that belongs to another run."""
+
+
+class NonFiniteError(MetisError):
+    """A NaN or Inf in loss or gradients; the step was not applied and its rollouts were saved."""
+
+
+class InfrastructureError(RuntimeError):
+    """A failure of our own machinery inside one rollout (tool server gone, engine dead).
+
+    Raised by tools and engines, retried by the episode, and recorded as `Outcome.INFRASTRUCTURE_ERROR`; it never becomes a
+    reward.
+    """

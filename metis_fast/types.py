@@ -1,0 +1,353 @@
+"""What flows through a training step, in the order in which it flows.
+
+    Prompt -> Turn* -> Rollout -> Group -> ScoredGroup -> (train) -> StepStats
+
+These frozen dataclasses are the only things that cross a stage or a process. Every invariant is checked where the object is
+made, so that no later stage has to ask again.
+
+Worked example, one search prompt with one rollout: `Prompt(ability="search", images=())` becomes a `Rollout` of S = 61
+tokens, the first 20 of which are the prompt; `sampled` is True on the 27 tokens that the policy wrote in two turns and
+False on the prompt and on the observation between the turns; the judge's `Verdict(correct=True, format_ok=True)` makes
+`r_acc = 1.0`, one tool call makes `r_tool = 0.5`.
+
+Shape letters: S tokens of one rollout (prompt included), G rollouts of a prompt.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+import numpy as np
+import numpy.typing as npt
+
+JsonScalar = str | int | float | bool | None
+
+
+class Ability(StrEnum):
+    """Task category of a prompt (the `ability` column of the Metis-RL schema)."""
+
+    MATH = "math"
+    PERCEPTION = "perception"
+    SEARCH = "search"
+
+
+class Outcome(StrEnum):
+    """How a turn or a rollout ended. A closed set: nothing ends in any other way.
+
+    A turn ends in TOOL_RESULT, TOOL_ERROR, ANSWERED, LENGTH or INFRASTRUCTURE_ERROR; a rollout in ANSWERED, LENGTH,
+    TURN_LIMIT or INFRASTRUCTURE_ERROR. JUDGE_ERROR is set on the score of a rollout whose judge failed. A rollout that
+    ended in INFRASTRUCTURE_ERROR or whose score is JUDGE_ERROR has no verdict and leaves its group.
+    """
+
+    ANSWERED = "answered"  # the policy ended its message without a tool call
+    LENGTH = "length"  # the response reached its token limit
+    TURN_LIMIT = "turn_limit"  # the last allowed turn still called a tool
+    TOOL_RESULT = "tool_result"  # a tool ran; its result is the observation
+    TOOL_ERROR = "tool_error"  # the agent's fault; counts as a call, the error text is the observation
+    INFRASTRUCTURE_ERROR = "infrastructure_error"  # our fault, after retries
+    JUDGE_ERROR = "judge_error"  # our fault, in scoring
+
+
+class ToolName(StrEnum):
+    """The tools that an agent can call (ALGORITHM: agent protocol)."""
+
+    PYTHON = "python"
+    TEXT_SEARCH = "text_search"
+    IMAGE_SEARCH = "image_search"
+
+
+@dataclass(frozen=True, slots=True)
+class ImageBlob:
+    """One encoded image (PNG, JPEG, WebP, ...), known by the SHA-256 of its bytes."""
+
+    data: bytes = field(repr=False)
+    sha256: str
+
+    @staticmethod
+    def of(data: bytes) -> ImageBlob:
+        """Wrap encoded image bytes; the hash is computed here."""
+        return ImageBlob(data=data, sha256=hashlib.sha256(data).hexdigest())
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One chat message. `<image>` in `content` marks where the next image of the prompt stands."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One row of the data. Made by `data`, read by `rollout` and `score`.
+
+    uid: stable name of the row, unique in a run ("<file>:<row>").
+    answers: accepted ground truths; the best one counts.
+    judge_style: `reward_model.style`, which judge decides ("rule", "math", "choice", "llm", ...).
+    question: what was asked, for LLM judges and reports (from `extra_info.question`, else the last user message).
+    extra: the flat part of `extra_info`; never read by the training path, only reported (e.g. `kind` in the demo set).
+    """
+
+    uid: str
+    data_source: str
+    messages: tuple[Message, ...]
+    images: tuple[ImageBlob, ...]
+    ability: Ability
+    answers: tuple[str, ...]
+    judge_style: str
+    question: str
+    extra: Mapping[str, JsonScalar] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        marks = sum(message.content.count("<image>") for message in self.messages)
+        if marks != len(self.images):
+            raise ValueError(f"prompt {self.uid}: {marks} `<image>` marks in the messages but {len(self.images)} images")
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCall:
+    """One tool invocation as the policy wrote it.
+
+    name: what the policy asked for, verbatim ("" where the call could not be parsed).
+    arguments: the JSON text of the arguments ("" where it could not be parsed).
+    """
+
+    name: str
+    arguments: str
+
+
+@dataclass(frozen=True, slots=True)
+class Observation:
+    """What a tool returned. Made by `tools`, read by `rollout`.
+
+    text: what the agent reads; `<image>` marks where each of `images` stands (all at the end if there is no mark).
+    outcome: TOOL_RESULT or TOOL_ERROR.
+    """
+
+    text: str
+    images: tuple[ImageBlob, ...] = ()
+    outcome: Outcome = Outcome.TOOL_RESULT
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One assistant message and what followed it.
+
+    start, stop: the sampled tokens of this turn are tokens[start:stop] of the rollout.
+    observation_stop: the observation (with the chat template around it) is tokens[stop:observation_stop].
+    tool_s: seconds spent in the tool.
+    """
+
+    text: str
+    start: int
+    stop: int
+    observation_stop: int
+    outcome: Outcome
+    call: ToolCall | None = None
+    observation: str = ""
+    tool_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class ImageSpan:
+    """Where an image's placeholder tokens stand in a rollout.
+
+    grid: (t, h, w) in patches, before spatial merging; t * h * w / merge**2 = stop - start.
+    """
+
+    sha256: str
+    start: int
+    stop: int
+    grid: tuple[int, int, int]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Rollout:
+    """One sampled trajectory. Made by `rollout`, read by `score` and `train`. Never decoded and re-encoded.
+
+    tokens [S] int32: prompt, then response (sampled turns and observations).
+    sampled [S] bool: True where the policy chose the token; only these carry loss.
+    logp [S] float32: the engine's log-probability of each sampled token (temperature applied), 0 elsewhere.
+    weight_version [S] int32: version of the weights that sampled the token, -1 where not sampled.
+    images: each distinct image once, in order of first appearance.
+    error: what went wrong, for INFRASTRUCTURE_ERROR.
+    """
+
+    prompt_uid: str
+    index: int
+    tokens: npt.NDArray[np.int32] = field(repr=False)
+    prompt_len: int
+    sampled: npt.NDArray[np.bool_] = field(repr=False)
+    logp: npt.NDArray[np.float32] = field(repr=False)
+    weight_version: npt.NDArray[np.int32] = field(repr=False)
+    images: tuple[ImageBlob, ...]
+    image_spans: tuple[ImageSpan, ...]
+    turns: tuple[Turn, ...]
+    outcome: Outcome
+    error: str = ""
+
+    def __post_init__(self) -> None:
+        name, size = f"rollout {self.prompt_uid}#{self.index}", len(self.tokens)
+        for field_name in ("sampled", "logp", "weight_version"):
+            got = getattr(self, field_name).shape
+            if got != (size,):
+                raise ValueError(f"{name}: {field_name} has shape {got}, tokens have ({size},)")
+        if self.sampled[: self.prompt_len].any():
+            raise ValueError(f"{name}: a prompt token is marked as sampled")
+        if not np.isfinite(self.logp).all() or (self.logp > 0).any() or self.logp[~self.sampled].any():
+            raise ValueError(f"{name}: log-probs must be finite, <= 0, and 0 where nothing was sampled")
+        if ((self.weight_version >= 0) != self.sampled).any():
+            raise ValueError(f"{name}: every sampled token, and no other, needs a weight version")
+        known, last = {image.sha256 for image in self.images}, 0
+        if len(known) != len(self.images):
+            raise ValueError(f"{name}: an image is stored twice")
+        for span in self.image_spans:
+            if span.sha256 not in known or span.start < last or span.stop <= span.start or span.stop > size:
+                raise ValueError(f"{name}: image span {span} does not match the images or overlaps its neighbour")
+            if self.sampled[span.start : span.stop].any():
+                raise ValueError(f"{name}: image placeholder sampled by the policy at {span}")
+            last = span.stop
+
+    @property
+    def num_sampled(self) -> int:
+        """R_i: the number of tokens that carry loss."""
+        return int(self.sampled.sum())
+
+    @property
+    def num_tool_calls(self) -> int:
+        """T: tool invocations, failed and malformed ones included."""
+        return sum(turn.call is not None for turn in self.turns)
+
+    @property
+    def response_text(self) -> str:
+        """What the policy itself wrote, turns joined, observations left out."""
+        return "".join(turn.text for turn in self.turns)
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """The G rollouts of one prompt. Made by `rollout`, read by `score`."""
+
+    prompt: Prompt
+    rollouts: tuple[Rollout, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What a judge says of one rollout.
+
+    correct: r_ans in {0, 1}. format_ok: r_fmt in {0, 1}.
+    answer: the text that was judged ("" if the rollout has none).
+    """
+
+    correct: bool
+    format_ok: bool
+    answer: str
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """One rollout's rewards and advantages (ALGORITHM sections 2 and 3).
+
+    verdict: None where the judge or our machinery failed; such a rollout left its group and all numbers are 0.
+    qualifies: in Q_p (r_ans = 1). in_tool_denominator: in a Q_p *with signal*; its tokens count in N_tool.
+    needs_gradient: at least one advantage is not exactly 0, by comparison of rewards, never of advantages.
+    """
+
+    verdict: Verdict | None
+    outcome: Outcome
+    r_acc: float = 0.0
+    r_tool: float = 0.0
+    adv_acc: float = 0.0
+    adv_tool: float = 0.0
+    qualifies: bool = False
+    in_tool_denominator: bool = False
+    needs_gradient: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ScoredGroup:
+    """A group with the score of every rollout. Made by `score`, read by `train` and `report`."""
+
+    prompt: Prompt
+    rollouts: tuple[Rollout, ...]
+    scores: tuple[Score, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.rollouts) != len(self.scores):
+            raise ValueError(f"group {self.prompt.uid}: {len(self.rollouts)} rollouts but {len(self.scores)} scores")
+
+
+@dataclass(frozen=True, slots=True)
+class UpdateStats:
+    """What one optimizer step did. Made by `train`.
+
+    loss_acc, loss_tool: the two terms of ALGORITHM section 4, before their weights.
+    clip_acc, clip_tool: share of the tokens of each channel (non-zero advantage) whose surrogate is clipped.
+    kl: mean of logp_old - logp over sampled tokens (k1); ratio_max, ratio_min over the same tokens.
+    engine_gap: mean |logp_old - logp_engine| over sampled tokens.
+    num_tokens: tokens run through the model, padding excluded; num_skipped: tokens of rollouts that needed no gradient.
+    skipped_step: nothing in the mini-batch had a gradient.
+    """
+
+    loss: float
+    loss_acc: float
+    loss_tool: float
+    grad_norm: float
+    lr: float
+    clip_acc: float
+    clip_tool: float
+    kl: float
+    ratio_max: float
+    ratio_min: float
+    entropy: float
+    engine_gap: float
+    num_tokens: int
+    num_padding: int
+    num_skipped: int
+    n_acc: int
+    n_tool: int
+    skipped_step: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """Rates over one kind of prompt (an ability, a `kind` of the demo set, or "all").
+
+    num_no_verdict: rollouts that left their group; all rates are over the others.
+    """
+
+    num: int
+    num_no_verdict: int
+    accuracy: float
+    tool_rate: float  # share of rollouts with at least one tool call
+    tool_calls: float  # mean calls a rollout
+    format_rate: float
+    response_tokens: float
+
+
+@dataclass(frozen=True, slots=True)
+class StepStats:
+    """One training step, as logged. Made by `pipeline`, read by `report`.
+
+    slices: "all", "<ability>", "<kind>", "<ability>/<kind>" -> rates over this step's rollouts.
+    outcomes: number of rollouts by how they ended; tool_errors: number of turns that ended in TOOL_ERROR.
+    qualifying_share: share of rollouts in Q_p; signal_share: share of groups whose Q_p has signal.
+    seconds: stage -> wall seconds.
+    """
+
+    step: int
+    epoch: int
+    reward_acc: float
+    reward_tool: float
+    slices: Mapping[str, Slice]
+    outcomes: Mapping[str, int]
+    tool_errors: int
+    qualifying_share: float
+    signal_share: float
+    bad_rows_skipped: int
+    updates: tuple[UpdateStats, ...]
+    seconds: Mapping[str, float]
