@@ -28,7 +28,6 @@ from metis_fast.types import (
     Verdict,
 )
 
-
 CALL = ToolCall("python", '{"code": "1/0"}')
 
 
