@@ -37,14 +37,14 @@ class Ability(StrEnum):
 class Outcome(StrEnum):
     """How a turn or a rollout ended. A closed set: nothing ends in any other way.
 
-    A turn ends in TOOL_RESULT, TOOL_ERROR, ANSWERED, LENGTH or INFRASTRUCTURE_ERROR; a rollout in ANSWERED, LENGTH,
-    TURN_LIMIT or INFRASTRUCTURE_ERROR. JUDGE_ERROR is set on the score of a rollout whose judge failed. A rollout that
+    A turn ends in TOOL_RESULT, TOOL_ERROR, ANSWERED, LENGTH or TURN_LIMIT; a rollout in ANSWERED, LENGTH, TURN_LIMIT or
+    INFRASTRUCTURE_ERROR. JUDGE_ERROR is set on the score of a rollout whose judge failed. A rollout that
     ended in INFRASTRUCTURE_ERROR or whose score is JUDGE_ERROR has no verdict and leaves its group.
     """
 
     ANSWERED = "answered"  # the policy ended its message without a tool call
     LENGTH = "length"  # the response reached its token limit
-    TURN_LIMIT = "turn_limit"  # the last allowed turn still called a tool
+    TURN_LIMIT = "turn_limit"  # the last allowed turn still called a tool, which was not run
     TOOL_RESULT = "tool_result"  # a tool ran; its result is the observation
     TOOL_ERROR = "tool_error"  # the agent's fault; counts as a call, the error text is the observation
     INFRASTRUCTURE_ERROR = "infrastructure_error"  # our fault, after retries

@@ -1,0 +1,73 @@
+"""The decoder's attention, plugged into transformers' attention registry under the name `metis`.
+
+transformers hands every keyword argument of the decoder through to its attention function. That is the official way in: the
+caller passes an `AttentionPlan` that says what this forward pass attends to, and no model code is patched. Without a plan
+the pass is plain causal attention.
+
+Shape letters: B rows, H query heads, K key/value heads, S new tokens of a row, C cached tokens of a row, D head size.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import AttentionInterface
+
+NAME = "metis"
+
+
+class AttentionPlan(Protocol):
+    """What one forward pass attends to."""
+
+    def attend(self, layer: int, query_BHSD: Tensor, key_BKSD: Tensor, value_BKSD: Tensor, scale: float) -> Tensor:
+        """Returns [B, H, S, D]."""
+        ...
+
+
+class CausalBmm:
+    """Causal attention by two batched products and a softmax.
+
+    On CPUs torch's fused attention is slow in its bfloat16 backward; for rows of a few hundred tokens this is faster. It
+    holds the [S, S] scores of every head. Right-padded rows need no mask: padding stands behind every real token.
+    """
+
+    def __init__(self) -> None:
+        self._bias: Tensor | None = None  # the same for every layer of a pass
+
+    def attend(self, layer: int, query_BHSD: Tensor, key_BKSD: Tensor, value_BKSD: Tensor, scale: float) -> Tensor:
+        B, H, S, D = query_BHSD.shape
+        K = key_BKSD.shape[1]
+        if self._bias is None or self._bias.shape[-1] != S or self._bias.dtype != query_BHSD.dtype:
+            causal = torch.full((S, S), float("-inf"), dtype=query_BHSD.dtype, device=query_BHSD.device).triu_(1)
+            self._bias = causal.repeat(H // K, 1)
+        # the H // K query heads that share a key head are one long block of rows
+        query = (query_BHSD * scale).reshape(B * K, (H // K) * S, D)
+        scores = torch.baddbmm(self._bias, query, key_BKSD.reshape(B * K, S, D).transpose(1, 2))
+        return torch.bmm(torch.softmax(scores, -1), value_BKSD.reshape(B * K, S, D)).view(B, H, S, D)
+
+
+class CausalSdpa:
+    """Causal attention by torch's scaled_dot_product_attention."""
+
+    def attend(self, layer: int, query_BHSD: Tensor, key_BKSD: Tensor, value_BKSD: Tensor, scale: float) -> Tensor:
+        return F.scaled_dot_product_attention(query_BHSD, key_BKSD, value_BKSD, is_causal=True, scale=scale, enable_gqa=True)
+
+
+def _registered(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    plan: AttentionPlan | None = None,
+    **_: object,
+) -> tuple[Tensor, None]:
+    plan = plan if plan is not None else CausalSdpa()
+    return plan.attend(module.layer_idx, query, key, value, scaling).transpose(1, 2), None  # pyright: ignore[reportArgumentType]
+
+
+AttentionInterface.register(NAME, _registered)

@@ -1,0 +1,258 @@
+"""The policy: transformers' own Qwen3-VL, its tokenizer and image processor, and the one way both engine and trainer run it.
+
+Shape letters: B rows, S tokens of a row (right-padded), H hidden size, N patches of all images, 3 rotary axes (t, h, w).
+"""
+
+from __future__ import annotations
+
+import json
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen3VLForConditionalGeneration
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+from metis_fast import attention
+from metis_fast.config import ModelConfig
+from metis_fast.errors import ModelError
+from metis_fast.types import ImageBlob, ImageSpan
+
+IMAGE_PAD = "<|image_pad|>"
+VISION_START, VISION_END = "<|vision_start|>", "<|vision_end|>"
+NEEDED_TOKENS = (
+    "<|im_start|>",
+    "<|im_end|>",
+    VISION_START,
+    VISION_END,
+    IMAGE_PAD,
+    "<|video_pad|>",
+    "<tool_call>",
+    "</tool_call>",
+)
+
+
+class ImageError(ValueError):
+    """An image that cannot become vision tokens (not decodable, or too narrow for a patch grid)."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Patches:
+    """One image as the vision tower takes it: pixels [n, channels * 2 * patch * patch] float32 and its (t, h, w) grid."""
+
+    pixels: Tensor
+    grid: tuple[int, int, int]
+
+
+class ImagePreparer:
+    """Encoded image -> patches, by transformers' Qwen2-VL image processor; the last `cache_size` images are kept."""
+
+    def __init__(self, processor: Qwen2VLImageProcessorPil, cache_size: int = 4096) -> None:
+        self._processor = processor
+        self._cache: OrderedDict[str, Patches] = OrderedDict()
+        self._cache_size = cache_size
+        self.merge = int(processor.merge_size)
+
+    def __call__(self, image: ImageBlob) -> Patches:
+        """Raises ImageError where the image cannot be used; the message says why."""
+        patches = self._cache.get(image.sha256)
+        if patches is not None:
+            self._cache.move_to_end(image.sha256)
+            return patches
+        try:
+            with Image.open(BytesIO(image.data)) as picture:
+                out = self._processor([picture.convert("RGB")], return_tensors="pt")
+        except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
+            raise ImageError(f"image cannot be decoded: {error}") from None
+        except ValueError as error:  # smart_resize: aspect ratio above 200
+            raise ImageError(f"image cannot be resized: {error}") from None
+        t, h, w = (int(n) for n in out["image_grid_thw"][0])
+        patches = Patches(pixels=out["pixel_values"], grid=(t, h, w))
+        self._cache[image.sha256] = patches
+        if len(self._cache) > self._cache_size:
+            self._cache.popitem(last=False)
+        return patches
+
+    def num_tokens(self, image: ImageBlob) -> int:
+        """Placeholder tokens of an image."""
+        t, h, w = self(image).grid
+        return t * h * w // self.merge**2
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ImageFeatures:
+    """Vision tower output for several images: `embeds[i]` [n_i, H], and one such list per deepstack layer."""
+
+    embeds: tuple[Tensor, ...]
+    deepstack: tuple[tuple[Tensor, ...], ...]
+
+    def take(self, order: Sequence[int]) -> ImageFeatures:
+        """The features of images `order` (repeats allowed)."""
+        return ImageFeatures(
+            tuple(self.embeds[i] for i in order), tuple(tuple(layer[i] for i in order) for layer in self.deepstack)
+        )
+
+
+def rope_positions(num_tokens: int, spans: Sequence[ImageSpan], merge: int) -> npt.NDArray[np.int64]:
+    """Multimodal rotary positions [3, num_tokens] of one row, as Qwen3-VL defines them.
+
+    Text advances all three axes by one a token; an image of grid (t, h, w) takes its merged (t, h, w) coordinates from the
+    position where it starts, and the text behind it goes on at start + max(h, w) / merge.
+    """
+    position = np.empty((3, num_tokens), np.int64)
+    at, current = 0, 0
+    for span in spans:
+        text = span.start - at
+        position[:, at : span.start] = current + np.arange(text)
+        current += text
+        t, h, w = span.grid[0], span.grid[1] // merge, span.grid[2] // merge
+        position[:, span.start : span.stop] = current + np.indices((t, h, w)).reshape(3, -1)
+        current += max(h, w)
+        at = span.stop
+    position[:, at:] = current + np.arange(num_tokens - at)
+    return position
+
+
+class Policy:
+    """A Qwen3-VL with what belongs to it. Weights are shared by the native engine and the torch trainer."""
+
+    def __init__(
+        self,
+        model: Qwen3VLForConditionalGeneration,
+        tokenizer: PreTrainedTokenizerBase,
+        image_processor: Qwen2VLImageProcessorPil,
+        folder: Path,
+    ) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.images = ImagePreparer(image_processor)
+        self.folder = folder
+        vision = model.config.vision_config
+        self.merge = int(vision.spatial_merge_size)
+        self.image_token_id = int(model.config.image_token_id)
+        self.placeholder_ids = tuple(
+            int(model.config.to_dict()[name])
+            for name in ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+        )
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the LM head."""
+        return self.model.lm_head.weight.shape[0]
+
+    @property
+    def head(self) -> Tensor:
+        """LM head [V, H]."""
+        return self.model.lm_head.weight
+
+    def encode_images(self, images: Sequence[ImageBlob]) -> ImageFeatures:
+        """Run the vision tower over images (each of them once)."""
+        patches = [self.images(image) for image in images]
+        grid = torch.tensor([p.grid for p in patches])
+        out = self.model.model.get_image_features(torch.cat([p.pixels for p in patches]).to(self.head.device), grid)
+        return ImageFeatures(tuple(out.pooler_output), tuple(tuple(layer) for layer in out.deepstack_features))
+
+    def hidden(
+        self,
+        tokens_BS: Tensor,
+        positions_3BS: Tensor,
+        features: ImageFeatures | None,
+        plan: attention.AttentionPlan,
+    ) -> Tensor:
+        """Final hidden states [B, S, H].
+
+        features: of every image in `tokens_BS`, in reading order of the rows; None where there is none.
+        """
+        decoder = self.model.model.language_model
+        embeds = decoder.embed_tokens(tokens_BS)
+        mask, deepstack = None, None
+        if features is not None:
+            mask = tokens_BS == self.image_token_id
+            image_embeds = torch.cat(features.embeds).to(embeds.dtype)
+            embeds = embeds.masked_scatter(mask[..., None], image_embeds)
+            deepstack = [torch.cat(layer) for layer in features.deepstack]
+        out = decoder(
+            inputs_embeds=embeds,
+            position_ids=positions_3BS,
+            visual_pos_masks=mask,
+            deepstack_visual_embeds=deepstack,
+            use_cache=False,
+            plan=plan,
+        )
+        return out.last_hidden_state
+
+
+def _read_json(path: Path, what: str) -> dict[str, object]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ModelError(f"cannot read {what} {path}: {error.strerror}; give a Qwen3-VL model folder") from None
+    except json.JSONDecodeError as error:
+        raise ModelError(f"{path} is not valid JSON ({error}); restore the file from its source") from None
+
+
+def check_model_folder(folder: Path) -> None:
+    """Find out, before anything is loaded, that a folder holds a Qwen3-VL.
+
+    Raises:
+        ModelError: not a folder, another architecture, or a part is missing.
+    """
+    if not folder.is_dir():
+        raise ModelError(f"model.path {folder} is not a folder; give one that holds a Qwen3-VL (config.json, *.safetensors)")
+    config = _read_json(folder / "config.json", "the model's")
+    if config.get("model_type") != "qwen3_vl":
+        raise ModelError(
+            f"{folder} holds model_type {config.get('model_type')!r}, expected 'qwen3_vl'; give a Qwen3-VL folder as model.path"
+        )
+    if not any(folder.glob("*.safetensors")):
+        raise ModelError(f"{folder} has no *.safetensors; convert the weights to safetensors first")
+    for name in ("tokenizer.json", "preprocessor_config.json"):
+        if not (folder / name).is_file():
+            raise ModelError(f"{folder} lacks {name}; copy it from the model that this one was made from")
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The folder's tokenizer, checked for the tokens of the Qwen chat and tool format."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    missing = [token for token in NEEDED_TOKENS if tokenizer.convert_tokens_to_ids(token) in (None, tokenizer.unk_token_id)]
+    if missing:
+        raise ModelError(f"tokenizer of {folder} lacks the tokens {', '.join(missing)}; use the tokenizer of Qwen3-VL")
+    return tokenizer
+
+
+def load_policy(config: ModelConfig, folder: Path | None = None) -> Policy:
+    """Load `folder` (default: config.path) for training and sampling.
+
+    Raises:
+        ModelError: see `check_model_folder`; also weights that do not fit the config.
+    """
+    folder = folder if folder is not None else config.path
+    check_model_folder(folder)
+    try:
+        model, info = Qwen3VLForConditionalGeneration.from_pretrained(
+            folder,
+            dtype=getattr(torch, config.dtype),
+            output_loading_info=True,
+            attn_implementation={"text_config": attention.NAME, "vision_config": "sdpa"},
+        )
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ModelError(f"{folder} cannot be loaded: {' '.join(str(error).split())[:300]}") from None
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise ModelError(f"{folder} lacks {len(missing)} weights (first: {missing[0]}); the folder is incomplete")
+    tokenizer = load_tokenizer(folder)
+    processor = Qwen2VLImageProcessorPil.from_pretrained(folder)
+    vision = model.config.vision_config
+    if (processor.patch_size, processor.merge_size) != (vision.patch_size, vision.spatial_merge_size):
+        raise ModelError(
+            f"{folder}: preprocessor_config.json has patch_size {processor.patch_size} and merge_size {processor.merge_size}, "
+            f"config.json {vision.patch_size} and {vision.spatial_merge_size}; copy both files from the same model"
+        )
+    return Policy(model, tokenizer, processor, folder)

@@ -1,0 +1,168 @@
+"""Messages and observations to token ids, and the agent's text back to calls and answers (ALGORITHM section 6).
+
+Token in, token out: what the engine sampled is never re-encoded; only prompts and observations are encoded, once, here. Text
+from outside can never spell a control token or an image placeholder.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from transformers import PreTrainedTokenizerBase
+
+from metis_fast.errors import DataError
+from metis_fast.model import IMAGE_PAD, VISION_END, VISION_START, ImageError, ImagePreparer
+from metis_fast.types import ImageBlob, ImageSpan, Observation, Outcome, Prompt, ToolCall
+
+IMAGE_MARK = "<image>"
+CUT_MARK = "\n[cut]"
+_CALL = re.compile(r"<tool_call>(.*?)</tool_call>", re.DOTALL)
+
+
+@dataclass(slots=True)
+class TokenPiece:
+    """Some token ids, and where images stand in them (spans count from the start of `tokens`)."""
+
+    tokens: list[int] = field(default_factory=list)
+    images: list[ImageBlob] = field(default_factory=list)
+    spans: list[ImageSpan] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class ParsedTurn:
+    """One assistant message, parsed.
+
+    call: what was asked for; None where the message calls no tool. arguments: parsed, None where the call is malformed, and
+    then `error` says what is wrong with it.
+    """
+
+    call: ToolCall | None = None
+    arguments: dict[str, object] | None = None
+    error: str = ""
+
+
+def parse_turn(text: str) -> ParsedTurn:
+    """Find the tool call of an assistant message. One call a message; the last one counts, as sampling stops there."""
+    if "<tool_call>" not in text:
+        return ParsedTurn()
+    found = _CALL.findall(text)
+    if not found:
+        return ParsedTurn(ToolCall("", ""), None, "the tool call has no </tool_call>")
+    try:
+        body = json.loads(found[-1])
+    except (json.JSONDecodeError, RecursionError):
+        return ParsedTurn(ToolCall("", ""), None, "the tool call is not valid JSON")
+    name = body.get("name") if isinstance(body, dict) else None
+    if not isinstance(name, str):
+        return ParsedTurn(ToolCall("", ""), None, 'the tool call needs a "name"')
+    arguments = body.get("arguments", {})
+    call = ToolCall(name, json.dumps(arguments, ensure_ascii=False))
+    if not isinstance(arguments, dict):
+        return ParsedTurn(call, None, '"arguments" must be an object')
+    return ParsedTurn(call, arguments)
+
+
+class Chat:
+    """The Qwen chat format over one tokenizer and image processor."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, images: ImagePreparer) -> None:
+        self._tokenizer = tokenizer
+        self._images = images
+        ids = {token: int(tokenizer.convert_tokens_to_ids(token)) for token in _CONTROL}  # pyright: ignore[reportArgumentType]
+        self._ids = ids
+        self.im_end = ids["<|im_end|>"]
+        self.stop_ids = (ids["</tool_call>"], self.im_end)
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Text of sampled tokens, control tokens left in."""
+        return str(self._tokenizer.decode(list(tokens), skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+    def message_text(self, tokens: Sequence[int]) -> str:
+        """Text of a sampled message, without the control token that ends it."""
+        return self.decode(tokens[:-1] if tokens and tokens[-1] == self.im_end else tokens)
+
+    def _encode(self, text: str) -> list[int]:
+        return self._tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True) if text else []
+
+    def _image_piece(self, image: ImageBlob, at: int) -> tuple[list[int], ImageSpan]:
+        grid = self._images(image).grid
+        num = self._images.num_tokens(image)
+        tokens = [self._ids[VISION_START], *[self._ids[IMAGE_PAD]] * num, self._ids[VISION_END]]
+        return tokens, ImageSpan(image.sha256, at + 1, at + 1 + num, grid)
+
+    def encode_prompt(self, prompt: Prompt) -> TokenPiece:
+        """The whole prompt, up to where the assistant begins.
+
+        Raises:
+            DataError: an image cannot be used.
+        """
+        out, images, text = TokenPiece(), iter(prompt.images), ""
+        for message in prompt.messages:
+            out.tokens += [*self._encode(text), self._ids["<|im_start|>"]]
+            first, *rest = message.content.split(IMAGE_MARK)
+            out.tokens += self._encode(f"{message.role}\n{first}")
+            for part in rest:
+                image = next(images)
+                try:
+                    tokens, span = self._image_piece(image, len(out.tokens))
+                except ImageError as error:
+                    raise DataError(f"prompt {prompt.uid}: {error}; mend or remove this row") from None
+                out.tokens += tokens + self._encode(part)
+                out.images.append(image)
+                out.spans.append(span)
+            out.tokens.append(self.im_end)
+            text = "\n"
+        out.tokens += [*self._encode(text), self._ids["<|im_start|>"], *self._encode("assistant\n")]
+        return out
+
+    def encode_observation(self, observation: Observation, after: int, max_tokens: int) -> TokenPiece:
+        """An observation with the template around it, to be appended behind a message.
+
+        after: last token of the message; its `<|im_end|>` is added unless it is there. max_tokens limits the observation
+        itself: text is cut at a token with a mark, images are kept or dropped whole, and nothing follows a cut. An image that
+        cannot be shown is replaced by a line that says so.
+        """
+        out = TokenPiece()
+        if after != self.im_end:
+            out.tokens.append(self.im_end)
+        out.tokens += [*self._encode("\n"), self._ids["<|im_start|>"], *self._encode("user\n<tool_response>")]
+        end = len(out.tokens) + max_tokens
+        texts = observation.text.split(IMAGE_MARK)
+        # marks without an image are plain text; images without a mark stand at the end
+        num_marked = min(len(texts) - 1, len(observation.images))
+        texts = [*texts[:num_marked], IMAGE_MARK.join(texts[num_marked:])]
+        texts += [""] * (len(observation.images) - num_marked)
+        cut = self._encode(CUT_MARK)
+        for text, image in zip(texts, [*observation.images, None], strict=True):
+            tokens = self._encode(text)
+            if len(out.tokens) + len(tokens) > end:
+                out.tokens += tokens[: max(0, end - len(out.tokens) - len(cut))] + cut
+                break
+            out.tokens += tokens
+            if image is None:
+                continue
+            try:
+                tokens, span = self._image_piece(image, len(out.tokens))
+            except ImageError as error:
+                tokens, span = self._encode(f"[{error}]"), None
+            if len(out.tokens) + len(tokens) > end:
+                out.tokens += cut
+                break
+            out.tokens += tokens
+            if span is not None:
+                out.images.append(image)
+                out.spans.append(span)
+        out.tokens += [*self._encode("</tool_response>"), self.im_end, *self._encode("\n"), self._ids["<|im_start|>"]]
+        out.tokens += self._encode("assistant\n")
+        return out
+
+
+_CONTROL = ("<|im_start|>", "<|im_end|>", VISION_START, VISION_END, IMAGE_PAD, "</tool_call>")
+
+
+def error_observation(text: str) -> Observation:
+    """What the agent reads of its own mistake."""
+    return Observation(text=f"Error: {text}", outcome=Outcome.TOOL_ERROR)

@@ -1,0 +1,236 @@
+"""One multi-turn rollout, as a coroutine: sample a message, run its tool, append the observation, go on.
+
+ALGORITHM section 6.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from metis_fast.config import RolloutConfig
+from metis_fast.errors import DataError, InfrastructureError
+from metis_fast.rollout.chat import Chat, TokenPiece, error_observation, parse_turn
+from metis_fast.rollout.engine import Completion, Engine, EngineSession, Sampling
+from metis_fast.tools.protocol import Toolbox, ToolSession
+from metis_fast.types import Group, ImageBlob, ImageSpan, Outcome, Prompt, Rollout, ToolCall, Turn
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class SampleKey:
+    """Names one rollout of one batch; its sampling noise is a function of this alone.
+
+    seed: the run's. stream: which batch (a training step, an evaluation). order: the rollout's place in the batch.
+    """
+
+    seed: int
+    stream: str
+    order: int
+
+    def turn_seed(self, turn: int) -> int:
+        """Seed of one message."""
+        text = f"{self.seed}/{self.stream}/{self.order}/{turn}".encode()
+        return zlib.crc32(text) << 32 | zlib.adler32(text[::-1])
+
+
+@dataclass(slots=True)
+class _Trace:
+    """A rollout while it grows; what fails half-way is still here."""
+
+    prompt_len: int
+    tokens: list[int]
+    images: list[ImageBlob]
+    spans: list[ImageSpan]
+    turns: list[Turn] = field(default_factory=list)
+    sampled: list[tuple[int, Completion]] = field(default_factory=list)  # where each message starts
+
+    def append(self, piece: TokenPiece) -> None:
+        at = len(self.tokens)
+        self.tokens += piece.tokens
+        self.spans += [replace(span, start=span.start + at, stop=span.stop + at) for span in piece.spans]
+        self.images += piece.images
+
+    def finish(self, prompt: Prompt, index: int, outcome: Outcome, error: str = "") -> Rollout:
+        size = len(self.tokens)
+        mask, logp = np.zeros(size, np.bool_), np.zeros(size, np.float32)
+        version = np.full(size, -1, np.int32)
+        for start, message in self.sampled:
+            stop = start + len(message.tokens)
+            mask[start:stop], logp[start:stop], version[start:stop] = True, message.logp, message.weight_version
+        return Rollout(
+            prompt_uid=prompt.uid,
+            index=index,
+            tokens=np.asarray(self.tokens, np.int32),
+            prompt_len=self.prompt_len,
+            sampled=mask,
+            logp=logp,
+            weight_version=version,
+            images=tuple({image.sha256: image for image in self.images}.values()),
+            image_spans=tuple(self.spans),
+            turns=tuple(self.turns),
+            outcome=outcome,
+            error=error,
+        )
+
+
+async def _play(
+    trace: _Trace, chat: Chat, engine: EngineSession, tools: ToolSession, config: RolloutConfig, key: SampleKey
+) -> Outcome:
+    limit = trace.prompt_len + config.max_response_tokens
+    while True:
+        room = limit - len(trace.tokens)
+        sampling = Sampling(
+            max_tokens=min(room, config.max_turn_tokens or room),
+            stop_ids=chat.stop_ids,
+            temperature=config.temperature,
+            top_p=config.top_p,
+            top_k=config.top_k,
+            seed=key.turn_seed(len(trace.turns)),
+        )
+        message = await engine.generate(trace.tokens, trace.images, trace.spans, sampling)
+        start = len(trace.tokens)
+        trace.tokens += message.tokens.tolist()
+        trace.sampled.append((start, message))
+        stop = len(trace.tokens)
+        text = chat.message_text(trace.tokens[start:stop])
+        parsed = parse_turn(text)
+
+        def turn(
+            outcome: Outcome,
+            call: ToolCall | None,
+            text: str = text,
+            span: tuple[int, int] = (start, stop),
+            observation: str = "",
+            seconds: float = 0.0,
+        ) -> Turn:
+            return Turn(text, *span, len(trace.tokens), outcome, call, observation, seconds)
+
+        if not message.stopped:
+            # an unfinished message ran no tool; an opened call in it is still an invocation, a malformed one
+            trace.turns.append(turn(Outcome.LENGTH, parsed.call))
+            return Outcome.LENGTH
+        if parsed.call is None:
+            trace.turns.append(turn(Outcome.ANSWERED, None))
+            return Outcome.ANSWERED
+        if len(trace.turns) + 1 == config.max_turns:
+            trace.turns.append(turn(Outcome.TURN_LIMIT, parsed.call))
+            return Outcome.TURN_LIMIT
+        began = time.perf_counter()
+        if parsed.arguments is None:
+            observation = error_observation(parsed.error)
+        else:
+            observation = await tools.call(parsed.call.name, parsed.arguments)
+        seconds = time.perf_counter() - began
+        piece = chat.encode_observation(observation, trace.tokens[-1], config.max_observation_tokens)
+        if len(trace.tokens) + len(piece.tokens) >= limit:
+            trace.turns.append(turn(observation.outcome, parsed.call, observation=observation.text, seconds=seconds))
+            return Outcome.LENGTH
+        trace.append(piece)
+        trace.turns.append(turn(observation.outcome, parsed.call, observation=observation.text, seconds=seconds))
+
+
+async def run_episode(
+    prompt: Prompt,
+    index: int,
+    chat: Chat,
+    engine: Engine,
+    toolbox: Toolbox,
+    config: RolloutConfig,
+    key: SampleKey,
+    first: EngineSession | None = None,
+) -> Rollout:
+    """Sample one rollout; never raises for our own failures.
+
+    An InfrastructureError starts the episode again from the prompt, `config.retries` times: a Python session that was lost
+    half-way cannot be continued fairly. After that the rollout ends in INFRASTRUCTURE_ERROR and has no verdict.
+
+    first: an engine session that was opened before (it fixes the batch's shape); later tries open their own.
+
+    Raises:
+        DataError: the prompt is longer than `max_prompt_tokens` or holds an image that cannot be used.
+    """
+    encoded = chat.encode_prompt(prompt)
+    if len(encoded.tokens) > config.max_prompt_tokens:
+        if first is not None:
+            first.close()
+        raise DataError(
+            f"prompt {prompt.uid} has {len(encoded.tokens)} tokens, rollout.max_prompt_tokens is {config.max_prompt_tokens}; "
+            "raise the limit or remove the row"
+        )
+    error = ""
+    trace = _Trace(len(encoded.tokens), [], [], [])
+    for attempt in range(config.retries + 1):
+        trace = _Trace(len(encoded.tokens), list(encoded.tokens), list(encoded.images), list(encoded.spans))
+        session = first if first is not None else engine.session(key.order)
+        first = None
+        tools = toolbox.session(prompt.images)
+        try:
+            outcome = await _play(trace, chat, session, tools, config, key)
+            return trace.finish(prompt, index, outcome)
+        except InfrastructureError as failure:
+            error = str(failure)
+            log.warning("rollout %s#%d, try %d: %s", prompt.uid, index, attempt + 1, error)
+        finally:
+            session.close()
+            await tools.close()
+    return trace.finish(prompt, index, Outcome.INFRASTRUCTURE_ERROR, error)
+
+
+async def collect(
+    prompts: Sequence[Prompt],
+    rollouts_per_prompt: int,
+    chat: Chat,
+    engine: Engine,
+    toolbox: Toolbox,
+    config: RolloutConfig,
+    seed: int,
+    stream: str,
+    on_done: Callable[[], None] = lambda: None,
+) -> list[Group]:
+    """Sample `rollouts_per_prompt` rollouts of every prompt, at most `config.max_concurrent` at once.
+
+    With `config.deterministic` the rollouts run in fixed blocks, so that what shares a batch does not depend on timing.
+    on_done is called after every rollout.
+    """
+    total = len(prompts) * rollouts_per_prompt
+    gate = asyncio.Semaphore(total if config.deterministic else config.max_concurrent)
+
+    async def one(order: int, session: EngineSession | None) -> Rollout:
+        async with gate:
+            rollout = await run_episode(
+                prompts[order // rollouts_per_prompt],
+                order % rollouts_per_prompt,
+                chat,
+                engine,
+                toolbox,
+                config,
+                SampleKey(seed, stream, order),
+                session,
+            )
+        on_done()
+        return rollout
+
+    rollouts: list[Rollout] = []
+    block = config.max_concurrent if config.deterministic else total
+    for start in range(0, total, block):
+        orders = range(start, min(start + block, total))
+        # opened before any of them runs: the engine must know whom to wait for
+        sessions = [engine.session(order) if config.deterministic else None for order in orders]
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                running = [tasks.create_task(one(order, session)) for order, session in zip(orders, sessions, strict=True)]
+        except BaseExceptionGroup as group:
+            raise group.exceptions[0] from None  # the others were cancelled because of the first
+        rollouts += [task.result() for task in running]
+    return [
+        Group(prompt, tuple(rollouts[i * rollouts_per_prompt : (i + 1) * rollouts_per_prompt]))
+        for i, prompt in enumerate(prompts)
+    ]
