@@ -2,16 +2,269 @@
 
 from __future__ import annotations
 
+import bisect
+import hashlib
+import json
+import logging
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from metis_fast.data.row import BadRow, BadRowError, MisfitError, one_line, parse_prompt
 from metis_fast.errors import DataError
 from metis_fast.types import JsonScalar, Prompt
+
+_LOG = logging.getLogger(__name__)
+
+CACHE_BYTES = 1 << 30
+"""Decoded row groups kept in memory, by their uncompressed Parquet size: about 2,000 rows of half a megabyte each, enough to
+mix what is shuffled and small beside a model."""
+
+_REQUIRED = ("data_source", "prompt", "ability", "reward_model")
+_BATCH_ROWS = 64  # Arrow cannot decode a nested column whose row group holds over 2 GiB in one piece; small batches it can
+
+
+@dataclass(frozen=True, slots=True)
+class RowGroup:
+    """A row group: rows start to start + num_rows of a `PromptFiles`, group `group` of its file number `file`.
+
+    num_bytes: uncompressed Parquet size of the columns that are read.
+    """
+
+    file: int
+    group: int
+    start: int
+    num_rows: int
+    num_bytes: int
+
+
+class PromptFiles:
+    """Rows of Parquet files as prompts, by index; file after file in the order given.
+
+    Row groups are decoded on demand and the last used ones are kept, up to `cache_bytes` (at least one). No file stays open.
+    """
+
+    row_groups: tuple[RowGroup, ...]
+    cache_bytes: int
+    fingerprint: str
+    """Names, sizes and row counts of the files in one short line: equal lines mean the same rows in the same order."""
+
+    def __init__(self, paths: Sequence[Path], cache_bytes: int = CACHE_BYTES) -> None:
+        """Read the footers and check the schema of every file.
+
+        paths: Parquet files, or folders that stand for every `*.parquet` in them, sorted by name.
+
+        Raises:
+            DataError: no file, a missing or damaged one, one given twice, a required column that is missing or of a type
+                that cannot hold it, or not a single row.
+        """
+        self.cache_bytes = cache_bytes
+        self._paths = _expand(paths)
+        self._names = _unique_names(self._paths)
+        self._columns: list[list[str]] = []
+        self._cache: OrderedDict[RowGroup, pa.Table] = OrderedDict()
+        self._first_rows: list[int] = []
+        row_groups: list[RowGroup] = []
+        num_rows = 0
+        for number, path in enumerate(self._paths):
+            self._first_rows.append(num_rows)
+            metadata, columns = _open(path)
+            self._columns.append(columns)
+            for group in range(metadata.num_row_groups):
+                size, rows = _read_bytes(metadata.row_group(group), columns), metadata.row_group(group).num_rows
+                if rows:
+                    row_groups.append(RowGroup(number, group, num_rows, rows, size))
+                num_rows += rows
+        if not row_groups:
+            raise DataError(f"no rows in {', '.join(map(str, self._paths))}; give files that hold at least one prompt")
+        self.row_groups = tuple(row_groups)
+        self._starts = [row_group.start for row_group in row_groups]
+        self._num_rows = num_rows
+        self.fingerprint = self._fingerprint()
+        largest = max(row_groups, key=lambda row_group: row_group.num_bytes)
+        if largest.num_bytes > cache_bytes:
+            _LOG.warning(
+                "%s: a row group of %d MiB is in memory at once; rewrite the file with smaller row groups (docs/data.md)",
+                self._paths[largest.file],
+                largest.num_bytes >> 20,
+            )
+
+    def __len__(self) -> int:
+        return self._num_rows
+
+    def location(self, index: int) -> tuple[Path, int]:
+        """The file that holds a row, and the row's number in it, from 0."""
+        file = self.row_groups[self._group_of(index)].file
+        return self._paths[file], index - self._first_rows[file]
+
+    def read(self, index: int) -> Prompt:
+        """The prompt of row `index`. Cheap if its row group is among the last used ones; otherwise that is decoded.
+
+        Raises:
+            BadRowError: the row does not fit the schema.
+            DataError: its row group cannot be decoded.
+            IndexError: no such row.
+        """
+        row_group = self.row_groups[self._group_of(index)]
+        path, row = self._paths[row_group.file], index - self._first_rows[row_group.file]
+        table = self._table(row_group)
+        try:
+            values = {name: _value(table, name, index - row_group.start) for name in table.column_names}
+            return parse_prompt(values, f"{self._names[row_group.file]}:{row}", path.parent)
+        except MisfitError as misfit:
+            raise BadRowError(BadRow(str(path), row, misfit.column, misfit.expected, misfit.got)) from None
+
+    def _group_of(self, index: int) -> int:
+        if not 0 <= index < self._num_rows:
+            raise IndexError(f"row {index} of {self._num_rows}")
+        return bisect.bisect_right(self._starts, index) - 1
+
+    def _table(self, row_group: RowGroup) -> pa.Table:
+        if row_group in self._cache:
+            self._cache.move_to_end(row_group)
+            return self._cache[row_group]
+        room = self.cache_bytes - row_group.num_bytes
+        while self._cache and sum(cached.num_bytes for cached in self._cache) > room:
+            self._cache.popitem(last=False)  # before decoding, so that the two never add up in memory
+        path, columns = self._paths[row_group.file], self._columns[row_group.file]
+        try:
+            with pq.ParquetFile(path) as file:
+                table = pa.Table.from_batches(file.iter_batches(_BATCH_ROWS, [row_group.group], columns))
+        except (OSError, pa.ArrowException) as error:
+            raise DataError(
+                f"{path}: cannot read row group {row_group.group}: {one_line(error)}; write the file anew"
+            ) from None
+        if table.num_rows != row_group.num_rows:
+            raise DataError(f"{path}: changed while in use; start again")
+        self._cache[row_group] = table
+        return table
+
+    def _fingerprint(self) -> str:
+        rows = Counter[int]()
+        for row_group in self.row_groups:
+            rows[row_group.file] += row_group.num_rows
+        # The cache size is part of it because the shuffled order depends on it.
+        files = [
+            (name, path.stat().st_size, rows[number])
+            for number, (name, path) in enumerate(zip(self._names, self._paths, strict=True))
+        ]
+        digest = hashlib.sha256(json.dumps([self.cache_bytes, files]).encode()).hexdigest()
+        return f"{len(files)} files, {self._num_rows} rows, sha256 {digest[:16]}"
+
+
+def _expand(paths: Sequence[Path]) -> list[Path]:
+    """Folders replaced by their Parquet files. Symlinks are kept: their names, not their targets', are what a user knows."""
+    files: list[Path] = []
+    for path in paths:
+        found = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
+        if not found:
+            raise DataError(f"{path}: expected *.parquet files in this folder, found none; give another folder or a file")
+        files.extend(found)
+    if not files:
+        raise DataError("no data files given; name at least one Parquet file (data.train=[FILE])")
+    for path, times in Counter(Path(os.path.abspath(path)) for path in files).items():
+        if times > 1:
+            raise DataError(f"{path}: given {times} times; name each file once")
+    return files
+
+
+def _value(table: pa.Table, name: str, row: int) -> object:
+    try:
+        return table.column(name)[row].as_py()
+    except (ValueError, OverflowError) as error:  # text that is not UTF-8, a date out of range
+        raise MisfitError(name, "a value that Python can hold", one_line(error)) from None
+
+
+def _unique_names(paths: Sequence[Path]) -> list[str]:
+    """The stem of each file, with as many parent folders as it takes to tell files apart."""
+    full = [Path(os.path.abspath(path)) for path in paths]
+    stems = [path.with_suffix("").parts for path in full]
+    if len(set(stems)) < len(stems):  # a.parquet beside a.pq
+        stems = [path.parts for path in full]
+    depths = [1] * len(stems)
+    while True:
+        tails = [stem[-depth:] for stem, depth in zip(stems, depths, strict=True)]
+        times = Counter(tails)
+        if max(times.values()) == 1:
+            return ["/".join(tail) for tail in tails]
+        depths = [depth + (times[tail] > 1) for depth, tail in zip(depths, tails, strict=True)]
+
+
+def _open(path: Path) -> tuple[pq.FileMetaData, list[str]]:
+    """Footer of a file, and the names of the columns to read."""
+    try:
+        with pq.ParquetFile(path) as file:
+            metadata, schema = file.metadata, file.schema_arrow
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file; give the path of a Parquet file or of a folder of them") from None
+    except (OSError, pa.ArrowException) as error:
+        raise DataError(f"{path}: not a Parquet file that can be read ({one_line(error)}); write it anew") from None
+    for name, (fits, expected) in _COLUMN_TYPES.items():
+        if name not in schema.names:
+            if name in _REQUIRED:
+                raise DataError(f"{path}: expected a column {name!r}, got {', '.join(schema.names)}; see docs/data.md")
+        elif not fits(_undictionary(schema.field(name).type)):
+            raise DataError(
+                f"{path}: expected column {name!r} to be {expected}, got {schema.field(name).type}; see docs/data.md"
+            )
+    return metadata, [name for name in _COLUMN_TYPES if name in schema.names]
+
+
+def _read_bytes(metadata: pq.RowGroupMetaData, columns: Sequence[str]) -> int:
+    chunks = (metadata.column(index) for index in range(metadata.num_columns))
+    return sum(chunk.total_uncompressed_size for chunk in chunks if chunk.path_in_schema.partition(".")[0] in columns)
+
+
+def _undictionary(kind: pa.DataType) -> pa.DataType:
+    return kind.value_type if pa.types.is_dictionary(kind) else kind
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+
+
+def _has_fields(kind: pa.DataType, names: Sequence[str]) -> bool:
+    return pa.types.is_struct(kind) and all(kind.get_field_index(name) >= 0 for name in names)
+
+
+def _item(kind: pa.DataType) -> pa.DataType | None:
+    lists = (
+        pa.types.is_list,
+        pa.types.is_large_list,
+        pa.types.is_fixed_size_list,
+        pa.types.is_list_view,
+        pa.types.is_large_list_view,
+    )
+    return _undictionary(kind.value_type) if any(is_list(kind) for is_list in lists) else None
+
+
+def _is_prompt(kind: pa.DataType) -> bool:
+    item = _item(kind)
+    return _is_text(kind) or (item is not None and _has_fields(item, ("role", "content")))
+
+
+def _is_images(kind: pa.DataType) -> bool:
+    entry = _item(kind) or kind
+    binary = pa.types.is_binary(entry) or pa.types.is_large_binary(entry) or pa.types.is_binary_view(entry)
+    image = _has_fields(entry, ("bytes",)) or _has_fields(entry, ("path",))
+    return image or binary or _is_text(entry) or pa.types.is_null(entry)
+
+
+_COLUMN_TYPES: Mapping[str, tuple[Callable[[pa.DataType], bool], str]] = {
+    "data_source": (_is_text, "text"),
+    "prompt": (_is_prompt, "a list of {role, content}, or that as JSON text"),
+    "images": (_is_images, "a list of {bytes, path}"),
+    "ability": (_is_text, "text"),
+    "reward_model": (lambda kind: _has_fields(kind, ("ground_truth",)), "a struct {ground_truth, style}"),
+    "extra_info": (lambda kind: pa.types.is_struct(kind) or pa.types.is_null(kind), "a struct"),
+}
+
 
 _FIXED_FIELDS = (
     pa.field("data_source", pa.string()),

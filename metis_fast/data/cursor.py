@@ -1,0 +1,144 @@
+"""An endless stream of prompts, epoch after epoch, whose place can be saved and restored exactly."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from metis_fast.data.parquet import PromptFiles
+from metis_fast.data.row import BadRowError
+from metis_fast.errors import CheckpointError, DataError
+from metis_fast.types import Prompt
+
+_LOG = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class CursorState:
+    """The place of a `PromptCursor`; `dataclasses.asdict` makes it JSON, `CursorState(**tree)` reads it back.
+
+    epoch: from 0. position: rows of that epoch already visited, bad ones included.
+    skipped: bad rows skipped since the start of the run; a row counts again in every epoch.
+    seed, shuffle, fingerprint: what the order depends on (`PromptFiles.fingerprint`).
+    """
+
+    epoch: int
+    position: int
+    skipped: int
+    seed: int
+    shuffle: bool
+    fingerprint: str
+
+
+def epoch_order(files: PromptFiles, seed: int, epoch: int) -> npt.NDArray[np.int64]:
+    """Shuffled row indices [rows] of one epoch; a pure function of its arguments, the same on every machine and numpy.
+
+    Row groups are shuffled and cut into windows that fit `files.cache_bytes`; rows are shuffled within a window. So every row
+    group is decoded once an epoch, and a set that fits the cache as a whole is permuted uniformly.
+    """
+    # Raw output of a bit generator and SeedSequence never change between numpy versions (NEP 19); Generator methods may.
+    bits = np.random.PCG64(np.random.SeedSequence(seed % 2**64, spawn_key=(epoch,)))
+    groups = files.row_groups
+    window_of_group = np.zeros(len(groups), np.int64)
+    window, num_bytes = 0, 0
+    for group in np.argsort(bits.random_raw(len(groups)), kind="stable"):
+        if num_bytes and num_bytes + groups[group].num_bytes > files.cache_bytes:
+            window, num_bytes = window + 1, 0
+        window_of_group[group] = window
+        num_bytes += groups[group].num_bytes
+    window_of_row = np.repeat(window_of_group, [group.num_rows for group in groups])
+    return np.lexsort((bits.random_raw(len(files)), window_of_row))
+
+
+class PromptCursor:
+    """Prompts of every epoch in order: each usable row exactly once an epoch, epochs follow one another without a gap.
+
+    A batch may span the border of two epochs, and may then hold a row twice.
+    """
+
+    def __init__(
+        self, files: PromptFiles, seed: int, shuffle: bool = True, on_bad_row: Literal["stop", "skip"] = "stop"
+    ) -> None:
+        """seed, shuffle: see `epoch_order`; without shuffling, rows come in the order of the files."""
+        self._files, self._seed, self._shuffle, self._on_bad_row = files, seed, shuffle, on_bad_row
+        self._epoch = self._position = self._skipped = 0
+        self._order: tuple[int, npt.NDArray[np.int64]] | None = None
+        self._logged: set[int] = set()
+
+    @property
+    def epoch(self) -> int:
+        """Epoch of the next prompt, from 0."""
+        return self._epoch
+
+    @property
+    def skipped(self) -> int:
+        """Bad rows skipped since the start of the run; a row counts again in every epoch."""
+        return self._skipped
+
+    def next(self, n: int) -> list[Prompt]:
+        """The next `n` prompts. If it raises, the cursor stays where it was.
+
+        Raises:
+            BadRowError: a bad row, with on_bad_row="stop".
+            DataError: a file cannot be read any more, or an epoch had no usable row.
+        """
+        epoch, position, skipped = self._epoch, self._position, self._skipped
+        order, prompts = self._order_of(epoch), []
+        usable = position > 0  # a place inside an epoch is always one behind a usable row
+        while len(prompts) < n:
+            index = int(order[position])
+            try:
+                prompts.append(self._files.read(index))
+                usable = True
+            except BadRowError as error:
+                if self._on_bad_row == "stop":
+                    raise
+                skipped += 1
+                self._log_once(index, error)
+            position += 1
+            if position == len(order):
+                if not usable:
+                    raise DataError(f"no usable row among {len(order)}; run `metis-fast data check` on the files")
+                epoch, position, usable = epoch + 1, 0, False
+                order = self._order_of(epoch)
+        self._epoch, self._position, self._skipped = epoch, position, skipped
+        return prompts
+
+    def state(self) -> CursorState:
+        """Where the stream stands; `restore` continues with the prompt that `next` would have given."""
+        return CursorState(self._epoch, self._position, self._skipped, self._seed, self._shuffle, self._files.fingerprint)
+
+    def restore(self, state: CursorState) -> None:
+        """Go to a saved place.
+
+        Raises:
+            CheckpointError: the state belongs to other files, another seed or another `shuffle`; the cursor stays where it was.
+        """
+        for what, saved, here in (
+            ("files", state.fingerprint, self._files.fingerprint),
+            ("run.seed", state.seed, self._seed),
+            ("data.shuffle", state.shuffle, self._shuffle),
+        ):
+            if saved != here:
+                raise CheckpointError(
+                    f"the data order of the checkpoint cannot be continued: it has {what} = {saved}, now {what} = {here}; "
+                    "restore what changed, or start a new run"
+                )
+        if state.epoch < 0 or state.skipped < 0 or not 0 <= state.position < len(self._files):
+            raise CheckpointError(f"the checkpoint holds an impossible data position {state}; use an older checkpoint")
+        self._epoch, self._position, self._skipped = state.epoch, state.position, state.skipped
+
+    def _order_of(self, epoch: int) -> npt.NDArray[np.int64]:
+        if self._order is None or self._order[0] != epoch:
+            order = epoch_order(self._files, self._seed, epoch) if self._shuffle else np.arange(len(self._files))
+            self._order = epoch, order
+        return self._order[1]
+
+    def _log_once(self, index: int, error: BadRowError) -> None:
+        if index not in self._logged:
+            self._logged.add(index)
+            _LOG.warning("skipped bad row: %s", error.bad_row)

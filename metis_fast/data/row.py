@@ -1,0 +1,222 @@
+"""One row of the Metis-RL schema: from the plain Python values of its columns to a `Prompt`, or to what is wrong with it."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import reprlib
+import struct
+import zlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from metis_fast.errors import DataError
+from metis_fast.types import Ability, ImageBlob, JsonScalar, Message, Prompt
+
+_ROLES = ("system", "user", "assistant")
+_MAX_ASPECT = 200  # Qwen3-VL's image processor refuses longer strips
+
+_SHOW = reprlib.Repr()
+_SHOW.maxstring = _SHOW.maxother = 80
+
+
+@dataclass(frozen=True, slots=True)
+class BadRow:
+    """A row that does not fit the schema; `str` is one line.
+
+    row: counted from 0 in its file. column: with the place inside it, for example `prompt[1].role`.
+    """
+
+    file: str
+    row: int
+    column: str
+    expected: str
+    got: str
+
+    def __str__(self) -> str:
+        return f"{self.file}, row {self.row}, column {self.column}: expected {self.expected}, got {self.got}"
+
+
+class BadRowError(DataError):
+    """Raised by `PromptFiles.read`; `bad_row` says what is wrong."""
+
+    def __init__(self, bad_row: BadRow) -> None:
+        super().__init__(bad_row)
+        self.bad_row = bad_row
+
+    def __str__(self) -> str:
+        return f"{self.bad_row}; mend the row, or set data.on_bad_row=skip"
+
+
+class MisfitError(Exception):
+    """Part of a row does not fit; `PromptFiles.read` adds where the row is and raises a `BadRowError`."""
+
+    def __init__(self, column: str, expected: str, got: object) -> None:
+        super().__init__(column)
+        self.column, self.expected = column, expected
+        self.got = "null" if got is None else _SHOW.repr(got)
+
+
+def one_line(error: Exception) -> str:
+    """The message of another library's error, without line breaks."""
+    return " ".join(str(error).split())
+
+
+def parse_prompt(row: Mapping[str, Any], uid: str, folder: Path) -> Prompt:
+    """One row as a prompt.
+
+    row: column -> plain Python value as Arrow makes it; `images` and `extra_info` may be missing.
+    folder: what relative image paths start from.
+
+    Raises:
+        MisfitError: the row does not fit the schema.
+    """
+    messages = _messages(row["prompt"])
+    images = _images(row.get("images"), folder)
+    marks = sum(message.content.count("<image>") for message in messages)
+    if marks != len(images):
+        raise MisfitError("images", f"{marks} images, one for each `<image>` in the prompt", len(images))
+    if not isinstance(row["data_source"], str):
+        raise MisfitError("data_source", "text", row["data_source"])
+    if row["ability"] not in tuple(Ability):
+        raise MisfitError("ability", ", ".join(Ability), row["ability"])
+    reward_model = row["reward_model"] or {}
+    answers = tuple(_answers(reward_model.get("ground_truth")))
+    if not answers:
+        raise MisfitError("reward_model.ground_truth", "at least one answer", reward_model.get("ground_truth"))
+    style = reward_model.get("style")
+    if not isinstance(style, str | None):
+        raise MisfitError("reward_model.style", "text", style)
+    extra = dict(_flatten(row.get("extra_info") or {}))
+    question = extra.pop("question", None)
+    if not isinstance(question, str) or not question.strip():
+        last = [message.content for message in messages if message.role == "user"][-1]
+        question = last.replace("<image>", "").strip()
+    return Prompt(
+        uid=uid,
+        data_source=row["data_source"],
+        messages=messages,
+        images=images,
+        ability=Ability(row["ability"]),
+        answers=answers,
+        judge_style=style or "rule",
+        question=question,
+        extra=extra,
+    )
+
+
+def _messages(value: Any) -> tuple[Message, ...]:
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            raise MisfitError("prompt", "a list of messages as JSON", value) from None
+    if not isinstance(value, list):
+        raise MisfitError("prompt", "a list of messages", value)
+    messages = []
+    for number, entry in enumerate(value):
+        role, content = (entry.get("role"), entry.get("content")) if isinstance(entry, dict) else (None, None)
+        if role not in _ROLES:
+            raise MisfitError(f"prompt[{number}].role", ", ".join(_ROLES), role)
+        messages.append(Message(role, _content(content, f"prompt[{number}].content")))
+    if all(message.role != "user" for message in messages):
+        raise MisfitError("prompt", "at least one user message", value)
+    return tuple(messages)
+
+
+def _content(value: Any, column: str) -> str:
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, list):
+        raise MisfitError(column, "text or a list of parts", value)
+    texts = []
+    for number, part in enumerate(value):
+        match part:
+            case {"type": "text", "text": str(text)}:
+                texts.append(text)
+            case {"type": "image"}:
+                texts.append("<image>")
+            case _:
+                raise MisfitError(f"{column}[{number}]", "{type: text, text: ...} or {type: image}", part)
+    return "".join(texts)
+
+
+def _images(value: Any, folder: Path) -> tuple[ImageBlob, ...]:
+    if isinstance(value, dict) and not value.get("bytes") and not value.get("path"):
+        return ()  # a column of single structs has this for rows without an image
+    entries = [] if value is None else value if isinstance(value, list) else [value]
+    return tuple(_image(entry, f"images[{number}]", folder) for number, entry in enumerate(entries))
+
+
+def _image(entry: Any, column: str, folder: Path) -> ImageBlob:
+    match entry:
+        case {"bytes": bytes(data)} | bytes(data) if data:
+            pass
+        case {"path": str(path)} | str(path) if path:
+            try:
+                data = (folder / path).read_bytes()  # an absolute path replaces the folder
+            except (OSError, ValueError) as error:
+                raise MisfitError(column, f"an image file at {folder / path}", one_line(error)) from None
+        case _:
+            raise MisfitError(column, "bytes, or the path of a file", entry)
+    try:
+        width, height = _verified_size(data)
+    except (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError) as error:
+        raise MisfitError(column, "an image that Pillow can decode", f"{len(data)} bytes: {one_line(error)}") from None
+    if max(width, height) > _MAX_ASPECT * min(width, height):
+        raise MisfitError(column, f"an aspect ratio of at most {_MAX_ASPECT}", f"{width}x{height}")
+    return ImageBlob.of(data)
+
+
+def _verified_size(data: bytes) -> tuple[int, int]:
+    """Width and height in pixels, after a check that the whole image is there, as cheap as its format allows."""
+    with Image.open(io.BytesIO(data)) as image:
+        size = image.size
+        if image.format == "PNG":
+            image.verify()  # checksums of all chunks, no decoding
+        else:
+            image.draft(None, (size[0] // 8, size[1] // 8))  # JPEG: decodes at an eighth; others ignore it
+            image.load()
+    return size
+
+
+def _answers(value: Any) -> Iterator[str]:
+    """Accepted answers, with null and blank ones left out. Text stays as it is, even if it looks like JSON."""
+    match value:
+        case None:
+            return
+        case str():
+            if value.strip():
+                yield value
+        case float():
+            if math.isfinite(value):  # Parquet writers turn null among numbers into NaN, and integers beside them into floats
+                yield str(int(value)) if value.is_integer() else repr(value)
+        case bool() | int() | Decimal():
+            yield str(value)
+        case list():
+            for entry in value:
+                yield from _answers(entry)
+        case dict():
+            filled = {key: entry for key, entry in value.items() if entry is not None}
+            named = [key for key in ("target", "value") if key in filled]
+            if not named and len(filled) > 1:
+                raise MisfitError("reward_model.ground_truth", "one field, or `target` or `value` among several", value)
+            for key in (named or list(filled))[:1]:
+                yield from _answers(filled[key])
+        case _:
+            raise MisfitError("reward_model.ground_truth", "text, number, bool, or a list or struct of them", value)
+
+
+def _flatten(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, JsonScalar]]:
+    """Scalars of nested structs under dotted keys; nulls, NaN and everything that is no JSON scalar left out."""
+    for key, entry in value.items():
+        if isinstance(entry, dict):
+            yield from _flatten(entry, f"{prefix}{key}.")
+        elif isinstance(entry, str | bool | int) or (isinstance(entry, float) and math.isfinite(entry)):
+            yield prefix + key, entry
