@@ -1,0 +1,193 @@
+"""The curves of the report, as SVG text that takes its ink from the page, so that one picture suits light and dark."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+from metis_fast.report.log import Evaluation, step_scalars
+from metis_fast.report.slices import KINDS
+from metis_fast.types import Ability, Outcome, StepStats
+
+if TYPE_CHECKING:
+    from matplotlib.typing import RcKeyType
+
+# Okabe and Ito's colours, which people with colour-blindness tell apart, without the two that vanish on white or on black.
+_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c6bb1", "#999999")
+_STEPS_BEFORE_SMOOTHING = 40
+
+# Stand-ins that matplotlib takes for colours; the SVG gets the page's own in their place.
+_INK, _GRID = "#010203", "#040506"
+
+Series = Mapping[str, tuple[Sequence[int], Sequence[float]]]
+Form = Literal["share", "number", "log", "stack"]
+
+
+@dataclass(frozen=True, slots=True)
+class Curve:
+    """One picture. svg: trusted markup; it holds numbers and names of ours, no text of a model."""
+
+    title: str
+    note: str
+    svg: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """Which tags make a picture. tags: label -> tag of `step_scalars`."""
+
+    title: str
+    note: str
+    tags: Mapping[str, str]
+    form: Form = "number"
+
+
+def _tags(group: str, names: Sequence[str]) -> dict[str, str]:
+    return {name: f"{group}/{name}" for name in names}
+
+
+def _plans(stages: Sequence[str]) -> tuple[_Plan, ...]:
+    abilities = [ability.value for ability in Ability]
+    outcomes = [outcome.value for outcome in Outcome]
+    return (
+        _Plan("Accuracy by kind", "share of training rollouts that are right", _tags("accuracy", KINDS), "share"),
+        _Plan("Tool rate by kind", "share of rollouts that call a tool", _tags("tool_rate", KINDS), "share"),
+        _Plan("Accuracy by ability", "share of training rollouts that are right", _tags("accuracy", abilities), "share"),
+        _Plan("Tool rate by ability", "share of rollouts that call a tool", _tags("tool_rate", abilities), "share"),
+        _Plan("Rewards", "means over the rollouts of a step", {"r_acc": "reward/acc", "r_tool": "reward/tool"}),
+        _Plan("Losses", "the two terms, before their weights", {"accuracy": "loss/acc", "tool": "loss/tool"}),
+        _Plan(
+            "Qualifying and signal shares",
+            "rollouts that are right; groups whose right rollouts differ in calls",
+            {"qualifying": "share/qualifying", "signal": "share/signal"},
+            "share",
+        ),
+        _Plan("Clip fractions", "share of a channel's tokens that are clipped", _tags("clip", ("acc", "tool")), "share"),
+        _Plan("Entropy", "nats, mean over sampled tokens", {"entropy": "policy/entropy"}),
+        _Plan("Gradient norm", "before clipping", {"gradient norm": "optimizer/grad_norm"}),
+        _Plan(
+            "Ratio extremes",
+            "largest and smallest probability ratio, new to old policy",
+            {"largest": "policy/ratio_max", "smallest": "policy/ratio_min"},
+            "log",
+        ),
+        _Plan(
+            "Engine gap and KL",
+            "mean |log-prob of trainer - engine|; mean log-prob old - new",
+            {"engine gap": "policy/engine_gap", "KL": "policy/kl"},
+        ),
+        _Plan("Response length", "sampled tokens a rollout", {"tokens": "response_tokens/all"}),
+        _Plan("Outcomes", "rollouts of a step by how they ended", _tags("outcomes", outcomes), "stack"),
+        _Plan("Time by stage", "seconds of a step", _tags("seconds", stages), "stack"),
+    )
+
+
+def _smooth(values: np.ndarray) -> np.ndarray:
+    """Centred moving mean; at the ends, over what is there."""
+    width = max(len(values) // 20, 3) | 1
+    kernel = np.ones(width)
+    return np.convolve(values, kernel, "same") / np.convolve(np.ones(len(values)), kernel, "same")
+
+
+def _draw_lines(axes: Axes, series: Series) -> None:
+    for (label, (steps, values)), colour in zip(series.items(), _COLOURS, strict=False):
+        if len(steps) >= _STEPS_BEFORE_SMOOTHING:
+            axes.plot(steps, values, color=colour, linewidth=0.8, alpha=0.3)
+            axes.plot(steps, _smooth(np.asarray(values)), color=colour, linewidth=1.8, label=label)
+        else:
+            axes.plot(steps, values, color=colour, linewidth=1.8, marker="o", markersize=3, label=label)
+
+
+def _draw_stack(axes: Axes, series: Series) -> None:
+    steps = sorted({step for own, _ in series.values() for step in own})
+    row = {step: index for index, step in enumerate(steps)}
+    heights = np.zeros((len(series), len(steps) + 1))
+    for height, (own, values) in zip(heights, series.values(), strict=True):
+        height[[row[step] for step in own]] = values
+    heights[:, -1] = heights[:, -2]  # the right edge of the last step
+    edges = np.array([*steps, steps[-1] + 1]) - 0.5
+    colours = [_COLOURS[index % len(_COLOURS)] for index in range(len(series))]
+    axes.stackplot(edges, heights, labels=list(series), colors=colours, step="post", linewidth=0, alpha=0.85)
+
+
+def _svg(name: str, series: Series, form: Form) -> str:
+    settings: dict[RcKeyType, str | float] = {
+        "svg.fonttype": "none",
+        "svg.hashsalt": name,  # element ids must differ between the pictures of a page, and not between two writes
+        "font.size": 9,
+        "text.color": _INK,
+        "axes.labelcolor": _INK,
+        "axes.edgecolor": _GRID,
+        "xtick.color": _INK,
+        "ytick.color": _INK,
+        "grid.color": _GRID,
+    }
+    with matplotlib.rc_context(settings):
+        figure = Figure(figsize=(5.2, 2.9), layout="constrained")
+        figure.patch.set_alpha(0)
+        axes = figure.add_subplot()
+        axes.patch.set_alpha(0)
+        if form == "stack":
+            _draw_stack(axes, series)
+        else:
+            _draw_lines(axes, series)
+        if form == "share":
+            axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=None))
+            highest = max(max(values) for _, values in series.values())
+            axes.set_ylim(bottom=-0.02 * max(highest, 0.05), top=1.04 * max(highest, 0.05))
+        if form == "log":
+            axes.set_yscale("log")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
+        axes.grid(axis="y", linewidth=0.6)
+        axes.tick_params(length=0)
+        axes.spines[["top", "right", "left"]].set_visible(False)
+        axes.margins(x=0.01)
+        figure.legend(
+            loc="outside upper left", ncols=3, frameon=False, fontsize=8.5, handlelength=1.2, borderpad=0, columnspacing=1.2
+        )
+        text = io.StringIO()
+        FigureCanvasSVG(figure).print_svg(text, metadata={"Date": None, "Creator": None})
+    svg = text.getvalue()
+    return svg[svg.index("<svg") :].replace(_INK, "currentColor").replace(_GRID, "var(--line)")
+
+
+def _heldout(evaluations: Sequence[Evaluation]) -> list[Curve]:
+    """Held-out rates over steps; before and after alone are a table, not a curve."""
+    if len(evaluations) < 3:
+        return []
+    present = [kind for kind in KINDS if any(kind in evaluation.slices for evaluation in evaluations)]
+    names = present or ["all", *(ability.value for ability in Ability)]
+    curves = []
+    for title, rate in (("Held-out accuracy", "accuracy"), ("Held-out tool rate", "tool_rate")):
+        series = {}
+        for name in names:
+            points = [(entry.step, getattr(entry.slices[name], rate)) for entry in evaluations if name in entry.slices]
+            if points:
+                series[name] = tuple(zip(*points, strict=True))
+        curves.append(Curve(title, "on prompts that are not trained on", _svg(title, series, "share")))
+    return curves
+
+
+def draw_curves(steps: Sequence[StepStats], evaluations: Sequence[Evaluation]) -> list[Curve]:
+    """Every picture for which the run has data, in reading order. Non-finite values are left out."""
+    points = [(stats.step, step_scalars(stats)) for stats in steps]
+    stages = list(dict.fromkeys(stage for stats in steps for stage in stats.seconds))
+    curves = _heldout(evaluations)
+    for plan in _plans(stages):
+        series = {}
+        for label, tag in plan.tags.items():
+            own = [(step, scalars[tag]) for step, scalars in points if tag in scalars and np.isfinite(scalars[tag])]
+            if own:
+                series[label] = tuple(zip(*own, strict=True))
+        if series:
+            curves.append(Curve(plan.title, plan.note, _svg(plan.title, series, plan.form)))
+    return curves

@@ -1,0 +1,247 @@
+"""What a run writes while it trains: `metrics.jsonl`, `eval.jsonl`, TensorBoard events, and one line a step.
+
+A run that was interrupted and resumed has the `metrics.jsonl` of an uninterrupted one, seconds aside: `RunLog.truncate` drops
+what came after the checkpoint, and a line cut short by a kill is dropped when the log is opened.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import fmean
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self, TypeVar
+
+from tqdm import tqdm
+
+from metis_fast.config import LogConfig
+from metis_fast.errors import DataError
+from metis_fast.report.slices import KINDS
+from metis_fast.types import Ability, Slice, StepStats, UpdateStats
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+_LINES_BETWEEN_HEADERS = 25
+
+# Tags of the means over a step's updates. Extremes and counts are combined otherwise, below.
+_UPDATE_MEANS = {
+    "loss/total": "loss",
+    "loss/acc": "loss_acc",
+    "loss/tool": "loss_tool",
+    "optimizer/grad_norm": "grad_norm",
+    "optimizer/lr": "lr",
+    "clip/acc": "clip_acc",
+    "clip/tool": "clip_tool",
+    "policy/kl": "kl",
+    "policy/entropy": "entropy",
+    "policy/engine_gap": "engine_gap",
+}
+_UPDATE_SUMS = {
+    "tokens/run": "num_tokens",
+    "tokens/padding": "num_padding",
+    "tokens/skipped": "num_skipped",
+    "tokens/n_acc": "n_acc",
+    "tokens/n_tool": "n_tool",
+}
+_SLICE_RATES = ("accuracy", "tool_rate", "tool_calls", "format_rate", "response_tokens")
+
+_Record = TypeVar("_Record")
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """Held-out rates after `step` training steps (0: before the first)."""
+
+    step: int
+    slices: Mapping[str, Slice]
+
+
+def _slice_scalars(slices: Mapping[str, Slice], prefix: str = "") -> dict[str, float]:
+    return {
+        f"{prefix}{rate}/{name}": getattr(entry, rate)
+        for rate in _SLICE_RATES
+        for name, entry in slices.items()
+        if entry.num > entry.num_no_verdict  # a rate over nothing is no point of a curve
+    }
+
+
+def step_scalars(stats: StepStats) -> dict[str, float]:
+    """A step as flat `group/name` tags: the tags of TensorBoard and the curves of the report.
+
+    Of several updates: means, sums of token counts, and the extremes of the ratio. Updates that were skipped because nothing
+    had a gradient count for the tokens only.
+    """
+    scalars = {"reward/acc": stats.reward_acc, "reward/tool": stats.reward_tool} | _slice_scalars(stats.slices)
+    scalars |= {f"outcomes/{name}": float(count) for name, count in stats.outcomes.items()}
+    scalars["outcomes/tool_errors"] = float(stats.tool_errors)
+    scalars["share/qualifying"], scalars["share/signal"] = stats.qualifying_share, stats.signal_share
+    scalars["data/bad_rows_skipped"] = float(stats.bad_rows_skipped)
+    scalars |= {tag: float(sum(getattr(update, name) for update in stats.updates)) for tag, name in _UPDATE_SUMS.items()}
+    applied = [update for update in stats.updates if not update.skipped_step]
+    if applied:
+        scalars |= {tag: fmean(getattr(update, name) for update in applied) for tag, name in _UPDATE_MEANS.items()}
+        scalars["policy/ratio_max"] = max(update.ratio_max for update in applied)
+        scalars["policy/ratio_min"] = min(update.ratio_min for update in applied)
+    return scalars | {f"seconds/{stage}": seconds for stage, seconds in stats.seconds.items()}
+
+
+def _slices_of(record: Mapping[str, Any]) -> dict[str, Slice]:
+    return {name: Slice(**entry) for name, entry in record["slices"].items()}
+
+
+def _step_of(record: dict[str, Any]) -> StepStats:
+    updates = tuple(UpdateStats(**update) for update in record["updates"])
+    return StepStats(**{**record, "slices": _slices_of(record), "updates": updates})
+
+
+def _evaluation_of(record: dict[str, Any]) -> Evaluation:
+    return Evaluation(step=record["step"], slices=_slices_of(record))
+
+
+def _whole_lines(path: Path) -> list[bytes]:
+    """The lines of a file with their ends; one without an end was cut short and is left out."""
+    return [line for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")] if path.exists() else []
+
+
+def _read(path: Path, make: Callable[[dict[str, Any]], _Record]) -> list[_Record]:
+    records = []
+    for number, line in enumerate(_whole_lines(path), start=1):
+        try:
+            records.append(make(json.loads(line)))
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise DataError(f"{path}:{number}: expected a record of this version, got {error!r}; move the file away") from None
+    return records
+
+
+def read_steps(folder: Path) -> list[StepStats]:
+    """The steps of a run folder, in file order; none where there is no `metrics.jsonl`.
+
+    Raises:
+        DataError: a line that is not a step.
+    """
+    return _read(folder / "metrics.jsonl", _step_of)
+
+
+def read_evaluations(folder: Path) -> list[Evaluation]:
+    """The evaluations of a run folder, in file order; none where there is no `eval.jsonl`.
+
+    Raises:
+        DataError: a line that is not an evaluation.
+    """
+    return _read(folder / "eval.jsonl", _evaluation_of)
+
+
+def _append(path: Path, record: StepStats | Evaluation) -> None:
+    with path.open("ab") as handle:
+        handle.write(json.dumps(asdict(record), ensure_ascii=False).encode() + b"\n")
+        handle.flush()
+        os.fsync(handle.fileno())
+
+
+def _keep_lines(path: Path, keep: Callable[[bytes], bool]) -> None:
+    """Rewrite a file, if it exists, with the whole lines that `keep` wants; atomically."""
+    if not path.exists():
+        return
+    scratch = path.with_name(f".{path.name}.tmp")
+    with scratch.open("wb") as handle:
+        handle.writelines(line for line in _whole_lines(path) if keep(line))
+        handle.flush()
+        os.fsync(handle.fileno())
+    scratch.replace(path)
+
+
+def _live_cells(stats: StepStats) -> dict[str, str]:
+    """Heading -> text of the line a step prints."""
+    scalars = step_scalars(stats)
+
+    def cell(tag: str, form: str) -> str:
+        return format(scalars[tag], form) if tag in scalars else "-"
+
+    kinds = [kind for kind in KINDS if kind in stats.slices]
+    columns = kinds or [ability.value for ability in Ability if ability.value in stats.slices]
+    return {
+        "step": str(stats.step),
+        "accuracy": cell("accuracy/all", ".3f"),
+        **{f"tools:{name}": cell(f"tool_rate/{name}", ".3f") for name in columns},
+        "loss": cell("loss/total", "+.4f"),
+        "grad norm": cell("optimizer/grad_norm", ".3g"),
+        "seconds": f"{sum(stats.seconds.values()):.1f}",
+    }
+
+
+class RunLog:
+    """The log of one run folder. One process writes it."""
+
+    def __init__(self, folder: Path, config: LogConfig) -> None:
+        """Open the log of `folder` (made if need be) to append to; a half-written last line is dropped."""
+        folder.mkdir(parents=True, exist_ok=True)
+        self._folder, self._config = folder, config
+        self._metrics, self._evaluations = folder / "metrics.jsonl", folder / "eval.jsonl"
+        self._purge_step: int | None = None
+        self._writer: SummaryWriter | None = None
+        self._headings: list[str] = []
+        self._lines = 0
+        for path in (self._metrics, self._evaluations):
+            if path.exists() and not path.read_bytes().endswith(b"\n"):
+                _keep_lines(path, lambda line: True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def truncate(self, step: int) -> None:
+        """Forget every record whose step is `step` or later. Call it before the first record of a run resumed at `step`.
+
+        The evaluation due at `step` is among them: the resumed run makes it again. TensorBoard hides the events it drops.
+        """
+        for path in (self._metrics, self._evaluations):
+            _keep_lines(path, lambda line: json.loads(line)["step"] < step)
+        self._purge_step = step
+
+    def step(self, stats: StepStats) -> None:
+        """Record a training step and print its line. On disk when this returns."""
+        _append(self._metrics, stats)
+        self._scalars(step_scalars(stats), stats.step)
+        self._print(_live_cells(stats))
+
+    def evaluation(self, step: int, slices: Mapping[str, Slice]) -> None:
+        """Record the held-out rates after `step` training steps (0: before the first). On disk when this returns."""
+        _append(self._evaluations, Evaluation(step=step, slices=slices))
+        self._scalars(_slice_scalars(slices, prefix="heldout_"), step)
+
+    def close(self) -> None:
+        """Write out what TensorBoard still holds. May be called twice."""
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+
+    def _scalars(self, scalars: Mapping[str, float], step: int) -> None:
+        if not self._config.tensorboard:
+            return
+        if self._writer is None:
+            # Here, because the import takes a second that a run without TensorBoard need not wait.
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writer = SummaryWriter(str(self._folder / "tensorboard"), purge_step=self._purge_step)
+        for tag, value in scalars.items():
+            self._writer.add_scalar(tag, value, step)
+        self._writer.flush()
+
+    def _print(self, cells: Mapping[str, str]) -> None:
+        headings = list(cells)
+        widths = [max(len(heading), 8) for heading in headings]
+        if headings != self._headings or self._lines % _LINES_BETWEEN_HEADERS == 0:
+            self._headings = headings
+            tqdm.write(
+                "  ".join(heading.rjust(width) for heading, width in zip(headings, widths, strict=True)), file=sys.stdout
+            )
+        self._lines += 1
+        # tqdm's write keeps a bar that is on the screen below the line; without one it is a plain print.
+        tqdm.write("  ".join(text.rjust(width) for text, width in zip(cells.values(), widths, strict=True)), file=sys.stdout)

@@ -1,0 +1,138 @@
+"""What training changed: tool-call rate and accuracy on the held-out prompts, before and after (`summary.json`)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from metis_fast.errors import DataError
+from metis_fast.report.slices import KINDS
+from metis_fast.types import Ability, Slice
+
+
+@dataclass(frozen=True, slots=True)
+class Rates:
+    """tool_rate: share of rollouts with a tool call. accuracy: share that is right."""
+
+    tool_rate: float
+    accuracy: float
+
+
+@dataclass(frozen=True, slots=True)
+class Side:
+    """The held-out rates of one policy.
+
+    kinds: `KINDS` that the data has -> rates. by_ability: ability -> ("all" or kind) -> rates.
+    """
+
+    kinds: Mapping[str, Rates]
+    by_ability: Mapping[str, Mapping[str, Rates]]
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """A finished run. wall_s: seconds from its first step to its end, interruptions left out."""
+
+    seed: int
+    wall_s: float
+    before: Side
+    after: Side
+
+
+@dataclass(frozen=True, slots=True)
+class SummaryRow:
+    """One line of the before/after table. indent: 0 for a kind or an ability, 1 for a kind within an ability."""
+
+    name: str
+    indent: int
+    before: Rates | None
+    after: Rates | None
+
+
+def _side(slices: Mapping[str, Slice]) -> Side:
+    def rates(names: Mapping[str, str]) -> dict[str, Rates]:
+        found = {label: slices[key] for label, key in names.items() if key in slices}
+        return {label: Rates(entry.tool_rate, entry.accuracy) for label, entry in found.items()}
+
+    abilities = [ability.value for ability in Ability if ability.value in slices]
+    return Side(
+        kinds=rates({kind: kind for kind in KINDS}),
+        by_ability={name: rates({kind: f"{name}/{kind}" for kind in KINDS} | {"all": name}) for name in abilities},
+    )
+
+
+def _side_tree(side: Side) -> dict[str, object]:
+    def tree(rates: Mapping[str, Rates]) -> dict[str, dict[str, float]]:
+        return {name: {"tool_rate": entry.tool_rate, "accuracy": entry.accuracy} for name, entry in rates.items()}
+
+    return {**tree(side.kinds), "by_ability": {name: tree(rates) for name, rates in side.by_ability.items()}}
+
+
+def _side_from(tree: Mapping[str, Any]) -> Side:
+    def rates(entries: Mapping[str, Any]) -> dict[str, Rates]:
+        return {name: Rates(**entry) for name, entry in entries.items()}
+
+    return Side(
+        kinds=rates({name: entry for name, entry in tree.items() if name != "by_ability"}),
+        by_ability={name: rates(entries) for name, entries in tree["by_ability"].items()},
+    )
+
+
+def write_summary(path: Path, *, seed: int, wall_s: float, before: Mapping[str, Slice], after: Mapping[str, Slice]) -> Summary:
+    """Write `summary.json`, atomically, from the slices of the evaluations before and after training.
+
+    Kinds that the held-out set does not have are left out.
+    """
+    summary = Summary(seed=seed, wall_s=wall_s, before=_side(before), after=_side(after))
+    tree = {"seed": seed, "wall_s": wall_s, "before": _side_tree(summary.before), "after": _side_tree(summary.after)}
+    scratch = path.with_name(f".{path.name}.tmp")
+    scratch.write_text(json.dumps(tree, indent=2) + "\n", encoding="utf-8")
+    scratch.replace(path)
+    return summary
+
+
+def read_summary(path: Path) -> Summary:
+    """Read what `write_summary` wrote.
+
+    Raises:
+        DataError: the file is missing or is not a summary.
+    """
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+        return Summary(tree["seed"], tree["wall_s"], _side_from(tree["before"]), _side_from(tree["after"]))
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}; give the summary of a finished run") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{path}: expected the summary of a run, got {error!r}; give a file that a run wrote") from None
+
+
+def summary_rows(summary: Summary) -> Iterator[SummaryRow]:
+    """The lines of the before/after table: kinds first, then every ability with its kinds."""
+    before, after = summary.before, summary.after
+    for kind in KINDS:
+        if kind in before.kinds or kind in after.kinds:
+            yield SummaryRow(kind, 0, before.kinds.get(kind), after.kinds.get(kind))
+    for ability in (ability.value for ability in Ability):
+        old, new = before.by_ability.get(ability, {}), after.by_ability.get(ability, {})
+        for name in ("all", *KINDS):
+            if name in old or name in new:
+                yield SummaryRow(ability if name == "all" else name, int(name != "all"), old.get(name), new.get(name))
+
+
+def print_summary_table(summary: Summary) -> None:
+    """Print tool-call rate and accuracy, before -> after, by kind and by ability."""
+
+    def change(before: float | None, after: float | None) -> str:
+        return " -> ".join("-".rjust(6) if value is None else f"{value:6.1%}" for value in (before, after))
+
+    table = [("", "tool-call rate", "accuracy")]
+    for row in summary_rows(summary):
+        old, new = row.before, row.after
+        tool_rate = change(old and old.tool_rate, new and new.tool_rate)
+        table.append(("  " * row.indent + row.name, tool_rate, change(old and old.accuracy, new and new.accuracy)))
+    width = max(len(name) for name, _, _ in table)
+    for name, tool_rate, accuracy in table:
+        print(f"{name.ljust(width)}   {tool_rate.rjust(16)}   {accuracy.rjust(16)}")
