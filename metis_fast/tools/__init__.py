@@ -1,0 +1,27 @@
+"""The agent's tools. `open_toolbox` is the door; `protocol` says what comes out of it.
+
+Nothing heavy is imported here: the warm Python server of the sandbox imports this package too.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from metis_fast.config import ToolsConfig
+    from metis_fast.tools.protocol import Toolbox
+
+
+def open_toolbox(config: ToolsConfig, scratch: Path) -> Toolbox:
+    """Check and open the enabled tools; start the warm Python server if `python` is one of them.
+
+    scratch: existing or new folder for what the tools keep while they are open; nothing is left in it after `close()`.
+
+    Raises:
+        ToolSetupError: no sandbox on this machine, or a corpus that is not set, missing, or without the needed columns.
+    """
+    from metis_fast.tools.toolbox import LocalToolbox  # at first use, see above
+
+    return LocalToolbox.open(config, scratch)

@@ -1,0 +1,353 @@
+"""The `python` tool, seen from the trainer: starts the warm server, opens sessions in it, turns replies into observations.
+
+Everything here is free of the running event loop, so that one toolbox serves several `asyncio.run` calls; what belongs to a
+loop lives inside one call.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import io
+import math
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+
+from PIL import Image
+
+from metis_fast.config import PythonToolConfig
+from metis_fast.errors import InfrastructureError, ToolSetupError
+from metis_fast.tools.sandbox.wire import LENGTH, MAX_FRAME, Call, Limits, Reply, WireError, decode_reply, encode_call
+from metis_fast.types import ImageBlob, Observation, Outcome
+
+_START_S = 60.0  # a cold import of numpy and Pillow on a loaded machine, with room
+_CPU_CALLS = 20  # a session may use the CPU time of this many calls; the paper's rollouts have ten turns
+_MAX_PIXELS = 4096 * 4096
+_OPEN = b"open"
+_READY = b"ready"
+# sys.path is set by hand because the server ignores the caller's folder and PYTHONPATH, as `-I` would have it. Not `-I` itself:
+# it also ignores PYTHONHASHSEED, which makes the order of sets repeat. The environment is ours, so nothing else differs.
+_COMMAND = "import sys; sys.path.insert(0, sys.argv.pop(1)); from metis_fast.tools.sandbox.server import main; main()"
+
+
+def _environment() -> dict[str, str]:
+    return {
+        "PATH": os.defpath,
+        "LANG": "C.UTF-8",
+        "TZ": "UTC",
+        "PYTHONHASHSEED": "0",
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "OMP_NUM_THREADS": "1",
+        "OPENBLAS_NUM_THREADS": "1",
+        "MPLBACKEND": "module://metis_fast.tools.sandbox.figures",
+    }
+
+
+class _SessionEndedError(Exception):
+    """The other end of a session's socket is closed."""
+
+
+class SandboxProcess:
+    """One running session of the server. Belongs to the event loop that uses it."""
+
+    def __init__(self, data: socket.socket, life: socket.socket) -> None:
+        self._data = data
+        self._life = life
+        for sock in (data, life):
+            sock.setblocking(False)
+
+    async def _read(self, size: int) -> bytes:
+        loop = asyncio.get_running_loop()
+        buffer = bytearray()
+        while len(buffer) < size:
+            try:
+                chunk = await loop.sock_recv(self._data, min(size - len(buffer), 1 << 20))
+            except ConnectionError:
+                chunk = b""
+            if not chunk:
+                raise _SessionEndedError
+            buffer += chunk
+        return bytes(buffer)
+
+    async def read_reply(self) -> Reply:
+        """The next reply.
+
+        Raises:
+            _SessionEndedError: the session is gone. WireError: it sent something else.
+        """
+        (size,) = LENGTH.unpack(await self._read(LENGTH.size))
+        if size > MAX_FRAME:
+            raise WireError("reply is too large")
+        return decode_reply(await self._read(size))
+
+    async def exchange(self, call: Call) -> Reply:
+        """Send a call and wait for its reply. Raises as `read_reply`."""
+        try:
+            await asyncio.get_running_loop().sock_sendall(self._data, encode_call(call))
+        except ConnectionError:
+            raise _SessionEndedError from None
+        return await self.read_reply()
+
+    async def end(self) -> int | None:
+        """Kill the session and wait until all its processes are gone.
+
+        Returns the exit status of its first process (negative: the signal that killed it); None if the server died instead.
+        """
+        loop = asyncio.get_running_loop()
+        text = b""
+        try:
+            with contextlib.suppress(OSError):
+                self._life.shutdown(socket.SHUT_WR)
+            with contextlib.suppress(ConnectionError):
+                while chunk := await loop.sock_recv(self._life, 32):
+                    text += chunk
+        finally:
+            self.discard()
+        return int(text) if text else None
+
+    def discard(self) -> None:
+        """Close our sockets without waiting; the server kills the session."""
+        self._data.close()
+        self._life.close()
+
+
+class PythonServer:
+    """The warm server process. Restarted by the next `open` after it died."""
+
+    def __init__(self, config: PythonToolConfig, scratch: Path) -> None:
+        """Start it.
+
+        Raises:
+            ToolSetupError: it does not start, or no sandbox can be set up on this machine.
+        """
+        self._limits = Limits(
+            memory_mb=config.memory_mb,
+            scratch_mb=config.scratch_mb,
+            cpu_s=math.ceil(config.timeout_s * _CPU_CALLS),
+            max_output_chars=config.max_output_chars,
+            unsafe=config.unsafe,
+        )
+        self._scratch = scratch
+        self._lock = threading.Lock()
+        self._closed = False
+        self._live: set[SandboxProcess] = set()
+        self._folder, self._process, self._control = self._start()
+
+    @property
+    def pid(self) -> int:
+        """PID of the server's outermost process."""
+        return self._process.pid
+
+    def _start(self) -> tuple[Path, subprocess.Popen[bytes], socket.socket]:
+        if not sys.platform.startswith("linux"):
+            raise ToolSetupError("the python tool needs Linux; remove `python` from tools.enabled")
+        try:
+            self._scratch.mkdir(parents=True, exist_ok=True)
+            folder = Path(tempfile.mkdtemp(prefix="python-", dir=self._scratch))
+        except OSError as error:
+            raise ToolSetupError(f"cannot use scratch folder {self._scratch}: {error.strerror}; choose another") from None
+        (folder / "root").mkdir()
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        root = str(Path(__file__).resolve().parents[2])
+        arguments = [str(theirs.fileno()), str(os.getpid()), str((folder / "root").resolve()), self._limits.to_json()]
+        with theirs, (folder / "log").open("wb") as log:
+            process = subprocess.Popen(
+                [sys.executable, "-s", "-P", "-c", _COMMAND, root, *arguments],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=log,
+                cwd="/",
+                env=_environment(),
+                pass_fds=[theirs.fileno()],
+                start_new_session=True,  # Ctrl-C in the terminal is for the trainer alone
+            )
+        ours.settimeout(_START_S)
+        try:
+            answer = ours.recv(4096)
+        except OSError as error:
+            answer = f"error {error}".encode()
+        if answer == _READY:
+            return folder, process, ours
+        process.kill()
+        process.wait()
+        ours.close()
+        reason = answer.decode(errors="replace").removeprefix("error ") or _last_line(folder / "log") or "the server ended"
+        shutil.rmtree(folder, ignore_errors=True)
+        if self._limits.unsafe:
+            raise ToolSetupError(f"the Python server did not start ({reason}); remove `python` from tools.enabled")
+        raise ToolSetupError(
+            f"no sandbox for the python tool on this machine ({reason}); allow unprivileged user namespaces, or, on a machine "
+            "that you can throw away, set tools.python.unsafe=true (--unsafe-tools)"
+        )
+
+    def _stop(self) -> None:
+        self._control.close()  # the server ends by itself, and with it all sessions
+        try:
+            self._process.wait(5)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _ensure_alive(self) -> None:
+        with self._lock:
+            if self._closed:
+                raise InfrastructureError("the toolbox is closed")
+            if self._process.poll() is None:
+                return
+            self._stop()
+            try:
+                self._folder, self._process, self._control = self._start()
+            except ToolSetupError as error:
+                raise InfrastructureError(f"the Python server died and did not start again: {error}") from None
+
+    async def open(self) -> SandboxProcess:
+        """Fork a session.
+
+        Raises:
+            InfrastructureError: the server died, or cannot fork.
+        """
+        if self._closed or self._process.poll() is not None:
+            await asyncio.to_thread(self._ensure_alive)
+        data, their_data = socket.socketpair()
+        life, their_life = socket.socketpair()
+        process = SandboxProcess(data, life)
+        ready = False
+        try:
+            with their_data, their_life:
+                # Does not block: callers are limited to a few at a time, the socket holds hundreds of these.
+                socket.send_fds(self._control, [_OPEN], [their_data.fileno(), their_life.fileno()])
+            async with asyncio.timeout(_START_S):
+                await process.read_reply()
+            ready = True
+        except (OSError, _SessionEndedError, WireError) as error:  # a TimeoutError is an OSError
+            reason = _last_line(self._folder / "log") or type(error).__name__
+            raise InfrastructureError(f"cannot open a Python session: {reason}") from None
+        finally:
+            if not ready:
+                process.discard()
+        self._live.add(process)
+        return process
+
+    async def end(self, process: SandboxProcess) -> int | None:
+        """End a session, see `SandboxProcess.end`."""
+        try:
+            return await process.end()
+        finally:
+            self._live.discard(process)
+
+    def discard(self, process: SandboxProcess) -> None:
+        """End a session without waiting for it."""
+        process.discard()
+        self._live.discard(process)
+
+    def close(self) -> None:
+        """Stop the server and every session, and remove its folder. May be called twice."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+            for process in self._live:
+                process.discard()
+            self._live.clear()
+            self._stop()
+
+
+def _last_line(path: Path) -> str:
+    try:
+        lines = path.read_text(errors="replace").split("\n")
+    except OSError:
+        return ""
+    return next((line for line in reversed(lines) if line.strip()), "")
+
+
+def _image(png: bytes) -> ImageBlob | None:
+    """The image if it really is one: what a session sends is in the agent's hands."""
+    try:
+        with Image.open(io.BytesIO(png), formats=["PNG"]) as image:
+            if image.width * image.height > _MAX_PIXELS:
+                return None
+            image.load()
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):  # Pillow's ways to refuse a file
+        return None
+    return ImageBlob.of(png)
+
+
+def _describe(status: int) -> str:
+    return f"killed by signal {-status}" if status < 0 else f"exit status {status}"
+
+
+class PythonTool:
+    """The `python` tool of one rollout. Its process starts with the first call."""
+
+    def __init__(self, server: PythonServer, images: Sequence[ImageBlob], timeout_s: float, max_output_chars: int) -> None:
+        self._server = server
+        self._images = images
+        self._timeout_s = timeout_s
+        self._max_chars = max_output_chars
+        self._process: SandboxProcess | None = None
+        self._has_history = False  # a call of the agent has run
+
+    async def call(self, code: str) -> Observation:
+        """Run `code` in this rollout's session.
+
+        Raises:
+            InfrastructureError: the server died; the next call starts anew.
+        """
+        note, images, process = "", (), self._process
+        if process is None:
+            process = self._process = await self._server.open()
+            images = tuple(image.data for image in self._images)
+            note = "[new Python session: earlier variables are gone]\n" if self._has_history else ""
+        finished = False
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                reply = await process.exchange(Call(code, images))
+            finished = True
+        except TimeoutError:
+            text = f"Timed out after {self._timeout_s:g} s. The Python session was stopped; the next call starts a new one."
+            await self.close()
+            self._has_history = True
+            return Observation(note + text, outcome=Outcome.TOOL_ERROR)
+        except _SessionEndedError:
+            status = await self.close()
+            if status is None:
+                raise InfrastructureError("the Python server died during a call") from None
+            self._has_history = True
+            text = f"The Python session ended ({_describe(status)}). The next call starts a new one."
+            return Observation(note + text, outcome=Outcome.TOOL_ERROR)
+        except WireError:
+            await self.close()
+            self._has_history = True
+            return Observation(note + "The Python session broke. The next call starts a new one.", outcome=Outcome.TOOL_ERROR)
+        finally:
+            if not finished and self._process is not None:  # cancelled: what comes next on the socket is not for the next call
+                self._server.discard(self._process)
+                self._process = None
+        self._has_history = True
+        return await self._observation(reply, note)
+
+    async def _observation(self, reply: Reply, note: str) -> Observation:
+        text, images, room = note, [], 2 * self._max_chars
+        for part in reply.parts:
+            if isinstance(part, str):
+                text, room = text + part[:room].replace("<image>", "< image >"), max(0, room - len(part))
+                continue
+            image = await asyncio.to_thread(_image, part)
+            if image is not None:
+                images.append(image)
+                text += ("" if not text or text.endswith("\n") else "\n") + "<image>\n"
+        outcome = Outcome.TOOL_RESULT if reply.ok else Outcome.TOOL_ERROR
+        return Observation(text.rstrip("\n") or "(no output)", tuple(images), outcome)
+
+    async def close(self) -> int | None:
+        """Kill the session, if there is one, and wait until it is gone. Returns as `SandboxProcess.end`."""
+        process, self._process = self._process, None
+        return await self._server.end(process) if process is not None else None

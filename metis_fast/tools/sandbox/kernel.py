@@ -1,0 +1,251 @@
+"""The kernel's own means of isolation, through ctypes: namespaces, mounts, capabilities, limits.
+
+Two levels. The server has a user, mount, PID, network, IPC and UTS namespace of its own, and a root of read-only bind mounts.
+A session adds a user, mount, PID, IPC and network namespace, in which only two mounts are new (scratch and /proc), so that it costs
+a fraction of a millisecond. The user namespace of its own is what makes RLIMIT_NPROC count per session (Linux >= 5.14).
+
+Sources: man pages namespaces(7), user_namespaces(7), pid_namespaces(7), pivot_root(2), mount_setattr(2), capabilities(7).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import resource
+import signal
+import struct
+import sys
+import sysconfig
+from pathlib import Path
+
+from metis_fast.tools.sandbox.wire import Limits
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+NEWNS, NEWUTS, NEWIPC, NEWUSER, NEWPID, NEWNET = 0x20000, 0x4000000, 0x8000000, 0x10000000, 0x20000000, 0x40000000
+_MS_NOSUID, _MS_NODEV, _MS_NOEXEC, _MS_BIND, _MS_REC, _MS_PRIVATE = 2, 4, 8, 4096, 16384, 1 << 18
+_MNT_DETACH = 2
+_SYS_PIVOT_ROOT = {"x86_64": 155, "aarch64": 41}
+_SYS_MOUNT_SETATTR = 442  # the same on every architecture
+_AT_RECURSIVE, _AT_FDCWD = 0x8000, -100
+_MOUNT_ATTR_RDONLY, _MOUNT_ATTR_NOSUID = 1, 2
+_PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_CAPBSET_DROP, _PR_SET_NO_NEW_PRIVS = 1, 4, 24, 38
+_CAP_VERSION_3 = 0x20080522
+
+_INNER_ID = 1  # who sessions run as, in the server's user namespace
+_NOBODY = 65534  # who that is outside if we are root: RLIMIT_NPROC does not bind the real root
+_SESSION_ID = 1000  # who they are in their own
+MAX_PROCESSES = 64
+MAX_FILES = 256
+
+SCRATCH = "/tmp"  # of a session, in the sandbox's root
+_DEVICES = ("null", "zero", "full", "random", "urandom")
+_SYSTEM = ("/usr/lib", "/usr/lib64", "/lib", "/lib64", "/etc/ld.so.cache")
+
+
+def _check(result: int, what: str) -> None:
+    if result < 0:
+        number = ctypes.get_errno()
+        raise OSError(number, f"{what}: {os.strerror(number)}")
+
+
+def _unshare(flags: int) -> None:
+    _check(_libc.unshare(ctypes.c_int(flags)), "unshare")
+
+
+def _mount(source: str, target: str, kind: str, flags: int, options: str = "") -> None:
+    arguments = (source.encode(), target.encode(), kind.encode(), ctypes.c_ulong(flags), options.encode())
+    _check(_libc.mount(*arguments), f"mount {target}")
+
+
+def _prctl(option: int, value: int) -> None:
+    zeros = (ctypes.c_ulong(0),) * 3
+    _check(_libc.prctl(ctypes.c_int(option), ctypes.c_ulong(value), *zeros), f"prctl {option}")
+
+
+def die_with_parent() -> None:
+    """Have the kernel kill this process when the thread that forked it ends."""
+    _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _write(path: str, text: str) -> None:
+    # one write(2): the id maps take no second one
+    fd = os.open(path, os.O_WRONLY)
+    try:
+        os.write(fd, text.encode())
+    finally:
+        os.close(fd)
+
+
+def _write_id_maps(pid: str, users: str, groups: str, setgroups: bool) -> None:
+    if not setgroups:  # without privilege over the parent namespace, a group map needs this
+        _write(f"/proc/{pid}/setgroups", "deny")
+    _write(f"/proc/{pid}/uid_map", users)
+    _write(f"/proc/{pid}/gid_map", groups)
+
+
+def _enter_user_namespace() -> None:
+    """Leave the machine's namespaces for private ones, but for the PID namespace that children will get."""
+    flags = NEWUSER | NEWNS | NEWPID | NEWNET | NEWIPC | NEWUTS
+    user, group = os.geteuid(), os.getegid()
+    if user != 0:
+        _unshare(flags)
+        _write_id_maps("self", f"{_INNER_ID} {user} 1", f"{_INNER_ID} {group} 1", setgroups=False)
+        return
+    # Root maps a second id, which only a process that stayed behind in the parent namespace may do.
+    reader, writer = os.pipe()
+    server = os.getpid()
+    helper = os.fork()
+    if helper == 0:
+        status = 1
+        try:
+            os.close(writer)
+            if os.read(reader, 1):
+                ids = f"0 0 1\n{_INNER_ID} {_NOBODY} 1"
+                _write_id_maps(str(server), ids, ids, setgroups=True)
+                status = 0
+        finally:
+            os._exit(status)
+    os.close(reader)
+    try:
+        _unshare(flags)
+        os.write(writer, b"x")
+    finally:
+        os.close(writer)
+        _, status = os.waitpid(helper, 0)
+    if status:
+        raise PermissionError(1, "cannot map user ids into a new user namespace")
+
+
+def visible_paths() -> list[str]:
+    """What a session may read: the interpreter, its packages, the system's libraries. Parents come before children."""
+    names = {sys.prefix, sys.base_prefix, sys.exec_prefix, sys.base_exec_prefix, *_SYSTEM}
+    names.update(sysconfig.get_paths().values())
+    names.add(os.path.dirname(os.path.abspath(__file__)))  # the plotting back end, loaded on demand
+    kept: list[str] = []
+    for name in sorted(name for name in names if os.path.exists(name)):
+        real_parent = any(os.path.commonpath((name, parent)) == parent for parent in kept if not os.path.islink(parent))
+        if not real_parent:
+            kept.append(name)
+    return kept
+
+
+def _bind(source: str, root: str) -> None:
+    target = root + source
+    os.makedirs(os.path.dirname(target), exist_ok=True)
+    if os.path.islink(source):
+        os.symlink(os.readlink(source), target)
+        return
+    if os.path.isdir(source):
+        os.makedirs(target, exist_ok=True)
+    else:
+        Path(target).touch()
+    _mount(source, target, "", _MS_BIND | _MS_REC)
+
+
+def _make_read_only(root: str) -> None:
+    # struct mount_attr: attr_set, attr_clr, propagation, userns_fd
+    attributes = struct.pack("=QQQQ", _MOUNT_ATTR_RDONLY | _MOUNT_ATTR_NOSUID, 0, 0, 0)
+    result = _libc.syscall(
+        ctypes.c_long(_SYS_MOUNT_SETATTR),
+        ctypes.c_int(_AT_FDCWD),
+        root.encode(),
+        ctypes.c_uint(_AT_RECURSIVE),
+        attributes,
+        ctypes.c_size_t(len(attributes)),
+    )
+    _check(result, "mount_setattr")
+
+
+def _pivot(root: str) -> None:
+    machine = os.uname().machine
+    if machine not in _SYS_PIVOT_ROOT:
+        raise OSError(38, f"no known pivot_root system call on {machine}")
+    os.chdir(root)
+    # The old root is stacked on the new one, then detached: no folder for it is needed (pivot_root(2), NOTES).
+    _check(_libc.syscall(ctypes.c_long(_SYS_PIVOT_ROOT[machine]), b".", b"."), "pivot_root")
+    _check(_libc.umount2(b".", ctypes.c_int(_MNT_DETACH)), "umount the old root")
+    os.chdir("/")
+
+
+def isolate_server(folder: str) -> None:
+    """Continue as PID 1 of a process tree without network and with a private read-only root. Returns in a forked child only.
+
+    folder: an empty folder to build the root on; nothing appears in it outside.
+
+    Raises:
+        OSError: the machine allows no such namespaces or mounts. Raised in the caller or in the child, not in both.
+    """
+    _enter_user_namespace()
+    child = os.fork()
+    if child:
+        os.closerange(3, 1 << 16)  # the child alone holds the sockets, so its end is seen as the server's end
+        _, status = os.waitpid(child, 0)
+        os._exit(os.waitstatus_to_exitcode(status) & 0xFF)
+    die_with_parent()
+    visible = visible_paths()
+    _mount("none", "/", "", _MS_REC | _MS_PRIVATE)
+    _mount("tmpfs", folder, "tmpfs", _MS_NOSUID | _MS_NODEV, "mode=755,size=1m")
+    for source in visible:
+        _bind(source, folder)
+    for device in _DEVICES:
+        _bind(f"/dev/{device}", folder)
+    for name in ("proc", SCRATCH.strip("/")):
+        os.makedirs(f"{folder}/{name}", exist_ok=True)
+    _make_read_only(folder)
+    # Not read-only: a session may only mount a /proc that is no freer than the one it covers, and must write a sysctl in it.
+    _mount("proc", f"{folder}/proc", "proc", _MS_NOSUID | _MS_NODEV | _MS_NOEXEC)
+    _pivot(folder)
+
+
+def isolate_session(limits: Limits) -> int:
+    """Put the calling child of the server into namespaces of its own and fork their PID 1.
+
+    Returns 0 in the new process, which is ready to run the agent's code but for `limit_process`; its PID in the caller.
+    """
+    if os.geteuid() == 0:
+        os.setgroups([])
+        os.setresgid(_INNER_ID, _INNER_ID, _INNER_ID)
+        os.setresuid(_INNER_ID, _INNER_ID, _INNER_ID)
+        _prctl(_PR_SET_DUMPABLE, 1)  # cleared by the change of user; without it our own id maps are not ours
+    _unshare(NEWUSER | NEWNS | NEWPID | NEWIPC | NEWNET)
+    _write_id_maps("self", f"{_SESSION_ID} {_INNER_ID} 1", f"{_SESSION_ID} {_INNER_ID} 1", setgroups=False)
+    child = os.fork()
+    if child:
+        return child
+    options = f"mode=700,size={limits.scratch_mb}m,nr_inodes=16384"
+    _mount("tmpfs", SCRATCH, "tmpfs", _MS_NOSUID | _MS_NODEV, options)
+    _mount("proc", "/proc", "proc", _MS_NOSUID | _MS_NODEV | _MS_NOEXEC)
+    # In a further user namespace the agent would be allowed to mount, and with it to leave the scratch limit.
+    _write("/proc/sys/user/max_user_namespaces", "0")
+    _drop_privileges()
+    return 0
+
+
+def _drop_privileges() -> None:
+    _prctl(_PR_SET_NO_NEW_PRIVS, 1)
+    with open("/proc/sys/kernel/cap_last_cap", encoding="ascii") as file:
+        last = int(file.read())
+    for capability in range(last + 1):
+        _prctl(_PR_CAPBSET_DROP, capability)
+    header, data = struct.pack("=Ii", _CAP_VERSION_3, 0), bytes(24)
+    _check(_libc.capset(header, data), "capset")
+
+
+def limit_process(limits: Limits) -> None:
+    """Set the resource limits of a session; they are inherited by whatever it starts."""
+    with open("/proc/self/statm", encoding="ascii") as file:
+        held = int(file.read().split()[0]) * resource.getpagesize()
+    values = {
+        resource.RLIMIT_AS: held + (limits.memory_mb << 20),
+        resource.RLIMIT_CPU: limits.cpu_s,
+        resource.RLIMIT_FSIZE: limits.scratch_mb << 20,
+        resource.RLIMIT_NOFILE: MAX_FILES,
+        resource.RLIMIT_CORE: 0,
+    }
+    if not limits.unsafe:  # outside a user namespace it would count all of the user's processes
+        values[resource.RLIMIT_NPROC] = MAX_PROCESSES
+    for name, value in values.items():
+        hard = resource.getrlimit(name)[1]
+        value = value if hard == resource.RLIM_INFINITY else min(value, hard)
+        resource.setrlimit(name, (value, value))
