@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from itertools import product
@@ -187,10 +187,12 @@ class _Split:
             return _prompt(uid, order, "capital", question, country.capital, {"country": country.name})
         if order.kind is Kind.UNCERTAIN:
             city = next(self._side[order.truth])
-            question = f"Is {city.name} south of the equator?"
-            return _prompt(uid, order, "equator", question, "yes" if order.truth else "no", {"city": city.name})
-        city = next(self._cities_of[next(self._homes)])
-        return _prompt(uid, order, "country", f"Which country is {city.name} in?", city.country, {"city": city.name})
+            topic, question, answer = "equator", f"Is {city.name} south of the equator?", "yes" if order.truth else "no"
+        else:
+            city = next(self._cities_of[next(self._homes)])
+            topic, question, answer = "country", f"Which country is {city.name} in?", city.country
+        extra = {"city": city.name, "country": city.country, "south": city.south}
+        return _prompt(uid, order, topic, question, answer, extra)
 
     def _math(self, order: _Order, uid: str) -> Prompt:
         if order.kind is Kind.DIRECT:
@@ -206,7 +208,7 @@ def _prompt(
     topic: str,
     question: str,
     answer: str,
-    extra: dict[str, JsonScalar],
+    extra: Mapping[str, JsonScalar],
     images: tuple[ImageBlob, ...] = (),
 ) -> Prompt:
     return Prompt(

@@ -40,7 +40,7 @@ FABRICS = ("linen", "denim", "canvas", "satin", "velvet", "cotton", "suede", "tw
 
 _FRAME_PX = 8  # the processor's filter reaches 4 pixels; 4 of colour border plus 4 of weave end do not meet
 _WEAVE_PX = PANEL_PX - 2 * _FRAME_PX
-_AMPLITUDE = 40  # grey levels
+_AMPLITUDE = 36  # grey levels; with the bent ends of `mesh` 54, what the colours leave free after the jitter is 60
 # What happens across the alternating axis, with a period of 8: Walsh functions, so that the fabrics are orthogonal on every
 # aligned 8 x 8 patch of a crop.
 _ACROSS = ((1, 1, 1, 1, 1, 1, 1, 1), (1, 1, 1, 1, -1, -1, -1, -1), (1, 1, -1, -1, 1, 1, -1, -1), (1, 1, -1, -1, -1, -1, 1, 1))
@@ -56,7 +56,7 @@ def _halving_filter(num_pixels: int) -> npt.NDArray[np.float64]:
 
 @cache
 def _invisible_profile() -> npt.NDArray[np.float64]:
-    """[48] grey levels: an alternation of +-40 whose ends are bent (by at most 11 levels) until the filter takes it out.
+    """[48] grey levels: an alternation of +-36 whose ends (0, -12, 36, -44, ...) are bent until the filter takes it out.
 
     The nearest sequence to the plain alternation in the null space of the filter, rounded; what the rounding leaves is
     below half a level, so it rounds away.

