@@ -14,6 +14,7 @@ import types
 from collections.abc import Iterable
 
 import numpy as np
+import numpy.random  # loads late by itself, in every session anew
 from PIL import Image, ImageShow
 
 from metis_fast.tools.sandbox.wire import LENGTH, Call, Limits, Reply, decode_call, encode_reply

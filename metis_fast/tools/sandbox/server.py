@@ -8,6 +8,7 @@ sent there. So neither side keeps a table of names, and a dead server is an end 
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import resource
 import selectors
@@ -173,6 +174,7 @@ def main() -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard if hard != resource.RLIM_INFINITY else max(soft, 1 << 16), hard))
     interpreter.Image.init()
+    gc.freeze()  # no collection in a session touches, and so copies, the pages of what is loaded here
     tempfile.tempdir = folder if limits.unsafe else kernel.SCRATCH
     try:
         if not limits.unsafe:
