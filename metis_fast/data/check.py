@@ -46,8 +46,8 @@ class CheckReport:
 def check_files(paths: Sequence[Path], progress: bool) -> CheckReport:
     """Read every row of the files (or folders of them), as training would.
 
-    progress: show a bar over row groups on stderr, where that is a terminal. A row group that cannot be decoded counts as one
-    bad row, its first.
+    progress: show a bar over row groups on stderr, where that is a terminal. Where a row group cannot be decoded, all its
+    rows are bad.
 
     Raises:
         DataError: a file is missing, is no Parquet file, or lacks a column (see `PromptFiles`).
@@ -64,9 +64,10 @@ def check_files(paths: Sequence[Path], progress: bool) -> CheckReport:
             except BadRowError as error:
                 bad_rows.append(error.bad_row)
             except DataError as error:
-                path, row = files.location(index)
-                bad_rows.append(BadRow(str(path), row, f"all of row group {group.group}", "rows that decode", str(error)))
-                break
+                column = f"all, row group {group.group}"
+                places = map(files.location, range(index, group.start + group.num_rows))
+                bad_rows.extend(BadRow(str(path), row, column, "data that decodes", str(error)) for path, row in places)
+                break  # its other rows would fail alike, each after another try to decode them all
             else:
                 abilities[prompt.ability.value] += 1
                 images += len(prompt.images)

@@ -352,11 +352,12 @@ def write_prompts(path: Path, prompts: Iterable[Prompt], row_group_size: int = 2
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        num_rows = _write_groups(temporary, groups)
-        temporary.replace(path)
+        try:
+            num_rows = _write_groups(temporary, groups)
+            temporary.replace(path)
+        finally:
+            for leftover in (temporary, temporary.with_name(temporary.name + ".narrow")):
+                leftover.unlink(missing_ok=True)
     except OSError as error:
-        raise DataError(f"cannot write {path}: {error.strerror or error}; choose a folder that can be written") from None
-    finally:
-        for leftover in (temporary, temporary.with_name(temporary.name + ".narrow")):
-            leftover.unlink(missing_ok=True)
+        raise DataError(f"cannot write {path}: {one_line(error)}; choose a folder that can be written") from error
     return num_rows

@@ -181,7 +181,7 @@ def _verified_size(data: bytes) -> tuple[int, int]:
         if image.format == "PNG":
             image.verify()  # checksums of all chunks, no decoding
         else:
-            image.draft(None, (size[0] // 8, size[1] // 8))  # JPEG: decodes at an eighth; others ignore it
+            image.draft(None, (max(size[0] // 8, 1), max(size[1] // 8, 1)))  # JPEG decodes at an eighth; others ignore it
             image.load()
     return size
 

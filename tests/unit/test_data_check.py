@@ -1,0 +1,108 @@
+"""The check: finds exactly the rows that training would refuse, and says what the others hold."""
+
+import io
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from metis_fast.data.check import check_files, render_json, render_text
+from metis_fast.data.parquet import PromptFiles
+from metis_fast.data.row import BadRowError
+from metis_fast.errors import DataError
+
+
+def encoded(width: int, height: int) -> bytes:
+    out = io.BytesIO()
+    Image.new("L", (width, height)).save(out, "PNG")
+    return out.getvalue()
+
+
+def write_rows(path: Path, *rows: tuple[str, list[bytes]]) -> Path:
+    table = [
+        {
+            "data_source": "unit",
+            "prompt": [{"role": "user", "content": "<image>" * len(images) + "what?"}],
+            "images": images,
+            "ability": ability,
+            "reward_model": {"ground_truth": "4", "style": "rule"},
+        }
+        for ability, images in rows
+    ]
+    pq.write_table(pa.Table.from_pylist(table), path, row_group_size=2, compression="zstd")
+    return path
+
+
+SMALL, WIDE, LARGE = encoded(5, 7), encoded(40, 2), encoded(30, 20)
+
+
+def test_the_report_counts_what_training_would_see(tmp_path: Path):
+    write_rows(tmp_path / "a.parquet", ("math", [SMALL, LARGE]), ("search", [WIDE]), ("math", []))
+    write_rows(tmp_path / "b.parquet", ("music", [encoded(900, 900)]), ("search", [b"junk"]))
+    report = check_files([tmp_path], progress=False)
+    assert report.rows == 5
+    assert report.abilities == {"math": 2, "perception": 0, "search": 1}
+    assert (report.images, report.smallest, report.largest) == (3, (5, 7), (30, 20))
+    assert report.image_bytes == len(SMALL) + len(WIDE) + len(LARGE)
+    assert [(bad.row, bad.column) for bad in report.bad_rows] == [(0, "ability"), (1, "images[0]")]
+    assert report.exit_code == 1
+
+
+def test_the_check_refuses_exactly_the_rows_that_reading_refuses(tmp_path: Path):
+    rows = [(ability, images) for ability in ("math", "music") for images in ([], [SMALL], [SMALL[:-9]])]
+    path = write_rows(tmp_path / "set.parquet", *rows)
+    refused, files = [], PromptFiles([path])
+    for index in range(len(files)):
+        try:
+            files.read(index)
+        except BadRowError as error:
+            refused.append(error.bad_row)
+    assert len(refused) == 4
+    assert check_files([path], progress=False).bad_rows == tuple(refused)
+
+
+def test_a_row_group_that_cannot_be_decoded_costs_its_own_rows_only(tmp_path: Path):
+    path = write_rows(tmp_path / "set.parquet", *[("math", [SMALL])] * 6)
+    chunk = pq.ParquetFile(path).metadata.row_group(1).column(0)
+    data = bytearray(path.read_bytes())
+    start = chunk.dictionary_page_offset or chunk.data_page_offset
+    data[start : start + chunk.total_compressed_size] = bytes(chunk.total_compressed_size)
+    path.write_bytes(data)
+    report = check_files([path], progress=False)
+    assert [bad.row for bad in report.bad_rows] == [2, 3]
+    assert report.abilities["math"] == 4
+
+
+def test_json_holds_every_bad_row_with_its_five_fields(tmp_path: Path):
+    path = write_rows(tmp_path / "set.parquet", ("music", []), ("math", [LARGE]))
+    tree = json.loads(render_json(check_files([path], progress=False)))
+    assert tree["bad_rows"] == [
+        {"file": str(path), "row": 0, "column": "ability", "expected": "math, perception, search", "got": "'music'"}
+    ]
+    assert tree["largest"] == [30, 20]
+    assert tree["rows"] == 2
+
+
+def test_text_lists_each_bad_row_on_a_line_and_then_the_summary(tmp_path: Path):
+    path = write_rows(tmp_path / "set.parquet", ("music", []), ("math", [SMALL]), ("search", [LARGE]), ("math", []))
+    assert render_text(check_files([path], progress=False)).splitlines() == [
+        f"bad row: {path}, row 0, column ability: expected math, perception, search, got 'music'",
+        "rows       4 (3 usable, 1 bad)",
+        "abilities  math 2 (67%), perception 0 (0%), search 1 (33%)",
+        "images     2 (0.0 MiB), 5x7 to 30x20 pixels",
+    ]
+
+
+def test_files_without_images_or_bad_rows_pass(tmp_path: Path):
+    report = check_files([write_rows(tmp_path / "set.parquet", ("math", []))], progress=True)
+    assert report.exit_code == 0
+    assert render_text(report).splitlines()[-1] == "images     none"
+    assert json.loads(render_json(report))["smallest"] is None
+
+
+def test_a_missing_file_is_an_error_rather_than_a_report(tmp_path: Path):
+    with pytest.raises(DataError, match="no such file"):
+        check_files([tmp_path / "absent.parquet"], progress=False)

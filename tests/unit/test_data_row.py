@@ -1,0 +1,264 @@
+"""Rows: every shape of a value that writers produce gives the same prompt, and a bad row says where and why."""
+
+import io
+import json
+import pickle
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from metis_fast.data.parquet import PromptFiles
+from metis_fast.data.row import BadRow, BadRowError
+from metis_fast.errors import DataError
+from metis_fast.types import Ability, ImageBlob, Message, Prompt
+
+
+def encoded(width: int = 6, height: int = 4, kind: str = "PNG") -> bytes:
+    out = io.BytesIO()
+    Image.effect_noise((width, height), 60).save(out, kind)
+    return out.getvalue()
+
+
+PNG = encoded()
+PLAIN = {
+    "data_source": "unit",
+    "prompt": [{"role": "user", "content": "1 + 1?"}],
+    "images": None,
+    "ability": "math",
+    "reward_model": {"ground_truth": "2", "style": "math"},
+    "extra_info": {"question": "one and one"},
+}
+ONE_MARK = [{"role": "user", "content": "<image> what?"}]
+
+
+def read_rows(folder: Path, *changes: dict[str, object]) -> list[Prompt | BadRow]:
+    """Write PLAIN with changes, one row each, and read the rows."""
+    pq.write_table(pa.Table.from_pylist([PLAIN | change for change in changes]), folder / "set.parquet")
+    files, out = PromptFiles([folder / "set.parquet"]), []
+    for index in range(len(files)):
+        try:
+            out.append(files.read(index))
+        except BadRowError as error:
+            out.append(error.bad_row)
+    return out
+
+
+def read_good(folder: Path, **change) -> Prompt:
+    (prompt,) = read_rows(folder, change)
+    assert isinstance(prompt, Prompt), prompt
+    return prompt
+
+
+@pytest.mark.parametrize(
+    "images",
+    [
+        [{"bytes": PNG, "path": None}],
+        [{"bytes": PNG, "path": "name_only.png"}],
+        [{"bytes": PNG}],
+        [{"bytes": None, "path": "beside/pixels.png"}],
+        [{"bytes": b"", "path": "beside/pixels.png"}],
+        [PNG],
+        ["beside/pixels.png"],
+        {"bytes": PNG, "path": None},
+        {"bytes": None, "path": "beside/pixels.png"},
+        PNG,
+    ],
+    ids=lambda images: str(images).replace(str(PNG), "PNG"),
+)
+def test_every_shape_of_an_image_gives_its_bytes(tmp_path: Path, images: object):
+    (tmp_path / "beside").mkdir()
+    (tmp_path / "beside" / "pixels.png").write_bytes(PNG)
+    assert read_good(tmp_path, prompt=ONE_MARK, images=images).images == (ImageBlob.of(PNG),)
+
+
+def test_an_absolute_image_path_is_read_where_it_is(tmp_path: Path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "pixels.png").write_bytes(PNG)
+    images = [{"bytes": None, "path": str(tmp_path / "pixels.png")}]
+    assert read_good(tmp_path / "elsewhere", prompt=ONE_MARK, images=images).images == (ImageBlob.of(PNG),)
+
+
+@pytest.mark.parametrize("images", [None, [], {"bytes": None, "path": None}], ids=str)
+def test_null_an_empty_list_and_an_empty_struct_are_no_image(tmp_path: Path, images: object):
+    with_image = {"prompt": ONE_MARK, "images": {"bytes": PNG, "path": None} if isinstance(images, dict) else [{"bytes": PNG}]}
+    _, without = read_rows(tmp_path, with_image, {"images": images})
+    assert isinstance(without, Prompt)
+    assert without.images == ()
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"])
+def test_images_keep_their_encoding_and_order(tmp_path: Path, kind: str):
+    blobs = [encoded(33, 9, kind), encoded(8, 70, kind)]
+    prompt = read_good(tmp_path, prompt=[{"role": "user", "content": "<image><image>"}], images=blobs)
+    assert [image.data for image in prompt.images] == blobs
+
+
+@pytest.mark.parametrize(
+    ("ground_truth", "answers"),
+    [
+        ("2", ("2",)),
+        (["2", "two"], ("2", "two")),
+        (["2", None, " "], ("2",)),
+        (2, ("2",)),
+        (-2.5, ("-2.5",)),
+        (2.0, ("2",)),
+        ([2, 3], ("2", "3")),
+        (True, ("True",)),
+        ({"target": ["2", "two"]}, ("2", "two")),
+        ({"target": "2", "hint": "even"}, ("2",)),
+        ({"value": 2}, ("2",)),
+        ({"text": "2"}, ("2",)),
+        ({"target": None, "text": "2"}, ("2",)),
+        ([{"value": "2"}, {"value": "two"}], ("2", "two")),
+        ('["2", "two"]', ('["2", "two"]',)),
+        ("2024-01-01", ("2024-01-01",)),
+        ('{"target": "2"}', ('{"target": "2"}',)),
+        (" 2\n", (" 2\n",)),
+    ],
+)
+def test_every_shape_of_a_ground_truth_gives_its_answers(tmp_path: Path, ground_truth: object, answers: tuple[str, ...]):
+    assert read_good(tmp_path, reward_model={"ground_truth": ground_truth, "style": "rule"}).answers == answers
+
+
+@pytest.mark.parametrize("reward_model", [{"ground_truth": "2"}, {"ground_truth": "2", "style": None, "weight": 0.5}], ids=str)
+def test_a_missing_judge_style_is_rule(tmp_path: Path, reward_model: dict[str, object]):
+    assert read_good(tmp_path, reward_model=reward_model).judge_style == "rule"
+
+
+CHAT = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "<image>what is it?"}]
+PARTS = [
+    {"role": "system", "content": [{"type": "text", "text": "be "}, {"type": "text", "text": "brief"}]},
+    {"role": "user", "content": [{"type": "image", "text": None}, {"type": "text", "text": "what is it?"}]},
+]
+
+
+@pytest.mark.parametrize(
+    "prompt", [CHAT, PARTS, json.dumps(CHAT), json.dumps(PARTS)], ids=["chat", "parts", "json", "json parts"]
+)
+def test_every_shape_of_a_prompt_gives_the_same_messages(tmp_path: Path, prompt: object):
+    messages = read_good(tmp_path, prompt=prompt, images=[PNG]).messages
+    assert messages == (Message("system", "be brief"), Message("user", "<image>what is it?"))
+
+
+def test_extra_info_is_flattened_under_dotted_keys_and_holds_scalars_only(tmp_path: Path):
+    extra_info = {
+        "question": "one and one",
+        "index": 3,
+        "source": {"book": "primer", "place": {"page": 7, "line": None}},
+        "share": 0.5,
+        "hard": False,
+        "gone": None,
+        "tags": ["a", "b"],
+        "raw": b"bytes",
+        "missing": float("nan"),
+    }
+    prompt = read_good(tmp_path, extra_info=extra_info)
+    assert prompt.extra == {"index": 3, "source.book": "primer", "source.place.page": 7, "share": 0.5, "hard": False}
+    assert prompt.question == "one and one"
+
+
+@pytest.mark.parametrize(
+    "extra_info", [None, {"question": None, "a": 1}, {"question": " "}, {"question": ["no", "text"]}], ids=str
+)
+def test_without_a_question_the_last_user_message_is_it(tmp_path: Path, extra_info: object):
+    talk = [("user", "hello"), ("assistant", "yes?"), ("user", "<image>\n1 + 1?"), ("assistant", "Let me")]
+    prompt = [{"role": role, "content": content} for role, content in talk]
+    assert read_good(tmp_path, prompt=prompt, images=[PNG], extra_info=extra_info).question == "1 + 1?"
+
+
+def text_of(content: object) -> list[dict[str, object]]:
+    return [{"role": "user", "content": content}]
+
+
+@pytest.mark.parametrize(
+    ("change", "column", "got"),
+    [
+        ({"ability": "Math"}, "ability", "'Math'"),
+        ({"prompt": [{"role": "tool", "content": "x"}]}, "prompt[0].role", "'tool'"),
+        ({"prompt": [*CHAT[:1], {"role": None, "content": "x"}]}, "prompt[1].role", "null"),
+        ({"prompt": CHAT[:1]}, "prompt", "[{'content': 'be brief', 'role': 'system'}]"),
+        ({"prompt": text_of(None)}, "prompt[0].content", "null"),
+        ({"prompt": text_of([{"type": "video", "text": "x"}])}, "prompt[0].content[0]", "{'text': 'x', 'type': 'video'}"),
+        ({"prompt": text_of([{"type": "text", "text": None}])}, "prompt[0].content[0]", "{'text': None, 'type': 'text'}"),
+        ({"prompt": "1 + 1?"}, "prompt", "'1 + 1?'"),
+        ({"prompt": '{"role": "user", "content": "x"}'}, "prompt", "{'content': 'x', 'role': 'user'}"),
+        ({"prompt": '["x"]'}, "prompt[0].role", "null"),
+        ({"reward_model": {"ground_truth": None, "style": "rule"}}, "reward_model.ground_truth", "null"),
+        ({"reward_model": {"ground_truth": "", "style": "rule"}}, "reward_model.ground_truth", "''"),
+        ({"reward_model": {"ground_truth": [], "style": "rule"}}, "reward_model.ground_truth", "[]"),
+        ({"reward_model": {"ground_truth": float("nan")}}, "reward_model.ground_truth", "nan"),
+        ({"reward_model": {"ground_truth": b"2"}}, "reward_model.ground_truth", "b'2'"),
+        ({"reward_model": {"ground_truth": {"a": "1", "b": "2"}}}, "reward_model.ground_truth", "{'a': '1', 'b': '2'}"),
+        ({"reward_model": {"ground_truth": "2", "style": 1}}, "reward_model.style", "1"),
+        ({"prompt": ONE_MARK}, "images", "0"),
+        ({"images": [PNG]}, "images", "1"),
+        ({"images": [None, PNG]}, "images[0]", "null"),
+        ({"images": [PNG, b"no image"]}, "images[1]", "8 bytes: cannot identify image file"),
+        ({"images": [encoded(90, 90, "JPEG")[:-200]]}, "images[0]", "image file is truncated"),
+        ({"images": [encoded(90, 90, "WEBP")[:-200]]}, "images[0]", "bytes: "),
+        ({"images": [encoded(90, 90)[:-200]]}, "images[0]", "bytes: "),
+        ({"images": [PNG[:60] + bytes([PNG[60] ^ 1]) + PNG[61:]]}, "images[0]", "broken PNG file"),
+        ({"images": [encoded(201, 1)]}, "images[0]", "201x1"),
+        ({"images": ["absent.png"]}, "images[0]", "No such file"),
+        ({"images": [{"bytes": None, "path": None}]}, "images[0]", "{'bytes': None, 'path': None}"),
+    ],
+)
+def test_a_bad_row_says_where_and_what_in_one_line(tmp_path: Path, change: dict[str, object], column: str, got: str):
+    (bad_row,) = read_rows(tmp_path, change)
+    assert isinstance(bad_row, BadRow), bad_row
+    assert (bad_row.file, bad_row.row, bad_row.column) == (str(tmp_path / "set.parquet"), 0, column)
+    assert got in bad_row.got
+    assert "\n" not in str(bad_row)
+
+
+@pytest.mark.parametrize(
+    ("change", "column", "got"),
+    [
+        ({"data_source": None}, "data_source", "null"),
+        ({"ability": None}, "ability", "null"),
+        ({"prompt": None}, "prompt", "null"),
+        ({"prompt": []}, "prompt", "[]"),
+        ({"reward_model": None}, "reward_model.ground_truth", "null"),
+    ],
+)
+def test_a_null_or_empty_value_beside_a_good_row_is_a_bad_row(tmp_path: Path, change: dict[str, object], column: str, got: str):
+    good, bad_row = read_rows(tmp_path, {}, change)
+    assert isinstance(good, Prompt)
+    assert isinstance(bad_row, BadRow)
+    assert (bad_row.row, bad_row.column, bad_row.got) == (1, column, got)
+
+
+def test_the_row_of_a_bad_row_counts_from_the_start_of_its_own_file(tmp_path: Path):
+    for name, abilities in (("a", ["math"] * 3), ("b", ["math", "search", "music"])):
+        table = pa.Table.from_pylist([PLAIN | {"ability": ability} for ability in abilities])
+        pq.write_table(table, tmp_path / f"{name}.parquet", row_group_size=2)
+    files = PromptFiles([tmp_path])
+    with pytest.raises(BadRowError) as caught:
+        files.read(5)
+    assert caught.value.bad_row == BadRow(
+        str(tmp_path / "b.parquet"), 2, "ability", ", ".join(ability.value for ability in Ability), "'music'"
+    )
+    assert files.read(4).uid == "b:1"
+
+
+def test_text_that_is_not_utf8_is_a_bad_row(tmp_path: Path):
+    table = pa.Table.from_pylist([PLAIN])
+    broken = pa.Array.from_buffers(pa.string(), 1, pa.array([b"\xff\xfe"]).buffers())
+    pq.write_table(table.set_column(0, "data_source", broken), tmp_path / "set.parquet")
+    with pytest.raises(BadRowError, match="column data_source"):
+        PromptFiles([tmp_path / "set.parquet"]).read(0)
+
+
+def test_a_long_value_is_cut_in_the_message(tmp_path: Path):
+    (bad_row,) = read_rows(tmp_path, {"prompt": "words " * 1000})
+    assert len(str(bad_row).replace(str(tmp_path), "")) < 250
+
+
+def test_a_bad_row_error_survives_the_way_between_processes():
+    error = BadRowError(BadRow("set.parquet", 3, "ability", "math", "'music'"))
+    copy = pickle.loads(pickle.dumps(error))
+    assert isinstance(copy, DataError)
+    assert (copy.bad_row, str(copy)) == (error.bad_row, str(error))
