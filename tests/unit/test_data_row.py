@@ -12,7 +12,6 @@ from PIL import Image
 
 from metis_fast.data.parquet import PromptFiles
 from metis_fast.data.row import BadRow, BadRowError
-from metis_fast.errors import DataError
 from metis_fast.types import Ability, ImageBlob, Message, Prompt
 
 
@@ -260,5 +259,5 @@ def test_a_long_value_is_cut_in_the_message(tmp_path: Path):
 def test_a_bad_row_error_survives_the_way_between_processes():
     error = BadRowError(BadRow("set.parquet", 3, "ability", "math", "'music'"))
     copy = pickle.loads(pickle.dumps(error))
-    assert isinstance(copy, DataError)
+    assert isinstance(copy, BadRowError)
     assert (copy.bad_row, str(copy)) == (error.bad_row, str(error))

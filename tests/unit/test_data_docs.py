@@ -1,0 +1,24 @@
+"""The page on data: what it tells users to write is what the reader reads."""
+
+import re
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from metis_fast.data.parquet import PromptFiles
+from metis_fast.types import Ability, Message
+
+PAGE = Path(__file__).parents[2] / "docs" / "data.md"
+
+
+def test_the_example_of_the_page_makes_a_file_that_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (example,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (64, 32)).save("chart.png")
+    exec(compile(example, PAGE, "exec"), {})
+    prompt = PromptFiles([tmp_path / "charts.parquet"]).read(0)
+    assert prompt.uid == "charts:0"
+    assert prompt.messages[1] == Message("user", "<image>\nWhich year had the highest sales?")
+    assert prompt.images[0].data == Path("chart.png").read_bytes()
+    assert (prompt.ability, prompt.answers, prompt.extra) == (Ability.PERCEPTION, ("2019",), {"split": "train"})
