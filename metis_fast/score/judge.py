@@ -1,0 +1,102 @@
+"""The judge of a run: finds the answer in a rollout and hands it to the matcher of its prompt's style."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+
+from metis_fast.config import ScoreConfig
+from metis_fast.errors import ConfigError
+from metis_fast.score.choice import ChoiceMatcher
+from metis_fast.score.mathematics import MathMatcher
+from metis_fast.score.protocol import Judge, JudgeUnavailable, Matcher
+from metis_fast.score.response import format_ok, last_answer
+from metis_fast.score.rule import RuleMatcher
+from metis_fast.types import Prompt, Rollout, Verdict
+
+__all__ = ["Judge", "JudgeUnavailable", "StyleJudge", "open_judge"]
+
+
+def _open_llm(config: ScoreConfig) -> Matcher:
+    from metis_fast.score.llm import LlmMatcher  # its client takes a second to import, which only runs that need it pay
+
+    return LlmMatcher(config.llm)
+
+
+_MATCHERS: dict[str, Callable[[ScoreConfig], Matcher]] = {
+    "rule": lambda config: RuleMatcher(config.number_tolerance),
+    "choice": lambda config: ChoiceMatcher(config.number_tolerance),
+    "math": lambda config: MathMatcher(config.number_tolerance),
+    "llm": _open_llm,
+}
+
+# What public data sets call the same things.
+_SYNONYMS = {
+    **dict.fromkeys(("exact_match", "exact", "em", "string", "string_match", "number", "numeric", "boolean"), "rule"),
+    **dict.fromkeys(("multiple_choice", "multi_choice", "mcq", "option"), "choice"),
+    **dict.fromkeys(("math_verify", "mathematics", "latex"), "math"),
+    **dict.fromkeys(("model", "llm_judge", "model_judge", "gpt"), "llm"),
+}
+
+
+def _known_style(style: str) -> str:
+    name = style.strip().lower().replace("-", "_").replace(" ", "_")
+    name = _SYNONYMS.get(name, name)
+    if name not in _MATCHERS:
+        raise ConfigError(
+            f"the data has judge style {style!r}; known styles are {', '.join(_MATCHERS)} (or {', '.join(_SYNONYMS)}); "
+            "change reward_model.style of those rows"
+        )
+    return name
+
+
+class StyleJudge:
+    """Judges by `prompt.judge_style`. Made by `open_judge`."""
+
+    def __init__(self, matchers: Mapping[str, Matcher]) -> None:
+        """matchers: style, as prompts spell it -> what compares; styles may share one."""
+        self._matchers = dict(matchers)
+        self._distinct = list({id(matcher): matcher for matcher in matchers.values()}.values())
+
+    async def judge(self, prompt: Prompt, rollout: Rollout) -> Verdict:
+        """Judge what the policy itself wrote; observations do not count. However the rollout ended, the same rules hold.
+
+        Raises:
+            JudgeUnavailable: there is no verdict.
+            ConfigError: `open_judge` was not told of this prompt's style.
+        """
+        matcher = self._matchers.get(prompt.judge_style)
+        if matcher is None:
+            raise ConfigError(
+                f"prompt {prompt.uid} has judge style {prompt.judge_style!r}, but this judge was opened for "
+                f"{', '.join(sorted(self._matchers)) or 'none'}; give open_judge every style of the data"
+            )
+        text = rollout.response_text
+        answer = last_answer(text)
+        correct = bool(answer) and await matcher.matches(prompt, answer)
+        return Verdict(correct=correct, format_ok=format_ok(text), answer=answer)
+
+    async def check(self) -> None:
+        """Probe what can be missing (an LLM endpoint), before any rollout depends on it.
+
+        Raises:
+            JudgeError: one line that says what to set.
+        """
+        for matcher in self._distinct:
+            await matcher.check()
+
+    def close(self) -> None:
+        """End helper processes and caches. May be called twice."""
+        for matcher in self._distinct:
+            matcher.close()
+
+
+def open_judge(config: ScoreConfig, styles: Collection[str]) -> StyleJudge:
+    """The judge for prompts of the given styles (`Prompt.judge_style`, as in the data; synonyms are understood).
+
+    Raises:
+        ConfigError: a style that is not known.
+        JudgeError: a style that needs configuration which is not there.
+    """
+    names = {style: _known_style(style) for style in styles}
+    opened = {name: _MATCHERS[name](config) for name in sorted(set(names.values()))}
+    return StyleJudge({style: opened[name] for style, name in names.items()})

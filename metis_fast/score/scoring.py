@@ -1,0 +1,82 @@
+"""Scores a batch of groups: verdicts, rewards, advantages."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+
+import numpy as np
+
+from metis_fast.config import Config, ScoreConfig
+from metis_fast.errors import JudgeError
+from metis_fast.score.advantage import GroupRewards, advantages
+from metis_fast.score.protocol import Judge, JudgeUnavailable
+from metis_fast.score.reward import accuracy_reward, tool_reward
+from metis_fast.types import Group, Outcome, Prompt, Rollout, Score, ScoredGroup, Verdict
+
+
+async def score_groups(groups: Sequence[Group], judge: Judge, config: Config) -> list[ScoredGroup]:
+    """Judge every rollout and compute rewards and advantages over the batch, in the order of `groups`.
+
+    A rollout that ended in INFRASTRUCTURE_ERROR is not judged; it and those whose judge failed (JUDGE_ERROR) have no verdict
+    and count in no mean.
+
+    Raises:
+        JudgeError: the judge failed and no rollout of the batch has a verdict. A dead judge has to stop a run, which would
+            otherwise train on nothing without saying so.
+    """
+    verdicts = await asyncio.gather(*(_verdict(judge, group.prompt, rollout) for group in groups for rollout in group.rollouts))
+    failures = [verdict for verdict in verdicts if isinstance(verdict, JudgeUnavailable)]
+    if failures and not any(isinstance(verdict, Verdict) for verdict in verdicts):
+        raise JudgeError(
+            f"the judge gave no verdict for any of {len(failures)} rollouts ({failures[-1]}); see that it runs, then resume"
+        )
+    following = iter(verdicts)
+    judged = [[next(following) for _ in group.rollouts] for group in groups]
+    rewards = [_rewards(group, found, config.score) for group, found in zip(groups, judged, strict=True)]
+    reference_noise = config.loss.normalization == "reference"
+    computed = advantages(rewards, config.score, reference_noise)
+    scored = []
+    for group, found, reward, advantage in zip(groups, judged, rewards, computed, strict=True):
+        scores = []
+        for i, (rollout, verdict) in enumerate(zip(group.rollouts, found, strict=True)):
+            if not isinstance(verdict, Verdict):
+                failed = Outcome.INFRASTRUCTURE_ERROR if verdict is None else Outcome.JUDGE_ERROR
+                scores.append(Score(verdict=None, outcome=failed))
+                continue
+            scores.append(
+                Score(
+                    verdict=verdict,
+                    outcome=rollout.outcome,
+                    r_acc=float(reward.r_acc[i]),
+                    r_tool=float(reward.r_tool[i]),
+                    adv_acc=float(advantage.adv_acc[i]),
+                    adv_tool=float(advantage.adv_tool[i]),
+                    qualifies=verdict.correct,
+                    in_tool_denominator=bool(advantage.in_tool_denominator[i]),
+                    needs_gradient=bool(advantage.needs_gradient[i]),
+                )
+            )
+        scored.append(ScoredGroup(prompt=group.prompt, rollouts=group.rollouts, scores=tuple(scores)))
+    return scored
+
+
+async def _verdict(judge: Judge, prompt: Prompt, rollout: Rollout) -> Verdict | JudgeUnavailable | None:
+    """None: there is nothing to judge, our machinery broke the rollout off."""
+    if rollout.outcome is Outcome.INFRASTRUCTURE_ERROR:
+        return None
+    try:
+        return await judge.judge(prompt, rollout)
+    except JudgeUnavailable as error:
+        return error
+
+
+def _rewards(group: Group, verdicts: Sequence[Verdict | JudgeUnavailable | None], config: ScoreConfig) -> GroupRewards:
+    size = len(verdicts)
+    r_acc, r_tool, correct, valid = np.zeros(size), np.zeros(size), np.zeros(size, dtype=bool), np.zeros(size, dtype=bool)
+    for i, (rollout, verdict) in enumerate(zip(group.rollouts, verdicts, strict=True)):
+        if isinstance(verdict, Verdict):
+            r_acc[i] = accuracy_reward(verdict, config)
+            r_tool[i] = tool_reward(verdict, rollout.num_tool_calls)
+            correct[i], valid[i] = verdict.correct, True
+    return GroupRewards(r_acc, r_tool, correct, valid)
