@@ -31,8 +31,8 @@ DESCRIPTOR_SIZE = 8 * 8 * 3 + _CELLS * _CELLS * _BINS
 def describe(image: Image.Image) -> npt.NDArray[np.float32]:
     """Descriptor [320] float32 of unit length; the cosine of two of them is how alike the images look.
 
-    Half of it is the layout of colours: the image as 8 x 8 x 3, minus its mean colour. Half is the layout of edges: gradients of
-    the 64 x 64 grey image, by direction (8) in each of 4 x 4 cells, weighted by their strength (Dalal and Triggs 2005).
+    Half of it is the layout of colours: the image as 8 x 8 x 3, minus its mean colour. Half is the layout of edges: gradients
+    of the 64 x 64 grey image, by direction (8) in each of 4 x 4 cells, weighted by strength (Dalal and Triggs 2005).
     """
     rgb = image.convert("RGB")
     colours = np.asarray(rgb.resize((8, 8), Image.Resampling.BOX), np.float32).reshape(64, 3)
@@ -42,7 +42,7 @@ def describe(image: Image.Image) -> npt.NDArray[np.float32]:
     direction = ((np.arctan2(down, right) + np.pi) / (2 * np.pi) * _BINS).astype(int) % _BINS
     cell = np.arange(_SIDE) * _CELLS // _SIDE
     place = (cell[:, None] * _CELLS + cell[None, :]) * _BINS + direction
-    edges = np.bincount(place.ravel(), strength.ravel(), _CELLS * _CELLS * _BINS)
+    edges = np.bincount(place.ravel(), strength.ravel(), _CELLS * _CELLS * _BINS).astype(np.float64)
     halves = [_unit((colours - colours.mean(axis=0)).ravel()), _unit(edges)]
     return _unit(np.concatenate(halves)).astype(np.float32)
 

@@ -1,7 +1,7 @@
 """The `text_search` tool: BM25 over a local corpus, with tantivy.
 
-A result is `title`, `link` and `snippet`, one a line; the link's line is left out where it is empty. Results are numbered if the
-tool may return more than one.
+A result is `title`, `link` and `snippet`, one a line; the link's line is left out where it is empty. Results are numbered if
+the tool may return more than one.
 """
 
 from __future__ import annotations
@@ -117,9 +117,7 @@ class TextSearch:
             results.append(head + "\n".join([lines[0], *(line for line in lines[1:] if line)]))
         return Observation("\n\n".join(results))
 
-    def _query(
-        self, schema: tantivy.Schema, words: list[str], fields: tuple[str, ...] = ("title", "text")
-    ) -> tantivy.Query:
+    def _query(self, schema: tantivy.Schema, words: list[str], fields: tuple[str, ...] = ("title", "text")) -> tantivy.Query:
         boosts = {"title": _TITLE_BOOST, "text": 1.0}
         clauses = [
             (tantivy.Occur.Should, tantivy.Query.boost_query(tantivy.Query.term_query(schema, field, word), boosts[field]))

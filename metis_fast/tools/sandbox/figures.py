@@ -31,4 +31,4 @@ class FigureManager(FigureManagerBase):
 class FigureCanvas(FigureCanvasAgg):
     """The Agg canvas with the manager above."""
 
-    manager_class = FigureManager
+    manager_class = FigureManager  # pyright: ignore[reportAssignmentType]  # declared as a property of the class

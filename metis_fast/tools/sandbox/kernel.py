@@ -1,8 +1,8 @@
 """The kernel's own means of isolation, through ctypes: namespaces, mounts, capabilities, limits.
 
 Two levels. The server has a user, mount, PID, network, IPC and UTS namespace of its own, and a root of read-only bind mounts.
-A session adds a user, mount, PID, IPC and network namespace, in which only two mounts are new (scratch and /proc), so that it costs
-a fraction of a millisecond. The user namespace of its own is what makes RLIMIT_NPROC count per session (Linux >= 5.14).
+A session adds a user, mount, PID, IPC and network namespace, in which only two mounts are new (scratch and /proc), so that it
+costs little more than its forks. The user namespace of its own is what makes RLIMIT_NPROC count per session (Linux >= 5.14).
 
 Sources: man pages namespaces(7), user_namespaces(7), pid_namespaces(7), pivot_root(2), mount_setattr(2), capabilities(7).
 """

@@ -1,8 +1,8 @@
 """The warm server: imports what sessions need once, then forks one process tree a session.
 
-The trainer sends two sockets for each session over the control socket. `data` goes to the session (see wire). `life` stays here:
-the trainer half-closes it to have the session killed, and when the session is gone, for whatever reason, its wait status is
-sent there. So neither side keeps a table of names, and a dead server is an end of file without a status.
+The trainer sends two sockets for each session over the control socket. `data` goes to the session (see wire). `life` stays
+here: the trainer half-closes it to have the session killed, and when the session is gone, for whatever reason, its exit status
+is sent there. So neither side keeps a table of names, and a dead server is an end of file without a status.
 """
 
 from __future__ import annotations
