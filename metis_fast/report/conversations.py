@@ -12,7 +12,7 @@ from pathlib import Path
 from PIL import Image
 
 from metis_fast.rollout.store import StoredRollout, read_rollouts
-from metis_fast.types import ImageBlob, ImageSpan, Score, Turn
+from metis_fast.types import Ability, ImageBlob, ImageSpan, Score, Turn
 
 _THUMBNAIL_PX = 320  # longest side; about 15 KB as JPEG, so a report of 40 conversations stays a few MB
 _MAX_CHARS = 6000  # of one message or observation
@@ -139,8 +139,8 @@ def _part_steps(folder: Path) -> dict[int, Path]:
 def sample_conversations(folder: Path, last_step: int | None) -> list[Conversation]:
     """Rollouts of the first, the middle and the last stored step.
 
-    Of each step the first rollout of every kind (of every ability, where the data has no kinds), right and wrong, with and
-    without a tool call; and one without a verdict.
+    Of each step one rollout of every kind (of every ability, where the data has no kinds), right and wrong, with and without
+    a tool call; and one without a verdict.
 
     last_step: parts of later steps are ignored (an interrupted run may have left them); None: all count.
 
@@ -153,12 +153,14 @@ def sample_conversations(folder: Path, last_step: int | None) -> list[Conversati
         return []
     conversations = []
     for step in sorted({steps[0], steps[len(steps) // 2], steps[-1]}):
-        chosen: dict[tuple[str, bool, bool] | None, StoredRollout] = {}
+        found: dict[tuple[str, bool, bool] | None, dict[Ability, StoredRollout]] = {}
         for stored in read_rollouts(parts[step]):
             verdict = stored.score.verdict
             kind = stored.kind or stored.ability.value
             key = None if verdict is None else (kind, not verdict.correct, stored.rollout.num_tool_calls > 0)
-            chosen.setdefault(key, stored)
-        order = sorted(key for key in chosen if key is not None) + ([None] if None in chosen else [])
-        conversations += [_conversation(step, chosen[key]) for key in order]
+            found.setdefault(key, {}).setdefault(stored.ability, stored)
+        order = sorted(key for key in found if key is not None) + ([None] if None in found else [])
+        for position, key in enumerate(order):
+            candidates = list(found[key].values())
+            conversations.append(_conversation(step, candidates[position % len(candidates)]))  # abilities in turn
     return conversations

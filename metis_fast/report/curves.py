@@ -12,7 +12,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import FormatStrFormatter, LogLocator, MaxNLocator, NullLocator, PercentFormatter
 
 from metis_fast.report.log import Evaluation, step_scalars
 from metis_fast.report.slices import KINDS
@@ -29,7 +29,7 @@ _STEPS_BEFORE_SMOOTHING = 40
 _INK, _GRID = "#010203", "#040506"
 
 Series = Mapping[str, tuple[Sequence[int], Sequence[float]]]
-Form = Literal["share", "number", "log", "stack"]
+Form = Literal["rate", "share", "number", "log", "stack"]  # a rate has an axis to 100 %, a share up to its largest value
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,10 +59,10 @@ def _plans(stages: Sequence[str]) -> tuple[_Plan, ...]:
     abilities = [ability.value for ability in Ability]
     outcomes = [outcome.value for outcome in Outcome]
     return (
-        _Plan("Accuracy by kind", "share of training rollouts that are right", _tags("accuracy", KINDS), "share"),
-        _Plan("Tool rate by kind", "share of rollouts that call a tool", _tags("tool_rate", KINDS), "share"),
-        _Plan("Accuracy by ability", "share of training rollouts that are right", _tags("accuracy", abilities), "share"),
-        _Plan("Tool rate by ability", "share of rollouts that call a tool", _tags("tool_rate", abilities), "share"),
+        _Plan("Accuracy by kind", "share of training rollouts that are right", _tags("accuracy", KINDS), "rate"),
+        _Plan("Tool rate by kind", "share of rollouts that call a tool", _tags("tool_rate", KINDS), "rate"),
+        _Plan("Accuracy by ability", "share of training rollouts that are right", _tags("accuracy", abilities), "rate"),
+        _Plan("Tool rate by ability", "share of rollouts that call a tool", _tags("tool_rate", abilities), "rate"),
         _Plan("Rewards", "means over the rollouts of a step", {"r_acc": "reward/acc", "r_tool": "reward/tool"}),
         _Plan("Losses", "the two terms, before their weights", {"accuracy": "loss/acc", "tool": "loss/tool"}),
         _Plan(
@@ -140,13 +140,17 @@ def _svg(name: str, series: Series, form: Form) -> str:
             _draw_stack(axes, series)
         else:
             _draw_lines(axes, series)
-        if form == "share":
+        if form in ("rate", "share"):
+            highest = 1.0 if form == "rate" else max(0.01, *(max(values) for _, values in series.values()))
+            axes.set_ylim(-0.02 * highest, 1.04 * highest)
             axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=None))
-            highest = max(max(values) for _, values in series.values())
-            axes.set_ylim(bottom=-0.02 * max(highest, 0.05), top=1.04 * max(highest, 0.05))
         if form == "log":
             axes.set_yscale("log")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
+            axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+            axes.yaxis.set_major_formatter(FormatStrFormatter("%g"))
+            axes.yaxis.set_minor_locator(NullLocator())
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8, steps=[1, 2, 5, 10]))
+        axes.set_axisbelow(True)
         axes.grid(axis="y", linewidth=0.6)
         axes.tick_params(length=0)
         axes.spines[["top", "right", "left"]].set_visible(False)
@@ -173,7 +177,7 @@ def _heldout(evaluations: Sequence[Evaluation]) -> list[Curve]:
             points = [(entry.step, getattr(entry.slices[name], rate)) for entry in evaluations if name in entry.slices]
             if points:
                 series[name] = tuple(zip(*points, strict=True))
-        curves.append(Curve(title, "on prompts that are not trained on", _svg(title, series, "share")))
+        curves.append(Curve(title, "on prompts that are not trained on", _svg(title, series, "rate")))
     return curves
 
 

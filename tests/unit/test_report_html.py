@@ -1,4 +1,4 @@
-"""The report of a run: complete, self-contained, and safe whatever the model wrote. The run is made up, with realistic numbers."""
+"""The report of a run: complete, self-contained, and safe whatever the model wrote. The run is made up."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from metis_fast import config as configuration
 from metis_fast.config import LogConfig
 from metis_fast.errors import DataError
 from metis_fast.report.html import write_report
-from metis_fast.report.log import RunLog
+from metis_fast.report.log import RunLog, step_scalars
 from metis_fast.report.slices import KINDS, slices
 from metis_fast.report.summary import write_summary
 from metis_fast.rollout.store import RolloutStore
@@ -97,16 +97,25 @@ def groups(tool_rate: dict[str, float], accuracy: dict[str, float], seed: int, p
         for kind in KINDS:
             uid = f"train.parquet:{len(made)}"
             prompt = Prompt(
-                uid, "demo", (Message("user", "<image>?"),), (CHART,), ability, ("42",), "rule",
-                f"Which number is written in the {kind} panel? {ATTACK}", {"kind": kind},
-            )  # fmt: skip
+                uid,
+                "demo",
+                (Message("user", "<image>?"),),
+                (CHART,),
+                ability,
+                ("42",),
+                "rule",
+                f"Which number is written in the {kind} panel? {ATTACK}",
+                {"kind": kind},
+            )
             rollouts, scores = [], []
             for index in range(per_prompt):
                 tool, correct = bool(generator.random() < tool_rate[kind]), bool(generator.random() < accuracy[kind])
                 rollouts.append(conversation(uid, index, tool=tool, correct=correct))
                 r_tool = (0.5 if tool else 1.0) * correct
                 verdict = Verdict(correct, True, "42" if correct else "41")
-                scores.append(Score(verdict, Outcome.ANSWERED, 0.9 * correct + 0.1, r_tool, 0.71, -1.22, correct, correct, True))
+                scores.append(
+                    Score(verdict, Outcome.ANSWERED, 0.9 * correct + 0.1, r_tool, 0.71, -1.22, correct, correct, True)
+                )
             if not made:
                 broken = dataclasses.replace(rollouts[0], outcome=Outcome.INFRASTRUCTURE_ERROR, error=f"server gone {ATTACK}")
                 rollouts[0], scores[0] = broken, Score(None, Outcome.INFRASTRUCTURE_ERROR)
@@ -131,21 +140,40 @@ def write_run(folder: Path, num_steps: int) -> None:
                 store.write(f"step-{step:06d}", batch)
                 log.evaluation(step, slices(groups(*rates_at(progress), seed=1000 + step, per_prompt=16)))
             update = UpdateStats(
-                loss=-0.01 * generator.random(), loss_acc=-0.01 * progress, loss_tool=-0.02 * progress**2,
-                grad_norm=float(generator.lognormal(-0.5, 0.3)), lr=1e-6, clip_acc=0.002 * generator.random(),
-                clip_tool=0.003 * generator.random(), kl=1e-4 * generator.random(), ratio_max=1 + float(generator.exponential(0.6)),
-                ratio_min=float(np.exp(-generator.exponential(0.5))), entropy=0.9 - 0.5 * progress, engine_gap=0.004, num_tokens=9000,
-                num_padding=120, num_skipped=3000, n_acc=5000, n_tool=2500,
-            )  # fmt: skip
+                loss=-0.01 * generator.random(),
+                loss_acc=-0.01 * progress,
+                loss_tool=-0.02 * progress**2,
+                grad_norm=float(generator.lognormal(-0.5, 0.3)),
+                lr=1e-6,
+                clip_acc=0.002 * generator.random(),
+                clip_tool=0.003 * generator.random(),
+                kl=1e-4 * generator.random(),
+                ratio_max=1 + float(generator.exponential(0.6)),
+                ratio_min=float(np.exp(-generator.exponential(0.5))),
+                entropy=0.9 - 0.5 * progress,
+                engine_gap=0.004,
+                num_tokens=9000,
+                num_padding=120,
+                num_skipped=3000,
+                n_acc=5000,
+                n_tool=2500,
+            )
             log.step(
                 StepStats(
-                    step=step, epoch=0, reward_acc=0.6 + 0.3 * progress, reward_tool=0.3 + 0.3 * progress, slices=slices(batch),
-                    outcomes={"answered": 68, "length": 2, "turn_limit": 1, "infrastructure_error": 1}, tool_errors=3,
-                    qualifying_share=0.6 + 0.3 * progress, signal_share=0.2 + 0.5 * progress * (1 - progress), bad_rows_skipped=0,
+                    step=step,
+                    epoch=0,
+                    reward_acc=0.6 + 0.3 * progress,
+                    reward_tool=0.3 + 0.3 * progress,
+                    slices=slices(batch),
+                    outcomes={"answered": 68, "length": 2, "turn_limit": 1, "infrastructure_error": 1},
+                    tool_errors=3,
+                    qualifying_share=0.6 + 0.3 * progress,
+                    signal_share=0.2 + 0.5 * progress * (1 - progress),
+                    bad_rows_skipped=0,
                     updates=(update, update),
                     seconds={"rollout": 4 + generator.random(), "score": 0.3, "train": 2.5 - progress, "sync": 0.2},
                 )
-            )  # fmt: skip
+            )
     config = configuration.build({"run": {"seed": 7, "dir": str(folder)}, "loss": {"w_tool": 0.2}, "rollout": {"max_turns": 3}})
     (folder / "config.yaml").write_text(configuration.to_yaml(config))
     before, after = (slices(groups(*rates_at(progress), seed=5, per_prompt=64)) for progress in (0.0, 1.0))
@@ -199,10 +227,27 @@ def test_report_has_every_section_and_every_curve(page: Page):
         "Configuration that differs from the defaults",
     ]
     assert page.texts["h3"] == [
-        "Held-out accuracy", "Held-out tool rate", "Accuracy by kind", "Tool rate by kind", "Accuracy by ability",
-        "Tool rate by ability", "Rewards", "Losses", "Qualifying and signal shares", "Clip fractions", "Entropy", "Gradient norm",
-        "Ratio extremes", "Engine gap and KL", "Response length", "Outcomes", "Time by stage", "Step 0", "Step 10", "Step 20",
-    ]  # fmt: skip
+        "Held-out accuracy",
+        "Held-out tool rate",
+        "Accuracy by kind",
+        "Tool rate by kind",
+        "Accuracy by ability",
+        "Tool rate by ability",
+        "Rewards",
+        "Losses",
+        "Qualifying and signal shares",
+        "Clip fractions",
+        "Entropy",
+        "Gradient norm",
+        "Ratio extremes",
+        "Engine gap and KL",
+        "Response length",
+        "Outcomes",
+        "Time by stage",
+        "Step 0",
+        "Step 10",
+        "Step 20",
+    ]
 
 
 def test_text_of_the_model_and_the_data_never_becomes_markup(page: Page):
@@ -217,11 +262,14 @@ def test_text_of_the_model_and_the_data_never_becomes_markup(page: Page):
 
 def test_report_asks_nothing_of_the_network(run_dir: Path, page: Page):
     text = (run_dir / "report.html").read_text(encoding="utf-8")
-    references = re.findall(r"""(?:src|href)\s*=\s*["']?([^"'\s>]+)|url\(([^)]+)\)""", text)
-    outside = [one for pair in references for one in pair if one and not one.startswith(("data:", "#", "x", "&"))]
-    assert outside == []
+    names = ("src", "href", "xlink:href", "data", "action", "poster", "srcset")
+    addresses = [value or "" for _, attributes in page.tags for name, value in attributes.items() if name in names]
+    addresses += re.findall(r"url\(([^)]*)\)", text)
+    assert addresses
+    assert [address for address in addresses if not address.startswith(("data:", "#"))] == []
     assert "@import" not in text
-    assert ("meta", {"http-equiv": "Content-Security-Policy"}.items()) not in page.tags
+    policies = [attributes["content"] for _, attributes in page.tags if "http-equiv" in attributes]
+    assert policies == ["default-src 'none'; img-src data:; style-src 'unsafe-inline'"]
 
 
 def test_conversations_show_right_and_wrong_ones_with_calls_line_breaks_and_images(page: Page):
@@ -245,9 +293,19 @@ def test_only_values_that_differ_from_the_defaults_are_listed(run_dir: Path, pag
     cells = page.texts["td"]
     start = cells.index("run.dir")
     assert cells[start:] == [
-        "run.dir", str(run_dir), "runs/default", "run.seed", "7", "0",
-        "rollout.max_turns", "3", "10", "loss.w_tool", "0.2", "0.15",
-    ]  # fmt: skip
+        "run.dir",
+        str(run_dir),
+        "runs/default",
+        "run.seed",
+        "7",
+        "0",
+        "rollout.max_turns",
+        "3",
+        "10",
+        "loss.w_tool",
+        "0.2",
+        "0.15",
+    ]
 
 
 def test_report_repeats_byte_for_byte(run_dir: Path):
@@ -291,11 +349,9 @@ def test_a_folder_without_a_run_is_refused_in_one_line(tmp_path: Path):
     assert not (tmp_path / "report.html").exists()
 
 
-def test_a_slice_where_nothing_was_judged_is_no_point_of_a_curve(tmp_path: Path):
-    write_run(tmp_path, 2)
-    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
-    record = json.loads(lines[-1])
-    record["slices"] = {"search": dataclasses.asdict(Slice(4, 4, 0.0, 0.0, 0.0, 0.0, 0.0))}
-    (tmp_path / "metrics.jsonl").write_text("\n".join([lines[0], json.dumps(record)]) + "\n")
-    page = Page(write_report(tmp_path).read_text(encoding="utf-8"))
-    assert "Accuracy by ability" in page.texts["h3"]
+def test_a_slice_where_nothing_was_judged_is_no_point_of_a_curve():
+    unjudged, judged = Slice(4, 4, 0.0, 0.0, 0.0, 0.0, 0.0), Slice(4, 1, 0.5, 0.0, 0.0, 1.0, 9.0)
+    stats = StepStats(0, 0, 0.0, 0.0, {"search": unjudged, "math": judged}, {}, 0, 0.0, 0.0, 0, (), {})
+    tags = step_scalars(stats)
+    assert tags["accuracy/math"] == 0.5
+    assert "accuracy/search" not in tags

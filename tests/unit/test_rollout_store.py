@@ -210,6 +210,15 @@ def test_a_damaged_image_is_refused_rather_than_trained_on(tmp_path: Path):
         list(read_rollouts(path))
 
 
+def test_an_image_file_cut_short_is_refused_when_the_store_opens(tmp_path: Path):
+    RolloutStore(tmp_path).write("part", [make_group("a", (make_rollout("a", 0, (RED,)),))])
+    (images,) = tmp_path.glob("images/*.arrow")
+    for keep in (100, 0):
+        images.write_bytes(images.read_bytes()[:keep])
+        with pytest.raises(DataError, match="expected an Arrow file of images"):
+            RolloutStore(tmp_path)
+
+
 def test_fifteen_thousand_short_rollouts_load_in_seconds(tmp_path: Path):
     blobs = [ImageBlob.of(index.to_bytes(4, "big") * 500) for index in range(8000)]
     template = make_rollout("a", 0, num_tokens=150)
