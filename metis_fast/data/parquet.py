@@ -120,6 +120,16 @@ class PromptFiles:
         except MisfitError as misfit:
             raise BadRowError(BadRow(str(path), row, misfit.column, misfit.expected, misfit.got)) from None
 
+    def styles(self) -> set[str]:
+        """Every `reward_model.style` of the files, read from that column alone; bad rows are left for `read` to report."""
+        found: set[str] = set()
+        for path in self._paths:
+            with pq.ParquetFile(path) as file:
+                for batch in file.iter_batches(_BATCH_ROWS, columns=["reward_model"]):
+                    rows = batch.column(0).to_pylist()
+                    found |= {row["style"] for row in rows if isinstance(row, dict) and isinstance(row.get("style"), str)}
+        return found
+
     def _group_of(self, index: int) -> int:
         if not 0 <= index < self._num_rows:
             raise IndexError(f"row {index} of {self._num_rows}")
@@ -209,7 +219,7 @@ def _open(path: Path) -> tuple[pq.FileMetaData, list[str]]:
         if name not in schema.names:
             if name in _REQUIRED:
                 raise DataError(f"{path}: expected a column {name!r}, got {', '.join(schema.names)}; see docs/data.md")
-        elif not fits(_undictionary(schema.field(name).type)):
+        elif not fits(_stored(schema.field(name).type)):
             raise DataError(
                 f"{path}: expected column {name!r} to be {expected}, got {schema.field(name).type}; see docs/data.md"
             )
@@ -221,7 +231,9 @@ def _read_bytes(metadata: pq.RowGroupMetaData, columns: Sequence[str]) -> int:
     return sum(chunk.total_uncompressed_size for chunk in chunks if chunk.path_in_schema.partition(".")[0] in columns)
 
 
-def _undictionary(kind: pa.DataType) -> pa.DataType:
+def _stored(kind: pa.DataType) -> pa.DataType:
+    """What an extension type (`arrow.json`) or a dictionary holds."""
+    kind = kind.storage_type if isinstance(kind, pa.BaseExtensionType) else kind
     return kind.value_type if pa.types.is_dictionary(kind) else kind
 
 
@@ -241,7 +253,7 @@ def _item(kind: pa.DataType) -> pa.DataType | None:
         pa.types.is_list_view,
         pa.types.is_large_list_view,
     )
-    return _undictionary(kind.value_type) if any(is_list(kind) for is_list in lists) else None
+    return _stored(kind.value_type) if any(is_list(kind) for is_list in lists) else None
 
 
 def _is_prompt(kind: pa.DataType) -> bool:
@@ -250,7 +262,8 @@ def _is_prompt(kind: pa.DataType) -> bool:
 
 
 def _is_images(kind: pa.DataType) -> bool:
-    entry = _item(kind) or kind
+    item = _item(kind)
+    entry = kind if item is None else item
     binary = pa.types.is_binary(entry) or pa.types.is_large_binary(entry) or pa.types.is_binary_view(entry)
     image = _has_fields(entry, ("bytes",)) or _has_fields(entry, ("path",))
     return image or binary or _is_text(entry) or pa.types.is_null(entry)

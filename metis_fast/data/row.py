@@ -22,6 +22,18 @@ from metis_fast.types import Ability, ImageBlob, JsonScalar, Message, Prompt
 _ROLES = ("system", "user", "assistant")
 _MAX_ASPECT = 200  # Qwen3-VL's image processor refuses longer strips
 
+# What Pillow's decoders raise on damaged data, found by feeding them some; they share no base class.
+_DECODE_ERRORS = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    RuntimeError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+)
+
 _SHOW = reprlib.Repr()
 _SHOW.maxstring = _SHOW.maxother = 80
 
@@ -167,7 +179,7 @@ def _image(entry: Any, column: str, folder: Path) -> ImageBlob:
             raise MisfitError(column, "bytes, or the path of a file", entry)
     try:
         width, height = _verified_size(data)
-    except (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError) as error:
+    except _DECODE_ERRORS as error:
         raise MisfitError(column, "an image that Pillow can decode", f"{len(data)} bytes: {one_line(error)}") from None
     if max(width, height) > _MAX_ASPECT * min(width, height):
         raise MisfitError(column, f"an aspect ratio of at most {_MAX_ASPECT}", f"{width}x{height}")

@@ -142,6 +142,14 @@ def test_every_shape_of_a_prompt_gives_the_same_messages(tmp_path: Path, prompt:
     assert messages == (Message("system", "be brief"), Message("user", "<image>what is it?"))
 
 
+def test_a_prompt_column_of_the_json_type_is_read_as_json(tmp_path: Path):
+    prompt = pa.array([json.dumps(CHAT)], pa.json_(pa.string()))
+    table = pa.Table.from_pylist([PLAIN | {"images": [PNG]}])
+    pq.write_table(table.set_column(table.schema.get_field_index("prompt"), "prompt", prompt), tmp_path / "set.parquet")
+    messages = PromptFiles([tmp_path / "set.parquet"]).read(0).messages
+    assert messages == (Message("system", "be brief"), Message("user", "<image>what is it?"))
+
+
 def test_extra_info_is_flattened_under_dotted_keys_and_holds_scalars_only(tmp_path: Path):
     extra_info = {
         "question": "one and one",
