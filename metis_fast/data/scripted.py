@@ -243,4 +243,4 @@ def _found(prompt: Prompt) -> str:
         page = country_document(Country(str(extra["country"]), prompt.answers[0]))
     else:
         page = city_document(City(str(extra["city"]), str(extra["country"]), extra["south"] is True))
-    return f"{page.title}\n{page.text}"
+    return f"{page.title}\n{page.text.rstrip('.')}"  # a snippet ends before the full stop
