@@ -250,15 +250,22 @@ class TrainConfig(_Section):
     optim: OptimConfig = OptimConfig()
 
 
+class SftPhase(_Section):
+    """A stretch of SFT on one set of trajectories."""
+
+    trajectories: Path
+    """Folder of stored rollouts (`metis-fast data demo` writes two)."""
+    steps: Positive
+    """Optimizer steps."""
+
+
 class SftConfig(_Section):
     """Cold start on played trajectories."""
 
-    steps: Positive = 400
-    """Optimizer steps."""
+    phases: tuple[SftPhase, ...] = ()
+    """Run one after the other, under one learning-rate schedule."""
     batch_size: Positive = 64
     """Trajectories in a step."""
-    trajectories: tuple[Path, ...] = ()
-    """Parquet files of trajectories (`metis-fast data demo` writes them)."""
     tokens_per_micro_batch: Positive = 32768
     """Padded tokens in one forward and backward pass."""
     optim: OptimConfig = OptimConfig(lr=1e-5)
@@ -297,6 +304,23 @@ class LogConfig(_Section):
     """Progress bars (they also go away by themselves where stderr is not a terminal)."""
 
 
+class DemoConfig(_Section):
+    """The demo set and its tiny model (`metis-fast demo`). Everything is made under `run.dir`."""
+
+    model_shape: Path = Path("configs/demo_model.json")
+    """Shape of the tiny Qwen3-VL."""
+    base_prompts: Positive = 9000
+    """Trajectories that teach the skills, direct answers and tools alike."""
+    cold_start_prompts: Positive = 3000
+    """Trajectories that teach the habit of calling tools for everything, often badly."""
+    train_prompts: Positive = 3000
+    """Prompts for HDPO."""
+    heldout_prompts: Positive = 600
+    """Prompts for the evaluation before and after."""
+    direct_share: Fraction = 0.5
+    """Share of prompts in every ability that can be answered directly, in the cold start, training and held-out sets."""
+
+
 class Config(_Section):
     """The whole tree. Defaults are the recipe of the Metis paper (ALGORITHM section 5)."""
 
@@ -312,6 +336,7 @@ class Config(_Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     eval: EvalConfig = EvalConfig()
     log: LogConfig = LogConfig()
+    demo: DemoConfig = DemoConfig()
 
     @model_validator(mode="after")
     def _cross_check(self) -> Self:
@@ -368,11 +393,12 @@ def _nearest(path: str) -> str:
     return f"; did you mean {close[0]!r}?" if close else f"; sections are {', '.join(Config.model_fields)}"
 
 
-def _merge(low: dict[str, Any], high: dict[str, Any]) -> dict[str, Any]:
+def merge(low: dict[str, Any], high: dict[str, Any]) -> dict[str, Any]:
+    """`low` with what `high` says; sections are merged, values replaced."""
     out = dict(low)
     for key, value in high.items():
         old = out.get(key)
-        out[key] = _merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+        out[key] = merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
     return out
 
 
@@ -395,7 +421,7 @@ def _read_tree(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
         return tree
     if not isinstance(base, str):
         raise ConfigError(f"{path}: `base` must be the path of another config, got {base!r}")
-    return _merge(_read_tree(path.parent / base, (*seen, path.resolve())), tree)
+    return merge(_read_tree(path.parent / base, (*seen, path.resolve())), tree)
 
 
 def _override_tree(override: str) -> dict[str, Any]:
@@ -448,7 +474,7 @@ def load(path: Path | None, overrides: Sequence[str] = ()) -> Config:
     """
     tree = _read_tree(path) if path is not None else {}
     for override in overrides:
-        tree = _merge(tree, _override_tree(override))
+        tree = merge(tree, _override_tree(override))
     return build(tree, str(path) if path is not None else "config")
 
 

@@ -45,3 +45,7 @@ class InfrastructureError(RuntimeError):
     Raised by tools and engines, retried by the episode, and recorded as `Outcome.INFRASTRUCTURE_ERROR`; it never becomes a
     reward.
     """
+
+
+class Interrupted(Exception):
+    """Somebody asked the run to stop (Ctrl-C, SIGTERM); the last whole step is on disk."""

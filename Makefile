@@ -1,0 +1,44 @@
+# make train   set up everything and run the main job (data, cold start, HDPO, report) in runs/demo
+# make test    set up everything and run the tests
+# make lint    ruff and pyright
+# make test-slow, make test-gpu   what takes minutes, what needs a CUDA device
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PYTEST := $(BIN)/python -m pytest
+
+.PHONY: setup train test lint test-slow test-gpu clean
+.DEFAULT_GOAL := help
+
+help:
+	@sed -n 's/^# //p' Makefile | head -5
+
+setup: $(VENV)/.installed
+
+# Rebuilt when what it depends on changes; a half-finished install leaves no stamp and is done again.
+$(VENV)/.installed: pyproject.toml constraints.txt CMakeLists.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "metis_fast needs Python 3.11 or newer: make PYTHON=python3.11 ..."; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[demo,dev]"
+	@touch $@
+
+train: setup
+	$(BIN)/metis-fast demo configs/demo.yaml
+
+test: setup
+	$(PYTEST) -m "not slow and not gpu"
+
+test-slow: setup
+	$(PYTEST) -m "slow and not gpu"
+
+test-gpu: setup
+	$(PYTEST) -m gpu
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+clean:
+	rm -rf $(VENV) build runs .pytest_cache .ruff_cache

@@ -1,0 +1,196 @@
+"""The command line: `metis-fast VERB`. One verb per job; exit code 0 only on success.
+
+0 done; 2 something that you can mend (one line on stderr says what); 130 stopped by Ctrl-C or SIGTERM, state saved.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import errno
+import json
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from metis_fast import __version__
+from metis_fast import config as config_module
+from metis_fast.config import Config
+from metis_fast.errors import Interrupted, MetisError
+
+_EPILOG = """examples:
+  metis-fast demo configs/demo.yaml                     the whole story on a laptop, in about 20 minutes
+  metis-fast data check data/*.parquet                  is my data fit for training?
+  metis-fast train my.yaml loss.w_tool=0.2              train, with one setting changed; again: resume
+  metis-fast report runs/demo                           what happened?
+Settings are read from a YAML file that holds only what differs from the defaults; `metis-fast config` lists them all."""
+
+
+def _add_config(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", type=Path, help="YAML file with what differs from the defaults")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that go before the file's")
+    parser.add_argument(
+        "--unsafe-tools", action="store_true", help="run model-written code without a sandbox (throw-away machines only)"
+    )
+    parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
+
+
+def _load(args: argparse.Namespace) -> Config:
+    extra = ["tools.python.unsafe=true"] if getattr(args, "unsafe_tools", False) else []
+    return config_module.load(args.config, [*args.overrides, *extra])
+
+
+def _config(args: argparse.Namespace) -> int:
+    config = config_module.load(args.config, args.overrides)
+    if args.json:
+        print(json.dumps(config.model_dump(mode="json")))
+    else:
+        print(config_module.to_yaml(config, only_changes=args.changes), end="")
+    return 0
+
+
+def _data_check(args: argparse.Namespace) -> int:
+    from metis_fast.data.check import check_files, render_json, render_text
+
+    report = check_files(args.files, progress=not args.json)
+    print(render_json(report) if args.json else render_text(report))
+    return report.exit_code
+
+
+def _data_demo(args: argparse.Namespace) -> int:
+    from metis_fast.data.demo import write_demo
+    from metis_fast.demo import demo_sizes
+
+    config = config_module.load(None, args.overrides)
+    paths = write_demo(args.out, args.seed, demo_sizes(config), lambda line: print(line, file=sys.stderr, flush=True))
+    named = {name: str(path) for name, path in dataclasses.asdict(paths).items()}
+    print(json.dumps(named) if args.json else "\n".join(f"{name:13} {path}" for name, path in named.items()))
+    return 0
+
+
+def _demo(args: argparse.Namespace) -> int:
+    from metis_fast import demo
+
+    return _trained(args, demo.resolve(_load(args)), demo.run)
+
+
+def _train(args: argparse.Namespace) -> int:
+    from metis_fast import pipeline
+
+    return _trained(args, _load(args), pipeline.train)
+
+
+def _trained(args: argparse.Namespace, config: Config, job: Callable[[Config], object]) -> int:
+    from metis_fast.report.summary import Summary, print_summary_table
+
+    summary = job(config)
+    if args.json:
+        path = config.run.dir / "summary.json"
+        print(json.dumps(json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}))
+        return 0
+    if isinstance(summary, Summary):
+        print_summary_table(summary)
+    print(f"report: {config.run.dir / 'report.html'}")
+    return 0
+
+
+def _sft(args: argparse.Namespace) -> int:
+    from metis_fast.cold_start import sft
+
+    config = _load(args)
+    sft(config, args.out)
+    print(json.dumps({"model": str(args.out)}) if args.json else f"model: {args.out}")
+    return 0
+
+
+def _eval(args: argparse.Namespace) -> int:
+    from metis_fast import pipeline
+
+    rates = pipeline.evaluate(_load(args))
+    if args.json:
+        print(json.dumps({name: dataclasses.asdict(rate) for name, rate in rates.items()}))
+        return 0
+    print(f"{'':24} {'rollouts':>8} {'accuracy':>9} {'tool rate':>9} {'calls':>6}")
+    for name, rate in rates.items():
+        print(f"{name:24} {rate.num:8} {rate.accuracy:9.3f} {rate.tool_rate:9.3f} {rate.tool_calls:6.2f}")
+    return 0
+
+
+def _report(args: argparse.Namespace) -> int:
+    from metis_fast.report.html import write_report
+
+    path = write_report(args.run_dir)
+    print(json.dumps({"report": str(path)}) if args.json else path)
+    return 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    parser = argparse.ArgumentParser(
+        prog="metis-fast",
+        description="Train multimodal agents that know when to call tools (HDPO).",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"metis-fast {__version__}")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+
+    def verb(
+        where: argparse._SubParsersAction, name: str, run: Callable[[argparse.Namespace], int], text: str
+    ) -> argparse.ArgumentParser:
+        sub = where.add_parser(name, help=text, description=text)
+        sub.set_defaults(run=run)
+        return sub
+
+    _add_config(verb(verbs, "demo", _demo, "The main job: data, tiny model, cold start, HDPO, report. Run again to resume."))
+    _add_config(verb(verbs, "train", _train, "HDPO from a cold-started model. Run again to resume."))
+    sub = verb(verbs, "sft", _sft, "Cold start: SFT on stored trajectories. Run again to resume.")
+    sub.add_argument("--out", type=Path, required=True, help="folder for the exported model")
+    _add_config(sub)
+    _add_config(verb(verbs, "eval", _eval, "Accuracy and tool rate of model.path on data.heldout."))
+    sub = verb(verbs, "config", _config, "Check a config and show it with all defaults.")
+    sub.add_argument("config", type=Path, nargs="?", help="YAML file; none: the defaults (the paper's recipe)")
+    sub.add_argument("overrides", nargs="*", metavar="section.key=value")
+    sub.add_argument("--changes", action="store_true", help="show only what differs from the defaults")
+    sub.add_argument("--json", action="store_true")
+    data = verbs.add_parser("data", help="Check data files, or make the demo set.").add_subparsers(
+        required=True, metavar="VERB"
+    )
+    sub = verb(
+        data, "check", _data_check, "Report every row that does not fit the Metis-RL schema; exit code 1 if there is one."
+    )
+    sub.add_argument("files", type=Path, nargs="+", metavar="FILE")
+    sub.add_argument("--json", action="store_true")
+    sub = verb(data, "demo", _data_demo, "Write the demo set (Parquet) and its search corpora.")
+    sub.add_argument("out", type=Path, metavar="FOLDER")
+    sub.add_argument("--seed", type=int, default=0)
+    sub.add_argument("--json", action="store_true")
+    sub.add_argument("overrides", nargs="*", metavar="demo.key=value")
+    sub = verb(verbs, "report", _report, "Write report.html of a run folder.")
+    sub.add_argument("run_dir", type=Path, metavar="RUN_DIR")
+    sub.add_argument("--json", action="store_true")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of `metis-fast`."""
+    args = build_parser().parse_args(argv)
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    try:
+        return args.run(args)
+    except MetisError as error:
+        print(f"metis-fast: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        print(f"metis-fast: disk full ({error.filename or error}); free some space and run the command again", file=sys.stderr)
+        return 2
+    except (Interrupted, KeyboardInterrupt):
+        print("metis-fast: stopped; run the same command again to go on", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

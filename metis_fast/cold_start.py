@@ -1,0 +1,132 @@
+"""The cold start: trajectories played through the real tool loop by a script, and SFT on them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from contextlib import ExitStack
+from functools import lru_cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import torch
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+from metis_fast.checkpoint.export import export_model
+from metis_fast.checkpoint.resume import CheckpointStore
+from metis_fast.config import Config
+from metis_fast.data.cursor import PromptCursor
+from metis_fast.data.parquet import PromptFiles
+from metis_fast.data.scripted import ScriptedEngine, ScriptStyle
+from metis_fast.errors import ConfigError, DataError, Interrupted
+from metis_fast.interrupt import Interrupts
+from metis_fast.model import ImagePreparer, load_policy, load_tokenizer
+from metis_fast.parts import load_optimizer, optimizer_state, save_config
+from metis_fast.report.progress import progress
+from metis_fast.rollout.chat import Chat
+from metis_fast.rollout.episode import collect
+from metis_fast.rollout.store import RolloutStore, read_rollouts
+from metis_fast.tools import open_toolbox
+from metis_fast.train.torch_backend import TorchTrainer
+from metis_fast.types import Rollout, Score, ScoredGroup
+
+_PART = 500  # prompts in one stored part; a part is played again if it was interrupted
+
+
+def play(config: Config, prompts: Path, style: ScriptStyle, out: Path) -> int:
+    """Let the script play every prompt of a file with the real tools; store the trajectories in `out`.
+
+    Continues where an interrupted call stopped. Returns the number of trajectories.
+    """
+    files = PromptFiles([prompts])
+    tokenizer = load_tokenizer(config.model.path)
+    chat = Chat(tokenizer, ImagePreparer(Qwen2VLImageProcessorPil.from_pretrained(config.model.path)))
+    cursor = PromptCursor(files, config.run.seed, shuffle=False)
+    store, rollout = RolloutStore(out), config.rollout.model_copy(update={"deterministic": False})
+    with Interrupts() as interrupts, TemporaryDirectory(prefix="metis-tools-") as scratch, ExitStack() as stack:
+        toolbox = open_toolbox(config.tools, Path(scratch))
+        stack.callback(toolbox.close)
+        bar = stack.enter_context(progress(len(files), f"playing {prompts.stem}", config.log, "trajectory"))
+        for start in range(0, len(files), _PART):
+            part = cursor.next(min(_PART, len(files) - start))
+            name = f"part-{start // _PART:04d}"
+            if (out / f"{name}.parquet").exists():
+                bar.update(len(part))
+                continue
+            engine = ScriptedEngine(tokenizer, part, style, config.run.seed * 1_000_003 + start)
+            groups = interrupts.run(
+                collect(part, 1, chat, engine, toolbox, rollout, config.run.seed, f"{prompts.stem}/{start}", bar.update)
+            )
+            store.write(
+                name, [ScoredGroup(g.prompt, g.rollouts, tuple(Score(None, r.outcome) for r in g.rollouts)) for g in groups]
+            )
+    return len(files)
+
+
+@lru_cache(maxsize=2)
+def _order(seed: int, phase: int, epoch: int, size: int) -> np.ndarray:
+    bits = np.random.PCG64(np.random.SeedSequence(seed % 2**64, spawn_key=(phase, epoch)))
+    return np.argsort(bits.random_raw(size), kind="stable")
+
+
+def _batch(seed: int, phase: int, step: int, batch_size: int, data: Sequence[Rollout]) -> list[Rollout]:
+    """The batch of a step of a phase: shuffled epochs, a pure function of the arguments."""
+    places = range(step * batch_size, (step + 1) * batch_size)
+    return [data[_order(seed, phase, place // len(data), len(data))[place % len(data)]] for place in places]
+
+
+def sft(config: Config, out: Path) -> None:
+    """SFT of `config.model.path` on `config.sft.phases`, exported to `out` as a Hugging Face folder.
+
+    Resumes from `<run.dir>/sft/checkpoints`. The loss of every step is in `<run.dir>/sft/metrics.jsonl`.
+
+    Raises:
+        Interrupted: a signal came; the last step is checkpointed.
+        MetisError: anything that a user can mend.
+    """
+    if not config.sft.phases:
+        raise ConfigError("sft.phases is empty; name at least one folder of trajectories and its steps")
+    data: dict[int, list[Rollout]] = {}
+    for i, phase in enumerate(config.sft.phases):
+        data[i] = [stored.rollout for stored in read_rollouts(phase.trajectories) if stored.rollout.num_sampled]
+        if not data[i]:
+            raise DataError(f"{phase.trajectories} holds no trajectory with a sampled token; play some first")
+    schedule = [(i, step) for i, phase in enumerate(config.sft.phases) for step in range(phase.steps)]
+    if config.run.threads:
+        torch.set_num_threads(config.run.threads)
+    torch.manual_seed(config.run.seed)
+    folder = config.run.dir / "sft"
+    save_config(config.model_copy(update={"run": config.run.model_copy(update={"dir": folder})}))
+    policy = load_policy(config.model)
+    # everything is trained in the cold start: what HDPO freezes has to be learnt first
+    unfrozen = config.model_copy(update={"model": config.model.model_copy(update={"freeze": ()})})
+    trainer = TorchTrainer(policy, unfrozen, config.sft.optim, len(schedule))
+    checkpoints = CheckpointStore(folder / "checkpoints", keep_last=1)
+    loaded, losses = checkpoints.latest(), []
+    if loaded is not None:
+        load_optimizer(trainer.optimizer, policy, loaded.state)
+        losses = list(loaded.state.scalars["losses"])
+
+    def save(step: int) -> None:
+        checkpoints.save(step, optimizer_state(trainer.optimizer, policy, step, {"losses": losses}), None)
+
+    with Interrupts() as interrupts, progress(len(schedule), "SFT", config.log, "step") as bar:
+        bar.update(len(losses))
+        try:
+            for step in range(len(losses), len(schedule)):
+                interrupts.check()
+                phase, phase_step = schedule[step]
+                loss, norm = trainer.imitate(_batch(config.run.seed, phase, phase_step, config.sft.batch_size, data[phase]))
+                losses.append((loss, norm))
+                bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+                bar.update()
+                if config.checkpoint.every and (step + 1) % (10 * config.checkpoint.every) == 0:
+                    save(step + 1)
+        except Interrupted:
+            save(len(losses))
+            raise
+    save(len(schedule))
+    lines = [json.dumps({"step": i, "loss": loss, "grad_norm": norm}) for i, (loss, norm) in enumerate(losses)]
+    (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    export_model(policy.model, policy.tokenizer, policy.folder, out)

@@ -1,0 +1,249 @@
+"""The parts of a run, opened from its config and closed together."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from tempfile import mkdtemp
+
+import torch
+
+from metis_fast import config as config_module
+from metis_fast.checkpoint.optimizer import FlatOptimizer, flatten_optimizer, unflatten_optimizer
+from metis_fast.checkpoint.params import MASTER, OPTIMIZER, WEIGHT, add_prefix, copy_exactly, take_prefix
+from metis_fast.checkpoint.resume import CheckpointStore, ResumeState
+from metis_fast.checkpoint.rng import capture_rng, restore_rng
+from metis_fast.config import Config
+from metis_fast.data.cursor import CursorState, PromptCursor
+from metis_fast.data.parquet import PromptFiles
+from metis_fast.errors import CheckpointError, ConfigError
+from metis_fast.interrupt import Interrupts
+from metis_fast.model import Policy, load_policy
+from metis_fast.report.log import RunLog
+from metis_fast.rollout.chat import Chat
+from metis_fast.rollout.native import NativeEngine
+from metis_fast.rollout.store import RolloutStore
+from metis_fast.score.judge import open_judge
+from metis_fast.score.protocol import Judge
+from metis_fast.sync import push_weights
+from metis_fast.tools import open_toolbox
+from metis_fast.tools.protocol import Toolbox
+from metis_fast.train.optimizer import Optimizer
+from metis_fast.train.torch_backend import TorchTrainer
+from metis_fast.types import Prompt
+
+
+class Parts:
+    """What a run consists of. Made by `open_parts`.
+
+    wall_s: seconds that this run has taken, over all its resumptions.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        interrupts: Interrupts,
+        policy: Policy,
+        engine: NativeEngine,
+        toolbox: Toolbox,
+        judge: Judge,
+        trainer: TorchTrainer | None,
+        files: PromptFiles | None,
+        heldout: PromptFiles | None,
+    ) -> None:
+        self.config, self.interrupts, self.policy = config, interrupts, policy
+        self.engine, self.toolbox, self.judge = engine, toolbox, judge
+        self.chat = Chat(policy.tokenizer, policy.images)
+        self._heldout_files = heldout
+        self._heldout: list[Prompt] | None = None
+        if trainer is None or files is None:
+            return
+        self.trainer = trainer
+        self.cursor = PromptCursor(files, config.run.seed, config.data.shuffle, config.data.on_bad_row)
+        self.store = RolloutStore(config.run.dir / "rollouts")
+        self.checkpoints = CheckpointStore(config.run.dir / "checkpoints", config.checkpoint.keep_last)
+        self.log = RunLog(config.run.dir, config.log)
+        self._boundary = self.cursor.state(), trainer.optimizer.num_steps
+        self._saved: int | None = None
+        self._wall_before, self._opened = 0.0, time.perf_counter()
+
+    def heldout(self) -> list[Prompt]:
+        """The held-out prompts, read once."""
+        if self._heldout is None:
+            files = self._heldout_files
+            if files is None:
+                raise ConfigError("no held-out prompts; set data.heldout to Parquet files")
+            limit = self.config.eval.max_prompts or len(files)
+            cursor = PromptCursor(files, 0, shuffle=False, on_bad_row=self.config.data.on_bad_row)
+            self._heldout = cursor.next(min(limit, len(files)))
+        return self._heldout
+
+    @property
+    def wall_s(self) -> float:
+        """Seconds so far, interruptions left out."""
+        return self._wall_before + time.perf_counter() - self._opened
+
+    def resume(self) -> int:
+        """Continue from the newest intact checkpoint; returns the number of steps done (0: a new run)."""
+        loaded = self.checkpoints.latest()
+        if loaded is None:
+            self.log.truncate(0)
+            return 0
+        state = loaded.state
+        load_optimizer(self.trainer.optimizer, self.policy, state)
+        self.cursor.restore(CursorState(**state.scalars["cursor"]))
+        self._wall_before = float(state.scalars["wall_s"])
+        self._boundary = self.cursor.state(), self.trainer.optimizer.num_steps
+        self._saved = state.step
+        push_weights(self.engine, state.step)
+        self.log.truncate(state.step)
+        restore_rng(state.rng)
+        return state.step
+
+    def finished(self, step: int) -> None:
+        """A step is whole: from here on, `step + 1` is what a checkpoint holds."""
+        self._boundary = self.cursor.state(), self.trainer.optimizer.num_steps
+
+    def save(self, step: int, score: tuple[float, ...] | None) -> None:
+        """Checkpoint the state after `step` whole steps."""
+        cursor, num_steps = self._boundary
+        assert num_steps == self.trainer.optimizer.num_steps
+        scalars = {"cursor": asdict(cursor), "wall_s": self.wall_s}
+        self.checkpoints.save(step, optimizer_state(self.trainer.optimizer, self.policy, step, scalars), score)
+        self._saved = step
+
+    def save_boundary(self, step: int) -> None:
+        """Checkpoint the last whole step, unless that is done or an optimizer step of the next one was already taken."""
+        if self._saved != step and step > 0 and self._boundary[1] == self.trainer.optimizer.num_steps:
+            self.save(step, None)
+
+
+def optimizer_state(optimizer: Optimizer, policy: Policy, step: int, scalars: dict[str, object]) -> ResumeState:
+    """Weights, float32 masters, optimizer moments and random state as one flat resume state."""
+    tensors = add_prefix(WEIGHT, policy.model.state_dict())
+    masters = {n: w.detach() for n, w in optimizer.masters.items() if w is not optimizer.parameters[n]}
+    tensors |= add_prefix(MASTER, masters)
+    tree: dict[str, object] = dict(scalars) | {"num_steps": optimizer.num_steps}
+    for name, inner in optimizer.named():
+        flat = flatten_optimizer(inner)
+        tensors |= add_prefix(f"{OPTIMIZER}{name}.", flat.tensors)
+        tree[f"optimizer.{name}"] = flat.scalars
+    return ResumeState(step=step, tensors=tensors, scalars=tree, rng=capture_rng())
+
+
+def load_optimizer(optimizer: Optimizer, policy: Policy, state: ResumeState) -> None:
+    """The reverse of `optimizer_state`, in place.
+
+    Raises:
+        CheckpointError: the checkpoint belongs to another model, another `model.freeze` or another optimizer.
+    """
+    masters = {n: w for n, w in optimizer.masters.items() if w is not optimizer.parameters[n]}
+    copy_exactly(take_prefix(MASTER, state.tensors), masters)
+    copy_exactly(take_prefix(WEIGHT, state.tensors), policy.model.state_dict())
+    for name, inner in optimizer.named():
+        key = f"optimizer.{name}"
+        if key not in state.scalars:
+            raise CheckpointError(
+                f"the checkpoint has no {name} state; resume with the optim settings of the run that wrote it"
+            )
+        unflatten_optimizer(inner, FlatOptimizer(take_prefix(f"{OPTIMIZER}{name}.", state.tensors), state.scalars[key]))
+    optimizer.num_steps = int(state.scalars["num_steps"])
+
+
+def save_config(config: Config) -> None:
+    """Save the resolved config with the run; a run folder keeps the settings that decide its result.
+
+    Raises:
+        ConfigError: the folder holds a run with other settings.
+    """
+    folder = config.run.dir
+    path = folder / "config.yaml"
+    text = config_module.to_yaml(config)
+    if path.exists():
+        old = config_module.load(path)
+        # what may change between resumptions: how long to train, what to watch
+        free = {"train": {"steps"}, "log": True, "checkpoint": True, "eval": {"every"}}
+        if _fixed(old, free) != _fixed(config, free):
+            changed = _first_difference(old, config)
+            raise ConfigError(
+                f"{folder} holds a run with another {changed}; set run.dir to a new folder, or restore the setting to resume"
+            )
+    folder.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(".config.yaml.tmp")
+    scratch.write_text(text, encoding="utf-8")
+    scratch.replace(path)
+
+
+def _fixed(config: Config, free: dict[str, object]) -> dict[str, object]:
+    return config.model_dump(mode="json", exclude=free)  # pyright: ignore[reportArgumentType]
+
+
+def _first_difference(old: Config, new: Config) -> str:
+    def leaves(tree: object, prefix: str = "") -> Iterator[tuple[str, object]]:
+        if isinstance(tree, dict):
+            for key, value in tree.items():
+                yield from leaves(value, f"{prefix}.{key}" if prefix else key)
+        else:
+            yield prefix, tree
+
+    then = dict(leaves(old.model_dump(mode="json")))
+    for key, value in leaves(new.model_dump(mode="json")):
+        if then.get(key) != value and key not in ("train.steps", "eval.every") and not key.startswith(("log.", "checkpoint.")):
+            return f"{key} ({then.get(key)!r}, now {value!r})"
+    return "setting"
+
+
+@contextmanager
+def open_parts(config: Config, interrupts: Interrupts, training: bool = True) -> Iterator[Parts]:
+    """Open everything that a run needs, cheapest checks first, and close it in reverse order.
+
+    Raises:
+        ConfigError, DataError, ModelError, ToolSetupError, JudgeError: whatever cannot work is found here, before a rollout.
+    """
+    if config.rollout.engine != "native":
+        raise ConfigError("rollout.engine=vllm is not in this release; set rollout.engine=native")
+    if config.train.backend != "torch":
+        raise ConfigError("train.backend=megatron is not in this release; set train.backend=torch")
+    if training and not config.data.train:
+        raise ConfigError("no training prompts; set data.train to Parquet files")
+    if config.run.threads:
+        torch.set_num_threads(config.run.threads)
+    torch.manual_seed(config.run.seed)
+    files = PromptFiles(config.data.train) if training else None
+    heldout = PromptFiles(config.data.heldout) if config.data.heldout else None
+    styles = {style for part in (files, heldout) if part is not None for style in part.styles()}
+    with ExitStack() as stack:
+        judge = open_judge(config.score, styles)
+        stack.callback(judge.close)
+        interrupts.run(judge.check())
+        scratch = Path(mkdtemp(prefix="metis-tools-"))
+        stack.callback(_remove, scratch)
+        toolbox = open_toolbox(config.tools, scratch)
+        stack.callback(toolbox.close)
+        policy = load_policy(config.model)
+        engine = NativeEngine(policy, config.rollout.deterministic)
+        stack.callback(engine.close)
+        trainer = None
+        if training:
+            save_config(config)
+            updates = config.train.steps * config.rollout.prompts_per_step // config.train.prompts_per_mini_batch
+            trainer = TorchTrainer(policy, config, config.train.optim, updates)
+        parts = Parts(config, interrupts, policy, engine, toolbox, judge, trainer, files, heldout)
+        if training:
+            stack.callback(parts.log.close)
+        yield parts
+
+
+def _remove(folder: Path) -> None:
+    import shutil
+
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def num_cpus() -> int:
+    """CPUs that this process may use."""
+    return len(os.sched_getaffinity(0))

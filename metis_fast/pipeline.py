@@ -1,0 +1,176 @@
+"""The spine: what a run does, one verb a line."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TypeVar
+
+from metis_fast.checkpoint.export import export_model
+from metis_fast.config import Config
+from metis_fast.errors import CheckpointError, Interrupted, MetisError, NonFiniteError
+from metis_fast.interrupt import Interrupts
+from metis_fast.parts import Parts, open_parts
+from metis_fast.report.html import write_report
+from metis_fast.report.log import read_evaluations
+from metis_fast.report.progress import progress
+from metis_fast.report.slices import slices
+from metis_fast.report.summary import Summary, write_summary
+from metis_fast.rollout.episode import collect
+from metis_fast.rollout.store import RolloutStore
+from metis_fast.score.scoring import score_groups
+from metis_fast.sync import push_weights
+from metis_fast.types import Group, Outcome, Prompt, ScoredGroup, Slice, StepStats, UpdateStats
+
+T = TypeVar("T")
+
+
+def train(config: Config) -> Summary | None:
+    """HDPO from `config.model.path`, resumed from the newest checkpoint of `config.run.dir` if there is one.
+
+    Raises:
+        Interrupted: a signal came; the last whole step is checkpointed.
+        NonFiniteError: NaN or Inf; the rollouts that caused it are in `failed/`, the last whole step is checkpointed.
+        MetisError: anything that a user can mend.
+    """
+    with Interrupts() as interrupts, open_parts(config, interrupts) as parts:
+        first = parts.resume()
+        for step in range(first, config.train.steps + 1):
+            with _saved_on_failure(parts, step):
+                score = _evaluate_if_due(parts, step)
+                if step > first and _due(step, config.checkpoint.every, config.train.steps):
+                    parts.save(step, score)
+                if step == config.train.steps:
+                    break
+                clock = _Clock()
+                prompts = parts.cursor.next(config.rollout.prompts_per_step)
+                groups = clock("rollout", _rollout(parts, prompts, f"train/{step}"))
+                scored = clock("score", _score(parts, groups))
+                updates = clock("update", _update(parts, scored, step))
+                clock("sync", push_weights(parts.engine, step + 1))
+                clock("store", _store(parts, scored, step))
+                parts.log.step(_step_stats(parts, step, scored, updates, clock.seconds))
+                parts.finished(step)
+        export_model(parts.policy.model, parts.policy.tokenizer, parts.policy.folder, config.run.dir / "model_trained")
+        return _summarise(parts)
+
+
+def evaluate(config: Config) -> dict[str, Slice]:
+    """Rates of `config.model.path` on the held-out prompts, by ability and kind. Nothing is trained or stored."""
+    with Interrupts() as interrupts, open_parts(config, interrupts, training=False) as parts:
+        return _evaluate(parts, "eval")
+
+
+class _Clock:
+    """Wall seconds by stage; each call closes the stage whose result it is given."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._since = time.perf_counter()
+
+    def __call__(self, stage: str, result: T) -> T:
+        now = time.perf_counter()
+        self.seconds[stage], self._since = now - self._since, now
+        return result
+
+
+@contextmanager
+def _saved_on_failure(parts: Parts, step: int) -> Iterator[None]:
+    """Whatever ends a step half-way (a signal, a dead judge, a NaN): the state before the step is put on disk first."""
+    try:
+        yield
+    except (Interrupted, MetisError) as error:
+        if not isinstance(error, CheckpointError):
+            parts.save_boundary(step)
+        raise
+
+
+def _due(step: int, every: int, last: int) -> bool:
+    return step == last or (every > 0 and step % every == 0)
+
+
+def _rollout(parts: Parts, prompts: Sequence[Prompt], stream: str, evaluation: bool = False) -> list[Group]:
+    config = parts.config
+    rollout, repeats = config.rollout, config.rollout.rollouts_per_prompt
+    if evaluation:
+        rollout = rollout.model_copy(update={"temperature": config.eval.temperature, "top_p": 1.0, "top_k": 0})
+        repeats = config.eval.rollouts_per_prompt
+    with progress(len(prompts) * repeats, stream, config.log, "rollout") as bar:
+        return parts.interrupts.run(
+            collect(prompts, repeats, parts.chat, parts.engine, parts.toolbox, rollout, config.run.seed, stream, bar.update)
+        )
+
+
+def _score(parts: Parts, groups: Sequence[Group]) -> list[ScoredGroup]:
+    return parts.interrupts.run(score_groups(groups, parts.judge, parts.config))
+
+
+def _update(parts: Parts, scored: Sequence[ScoredGroup], step: int) -> tuple[UpdateStats, ...]:
+    parts.interrupts.check()
+    assert parts.trainer is not None
+    try:
+        return parts.trainer.update(scored, parts.interrupts.check)
+    except NonFiniteError as error:
+        path = RolloutStore(parts.config.run.dir / "failed").write(f"step-{step:06d}", scored)
+        raise NonFiniteError(f"step {step}: {error}; its rollouts are in {path}") from None
+
+
+def _store(parts: Parts, scored: Sequence[ScoredGroup], step: int) -> None:
+    if parts.config.log.rollouts:
+        parts.store.write(f"step-{step:06d}", scored)
+
+
+def _evaluate(parts: Parts, stream: str) -> dict[str, Slice]:
+    """Sample the held-out prompts; where a prompt has several samples, rates are over all of them."""
+    return slices(_score(parts, _rollout(parts, parts.heldout(), stream, evaluation=True)))
+
+
+def _evaluate_if_due(parts: Parts, step: int) -> tuple[float, ...] | None:
+    """Held-out rates before and after training and every `eval.every` steps. Returns what "best" is measured by."""
+    config = parts.config
+    if not config.data.heldout or not (step == 0 or _due(step, config.eval.every, config.train.steps)):
+        return None
+    # one stream for all steps: the same noise for every policy, so that differences are the policy's
+    rates = _evaluate(parts, "eval")
+    parts.log.evaluation(step, rates)
+    return rates["all"].accuracy, -rates["all"].tool_calls
+
+
+def _step_stats(
+    parts: Parts, step: int, scored: Sequence[ScoredGroup], updates: tuple[UpdateStats, ...], seconds: Mapping[str, float]
+) -> StepStats:
+    scores = [score for group in scored for score in group.scores]
+    judged = [score for score in scores if score.verdict is not None]
+    turns = [turn for group in scored for rollout in group.rollouts for turn in rollout.turns]
+    return StepStats(
+        step=step,
+        epoch=parts.cursor.epoch,
+        reward_acc=sum(score.r_acc for score in judged) / max(1, len(judged)),
+        reward_tool=sum(score.r_tool for score in judged) / max(1, len(judged)),
+        slices=slices(scored),
+        outcomes=dict(Counter(str(score.outcome) for score in scores)),
+        tool_errors=sum(turn.outcome is Outcome.TOOL_ERROR for turn in turns),
+        qualifying_share=sum(score.qualifies for score in judged) / max(1, len(judged)),
+        signal_share=sum(any(score.in_tool_denominator for score in group.scores) for group in scored) / len(scored),
+        bad_rows_skipped=parts.cursor.skipped,
+        updates=updates,
+        seconds=seconds,
+    )
+
+
+def _summarise(parts: Parts) -> Summary | None:
+    """`summary.json` and `report.html` of a finished run; no summary without held-out prompts."""
+    folder, summary = parts.config.run.dir, None
+    evaluations = read_evaluations(folder)
+    if evaluations:
+        summary = write_summary(
+            folder / "summary.json",
+            seed=parts.config.run.seed,
+            wall_s=parts.wall_s,
+            before=evaluations[0].slices,
+            after=evaluations[-1].slices,
+        )
+    write_report(folder)
+    return summary
