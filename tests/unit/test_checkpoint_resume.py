@@ -6,6 +6,7 @@ import logging
 import multiprocessing
 import random
 import time
+from multiprocessing.synchronize import Event
 from pathlib import Path
 
 import numpy as np
@@ -228,7 +229,7 @@ def test_leftovers_are_removed_on_open_but_never_those_of_a_live_writer(tmp_path
     assert folders(tmp_path) == {"step-000010"}
 
 
-def save_forever(folder: Path, started: multiprocessing.synchronize.Event) -> None:
+def save_forever(folder: Path, started: Event) -> None:
     torch.set_num_threads(1)
     store = CheckpointStore(folder, keep_last=2)
     latest = store.latest()
@@ -245,7 +246,7 @@ def save_forever(folder: Path, started: multiprocessing.synchronize.Event) -> No
 def test_kill_9_at_any_time_leaves_the_newest_complete_checkpoint_loadable(tmp_path):
     folder = tmp_path / "checkpoints"
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
+    context.set_forkserver_preload(["metis_fast.checkpoint.resume"])  # torch takes seconds to import, a fork does not
     delays = random.Random(0)
     half_written = 0
     for _ in range(25):
