@@ -1,0 +1,97 @@
+"""What the agent is told when it names a tool or its arguments wrongly, and which tool a call reaches."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from metis_fast.config import ToolsConfig
+from metis_fast.errors import ToolSetupError
+from metis_fast.tools import open_toolbox
+from metis_fast.tools.protocol import Toolbox
+from metis_fast.types import ImageBlob, Observation, Outcome, ToolName
+
+
+def png() -> bytes:
+    buffer = io.BytesIO()
+    Image.linear_gradient("L").save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def search_box(tmp_path: Path) -> Iterator[Toolbox]:
+    pq.write_table(pa.table({"title": ["A <image> page"], "link": [""], "text": ["about herons"]}), tmp_path / "text.parquet")
+    pq.write_table(pa.table({"title": ["Gradient"], "link": [""], "image": [png()]}), tmp_path / "image.parquet")
+    tree = {
+        "enabled": ["text_search", "image_search"],
+        "text_search": {"corpus": tmp_path / "text.parquet", "max_results": 1},
+        "image_search": {"corpus": tmp_path / "image.parquet", "max_results": 1},
+    }
+    box = open_toolbox(ToolsConfig.model_validate(tree), tmp_path / "scratch")
+    yield box
+    box.close()
+
+
+def call(box: Toolbox, *calls: tuple[str, Mapping[str, object]], images: tuple[ImageBlob, ...] = ()) -> list[Observation]:
+    async def run() -> list[Observation]:
+        session = box.session(images)
+        results = [await session.call(name, arguments) for name, arguments in calls]
+        await session.close()
+        await session.close()
+        return results
+
+    return asyncio.run(run())
+
+
+@pytest.mark.parametrize("name", ["python", "browser", "", "Text_Search"])
+def test_unknown_and_disabled_tools_are_answered_with_the_tools_there_are(search_box: Toolbox, name: str) -> None:
+    (got,) = call(search_box, (name, {"code": "1"}))
+    assert got.outcome is Outcome.TOOL_ERROR and got.text.endswith("Tools: text_search, image_search.")
+
+
+@pytest.mark.parametrize("arguments", [{}, {"query": 3}, {"query": None}, {"q": "x"}, {"query": "x", "k": 3}])
+def test_wrong_arguments_are_answered_with_the_right_ones(search_box: Toolbox, arguments: Mapping[str, object]) -> None:
+    (got,) = call(search_box, ("text_search", arguments))
+    assert got == Observation('text_search expects one argument, a string: {"query": "..."}.', outcome=Outcome.TOOL_ERROR)
+
+
+def test_search_is_another_name_of_text_search(search_box: Toolbox) -> None:
+    one, other = call(search_box, ("search", {"query": "heron"}), ("text_search", {"query": "heron"}))
+    assert one == other and one.outcome is Outcome.TOOL_RESULT and "about herons" in one.text
+
+
+def test_an_image_mark_in_a_page_does_not_stand_for_an_image(search_box: Toolbox) -> None:
+    (got,) = call(search_box, ("text_search", {"query": "page"}))
+    assert "<image>" not in got.text and got.text.startswith("A < image > page")
+
+
+def test_image_search_runs_once_a_rollout(search_box: Toolbox) -> None:
+    images = (ImageBlob.of(png()),)
+    first, second = call(search_box, ("image_search", {}), ("image_search", {}), images=images)
+    assert first.outcome is Outcome.TOOL_RESULT and first.text == "Gradient\n<image>" and len(first.images) == 1
+    assert second.outcome is Outcome.TOOL_ERROR and "only once" in second.text
+    (again,) = call(search_box, ("image_search", {}), images=images)
+    assert again == first
+
+
+def test_image_search_needs_a_prompt_image_and_no_arguments(search_box: Toolbox) -> None:
+    none, extra = call(search_box, ("image_search", {}), ("image_search", {"query": "x"}))
+    assert none.outcome is extra.outcome is Outcome.TOOL_ERROR
+    assert "no" in none.text and "no arguments" in extra.text
+
+
+def test_names_are_the_enabled_tools(search_box: Toolbox) -> None:
+    assert list(search_box.names) == [ToolName.TEXT_SEARCH, ToolName.IMAGE_SEARCH]
+
+
+@pytest.mark.parametrize("tool", ["text_search", "image_search"])
+def test_a_search_tool_without_a_corpus_is_refused(tmp_path: Path, tool: str) -> None:
+    with pytest.raises(ToolSetupError, match=rf"set tools\.{tool}\.corpus or remove {tool} from tools\.enabled"):
+        open_toolbox(ToolsConfig.model_validate({"enabled": [tool]}), tmp_path)
