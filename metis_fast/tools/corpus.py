@@ -38,6 +38,11 @@ def check_corpus(tool: ToolName, corpus: Path | None, columns: Sequence[str]) ->
     return corpus
 
 
+def page_text(text: str | None) -> str:
+    """A corpus cell as one line, in which nothing stands for an image."""
+    return " ".join((text or "").split()).replace("<image>", "< image >")
+
+
 def corpus_key(corpus: Path, layout: str) -> str:
     """16 hex digits that change with the corpus (size, modification time, hash of both ends) and with `layout`."""
     status = corpus.stat()

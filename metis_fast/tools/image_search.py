@@ -18,7 +18,7 @@ from PIL import Image
 
 from metis_fast.config import ImageSearchConfig
 from metis_fast.errors import InfrastructureError
-from metis_fast.tools.corpus import check_corpus, derived_folder
+from metis_fast.tools.corpus import check_corpus, derived_folder, page_text
 from metis_fast.types import ImageBlob, Observation, Outcome, ToolName
 
 _LAYOUT = "1"  # raise when the descriptor changes
@@ -121,7 +121,7 @@ class ImageSearch:
             texts, images = [], []
             for number, row in enumerate((int(row) for row in best if likeness[row] > 0), start=1):
                 head = f"{number}. " if self._config.max_results > 1 else ""
-                lines = [head + " ".join((index.titles[row] or "").split()), " ".join((index.links[row] or "").split())]
+                lines = [head + page_text(index.titles[row]), page_text(index.links[row])]
                 found = _decode(_cell(index.file, row))
                 if found is not None:
                     lines.append("<image>")

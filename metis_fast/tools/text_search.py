@@ -15,7 +15,7 @@ import tantivy
 
 from metis_fast.config import TextSearchConfig
 from metis_fast.errors import InfrastructureError
-from metis_fast.tools.corpus import check_corpus, derived_folder
+from metis_fast.tools.corpus import check_corpus, derived_folder, page_text
 from metis_fast.types import Observation, ToolName
 
 _LAYOUT = "1"  # raise when the schema below or its meaning changes
@@ -112,7 +112,7 @@ class TextSearch:
         for number, document in enumerate(hits, start=1):
             title, link, text = (str(document.get_first(name) or "") for name in ("title", "link", "text"))
             snippet = snippets.snippet_from_doc(document).fragment() or text  # no fragment: only the title matched
-            lines = [_one_line(title), _one_line(link), _one_line(snippet)[: self._config.snippet_chars].rstrip()]
+            lines = [page_text(title), page_text(link), page_text(snippet[: self._config.snippet_chars])]
             head = f"{number}. " if self._config.max_results > 1 else ""
             results.append(head + "\n".join([lines[0], *(line for line in lines[1:] if line)]))
         return Observation("\n\n".join(results))
@@ -141,7 +141,3 @@ class TextSearch:
         documents = [(-score, index.searcher.doc(address)) for score, address in hits]
         documents.sort(key=lambda item: (item[0], item[1].get_first("row")))
         return [document for _, document in documents[:wanted]]
-
-
-def _one_line(text: str) -> str:
-    return " ".join(text.split())

@@ -99,7 +99,7 @@ class LocalSession:
                 assert self._python is not None
                 return await self._python.call(value)
             assert self._toolbox.text is not None
-            return _plain(await asyncio.to_thread(self._toolbox.text.search, value))
+            return await asyncio.to_thread(self._toolbox.text.search, value)
 
     async def _search_image(self) -> Observation:
         if not self._images:
@@ -116,8 +116,3 @@ class LocalSession:
         """Kill the Python session, if one runs, and wait until it is gone."""
         if self._python is not None:
             await self._python.close()
-
-
-def _plain(observation: Observation) -> Observation:
-    """A text result in which nothing stands for an image."""
-    return Observation(observation.text.replace("<image>", "< image >"), outcome=observation.outcome)

@@ -28,7 +28,7 @@ def png() -> bytes:
 @pytest.fixture
 def search_box(tmp_path: Path) -> Iterator[Toolbox]:
     pq.write_table(pa.table({"title": ["A <image> page"], "link": [""], "text": ["about herons"]}), tmp_path / "text.parquet")
-    pq.write_table(pa.table({"title": ["Gradient"], "link": [""], "image": [png()]}), tmp_path / "image.parquet")
+    pq.write_table(pa.table({"title": ["<image>Gradient"], "link": [""], "image": [png()]}), tmp_path / "image.parquet")
     tree = {
         "enabled": ["text_search", "image_search"],
         "text_search": {"corpus": tmp_path / "text.parquet", "max_results": 1},
@@ -75,7 +75,7 @@ def test_an_image_mark_in_a_page_does_not_stand_for_an_image(search_box: Toolbox
 def test_image_search_runs_once_a_rollout(search_box: Toolbox) -> None:
     images = (ImageBlob.of(png()),)
     first, second = call(search_box, ("image_search", {}), ("image_search", {}), images=images)
-    assert first.outcome is Outcome.TOOL_RESULT and first.text == "Gradient\n<image>" and len(first.images) == 1
+    assert first.outcome is Outcome.TOOL_RESULT and first.text == "< image >Gradient\n<image>" and len(first.images) == 1
     assert second.outcome is Outcome.TOOL_ERROR and "only once" in second.text
     (again,) = call(search_box, ("image_search", {}), images=images)
     assert again == first
