@@ -77,12 +77,12 @@ def _channel(rewards: Floats, members: Bools, norm_by_std: bool) -> _Channel:
 
 
 def _one_advantage(channel: _Channel, group: GroupRewards) -> GroupAdvantages:
-    none = np.zeros(len(group.valid), dtype=bool)
+    size = len(group.valid)
     return GroupAdvantages(
         adv_acc=channel.values.astype(np.float32),
-        adv_tool=np.zeros(len(group.valid), dtype=np.float32),
-        in_tool_denominator=none,
-        needs_gradient=group.valid if channel.signal else none,
+        adv_tool=np.zeros(size, dtype=np.float32),
+        in_tool_denominator=np.zeros(size, dtype=bool),
+        needs_gradient=group.valid & channel.signal,
     )
 
 
@@ -175,5 +175,5 @@ def _reference_hdpo(group: GroupRewards, norm_by_std: bool) -> GroupAdvantages:
         adv_acc=_reference_channel(group.r_acc, group.valid, norm_by_std),
         adv_tool=adv_tool,
         in_tool_denominator=adv_tool != 0,
-        needs_gradient=group.valid,
+        needs_gradient=group.valid.copy(),
     )

@@ -43,7 +43,7 @@ def test_both_channels_are_bit_equal_to_the_recipe(rollouts, norm_by_std):
     r_tool = [correct / (calls + 1) for correct, _, calls in rollouts]
     correct = [correct for correct, _, _ in rollouts]
     (got,) = advantages([group(r_acc, r_tool, correct)], ScoreConfig(norm_by_std=norm_by_std), reference_noise=True)
-    np.testing.assert_array_equal(got.adv_acc, np.float32(recipe(r_acc, norm_by_std)))
+    np.testing.assert_array_equal(got.adv_acc, np.array(recipe(r_acc, norm_by_std), dtype=np.float32))
     qualifying = [i for i, right in enumerate(correct) if right]
     tool = np.zeros(len(rollouts), dtype=np.float32)
     if len(qualifying) >= 2:

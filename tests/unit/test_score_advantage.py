@@ -19,7 +19,7 @@ groups_of_rollouts = st.lists(st.lists(rollout, min_size=1, max_size=9), min_siz
 
 
 def config(estimator="hdpo", **changes):
-    return ScoreConfig(estimator=estimator, **changes)
+    return ScoreConfig.model_validate({"estimator": estimator, **changes})
 
 
 def rewards_of(rollouts):
@@ -182,7 +182,7 @@ def test_one_qualifying_rollout_has_no_tool_signal():
 
 def test_wrong_rollouts_do_not_enter_the_mean_of_the_tool_channel():
     (got,) = advantages([plain([1, 1, 0, 0], [1.0, 0.5, 0, 0], [True, True, False, False])], config(norm_by_std=False))
-    np.testing.assert_array_equal(got.adv_tool, np.float32([0.25, -0.25, 0, 0]))
+    np.testing.assert_array_equal(got.adv_tool, [0.25, -0.25, 0, 0])
 
 
 def test_coupled_compares_the_sum_of_rewards_and_not_its_parts():
