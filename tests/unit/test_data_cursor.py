@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from metis_fast.data.cursor import CursorState, PromptCursor, epoch_order
 from metis_fast.data.parquet import PromptFiles
@@ -150,6 +151,23 @@ def test_an_epoch_without_a_usable_row_is_an_error_not_a_loop(tmp_path: Path):
     write_rows(tmp_path / "bad.parquet", ["music"] * 3, row_group_size=2)
     with pytest.raises(DataError, match="no usable row among 3"):
         PromptCursor(PromptFiles([tmp_path]), seed=0, on_bad_row="skip").next(1)
+
+
+def test_rows_that_all_go_bad_after_a_good_epoch_end_the_stream(tmp_path: Path):
+    Image.new("RGB", (4, 4)).save(tmp_path / "pixels.png")
+    row = {
+        "data_source": "unit",
+        "prompt": [{"role": "user", "content": "<image>"}],
+        "images": ["pixels.png"],
+        "ability": "math",
+        "reward_model": {"ground_truth": "1", "style": "rule"},
+    }
+    pq.write_table(pa.Table.from_pylist([row] * 3), tmp_path / "set.parquet")
+    cursor = PromptCursor(PromptFiles([tmp_path]), seed=0, on_bad_row="skip")
+    assert len(cursor.next(4)) == 4
+    (tmp_path / "pixels.png").unlink()
+    with pytest.raises(DataError, match="no usable row among 3"):
+        cursor.next(1)
 
 
 def test_one_usable_row_is_enough_for_a_stream(tmp_path: Path):
