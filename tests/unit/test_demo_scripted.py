@@ -92,7 +92,7 @@ class FakeToolbox:
     names = tuple(ToolName)
 
     def __init__(self) -> None:
-        self._cities = {city.name: city for city in load_world(1500, 0).cities}
+        self._cities = {city.name: city for city in load_world().cities}
 
     def session(self, images: Sequence[ImageBlob]) -> FakeSession:
         return FakeSession(self._cities, images)
@@ -125,7 +125,7 @@ def shown_fabric(rollout, prompt: Prompt) -> str:
 
 
 def test_every_played_message_is_protocol_and_the_answer_is_what_the_tool_showed(prompts, tokenizer, chat) -> None:
-    world = {city.name: city for city in load_world(1500, 0).cities}
+    world = {city.name: city for city in load_world().cities}
     prompts = prompts[:300]
     num_wrong = 0
     for prompt, rollout in zip(prompts, play(prompts, COLD_START, tokenizer, chat), strict=True):
@@ -175,7 +175,7 @@ def test_a_trajectory_is_a_function_of_seed_and_order(prompts, tokenizer, chat) 
 
 
 def check_rate(hits: int, total: int, p: float) -> None:
-    """Within four standard deviations of a binomial: at fixed seeds the check is exact, at others it fails 1 in 16,000 times."""
+    """Within four standard deviations of a binomial, which another seed would leave once in 16,000 times."""
     assert total > 20
     assert abs(hits - total * p) <= 4 * sqrt(total * p * (1 - p)) + 1e-9, (hits, total, p)
 
@@ -237,17 +237,14 @@ def test_a_failed_call_leaves_a_guess(prompts: list[Prompt]) -> None:
 def test_a_message_is_cut_at_the_token_limit(prompts, tokenizer, chat) -> None:
     engine = ScriptedEngine(tokenizer, prompts, ALWAYS, 0)
     tokens = chat.encode_prompt(prompts[0]).tokens
-    for limit, stopped in ((3, False), (200, True)):
-        sampling = Sampling(max_tokens=limit, stop_ids=chat.stop_ids)
-        message = asyncio.run(engine.session(0).generate(tokens, (), (), sampling))
-        assert message.stopped is stopped
-        assert (
-            len(message.tokens)
-            == len(message.logp)
-            == len(message.weight_version)
-            == (3 if limit == 3 else len(message.tokens))
-        )
-    assert parse_turn(chat.decode(message.tokens.tolist())).call is not None
+    cut, whole = (
+        asyncio.run(engine.session(0).generate(tokens, (), (), Sampling(max_tokens=limit, stop_ids=chat.stop_ids)))
+        for limit in (3, 200)
+    )
+    assert not cut.stopped
+    assert whole.stopped
+    assert cut.tokens.tolist() == whole.tokens[:3].tolist()
+    assert parse_turn(chat.decode(whole.tokens.tolist())).call is not None
 
 
 def test_other_prompts_and_other_tokenizers_are_refused_in_one_line(prompts, tokenizer) -> None:
@@ -276,7 +273,7 @@ def test_the_real_text_search_finds_the_page_of_every_city_and_capital(tmp_path:
     one = SplitSize(1)
     corpus = write_demo(tmp_path, 0, DemoSizes(one, one, one, one, images=1)).text_corpus
     search = TextSearch(TextSearchConfig(corpus=corpus, max_results=1))
-    world = load_world(1500, 0)
+    world = load_world()
     assert [city.name for city in world.cities if find_city(search.search(city.name).text, city.name) != city] == []
     for country in world.countries:
         fact = f"The capital of {country.name} is {country.capital}"
