@@ -27,7 +27,7 @@ CACHE_BYTES = 1 << 30
 mix what is shuffled and small beside a model."""
 
 _REQUIRED = ("data_source", "prompt", "ability", "reward_model")
-_BATCH_ROWS = 64  # Arrow cannot decode a nested column whose row group holds over 2 GiB in one piece; small batches it can
+_BATCH_ROWS = 64  # Arrow decodes at most 2 GiB of a nested column in one piece: 64 rows of 32 MiB
 
 
 @dataclass(frozen=True, slots=True)
