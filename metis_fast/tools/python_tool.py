@@ -24,17 +24,29 @@ from PIL import Image
 
 from metis_fast.config import PythonToolConfig
 from metis_fast.errors import InfrastructureError, ToolSetupError
-from metis_fast.tools.sandbox.wire import LENGTH, MAX_FRAME, Call, Limits, Reply, WireError, decode_reply, encode_call
+from metis_fast.tools.sandbox.wire import (
+    LENGTH,
+    MAX_FRAME,
+    MAX_IMAGES,
+    MAX_SIDE,
+    Call,
+    Limits,
+    Reply,
+    WireError,
+    decode_reply,
+    encode_call,
+)
 from metis_fast.types import ImageBlob, Observation, Outcome
 
 _START_S = 60.0  # a cold import of numpy and Pillow on a loaded machine, with room
 _CPU_CALLS = 20  # a session may use the CPU time of this many calls; the paper's rollouts have ten turns
-_MAX_PIXELS = 4096 * 4096
 _OPEN = b"open"
 _READY = b"ready"
 # sys.path is set by hand because the server ignores the caller's folder and PYTHONPATH, as `-I` would have it. Not `-I` itself:
 # it also ignores PYTHONHASHSEED, which makes the order of sets repeat. The environment is ours, so nothing else differs.
-_COMMAND = "import sys; sys.path.insert(0, sys.argv.pop(1)); from metis_fast.tools.sandbox.server import main; main()"
+_COMMAND = (
+    "import sys; sys.path.insert(0, sys.argv.pop(1)); from metis_fast.tools.sandbox.server import main; del sys.path[0]; main()"
+)
 
 
 def _environment() -> dict[str, str]:
@@ -272,7 +284,7 @@ def _image(png: bytes) -> ImageBlob | None:
     """The image if it really is one: what a session sends is in the agent's hands."""
     try:
         with Image.open(io.BytesIO(png), formats=["PNG"]) as image:
-            if image.width * image.height > _MAX_PIXELS:
+            if max(image.size) > MAX_SIDE:
                 return None
             image.load()
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):  # Pillow's ways to refuse a file
@@ -340,7 +352,7 @@ class PythonTool:
             if isinstance(part, str):
                 text, room = text + part[:room].replace("<image>", "< image >"), max(0, room - len(part))
                 continue
-            image = await asyncio.to_thread(_image, part)
+            image = await asyncio.to_thread(_image, part) if len(images) < MAX_IMAGES else None
             if image is not None:
                 images.append(image)
                 text += ("" if not text or text.endswith("\n") else "\n") + "<image>\n"

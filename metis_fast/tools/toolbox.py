@@ -54,7 +54,7 @@ class LocalToolbox:
         """Limits the calls that run at the same time; one a loop, because a semaphore belongs to its loop."""
         loop = asyncio.get_running_loop()
         if self._gate is None or self._gate[0] is not loop:
-            self._gate = (loop, asyncio.Semaphore(2 * (os.cpu_count() or 1)))
+            self._gate = (loop, asyncio.Semaphore(2 * len(os.sched_getaffinity(0))))
         return self._gate[1]
 
     def session(self, images: Sequence[ImageBlob]) -> LocalSession:

@@ -323,8 +323,7 @@ from metis_fast.config import ToolsConfig
 from metis_fast.tools import open_toolbox
 
 async def main():
-    config = ToolsConfig.model_validate({"enabled": ["python"], "python": {"unsafe": sys.argv[2] == "unsafe"}})
-    session = open_toolbox(config, Path(sys.argv[1])).session(())
+    session = open_toolbox(ToolsConfig.model_validate({"enabled": ["python"]}), Path(sys.argv[1])).session(())
     await session.call("python", {"code": "import os, time\\nif os.fork() == 0:\\n    os.setsid()\\n    time.sleep(60)"})
     print("running", flush=True)
     await session.call("python", {"code": "while True: pass"})
@@ -337,7 +336,7 @@ def test_a_killed_trainer_leaves_no_process(open_box: Open, tmp_path: Path) -> N
     open_box()  # skips where there is no sandbox
     scratch = tmp_path / "other"
     root = str(Path(__file__).parents[2])
-    command = [sys.executable, "-c", TRAINER, str(scratch), "safe"]
+    command = [sys.executable, "-c", TRAINER, str(scratch)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": root}) as trainer:
         assert trainer.stdout is not None and trainer.stdout.readline() == b"running\n"
         assert len(processes_of(scratch)) >= 5  # trainer, server twice, session and its child

@@ -17,10 +17,8 @@ import numpy as np
 import numpy.random  # loads late by itself, in every session anew
 from PIL import Image, ImageShow
 
-from metis_fast.tools.sandbox.wire import LENGTH, Call, Limits, Reply, decode_call, encode_reply
+from metis_fast.tools.sandbox.wire import LENGTH, MAX_IMAGES, MAX_SIDE, Call, Limits, Reply, decode_call, encode_reply
 
-MAX_IMAGES = 8  # a call; more would not fit into an observation's tokens
-MAX_SIDE = 4096  # pixels; larger images are scaled down before they are sent
 _CELL = "<call "
 
 

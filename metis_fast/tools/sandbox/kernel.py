@@ -38,7 +38,6 @@ _SESSION_ID = 1000  # who they are in their own
 MAX_PROCESSES = 64
 MAX_FILES = 256
 
-SCRATCH = "/tmp"  # of a session, in the sandbox's root
 _DEVICES = ("null", "zero", "full", "random", "urandom")
 _SYSTEM = ("/usr/lib", "/usr/lib64", "/lib", "/lib64", "/etc/ld.so.cache")
 
@@ -121,6 +120,8 @@ def visible_paths() -> list[str]:
     """What a session may read: the interpreter, its packages, the system's libraries. Parents come before children."""
     names = {sys.prefix, sys.base_prefix, sys.exec_prefix, sys.base_exec_prefix, *_SYSTEM}
     names.update(sysconfig.get_paths().values())
+    # Not all of sys.path: with a development install it may hold a checkout, and with it data and answers.
+    names.update(path for path in sys.path if os.path.basename(path) in ("site-packages", "dist-packages"))
     names.add(os.path.dirname(os.path.abspath(__file__)))  # the plotting back end, loaded on demand
     kept: list[str] = []
     for name in sorted(name for name in names if os.path.exists(name)):
@@ -128,6 +129,14 @@ def visible_paths() -> list[str]:
         if not real_parent:
             kept.append(name)
     return kept
+
+
+def _scratch() -> str:
+    below_tmp = any(name.startswith("/tmp/") for name in visible_paths())  # an environment made there must stay visible
+    return "/scratch" if below_tmp else "/tmp"
+
+
+SCRATCH = _scratch()  # of a session, in the sandbox's root
 
 
 def _bind(source: str, root: str) -> None:

@@ -52,7 +52,7 @@ class _Server:
                     message, fds, _, _ = socket.recv_fds(self._control, len(OPEN), 2)
                     if not message:
                         return
-                    self._open(*(socket.socket(fileno=fd) for fd in fds))
+                    self._open([socket.socket(fileno=fd) for fd in fds])
                 elif key.data is None:  # the trainer's pidfd
                     return
                 elif key.data not in self._live:
@@ -63,9 +63,16 @@ class _Server:
                     self._selector.unregister(key.data.life)
                     _kill(key.data, self._limits)
 
-    def _open(self, data: socket.socket, life: socket.socket) -> None:
-        folder = tempfile.mkdtemp(dir=self._folder) if self._limits.unsafe else ""
-        pid = start_session(data, self._limits, folder)
+    def _open(self, sockets: list[socket.socket]) -> None:
+        try:
+            data, life = sockets
+            folder = tempfile.mkdtemp(dir=self._folder) if self._limits.unsafe else ""
+            pid = start_session(data, self._limits, folder)
+        except (OSError, ValueError) as error:  # no more processes, memory or descriptors: the trainer sees its socket end
+            os.write(2, f"cannot open a session: {error}\n".encode())
+            for sock in sockets:
+                sock.close()
+            return
         data.close()
         session = _Session(pid, os.pidfd_open(pid), life, folder)
         self._live.add(session)

@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 LENGTH = struct.Struct(">I")
+MAX_IMAGES = 8  # a call; more would not fit into an observation's tokens
+MAX_SIDE = 4096  # pixels; larger images are scaled down before they are sent
 # Room for the eight largest images that a session sends, before compression pays; a forged length stops here.
 MAX_FRAME = 256 << 20
 
