@@ -27,7 +27,7 @@ class _Worker:
     """One `math_worker` process."""
 
     def __init__(self) -> None:
-        command = [sys.executable, "-m", "metis_fast.score.math_worker"]
+        command = [sys.executable, "-W", "ignore", "-m", "metis_fast.score.math_worker"]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         if self._read() != "ready":
             self.close()

@@ -279,8 +279,7 @@ def test_math_falls_back_to_the_rule_judge_where_nothing_parses(math_matcher):
 
 def test_a_formula_without_end_is_wrong_and_the_next_answer_is_still_judged(math_matcher):
     async def run():
-        towers = [math_matcher.matches(a_prompt("7", style="math"), "9^{9^{9^{9}}}") for _ in range(2)]
-        assert await asyncio.gather(*towers) == [False, False]
+        assert not await math_matcher.matches(a_prompt("7", style="math"), "9^{9^{9^{9}}}")
         assert await math_matcher.matches(a_prompt("1/2", style="math"), r"\frac{2}{4}")
 
     asyncio.run(run())

@@ -30,10 +30,10 @@ def by_equality(task: dict) -> Reply:
 
 
 class Endpoint:
-    """One judge server. `replies` are used up first, then `default` decides; what was asked is kept."""
+    """One judge server. `replies` are used up first, then `default` decides, after `hold`; what was asked is kept."""
 
-    def __init__(self, default: Callable[[dict], Reply] = by_equality, delay_s: float = 0.0):
-        self.default, self.delay_s = default, delay_s
+    def __init__(self, default: Callable[[dict], Reply] = by_equality, hold: Callable[[], object] = lambda: None):
+        self.default, self.hold = default, hold
         self.replies: list[Reply] = []
         self.tasks: list[dict] = []
         self.bodies: list[dict] = []
@@ -50,7 +50,7 @@ class Endpoint:
             self._at_once += 1
             self.most_at_once = max(self.most_at_once, self._at_once)
             reply = self.replies.pop(0) if self.replies else None
-        time.sleep(self.delay_s)
+        self.hold()
         with self._lock:
             self._at_once -= 1
         return reply or self.default(task)
@@ -93,7 +93,7 @@ def a_prompt(*answers: str, question: str = "Which city?") -> Prompt:
 
 
 def a_matcher(url: str, **changes) -> LlmMatcher:
-    settings = {"base_url": url, "model": "grader", "timeout_s": 5.0, **changes}
+    settings = {"base_url": url, "model": "grader", "timeout_s": 20.0, **changes}
     return LlmMatcher(LlmJudgeConfig(**settings), backoff_s=0.01)
 
 
@@ -163,9 +163,9 @@ def test_a_refused_request_is_not_repeated():
 
 
 def test_a_server_that_stalls_is_given_up_after_the_time_out():
-    endpoint = Endpoint(delay_s=0.6)
-    with serving(endpoint) as url, pytest.raises(JudgeUnavailable, match=r"no answer within 0\.1 s"):
-        ask(a_matcher(url, timeout_s=0.1, retries=1), "Paris")
+    endpoint = Endpoint(hold=lambda: time.sleep(3))
+    with serving(endpoint) as url, pytest.raises(JudgeUnavailable, match=r"no answer within 1 s"):
+        ask(a_matcher(url, timeout_s=1.0, retries=1), "Paris")
     assert len(endpoint.tasks) == 2
 
 
@@ -174,8 +174,14 @@ def test_a_dead_server_is_no_verdict():
         ask(a_matcher(f"http://127.0.0.1:{closed_port()}/v1", retries=1), "Paris")
 
 
-def test_no_more_requests_are_in_flight_than_allowed():
-    endpoint = Endpoint(delay_s=0.05)
+def test_as_many_requests_are_in_flight_as_allowed_and_no_more():
+    three = threading.Barrier(3, timeout=20)
+
+    def hold_until_three_are_here():
+        three.wait()
+        time.sleep(0.05)  # time for a fourth to show up
+
+    endpoint = Endpoint(hold=hold_until_three_are_here)
     with serving(endpoint) as url:
         ask(a_matcher(url, concurrency=3), *(f"city {i}" for i in range(12)))
     assert endpoint.most_at_once == 3
@@ -189,7 +195,7 @@ def test_an_empty_or_endless_answer_is_wrong_without_a_request():
 
 
 def test_equal_answers_asked_at_once_cost_one_request():
-    endpoint = Endpoint(delay_s=0.05)
+    endpoint = Endpoint()
     with serving(endpoint) as url:
         assert ask(a_matcher(url), *["Paris"] * 8) == [True] * 8
     assert len(endpoint.tasks) == 1
