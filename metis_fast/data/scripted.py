@@ -95,6 +95,8 @@ def _answer_message(reason: str, answer: str) -> str:
 
 
 _USELESS_CALL = _call_message(ToolName.IMAGE_SEARCH, {})
+# What that call gives without an image; only the tokenizer's merges hang on the wording being the tool's.
+_NO_IMAGE = "image_search needs an image in the prompt; there is none."
 
 
 def _main_call(prompt: Prompt, wrong: bool) -> tuple[str, int | None]:
@@ -229,6 +231,8 @@ def script_texts(prompts: Iterable[Prompt]) -> Iterator[str]:
         for message in (_USELESS_CALL, _main_call(prompt, wrong=False)[0]):
             yield message.partition("<tool_call>")[2].removesuffix(_END_OF_CALL)
         yield _found(prompt)
+        if not prompt.images:
+            yield _NO_IMAGE
         yield prompt.answers[0]
 
 
