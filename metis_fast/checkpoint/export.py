@@ -2,7 +2,7 @@
 
 Training changes neither tokenizer nor image processor, so their files are copied from the model that the run started from, byte
 for byte, wherever the caller names its folder. That is also the one way that always works: without torchvision, transformers
-5.16 to 5.19 cannot construct a `Qwen3VLProcessor` (its video processor needs torchvision), so it could not be saved.
+5.19 cannot construct a `Qwen3VLProcessor` (its video processor needs torchvision), so it could not be saved.
 """
 
 from __future__ import annotations

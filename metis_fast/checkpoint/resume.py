@@ -194,7 +194,7 @@ class CheckpointStore:
         return dict(sorted(self._manifests().items(), key=lambda item: item[1].sequence))
 
     def _prune(self) -> None:
-        """Damaged checkpoints are left for the user to look at."""
+        """A folder without a readable manifest is left for the user to look at."""
         manifests = self._oldest_first()
         kept = set(list(manifests)[-self._keep_last :])
         best = _best(manifests)
