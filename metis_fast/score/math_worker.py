@@ -1,4 +1,4 @@
-"""A process that compares mathematical answers; run as `python -m metis_fast.score.math_worker`.
+"""A process that compares mathematical answers. `mathematics.py` runs this file; it imports nothing of the package.
 
 Reads one JSON list [answer, gold] a line, writes one line for each: "equal", "different", or "unparsed".
 

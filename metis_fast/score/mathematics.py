@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Literal, cast
 
 from metis_fast.score import rule
@@ -18,8 +19,10 @@ from metis_fast.types import Prompt
 
 Comparison = Literal["equal", "different", "unparsed"]
 
+_WORKER = Path(__file__).with_name("math_worker.py")
 _MAX_WORKERS = 4  # a comparison takes 1 to 50 ms; more processes would only take cores from the engine
 _MAX_CHARS = 1000  # what is longer is no formula
+_ROUNDING = 1e-9  # of our own arithmetic; a mathematical answer has no tolerance
 _MAX_KNOWN = 50_000  # the rollouts of a group often give the same answer; some 10 MB at most
 
 
@@ -27,7 +30,8 @@ class _Worker:
     """One `math_worker` process."""
 
     def __init__(self) -> None:
-        command = [sys.executable, "-W", "ignore", "-m", "metis_fast.score.math_worker"]
+        # By path and with -P: it starts wherever this package was imported from, and no module beside it hides another.
+        command = [sys.executable, "-P", "-W", "ignore", str(_WORKER)]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         if self._read() != "ready":
             self.close()
@@ -75,7 +79,8 @@ class MathMatcher:
             JudgeUnavailable: the worker does not start, or died twice of something else than its time limit.
         """
         for gold in prompt.answers:
-            if answer.split() == gold.split():
+            # Plain numbers need no algebra; and as LaTeX, 1e3 would be 1 * e * 3.
+            if answer.split() == gold.split() or rule.equal_numbers(answer, gold, _ROUNDING):
                 return True
             comparison: Comparison = "unparsed"
             if len(answer) <= _MAX_CHARS and len(gold) <= _MAX_CHARS:
@@ -86,16 +91,22 @@ class MathMatcher:
         return False
 
     def _compare(self, answer: str, gold: str) -> Comparison:
-        key = (answer, gold)
+        """Runs in several threads at once: each step on the shared containers is a single atomic one."""
+        known = self._known.get((answer, gold))
+        if known is not None:
+            return known
+        result = self._ask(answer, gold)
         if len(self._known) >= _MAX_KNOWN:
             self._known.clear()
-        if key not in self._known:
-            self._known[key] = self._ask(answer, gold)
-        return self._known[key]
+        self._known[answer, gold] = result
+        return result
 
     def _ask(self, answer: str, gold: str) -> Comparison:
         for _ in range(2):
-            worker = self._idle.pop() if self._idle else _Worker()
+            try:
+                worker = self._idle.pop()
+            except IndexError:
+                worker = _Worker()
             result = worker.compare(answer, gold)
             if result is not None:
                 self._idle.append(worker)

@@ -134,15 +134,21 @@ def _read_boolean(text: str) -> bool | None:
     return None if taken_back else value
 
 
+def equal_numbers(answer: str, gold: str, tolerance: float) -> bool | None:
+    """Whether two numbers are equal up to a relative tolerance; None where either text is no number."""
+    got, wanted = _read_number(answer), _read_number(gold)
+    return None if got is None or wanted is None else _same_number(got, wanted, tolerance)
+
+
 def equal(answer: str, gold: str, tolerance: float) -> bool:
     """Whether two texts say the same.
 
     tolerance: relative, for numbers; two integers are compared exactly. A unit counts where both texts have one.
     """
+    same_number = equal_numbers(answer, gold, tolerance)
+    if same_number is not None:
+        return same_number
     text, gold_text = normalise(answer), normalise(gold)
-    got_number, gold_number = _read_number(answer), _read_number(gold)
-    if got_number is not None and gold_number is not None:
-        return _same_number(got_number, gold_number, tolerance)
     if text == gold_text:
         return bool(text) or _fold(answer) == _fold(gold)
     gold_boolean = _BOOLEANS.get(gold_text)

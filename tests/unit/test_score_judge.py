@@ -277,6 +277,15 @@ def test_math_falls_back_to_the_rule_judge_where_nothing_parses(math_matcher):
     asyncio.run(run())
 
 
+def test_math_has_no_tolerance_but_knows_every_way_to_write_a_number(math_matcher):
+    async def run():
+        for answer, right in (("1e3", True), ("1,000.0", True), ("1000 cm", True), ("1000.05", False), (r"10^3", True)):
+            assert await math_matcher.matches(a_prompt("1000", style="math"), answer) is right, answer
+        assert not await math_matcher.matches(a_prompt("(1, 2)", style="math"), "[1, 2]")  # equal to the rule judge
+
+    asyncio.run(run())
+
+
 def test_a_formula_without_end_is_wrong_and_the_next_answer_is_still_judged(math_matcher):
     async def run():
         assert not await math_matcher.matches(a_prompt("7", style="math"), "9^{9^{9^{9}}}")
