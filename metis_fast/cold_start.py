@@ -15,6 +15,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from metis_fast.checkpoint.export import export_model
 from metis_fast.checkpoint.resume import CheckpointStore
+from metis_fast.checkpoint.rng import capture_rng
 from metis_fast.config import Config
 from metis_fast.data.cursor import PromptCursor
 from metis_fast.data.parquet import PromptFiles
@@ -109,7 +110,7 @@ def sft(config: Config, out: Path) -> None:
         losses = list(loaded.state.scalars["losses"])
 
     def save(step: int) -> None:
-        checkpoints.save(step, optimizer_state(trainer.optimizer, policy, step, {"losses": losses}), None)
+        checkpoints.save(step, optimizer_state(trainer.optimizer, policy, step, {"losses": losses}, capture_rng()), None)
 
     with Interrupts() as interrupts, progress(len(schedule), "SFT", config.log, "step") as bar:
         bar.update(len(losses))
@@ -129,4 +130,4 @@ def sft(config: Config, out: Path) -> None:
     save(len(schedule))
     lines = [json.dumps({"step": i, "loss": loss, "grad_norm": norm}) for i, (loss, norm) in enumerate(losses)]
     (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    export_model(policy.model, policy.tokenizer, policy.folder, out)
+    export_model(policy.model, policy.folder, policy.folder, out)

@@ -448,7 +448,7 @@ def _explain(error: ValidationError, source: str) -> ConfigError:
         if item["type"] == "extra_forbidden":
             lines.append(f"unknown key {path!r}{_nearest(path)}")
         elif item["type"] == "value_error":
-            lines.append(str(item["ctx"]["error"]))
+            lines.append(str(item.get("ctx", {}).get("error", item["msg"])))
         else:
             lines.append(f"{path}: {item['msg'][0].lower()}{item['msg'][1:]}, got {item['input']!r}")
     return ConfigError(f"{source}: " + "; ".join(lines))

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import json
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +20,8 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen3VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers.models.qwen3_vl.configuration_qwen3_vl import Qwen3VLTextConfig, Qwen3VLVisionConfig
+from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDeepstackFeatures
 
 from metis_fast import attention
 from metis_fast.config import ModelConfig
@@ -134,9 +137,9 @@ class Policy:
         self.tokenizer = tokenizer
         self.images = ImagePreparer(image_processor)
         self.folder = folder
-        vision = model.config.vision_config
-        self.merge = int(vision.spatial_merge_size)
-        self.image_token_id = int(model.config.image_token_id)
+        self.text = cast(Qwen3VLTextConfig, model.config.text_config)
+        self.merge = cast(Qwen3VLVisionConfig, model.config.vision_config).spatial_merge_size
+        self.image_token_id = model.config.image_token_id
         self.placeholder_ids = tuple(
             int(model.config.to_dict()[name])
             for name in ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
@@ -156,7 +159,11 @@ class Policy:
         """Run the vision tower over images (each of them once)."""
         patches = [self.images(image) for image in images]
         grid = torch.tensor([p.grid for p in patches])
-        out = self.model.model.get_image_features(torch.cat([p.pixels for p in patches]).to(self.head.device), grid)
+        pixels = torch.cat([p.pixels for p in patches]).to(self.head.device)
+        # transformers annotates its tensors as FloatTensor and LongTensor, which no torch function returns
+        encode = cast(Callable[[Tensor, Tensor], BaseModelOutputWithDeepstackFeatures], self.model.model.get_image_features)
+        out = encode(pixels, grid)
+        assert out.pooler_output is not None and out.deepstack_features is not None
         return ImageFeatures(tuple(out.pooler_output), tuple(tuple(layer) for layer in out.deepstack_features))
 
     def hidden(
@@ -221,7 +228,8 @@ def check_model_folder(folder: Path) -> None:
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """The folder's tokenizer, checked for the tokens of the Qwen chat and tool format."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    missing = [token for token in NEEDED_TOKENS if tokenizer.convert_tokens_to_ids(token) in (None, tokenizer.unk_token_id)]
+    vocab = tokenizer.get_vocab()
+    missing = [token for token in NEEDED_TOKENS if token not in vocab]
     if missing:
         raise ModelError(f"tokenizer of {folder} lacks the tokens {', '.join(missing)}; use the tokenizer of Qwen3-VL")
     return tokenizer
@@ -236,12 +244,13 @@ def load_policy(config: ModelConfig, folder: Path | None = None) -> Policy:
     folder = folder if folder is not None else config.path
     check_model_folder(folder)
     try:
-        model, info = Qwen3VLForConditionalGeneration.from_pretrained(
+        loaded = Qwen3VLForConditionalGeneration.from_pretrained(
             folder,
             dtype=getattr(torch, config.dtype),
             output_loading_info=True,
             attn_implementation={"text_config": attention.NAME, "vision_config": "sdpa"},
         )
+        model, info = cast(tuple[Qwen3VLForConditionalGeneration, dict[str, set[str]]], loaded)
     except (OSError, RuntimeError, ValueError) as error:
         raise ModelError(f"{folder} cannot be loaded: {' '.join(str(error).split())[:300]}") from None
     missing = sorted(info["missing_keys"])
@@ -249,7 +258,7 @@ def load_policy(config: ModelConfig, folder: Path | None = None) -> Policy:
         raise ModelError(f"{folder} lacks {len(missing)} weights (first: {missing[0]}); the folder is incomplete")
     tokenizer = load_tokenizer(folder)
     processor = Qwen2VLImageProcessorPil.from_pretrained(folder)
-    vision = model.config.vision_config
+    vision = cast(Qwen3VLVisionConfig, model.config.vision_config)
     if (processor.patch_size, processor.merge_size) != (vision.patch_size, vision.spatial_merge_size):
         raise ModelError(
             f"{folder}: preprocessor_config.json has patch_size {processor.patch_size} and merge_size {processor.merge_size}, "

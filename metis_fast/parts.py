@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from tempfile import mkdtemp
+from tempfile import TemporaryDirectory
 
 import torch
 
@@ -16,7 +15,7 @@ from metis_fast import config as config_module
 from metis_fast.checkpoint.optimizer import FlatOptimizer, flatten_optimizer, unflatten_optimizer
 from metis_fast.checkpoint.params import MASTER, OPTIMIZER, WEIGHT, add_prefix, copy_exactly, take_prefix
 from metis_fast.checkpoint.resume import CheckpointStore, ResumeState
-from metis_fast.checkpoint.rng import capture_rng, restore_rng
+from metis_fast.checkpoint.rng import RngState, capture_rng, restore_rng
 from metis_fast.config import Config
 from metis_fast.data.cursor import CursorState, PromptCursor
 from metis_fast.data.parquet import PromptFiles
@@ -35,6 +34,15 @@ from metis_fast.tools.protocol import Toolbox
 from metis_fast.train.optimizer import Optimizer
 from metis_fast.train.torch_backend import TorchTrainer
 from metis_fast.types import Prompt
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Boundary:
+    """What a checkpoint of the last whole step holds besides weights and moments, which nothing moves until the next update."""
+
+    cursor: CursorState
+    num_updates: int
+    rng: RngState
 
 
 class Parts:
@@ -67,7 +75,7 @@ class Parts:
         self.store = RolloutStore(config.run.dir / "rollouts")
         self.checkpoints = CheckpointStore(config.run.dir / "checkpoints", config.checkpoint.keep_last)
         self.log = RunLog(config.run.dir, config.log)
-        self._boundary = self.cursor.state(), trainer.optimizer.num_steps
+        self._boundary = self._here()
         self._saved: int | None = None
         self._wall_before, self._opened = 0.0, time.perf_counter()
 
@@ -97,32 +105,36 @@ class Parts:
         load_optimizer(self.trainer.optimizer, self.policy, state)
         self.cursor.restore(CursorState(**state.scalars["cursor"]))
         self._wall_before = float(state.scalars["wall_s"])
-        self._boundary = self.cursor.state(), self.trainer.optimizer.num_steps
         self._saved = state.step
         push_weights(self.engine, state.step)
         self.log.truncate(state.step)
         restore_rng(state.rng)
+        self._boundary = self._here()
         return state.step
+
+    def _here(self) -> _Boundary:
+        return _Boundary(self.cursor.state(), self.trainer.optimizer.num_steps, capture_rng())
 
     def finished(self, step: int) -> None:
         """A step is whole: from here on, `step + 1` is what a checkpoint holds."""
-        self._boundary = self.cursor.state(), self.trainer.optimizer.num_steps
+        self._boundary = self._here()
 
     def save(self, step: int, score: tuple[float, ...] | None) -> None:
         """Checkpoint the state after `step` whole steps."""
-        cursor, num_steps = self._boundary
-        assert num_steps == self.trainer.optimizer.num_steps
-        scalars = {"cursor": asdict(cursor), "wall_s": self.wall_s}
-        self.checkpoints.save(step, optimizer_state(self.trainer.optimizer, self.policy, step, scalars), score)
+        at = self._boundary
+        assert at.num_updates == self.trainer.optimizer.num_steps
+        scalars = {"cursor": asdict(at.cursor), "wall_s": self.wall_s}
+        state = optimizer_state(self.trainer.optimizer, self.policy, step, scalars, at.rng)
+        self.checkpoints.save(step, state, score)
         self._saved = step
 
     def save_boundary(self, step: int) -> None:
         """Checkpoint the last whole step, unless that is done or an optimizer step of the next one was already taken."""
-        if self._saved != step and step > 0 and self._boundary[1] == self.trainer.optimizer.num_steps:
+        if self._saved != step and step > 0 and self._boundary.num_updates == self.trainer.optimizer.num_steps:
             self.save(step, None)
 
 
-def optimizer_state(optimizer: Optimizer, policy: Policy, step: int, scalars: dict[str, object]) -> ResumeState:
+def optimizer_state(optimizer: Optimizer, policy: Policy, step: int, scalars: dict[str, object], rng: RngState) -> ResumeState:
     """Weights, float32 masters, optimizer moments and random state as one flat resume state."""
     tensors = add_prefix(WEIGHT, policy.model.state_dict())
     masters = {n: w.detach() for n, w in optimizer.masters.items() if w is not optimizer.parameters[n]}
@@ -132,7 +144,7 @@ def optimizer_state(optimizer: Optimizer, policy: Policy, step: int, scalars: di
         flat = flatten_optimizer(inner)
         tensors |= add_prefix(f"{OPTIMIZER}{name}.", flat.tensors)
         tree[f"optimizer.{name}"] = flat.scalars
-    return ResumeState(step=step, tensors=tensors, scalars=tree, rng=capture_rng())
+    return ResumeState(step=step, tensors=tensors, scalars=tree, rng=rng)
 
 
 def load_optimizer(optimizer: Optimizer, policy: Policy, state: ResumeState) -> None:
@@ -220,9 +232,7 @@ def open_parts(config: Config, interrupts: Interrupts, training: bool = True) ->
         judge = open_judge(config.score, styles)
         stack.callback(judge.close)
         interrupts.run(judge.check())
-        scratch = Path(mkdtemp(prefix="metis-tools-"))
-        stack.callback(_remove, scratch)
-        toolbox = open_toolbox(config.tools, scratch)
+        toolbox = open_toolbox(config.tools, Path(stack.enter_context(TemporaryDirectory(prefix="metis-tools-"))))
         stack.callback(toolbox.close)
         policy = load_policy(config.model)
         engine = NativeEngine(policy, config.rollout.deterministic)
@@ -236,14 +246,3 @@ def open_parts(config: Config, interrupts: Interrupts, training: bool = True) ->
         if training:
             stack.callback(parts.log.close)
         yield parts
-
-
-def _remove(folder: Path) -> None:
-    import shutil
-
-    shutil.rmtree(folder, ignore_errors=True)
-
-
-def num_cpus() -> int:
-    """CPUs that this process may use."""
-    return len(os.sched_getaffinity(0))

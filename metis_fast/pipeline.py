@@ -53,7 +53,7 @@ def train(config: Config) -> Summary | None:
                 clock("store", _store(parts, scored, step))
                 parts.log.step(_step_stats(parts, step, scored, updates, clock.seconds))
                 parts.finished(step)
-        export_model(parts.policy.model, parts.policy.tokenizer, parts.policy.folder, config.run.dir / "model_trained")
+        export_model(parts.policy.model, parts.policy.folder, parts.policy.folder, config.run.dir / "trained")
         return _summarise(parts)
 
 

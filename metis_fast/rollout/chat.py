@@ -7,7 +7,6 @@ from outside can never spell a control token or an image placeholder.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -19,7 +18,6 @@ from metis_fast.types import ImageBlob, ImageSpan, Observation, Outcome, Prompt,
 
 IMAGE_MARK = "<image>"
 CUT_MARK = "\n[cut]"
-_CALL = re.compile(r"<tool_call>(.*?)</tool_call>", re.DOTALL)
 
 
 @dataclass(slots=True)
@@ -48,12 +46,13 @@ def parse_turn(text: str) -> ParsedTurn:
     """Find the tool call of an assistant message. One call a message; the last one counts, as sampling stops there."""
     if "<tool_call>" not in text:
         return ParsedTurn()
-    found = _CALL.findall(text)
-    if not found:
+    found = _last_call(text)
+    if found is None:
         return ParsedTurn(ToolCall("", ""), None, "the tool call has no </tool_call>")
     try:
-        body = json.loads(found[-1])
-    except (json.JSONDecodeError, RecursionError):
+        body = json.loads(found)
+        json.dumps(body, ensure_ascii=False).encode()
+    except (ValueError, RecursionError):  # also a number of over 4300 digits, and half a surrogate pair ("\\ud800")
         return ParsedTurn(ToolCall("", ""), None, "the tool call is not valid JSON")
     name = body.get("name") if isinstance(body, dict) else None
     if not isinstance(name, str):
@@ -65,13 +64,24 @@ def parse_turn(text: str) -> ParsedTurn:
     return ParsedTurn(call, arguments)
 
 
+def _last_call(text: str) -> str | None:
+    """What stands in the last `<tool_call>…</tool_call>`. Linear, also in a text of nothing but opening tags."""
+    *closed, _ = text.split("</tool_call>")
+    for part in reversed(closed):
+        _, opening, body = part.partition("<tool_call>")
+        if opening:
+            return body
+    return None
+
+
 class Chat:
     """The Qwen chat format over one tokenizer and image processor."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, images: ImagePreparer) -> None:
         self._tokenizer = tokenizer
         self._images = images
-        ids = {token: int(tokenizer.convert_tokens_to_ids(token)) for token in _CONTROL}  # pyright: ignore[reportArgumentType]
+        vocab = tokenizer.get_vocab()
+        ids = {token: vocab[token] for token in _CONTROL}
         self._ids = ids
         self.im_end = ids["<|im_end|>"]
         self.stop_ids = (ids["</tool_call>"], self.im_end)
@@ -139,7 +149,8 @@ class Chat:
         for text, image in zip(texts, [*observation.images, None], strict=True):
             tokens = self._encode(text)
             if len(out.tokens) + len(tokens) > end:
-                out.tokens += tokens[: max(0, end - len(out.tokens) - len(cut))] + cut
+                out.tokens += tokens[: max(0, end - len(out.tokens) - len(cut))]
+                out.tokens += cut[: end - len(out.tokens)]
                 break
             out.tokens += tokens
             if image is None:
@@ -149,7 +160,7 @@ class Chat:
             except ImageError as error:
                 tokens, span = self._encode(f"[{error}]"), None
             if len(out.tokens) + len(tokens) > end:
-                out.tokens += cut
+                out.tokens += cut[: end - len(out.tokens)]
                 break
             out.tokens += tokens
             if span is not None:

@@ -137,6 +137,16 @@ async def _play(
         trace.turns.append(turn(observation.outcome, parsed.call, observation=observation.text, seconds=seconds))
 
 
+def _encode_prompt(prompt: Prompt, chat: Chat, config: RolloutConfig) -> TokenPiece:
+    encoded = chat.encode_prompt(prompt)
+    if len(encoded.tokens) > config.max_prompt_tokens:
+        raise DataError(
+            f"prompt {prompt.uid} has {len(encoded.tokens)} tokens, rollout.max_prompt_tokens is {config.max_prompt_tokens}; "
+            "raise the limit or remove the row"
+        )
+    return encoded
+
+
 async def run_episode(
     prompt: Prompt,
     index: int,
@@ -157,14 +167,12 @@ async def run_episode(
     Raises:
         DataError: the prompt is longer than `max_prompt_tokens` or holds an image that cannot be used.
     """
-    encoded = chat.encode_prompt(prompt)
-    if len(encoded.tokens) > config.max_prompt_tokens:
+    try:
+        encoded = _encode_prompt(prompt, chat, config)
+    except DataError:
         if first is not None:
             first.close()
-        raise DataError(
-            f"prompt {prompt.uid} has {len(encoded.tokens)} tokens, rollout.max_prompt_tokens is {config.max_prompt_tokens}; "
-            "raise the limit or remove the row"
-        )
+        raise
     error = ""
     trace = _Trace(len(encoded.tokens), [], [], [])
     for attempt in range(config.retries + 1):
@@ -193,7 +201,7 @@ async def collect(
     config: RolloutConfig,
     seed: int,
     stream: str,
-    on_done: Callable[[], None] = lambda: None,
+    on_done: Callable[[], object] = lambda: None,
 ) -> list[Group]:
     """Sample `rollouts_per_prompt` rollouts of every prompt, at most `config.max_concurrent` at once.
 

@@ -49,7 +49,7 @@ class _KvPool:
 
     def move(self, source: Sequence[int], target: Sequence[int], length: int | None = None) -> None:
         """Row target[i] becomes what source[i] was (all reads before all writes)."""
-        if source:
+        if source and length != 0:  # rows without a cache may lie behind the end of the pool
             self._kv[:, :, list(target), :, :length] = self._kv[:, :, list(source), :, :length]
 
     def layer(self, layer: int) -> tuple[Tensor, Tensor]:
@@ -70,18 +70,18 @@ class _CachedAttention:
         seen = torch.arange(longest, device=start.device)
         self._mask = (seen <= self._where[:, :, None])[:, None]  # [A, 1, S, C]
 
-    def attend(self, layer: int, query_AHSD: Tensor, key_AKSD: Tensor, value_AKSD: Tensor, scale: float) -> Tensor:
+    def attend(self, layer: int, query_BHSD: Tensor, key_BKSD: Tensor, value_BKSD: Tensor, scale: float) -> Tensor:
         keys, values = self._pool.layer(layer)
-        keys[self._rows, :, self._where] = key_AKSD.transpose(1, 2)
-        values[self._rows, :, self._where] = value_AKSD.transpose(1, 2)
+        keys[self._rows, :, self._where] = key_BKSD.transpose(1, 2)
+        values[self._rows, :, self._where] = value_BKSD.transpose(1, 2)
         rows = slice(self._first, self._first + self._num)
         keys, values = keys[rows, :, : self._longest], values[rows, :, : self._longest]
-        A, H, S, D = query_AHSD.shape
+        A, H, S, D = query_BHSD.shape
         K = keys.shape[1]
         if S == 1:  # the query heads of a key head become its query rows: no repeated keys
-            query = query_AHSD.view(A, K, H // K, D)
+            query = query_BHSD.view(A, K, H // K, D)
             return F.scaled_dot_product_attention(query, keys, values, self._mask, scale=scale).reshape(A, H, 1, D)
-        return F.scaled_dot_product_attention(query_AHSD, keys, values, self._mask, scale=scale, enable_gqa=True)
+        return F.scaled_dot_product_attention(query_BHSD, keys, values, self._mask, scale=scale, enable_gqa=True)
 
 
 @dataclass(slots=True, eq=False)
@@ -159,15 +159,21 @@ class NativeEngine:
         """Free the cache. Requests in flight are cancelled."""
         if self._runner is not None:
             self._runner.cancel()
-        for session in list(self._rows):
+        self._retire(range(self._live))
+        for session in self._rows:
             session.open = False
+            request, session.request = session.request, None
+            if request is not None and not request.future.done():
+                request.future.cancel()
         self._rows.clear()
-        self._live = 0
         self._pool = self._new_pool()
 
     def _new_pool(self) -> _KvPool:
-        text, head = self._policy.model.config.text_config, self._policy.head
-        return _KvPool(text.num_hidden_layers, text.num_key_value_heads, text.head_dim, head.dtype, head.device)
+        text, head = self._policy.text, self._policy.head
+        head_dim = text.head_dim or text.hidden_size // text.num_attention_heads
+        return _KvPool(
+            text.num_hidden_layers, text.num_key_value_heads or text.num_attention_heads, head_dim, head.dtype, head.device
+        )
 
     def wake(self) -> None:
         """A request came or a session went: see to it that somebody runs."""
@@ -226,6 +232,7 @@ class NativeEngine:
                 followers.append((session, leader))
         # shortest first: rows of like length share a pass
         order = sorted(leaders.values(), key=lambda s: len(s.request.tokens) - s.cached)  # pyright: ignore[reportOptionalMemberAccess]
+        self._pool.reserve(len(self._rows), 0)
         self._bring_forward([*order, *(session for session, _ in followers)])
         logits: list[Tensor] = []
         batch: list[_Session] = []
@@ -388,7 +395,9 @@ def sample(logits_AV: Tensor, sampling: Sequence[Sampling], positions: Sequence[
     allowed = logp.index_fill(1, banned, float("-inf"))
     if any(s.top_k or s.top_p < 1 for s in sampling):
         allowed = _truncate(allowed, sampling)
-    cumulative = allowed.double().exp().cumsum(-1)
+    # shifted, so that something is left to draw where nearly all mass lies on banned tokens
+    allowed = allowed.double()
+    cumulative = (allowed - allowed.amax(-1, keepdim=True)).exp().cumsum(-1)
     seeds = np.array([s.seed & 0xFFFFFFFFFFFFFFFF for s in sampling], np.uint64)
     uniform = torch.from_numpy(_uniform(seeds, np.asarray(positions, np.uint64))).to(logits_AV.device)
     # strictly below the total, so that a token of probability 0 at the end is never drawn

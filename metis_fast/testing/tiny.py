@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -58,24 +60,26 @@ def build_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     return fast
 
 
-def build_tiny(folder: Path, shape: Mapping[str, object], texts: Iterable[str], seed: int) -> None:
-    """Write a fresh tiny Qwen3-VL folder.
+@dataclass(frozen=True, slots=True)
+class TinyShape:
+    """Shape of a tiny Qwen3-VL.
 
-    shape: {"vocab_size", "image_px": pixel count of every image's view, "text_config": {...}, "vision_config": {...}}; what
-        Qwen3VLConfig knows, without the token ids.
-
-    Raises:
-        ConfigError: the shape lacks a part or transformers refuses it.
+    image_px: pixel count of every image's view. text_config, vision_config: what `Qwen3VLConfig` takes, without token ids.
     """
-    for key in ("vocab_size", "image_px", "text_config", "vision_config"):
-        if key not in shape:
-            raise ConfigError(f"model shape lacks {key!r}; see configs/demo_model.json")
-    tokenizer = build_tokenizer(texts, int(str(shape["vocab_size"])))
-    ids = {token: tokenizer.convert_tokens_to_ids(token) for token in CONTROL}
-    text, vision = dict(_mapping(shape, "text_config")), dict(_mapping(shape, "vision_config"))
-    text |= {"vocab_size": len(tokenizer), "pad_token_id": None}
+
+    vocab_size: int
+    image_px: int
+    text_config: dict[str, Any]
+    vision_config: dict[str, Any]
+
+
+def build_tiny(folder: Path, shape: TinyShape, texts: Iterable[str], seed: int) -> None:
+    """Write a fresh tiny Qwen3-VL folder; its tokenizer is trained on `texts`."""
+    tokenizer = build_tokenizer(texts, shape.vocab_size)
+    ids = tokenizer.get_vocab()
+    text, vision = shape.text_config, shape.vision_config
     config = Qwen3VLConfig(
-        text_config=text,
+        text_config=text | {"vocab_size": len(tokenizer), "pad_token_id": None},
         vision_config=vision | {"out_hidden_size": text["hidden_size"]},
         image_token_id=ids["<|image_pad|>"],
         video_token_id=ids["<|video_pad|>"],
@@ -95,7 +99,7 @@ def build_tiny(folder: Path, shape: Mapping[str, object], texts: Iterable[str], 
         patch_size=vision["patch_size"],
         merge_size=vision["spatial_merge_size"],
         temporal_patch_size=vision.get("temporal_patch_size", 2),
-        size={"shortest_edge": shape["image_px"], "longest_edge": shape["image_px"]},
+        size={"shortest_edge": shape.image_px, "longest_edge": shape.image_px},
         image_mean=[0.5] * 3,
         image_std=[0.5] * 3,
     )
@@ -105,21 +109,20 @@ def build_tiny(folder: Path, shape: Mapping[str, object], texts: Iterable[str], 
     processor.save_pretrained(folder)
 
 
-def _mapping(shape: Mapping[str, object], key: str) -> Mapping[str, object]:
-    value = shape[key]
-    if not isinstance(value, Mapping):
-        raise ConfigError(f"model shape: {key} must be a mapping, got {value!r}")
-    return value
+def read_shape(path: Path) -> TinyShape:
+    """Read a model shape file (JSON with the fields of `TinyShape`).
 
-
-def read_shape(path: Path) -> Mapping[str, object]:
-    """Read a model shape file (JSON)."""
+    Raises:
+        ConfigError: no such file, or it does not hold those fields.
+    """
     try:
         shape = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"cannot read model shape {path}: {error.strerror}") from None
     except json.JSONDecodeError as error:
         raise ConfigError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(shape, dict):
-        raise ConfigError(f"{path}: expected a JSON object, got {type(shape).__name__}")
-    return shape
+    names = {field.name for field in fields(TinyShape)}
+    if not isinstance(shape, dict) or shape.keys() != names:
+        got = ", ".join(shape) if isinstance(shape, dict) else type(shape).__name__
+        raise ConfigError(f"{path}: expected an object with {', '.join(sorted(names))}, got {got}; see configs/demo_model.json")
+    return TinyShape(**shape)

@@ -347,17 +347,21 @@ class PythonTool:
         return await self._observation(reply, note)
 
     async def _observation(self, reply: Reply, note: str) -> Observation:
-        text, images, room = note, [], 2 * self._max_chars
+        texts, images, room = [note], [], 2 * self._max_chars  # texts[k] stands before images[k]
         for part in reply.parts:
             if isinstance(part, str):
-                text, room = text + part[:room].replace("<image>", "< image >"), max(0, room - len(part))
+                texts[-1] += part[:room]
+                room = max(0, room - len(part))
                 continue
             image = await asyncio.to_thread(_image, part) if len(images) < MAX_IMAGES else None
             if image is not None:
                 images.append(image)
-                text += ("" if not text or text.endswith("\n") else "\n") + "<image>\n"
+                texts.append("")
+        # Whole texts, so that no mark hides in two parts; an image stands on a line of its own.
+        lines = [text.replace("<image>", "< image >").removesuffix("\n") for text in texts]
+        text = "\n<image>\n".join(lines).replace("\n\n<image>", "\n<image>").strip("\n")
         outcome = Outcome.TOOL_RESULT if reply.ok else Outcome.TOOL_ERROR
-        return Observation(text.rstrip("\n") or "(no output)", tuple(images), outcome)
+        return Observation(text or "(no output)", tuple(images), outcome)
 
     async def close(self) -> int | None:
         """Kill the session, if there is one, and wait until it is gone. Returns as `SandboxProcess.end`."""

@@ -19,7 +19,7 @@ _ARGUMENT = {ToolName.PYTHON: "code", ToolName.TEXT_SEARCH: "query", ToolName.IM
 
 
 def _agent_error(text: str) -> Observation:
-    return Observation(text, outcome=Outcome.TOOL_ERROR)
+    return Observation(text.replace("<image>", "< image >"), outcome=Outcome.TOOL_ERROR)
 
 
 class LocalToolbox:

@@ -1,0 +1,141 @@
+"""Stand-ins for the two parts of a rollout that cost something: an engine that plays given messages, tools that return given
+observations. With them a user can run real episodes over their own prompts, tools or engine, in milliseconds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from metis_fast.errors import InfrastructureError
+from metis_fast.rollout.engine import Completion, Sampling
+from metis_fast.types import ImageBlob, ImageSpan, Observation, Outcome, ToolName
+
+
+class FakeEngine:
+    """An `Engine` whose session `order` plays `scripts[order]`, one message a call.
+
+    tokenizer: encodes the messages; control tokens in them (`<|im_end|>`) become control tokens.
+    scripts: messages of each rollout. A message is cut at its first stop token, which is kept, and at `max_tokens`. An
+        InfrastructureError in a script is raised when it is reached and then used up: the next session of that order starts
+        from the first message and passes it by.
+    logp: log-probability of every token.
+    num_open: sessions that were opened and not closed.
+    asked: the tokens of every request, in order.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        scripts: Sequence[Sequence[str | InfrastructureError]],
+        *,
+        logp: float = -1.0,
+        weight_version: int = 0,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.scripts = [list(script) for script in scripts]
+        self.logp, self.weight_version = logp, weight_version
+        self.num_open = 0
+        self.asked: list[tuple[int, ...]] = []
+        self.sampling: list[Sampling] = []
+
+    def session(self, order: int) -> _FakeEngineSession:
+        """A place for rollout `order`."""
+        self.num_open += 1
+        return _FakeEngineSession(self, order)
+
+    def close(self) -> None:
+        """Nothing to free."""
+
+
+class _FakeEngineSession:
+    def __init__(self, engine: FakeEngine, order: int) -> None:
+        self._engine, self._script = engine, engine.scripts[order]
+        self._next, self._open = 0, True
+
+    async def generate(
+        self, tokens: Sequence[int], images: Sequence[ImageBlob], spans: Sequence[ImageSpan], sampling: Sampling
+    ) -> Completion:
+        """The next message of the script."""
+        engine = self._engine
+        engine.asked.append(tuple(tokens))
+        engine.sampling.append(sampling)
+        message = self._script[self._next]
+        if isinstance(message, InfrastructureError):
+            del self._script[self._next]
+            raise message
+        self._next += 1
+        ids = engine.tokenizer.encode(message, add_special_tokens=False)
+        stop = next((i + 1 for i, token in enumerate(ids) if token in sampling.stop_ids), len(ids))
+        ids = ids[: min(stop, sampling.max_tokens)]
+        return Completion(
+            tokens=np.asarray(ids, np.int32),
+            logp=np.full(len(ids), engine.logp, np.float32),
+            weight_version=np.full(len(ids), engine.weight_version, np.int32),
+            stopped=ids[-1] in sampling.stop_ids,
+        )
+
+    def close(self) -> None:
+        """See `EngineSession`."""
+        if self._open:
+            self._open = False
+            self._engine.num_open -= 1
+
+
+class FakeToolbox:
+    """A `Toolbox` whose sessions return `observations` one after the other, the last one again and again.
+
+    observations: an InfrastructureError among them is raised when it is reached and then used up, for all sessions.
+    names: the enabled tools; a call of another name is a TOOL_ERROR, as the protocol asks, and uses no observation.
+    num_open: sessions that were opened and not closed. calls: name and arguments of every call.
+    """
+
+    def __init__(
+        self,
+        observations: Sequence[Observation | InfrastructureError] = (Observation("ok"),),
+        names: Sequence[ToolName] = tuple(ToolName),
+    ) -> None:
+        self.observations = list(observations)
+        self._names = tuple(names)
+        self.num_open = 0
+        self.calls: list[tuple[str, dict[str, object]]] = []
+
+    @property
+    def names(self) -> Sequence[ToolName]:
+        """The enabled tools."""
+        return self._names
+
+    def session(self, images: Sequence[ImageBlob]) -> _FakeToolSession:
+        """Tools for one rollout."""
+        self.num_open += 1
+        return _FakeToolSession(self)
+
+    def close(self) -> None:
+        """Nothing to stop."""
+
+
+class _FakeToolSession:
+    def __init__(self, toolbox: FakeToolbox) -> None:
+        self._toolbox, self._next, self._open = toolbox, 0, True
+
+    async def call(self, name: str, arguments: Mapping[str, object]) -> Observation:
+        """The next observation."""
+        toolbox = self._toolbox
+        toolbox.calls.append((name, dict(arguments)))
+        if name not in toolbox.names:
+            return Observation(f"There is no tool {name!r}.", outcome=Outcome.TOOL_ERROR)
+        at = min(self._next, len(toolbox.observations) - 1)
+        observation = toolbox.observations[at]
+        if isinstance(observation, InfrastructureError):
+            del toolbox.observations[at]
+            raise observation
+        self._next += 1
+        return observation
+
+    async def close(self) -> None:
+        """See `ToolSession`."""
+        if self._open:
+            self._open = False
+            self._toolbox.num_open -= 1
