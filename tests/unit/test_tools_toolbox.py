@@ -50,10 +50,11 @@ def call(box: Toolbox, *calls: tuple[str, Mapping[str, object]], images: tuple[I
     return asyncio.run(run())
 
 
-@pytest.mark.parametrize("name", ["python", "browser", "", "Text_Search"])
+@pytest.mark.parametrize("name", ["python", "browser", "", "Text_Search", "<image>"])
 def test_unknown_and_disabled_tools_are_answered_with_the_tools_there_are(search_box: Toolbox, name: str) -> None:
     (got,) = call(search_box, (name, {"code": "1"}))
     assert got.outcome is Outcome.TOOL_ERROR and got.text.endswith("Tools: text_search, image_search.")
+    assert "<image>" not in got.text
 
 
 @pytest.mark.parametrize("arguments", [{}, {"query": 3}, {"query": None}, {"q": "x"}, {"query": "x", "k": 3}])
