@@ -1,0 +1,130 @@
+"""Shared by the tests: a tiny real Qwen3-VL folder, policies loaded from it, pictures, prompts, played rollouts."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from metis_fast.config import ModelConfig, RolloutConfig
+from metis_fast.model import Policy, load_policy
+from metis_fast.rollout.chat import Chat
+from metis_fast.rollout.episode import SampleKey, run_episode
+from metis_fast.testing.fakes import FakeEngine, FakeToolbox
+from metis_fast.testing.tiny import TinyShape, build_tiny
+from metis_fast.types import Ability, ImageBlob, Message, Observation, Prompt, Rollout
+
+SHAPE = TinyShape(
+    vocab_size=400,
+    image_px=1024,
+    text_config={
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "max_position_embeddings": 4096,
+        "rope_parameters": {"rope_type": "default", "mrope_section": [4, 2, 2], "mrope_interleaved": True, "rope_theta": 1e4},
+        "tie_word_embeddings": True,
+    },
+    vision_config={
+        "depth": 2,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_heads": 2,
+        "patch_size": 8,
+        "temporal_patch_size": 2,
+        "spatial_merge_size": 2,
+        "num_position_embeddings": 16,
+        "deepstack_visual_indexes": [0],
+    },
+)
+TEXTS = [
+    "user\nWhich city lies in France?",
+    '{"name": "python", "arguments": {"code": "print(1)"}}',
+    "the answer is known",
+    "cut",
+]
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Qwen3-VL of 2 layers whose predictions depend on what it reads.
+
+    Fresh weights of std 0.02 in so narrow a model predict the same for every context, so that hardly any mistake in
+    attention or positions would show in a log-probability; they are scaled up.
+    """
+    folder = tmp_path_factory.mktemp("tiny")
+    build_tiny(folder, SHAPE, TEXTS * 5, seed=0)
+    policy = load_policy(ModelConfig(path=folder, dtype="float32"))
+    with torch.no_grad():
+        for name, weight in policy.model.model.language_model.named_parameters():
+            if weight.ndim == 2:
+                weight.mul_(20.0 if "embed" in name else 8.0)
+    policy.model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def load_tiny(tiny_folder: Path) -> Callable[..., Policy]:
+    """Loads a policy of its own for a test that changes weights; `dtype` defaults to float32."""
+
+    def load(dtype: str = "float32") -> Policy:
+        return load_policy(ModelConfig.model_validate({"path": tiny_folder, "dtype": dtype}))
+
+    return load
+
+
+@pytest.fixture(scope="session")
+def policy(load_tiny: Callable[..., Policy]) -> Policy:
+    """A float32 policy that no test changes."""
+    return load_tiny()
+
+
+@pytest.fixture(scope="session")
+def chat(policy: Policy) -> Chat:
+    """The chat format of the tiny tokenizer."""
+    return Chat(policy.tokenizer, policy.images)
+
+
+@pytest.fixture(scope="session")
+def picture() -> Callable[..., ImageBlob]:
+    """Makes a PNG of noise; the same seed and size give the same bytes."""
+
+    def make(seed: int, width: int = 32, height: int = 32) -> ImageBlob:
+        pixels = np.random.default_rng([seed, width, height]).integers(0, 256, (height, width, 3), np.uint8)
+        data = BytesIO()
+        Image.fromarray(pixels).save(data, "PNG")
+        return ImageBlob.of(data.getvalue())
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_prompt() -> Callable[..., Prompt]:
+    """Makes a prompt of a system and a user message."""
+
+    def make(user: str = "Which city?", images: Sequence[ImageBlob] = (), uid: str = "p", system: str = "Be brief.") -> Prompt:
+        messages = (Message("system", system), Message("user", user))
+        return Prompt(uid, "test", messages, tuple(images), Ability.SEARCH, ("Paris",), "rule", user)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def play(chat: Chat, policy: Policy) -> Callable[..., Rollout]:
+    """Plays one rollout through the real episode: the messages and the observations are given."""
+
+    def run(prompt: Prompt, messages: Sequence[str], observations: Sequence[Observation] = (), index: int = 0) -> Rollout:
+        engine = FakeEngine(policy.tokenizer, [messages], logp=-5.0)
+        toolbox = FakeToolbox(observations or [Observation("ok")])
+        return asyncio.run(run_episode(prompt, index, chat, engine, toolbox, RolloutConfig(), SampleKey(0, "test", 0)))
+
+    return run

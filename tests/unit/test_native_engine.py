@@ -1,0 +1,403 @@
+"""The native engine: what a session samples is a function of its own tokens and seed, whatever shares its batch and whenever."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from metis_fast.rollout.engine import Sampling
+from metis_fast.rollout.episode import SampleKey
+from metis_fast.rollout.native import NativeEngine, sample
+from metis_fast.types import Observation
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one session does: its prompt, the length of each of its messages, and how often it lets others run before each."""
+
+    prompt: int
+    lengths: tuple[int, ...]
+    pauses: tuple[int, ...] = (0, 0, 0, 0)
+    seed: int = 0
+
+
+@pytest.fixture(scope="module")
+def pieces(chat, make_prompt, picture):
+    """Encoded prompts: short, long, with images."""
+    prompts = [
+        make_prompt("Hi"),
+        make_prompt("Which city lies in France? " * 3),
+        make_prompt("<image>What is it?", [picture(0)]),
+        make_prompt("<image> or <image> or <image>", [picture(1), picture(0), picture(2, 96, 32)]),
+    ]
+    return [chat.encode_prompt(prompt) for prompt in prompts]
+
+
+@pytest.fixture(scope="module")
+def act(chat, pieces, picture):
+    """Runs one plan in an engine; every second observation holds an image. Returns the completions."""
+
+    async def run(engine, plan, order, session=None):
+        piece = pieces[plan.prompt]
+        tokens, images, spans = list(piece.tokens), list(piece.images), list(piece.spans)
+        done = []
+        for turn, length in enumerate(plan.lengths):
+            for _ in range(plan.pauses[turn]):
+                await asyncio.sleep(0)
+            session = session if session is not None else engine.session(order)
+            sampling = Sampling(length, chat.stop_ids, seed=plan.seed * 100 + turn)
+            out = await session.generate(tokens, images, spans, sampling)
+            done.append(out)
+            tokens += out.tokens.tolist()
+            shown = (picture(turn),) if turn % 2 else ()
+            more = chat.encode_observation(Observation(f"found {turn}", shown), tokens[-1], 100)
+            spans += [replace(s, start=s.start + len(tokens), stop=s.stop + len(tokens)) for s in more.spans]
+            images += more.images
+            tokens += more.tokens
+        if session is not None:
+            session.close()
+        return done
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def alone(policy, act):
+    """What a plan samples in an engine of its own."""
+    known = {}
+
+    def run(plan):
+        key = plan.prompt, plan.lengths, plan.seed
+        if key not in known:
+            engine = NativeEngine(policy)
+            known[key] = asyncio.run(act(engine, plan, 0))
+            engine.close()
+        return known[key]
+
+    return run
+
+
+def assert_same(got, expected):
+    """Same tokens; log-probs up to the rounding of products of another batch size."""
+    assert [c.tokens.tolist() for c in got] == [c.tokens.tolist() for c in expected]
+    assert [c.stopped for c in got] == [c.stopped for c in expected]
+    for one, other in zip(got, expected, strict=True):
+        np.testing.assert_allclose(one.logp, other.logp, atol=2e-5)
+
+
+MANY = [Plan(i % 4, ((5, 8, 3), (12,), (1, 2, 9, 4), (7, 7))[i % 3], seed=i) for i in range(9)]
+
+
+async def together(act, engine, plans, deterministic):
+    sessions = [engine.session(i) if deterministic else None for i in range(len(plans))]
+    return await asyncio.gather(*(act(engine, plan, i, s) for i, (plan, s) in enumerate(zip(plans, sessions, strict=True))))
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+@pytest.mark.parametrize("prefill_tokens", [1, 150, 16384])
+def test_a_rollout_does_not_depend_on_what_else_is_in_the_batch(policy, act, alone, deterministic, prefill_tokens):
+    engine = NativeEngine(policy, deterministic, prefill_tokens)
+    results = asyncio.run(together(act, engine, MANY, deterministic))
+    for plan, got in zip(MANY, results, strict=True):
+        assert_same(got, alone(plan))
+    engine.close()
+
+
+def test_messages_differ_between_seeds_and_end_at_a_stop_token_or_the_limit(chat, alone):
+    messages = [completion for plan in MANY for completion in alone(plan)]
+    for message, length in zip(messages, [n for plan in MANY for n in plan.lengths], strict=True):
+        ends = np.isin(message.tokens, chat.stop_ids)
+        assert not ends[:-1].any()
+        assert message.stopped == ends[-1]
+        assert message.stopped or len(message.tokens) == length
+    assert len({tuple(m.tokens.tolist()) for m in messages if len(m.tokens) > 2}) == sum(len(m.tokens) > 2 for m in messages)
+
+
+plans = st.builds(
+    Plan,
+    prompt=st.integers(0, 3),
+    lengths=st.lists(st.integers(1, 6), min_size=1, max_size=3).map(tuple),
+    pauses=st.tuples(*[st.integers(0, 7)] * 4),
+    seed=st.integers(0, 3),
+)
+
+
+@given(st.lists(plans, min_size=2, max_size=5))
+@settings(max_examples=30, deadline=None)
+def test_sessions_that_come_and_go_at_any_time_leave_the_others_rows_intact(policy, act, alone, several):
+    engine = NativeEngine(policy, deterministic=False)
+    results = asyncio.run(together(act, engine, several, deterministic=False))
+    for plan, got in zip(several, results, strict=True):
+        assert_same(got, alone(plan))
+    engine.close()
+
+
+@given(order=st.permutations(range(5)), ran=st.booleans())
+@settings(max_examples=20, deadline=None)
+def test_closing_sessions_in_any_order_before_or_after_they_ran_frees_only_them(policy, act, alone, pieces, chat, order, ran):
+    async def run():
+        engine = NativeEngine(policy, deterministic=False)
+        sessions = [engine.session(i) for i in range(5)]
+        if ran:
+            piece = pieces[1]
+            first = (s.generate(piece.tokens, [], [], Sampling(3, chat.stop_ids, seed=i)) for i, s in enumerate(sessions))
+            await asyncio.gather(*first)
+        survivor = engine.session(9)
+        for i in order:
+            sessions[i].close()
+            sessions[i].close()  # twice is allowed
+            if i == 2:
+                got = await act(engine, MANY[2], 9, survivor)
+        engine.close()
+        return got
+
+    assert_same(asyncio.run(run()), alone(MANY[2]))
+
+
+def test_cancelling_a_message_half_way_leaves_the_others_intact(policy, act, alone, pieces, chat):
+    async def run():
+        engine = NativeEngine(policy, deterministic=False)
+        doomed = engine.session(0)
+        long = asyncio.create_task(doomed.generate(pieces[1].tokens, [], [], Sampling(500, ())))
+        other = asyncio.create_task(act(engine, MANY[2], 1))
+        for _ in range(6):
+            await asyncio.sleep(0)
+        long.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await long
+        doomed.close()
+        got = await other
+        engine.close()
+        return got
+
+    assert_same(asyncio.run(run()), alone(MANY[2]))
+
+
+def test_a_wave_waits_for_every_open_session(policy, pieces, chat):
+    async def run():
+        engine = NativeEngine(policy)
+        first, second = engine.session(0), engine.session(1)
+        waiting = asyncio.create_task(first.generate(pieces[0].tokens, [], [], Sampling(2, chat.stop_ids)))
+        for _ in range(20):
+            await asyncio.sleep(0)
+        assert not waiting.done()
+        second.close()
+        await asyncio.wait_for(waiting, 10)
+        engine.close()
+
+    asyncio.run(run())
+
+
+def test_equal_prompts_are_run_once_and_their_images_too(policy, pieces, chat):
+    widths, towers = [], []
+    hooks = [
+        policy.model.model.language_model.embed_tokens.register_forward_hook(lambda _m, args, _o: widths.append(args[0].shape)),
+        policy.model.model.visual.register_forward_hook(lambda _m, args, _o: towers.append(args[0].shape[0])),
+    ]
+
+    async def run(seeds):
+        engine = NativeEngine(policy)
+        piece = pieces[3]
+        sessions = [engine.session(i) for i in range(len(seeds))]
+        asks = [
+            s.generate(piece.tokens, piece.images, piece.spans, Sampling(4, (), seed=seed))
+            for s, seed in zip(sessions, seeds, strict=True)
+        ]
+        out = await asyncio.gather(*asks)
+        engine.close()
+        return out
+
+    try:
+        shared = asyncio.run(run(range(5)))
+        assert widths[0] == (1, len(pieces[3].tokens)) and all(shape[1] == 1 for shape in widths[1:])
+        assert towers == [sum(policy.images(image).pixels.shape[0] for image in pieces[3].images)]
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for seed, got in enumerate(shared):
+        assert_same([got], asyncio.run(run([seed])))
+
+
+# -- failures -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_a_failure_inside_a_step_reaches_every_waiting_session(policy, act, alone, pieces, chat, deterministic):
+    async def run():
+        engine = NativeEngine(policy, deterministic)
+        good, bad = engine.session(0), engine.session(1)
+        first = asyncio.create_task(good.generate(pieces[1].tokens, [], [], Sampling(300, ())))
+        for _ in range(4):
+            await asyncio.sleep(0)  # in the continuous mode the good one is being decoded by now
+        # a request whose image is not among those given fails where its features are looked up
+        second = asyncio.create_task(bad.generate(pieces[2].tokens, [], pieces[2].spans, Sampling(4, ())))
+        results = await asyncio.wait_for(asyncio.gather(first, second, return_exceptions=True), 20)
+        assert [type(result) for result in results] == [KeyError, KeyError]
+        good.close()
+        bad.close()
+        got = await asyncio.wait_for(act(engine, MANY[0], 5), 20)  # the engine itself goes on
+        engine.close()
+        return got
+
+    assert_same(asyncio.run(run()), alone(MANY[0]))
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_closing_the_engine_cancels_requests_and_leaves_it_usable(policy, act, alone, pieces, deterministic):
+    async def run():
+        engine = NativeEngine(policy, deterministic)
+        sessions = [engine.session(0), engine.session(1)]  # of the second no request comes: a wave would not begin
+        waiting = asyncio.create_task(sessions[0].generate(pieces[1].tokens, [], [], Sampling(300, ())))
+        for _ in range(4):
+            await asyncio.sleep(0)
+        engine.close()
+        done, _ = await asyncio.wait([waiting], timeout=10)
+        assert done and waiting.cancelled()
+        return await asyncio.wait_for(act(engine, MANY[0], 5), 20)
+
+    assert_same(asyncio.run(run()), alone(MANY[0]))
+
+
+def test_a_session_refuses_what_it_cannot_do(policy, pieces):
+    async def run():
+        engine = NativeEngine(policy)
+        session = engine.session(0)
+        tokens = list(pieces[0].tokens)
+        with pytest.raises(ValueError, match="one to sample"):
+            await session.generate(tokens, [], [], Sampling(0, ()))
+        out = await session.generate(tokens, [], [], Sampling(3, ()))
+        with pytest.raises(ValueError, match="seen before"):
+            await session.generate(tokens, [], [], Sampling(3, ()))
+        tokens += out.tokens.tolist()
+        running = asyncio.create_task(session.generate(tokens, [], [], Sampling(3, ())))
+        await asyncio.sleep(0)
+        with pytest.raises(ValueError, match="one request at a time"):
+            await session.generate(tokens, [], [], Sampling(3, ()))
+        await running
+        session.close()
+        with pytest.raises(ValueError, match="until it is closed"):
+            await session.generate([*tokens, 1, 2, 3, 4], [], [], Sampling(3, ()))
+        engine.close()
+
+    asyncio.run(run())
+
+
+def test_tokens_carry_the_version_of_the_weights_that_sampled_them(policy, pieces):
+    async def run():
+        engine = NativeEngine(policy)
+        engine.weight_version = 7
+        return await engine.session(0).generate(pieces[0].tokens, [], [], Sampling(3, ()))
+
+    assert asyncio.run(run()).weight_version.tolist() == [7, 7, 7]
+
+
+# -- the sampler ----------------------------------------------------------------------------------------------------------
+
+
+def test_placeholders_are_never_sampled_even_with_all_the_mass(load_tiny, pieces):
+    policy = load_tiny()
+    with torch.no_grad():
+        # The final norm lets one dimension through; half the placeholders want it positive, half negative, hugely.
+        policy.model.model.language_model.norm.weight.zero_()[0] = 1.0
+        head = torch.zeros_like(policy.head)
+        head[list(policy.placeholder_ids[:2]), 0] = 1e6
+        head[list(policy.placeholder_ids[2:]), 0] = -1e6
+        policy.model.lm_head.weight = torch.nn.Parameter(head)
+
+    async def run():
+        engine = NativeEngine(policy)
+        out = await engine.session(0).generate(pieces[0].tokens, [], [], Sampling(80, ()))
+        engine.close()
+        return out
+
+    out = asyncio.run(run())
+    assert not np.isin(out.tokens, policy.placeholder_ids).any()
+    assert out.logp.max() < -1000  # of the full distribution: the placeholders do hold all mass
+    assert len(set(out.tokens.tolist())) > 40  # the rest is uniform, and is drawn as such
+
+
+LOGITS = torch.tensor([2.0, -1.0, 0.5, 0.0, 1.5, -8.0, 0.3, -0.5, 1.0, 3.0])
+CHI2_999 = {2: 13.8, 3: 16.3, 8: 26.1, 9: 27.9}  # 99.9 % quantile of chi-square by degrees of freedom
+NOTHING = torch.tensor([], dtype=torch.long)
+
+
+def chi_square(drawn, probability):
+    """Statistic of observed counts against probabilities (of the tokens that have any)."""
+    count = np.bincount(drawn, minlength=len(probability))
+    assert count[probability == 0].sum() == 0
+    seen = probability > 0
+    expected = probability[seen] * len(drawn)
+    return float(((count[seen] - expected) ** 2 / expected).sum())
+
+
+def draw(num, sampling, banned=NOTHING):
+    """`num` draws with as many seeds, as rollouts of one batch have them."""
+    rows = [replace(sampling, seed=SampleKey(3, "train/0", i).turn_seed(0)) for i in range(num)]
+    return sample(LOGITS.expand(num, -1), rows, [0] * num, banned)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6, 2.5])
+def test_frequencies_match_probabilities_over_seeds(temperature):
+    tokens, logp = draw(40_000, Sampling(1, (), temperature))
+    expected = torch.log_softmax(LOGITS / temperature, -1)
+    assert chi_square(tokens.numpy(), expected.double().exp().numpy()) < CHI2_999[9]
+    torch.testing.assert_close(logp, expected[tokens])
+
+
+def test_frequencies_match_probabilities_over_positions_and_neighbours_are_independent():
+    num = 40_000
+    tokens, _ = sample(LOGITS.expand(num, -1), [Sampling(1, (), seed=5)] * num, range(num), NOTHING)
+    probability = LOGITS.double().softmax(-1)
+    assert chi_square(tokens.numpy(), probability.numpy()) < CHI2_999[9]
+    best = (tokens == 9).numpy()
+    both, p = (best[1:] & best[:-1]).mean(), float(probability[9])
+    assert abs(both - p * p) < 4 * (p * p / num) ** 0.5
+
+
+def test_what_is_banned_keeps_its_mass_in_the_log_probability_only():
+    tokens, logp = draw(20_000, Sampling(1, ()), torch.tensor([9]))
+    probability = LOGITS.double().softmax(-1)
+    rest = probability.clone()
+    rest[9] = 0
+    assert chi_square(tokens.numpy(), (rest / rest.sum()).numpy()) < CHI2_999[8]
+    torch.testing.assert_close(logp, probability.log()[tokens].float())
+
+
+def test_top_k_draws_from_exactly_the_k_best():
+    tokens, logp = draw(20_000, Sampling(1, (), top_k=3))
+    probability = LOGITS.double().softmax(-1)
+    kept = torch.zeros_like(probability)
+    kept[[9, 0, 4]] = probability[[9, 0, 4]]
+    assert chi_square(tokens.numpy(), (kept / kept.sum()).numpy()) < CHI2_999[2]
+    torch.testing.assert_close(logp, probability.log()[tokens].float())
+
+
+@pytest.mark.parametrize(("top_p", "size"), [(1e-9, 1), (0.5, 1), (0.52, 2), (0.82, 4), (0.999, 9)])
+def test_top_p_draws_from_the_smallest_set_that_reaches_p(top_p, size):
+    probability = LOGITS.double().softmax(-1)
+    ordered, index = probability.sort(descending=True)
+    assert ordered[:size].sum() >= top_p and (size == 1 or ordered[: size - 1].sum() < top_p)  # the table is right
+    tokens, _ = draw(20_000, Sampling(1, (), top_p=top_p))
+    kept = set(index[:size].tolist())
+    assert set(tokens.tolist()) == kept
+
+
+def test_greedy_takes_the_best_allowed_token_and_its_log_probability_at_temperature_1():
+    tokens, logp = draw(3, Sampling(1, (), temperature=0.0), torch.tensor([9]))
+    assert tokens.tolist() == [0, 0, 0]
+    torch.testing.assert_close(logp, torch.log_softmax(LOGITS, -1)[tokens])
+
+
+def test_every_row_follows_its_own_settings():
+    settings_of_rows = [Sampling(1, (), 0.0), Sampling(1, (), top_k=1), Sampling(1, (), top_p=0.01), Sampling(1, (), 5.0)]
+    many = [replace(settings_of_rows[i % 4], seed=i) for i in range(4000)]
+    tokens, _ = sample(LOGITS.expand(4000, -1), many, [0] * 4000, NOTHING)
+    rows = tokens.view(-1, 4).T
+    assert all(set(row.tolist()) == {9} for row in rows[:3])
+    assert len(set(rows[3].tolist())) == 10
