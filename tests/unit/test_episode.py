@@ -23,8 +23,9 @@ ANSWER = "<answer>Paris</answer><|im_end|>"
 def episode(chat, policy, make_prompt):
     """Runs one episode of given messages and observations and checks that nothing stays open."""
 
-    def run(messages, observations=(Observation("ok"),), prompt=None, **limits):
-        engine, toolbox = FakeEngine(policy.tokenizer, [messages], weight_version=3), FakeToolbox(observations)
+    def run(messages, observations=None, prompt=None, **limits):
+        engine = FakeEngine(policy.tokenizer, [messages], weight_version=3)
+        toolbox = FakeToolbox(observations or [Observation("ok")])
         config = RolloutConfig.model_validate(limits)
         prompt = prompt if prompt is not None else make_prompt()
         rollout = asyncio.run(run_episode(prompt, 2, chat, engine, toolbox, config, SampleKey(0, "train/0", 0)))
@@ -175,7 +176,7 @@ def test_a_prompt_that_cannot_be_used_stops_the_batch_and_closes_every_session(
     prompts = [make_prompt(), bad, make_prompt()]
     engine, toolbox = FakeEngine(policy.tokenizer, [[CALL, ANSWER]] * 6), FakeToolbox()
     config = RolloutConfig(max_prompt_tokens=100, deterministic=deterministic)
-    with pytest.raises(DataError, match="remove (the|this) row"):
+    with pytest.raises(DataError, match=r"remove (the|this) row"):
         asyncio.run(collect(prompts, 2, chat, engine, toolbox, config, 0, "train/0"))
     assert (engine.num_open, toolbox.num_open) == (0, 0)
 

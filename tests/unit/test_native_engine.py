@@ -1,4 +1,4 @@
-"""The native engine: what a session samples is a function of its own tokens and seed, whatever shares its batch and whenever."""
+"""The native engine: what a session samples is a function of its own tokens and seed, whatever shares its batch."""
 
 from __future__ import annotations
 
@@ -149,6 +149,7 @@ def test_closing_sessions_in_any_order_before_or_after_they_ran_frees_only_them(
             first = (s.generate(piece.tokens, [], [], Sampling(3, chat.stop_ids, seed=i)) for i, s in enumerate(sessions))
             await asyncio.gather(*first)
         survivor = engine.session(9)
+        got = []
         for i in order:
             sessions[i].close()
             sessions[i].close()  # twice is allowed
