@@ -175,7 +175,7 @@ class TorchTrainer:
             if not bool(torch.isfinite(total)):
                 names = ", ".join(f"{s.rollout.prompt_uid}#{s.rollout.index}" for s in part[:4])
                 raise NonFiniteError(
-                    f"loss is {float(total)} in mini-batch {index} (rollouts {names}, …); the step was not applied"
+                    f"loss is {float(total.detach())} in mini-batch {index} (rollouts {names}, …); the step was not applied"
                 )
             total.backward()
             self.optimizer.accumulate()

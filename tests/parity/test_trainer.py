@@ -1,0 +1,418 @@
+"""The trainer: the gradient is a property of the scored mini-batch, and of nothing about how it is run.
+
+Gradients are read from AdamW: with `grad_clip` out of reach, after one step `exp_avg` is (1 - beta1) * gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from metis_fast.config import Config
+from metis_fast.errors import NonFiniteError
+from metis_fast.train.torch_backend import TorchTrainer
+from metis_fast.types import Observation, Outcome, Score, ScoredGroup, Verdict
+
+CALL = '<tool_call>{"name": "python", "arguments": {"code": "%s"}}</tool_call>'
+ANSWER = "<reason>known</reason><answer>%s</answer><|im_end|>"
+
+
+def config(loss=None, train=None, model=None, **optim) -> Config:
+    """Two prompts a mini-batch, gradient clipping out of reach."""
+    return Config.model_validate(
+        {
+            "loss": loss or {},
+            "model": {"dtype": "float32", "attention": "bmm"} | (model or {}),
+            "rollout": {"prompts_per_step": 4, "rollouts_per_prompt": 3},
+            "train": {"prompts_per_mini_batch": 2}
+            | (train or {})
+            | {"optim": {"lr": 1e-3, "grad_clip": 1e9, "weight_decay": 0.0} | optim},
+        }
+    )
+
+
+def score(adv_acc, adv_tool, signal=None):
+    signal = adv_tool != 0 if signal is None else signal
+    return Score(
+        Verdict(True, True, "Paris"),
+        Outcome.ANSWERED,
+        adv_acc=adv_acc,
+        adv_tool=adv_tool,
+        in_tool_denominator=signal,
+        needs_gradient=bool(adv_acc or adv_tool),
+    )
+
+
+@pytest.fixture(scope="module")
+def groups(play, make_prompt, picture) -> list[ScoredGroup]:
+    """Two groups of odd lengths: text and images, in prompts and observations, advantages of all signs, one rollout without
+    any, one without a verdict."""
+    one, two = (
+        make_prompt("Which city?", uid="a"),
+        make_prompt("<image> or <image>?", [picture(0), picture(1, 96, 32)], uid="b"),
+    )
+    shown = [Observation("see <image>", (picture(2),)), Observation("nothing")]
+    rollouts_of_one = (
+        play(one, [ANSWER % "Paris"], index=0),
+        play(one, [CALL % "1", "hm " + CALL % "2 + 2", ANSWER % "Lyon"], shown, index=1),
+        play(one, [ANSWER % ("no " * 9)], index=2),
+    )
+    rollouts_of_two = (
+        play(two, [CALL % "x", ANSWER % "first"], shown, index=0),
+        play(two, [ANSWER % "second"], index=1),
+        play(two, ["I look. " + CALL % "y", ANSWER % "both"], index=2),
+    )
+    return [
+        ScoredGroup(one, rollouts_of_one, (score(0.7, 0.9), score(-1.1, -0.4), score(0.0, 0.0))),
+        ScoredGroup(two, rollouts_of_two, (score(0.0, 0.0), score(0.5, 0.0), score(1.3, -0.6))),
+    ]
+
+
+@pytest.fixture
+def trained(load_tiny):
+    """A trainer after one `update` of a fresh policy."""
+
+    def run(groups: Sequence[ScoredGroup], settings: Config, steps: int = 1) -> TorchTrainer:
+        trainer = TorchTrainer(load_tiny(settings.model.dtype), settings, settings.train.optim, 10)
+        for _ in range(steps):
+            trainer.update(groups)
+        return trainer
+
+    return run
+
+
+def gradients(trainer):
+    """Exact gradient of the first step by parameter name."""
+    beta1 = trainer.optimizer.adamw.param_groups[0]["betas"][0]
+    state = trainer.optimizer.adamw.state
+    return {name: state[master]["exp_avg"] / (1 - beta1) for name, master in trainer.optimizer.masters.items()}
+
+
+def weights(trainer):
+    return {name: p.detach().clone() for name, p in trainer.policy.model.named_parameters()}
+
+
+def assert_close(got, expected, share=2e-6):
+    """Every entry within `share` of the largest one of its tensor."""
+    assert got.keys() == expected.keys()
+    for name, value in expected.items():
+        difference = float((got[name] - value).abs().max())
+        assert difference <= share * max(float(value.abs().max()), 1e-4), name
+
+
+def assert_equal(got, expected):
+    assert got.keys() == expected.keys()
+    assert [name for name in expected if not torch.equal(got[name], expected[name])] == []
+
+
+# -- one gradient, however it is run --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tokens", [1, 150, 333, 100_000])
+def test_loss_and_gradients_do_not_depend_on_the_micro_batches(trained, groups, tokens):
+    whole = config(train={"tokens_per_micro_batch": 100_000, "skip_zero_advantage": False})
+    cut = config(train={"tokens_per_micro_batch": tokens})
+    expected, got = trained(groups, whole), trained(groups, cut)
+    assert_close(gradients(got), gradients(expected))
+
+
+def test_stats_do_not_depend_on_the_micro_batches(load_tiny, groups):
+    stats = []
+    for tokens in (1, 200, 100_000):
+        settings = config(train={"tokens_per_micro_batch": tokens, "skip_zero_advantage": False})
+        (one,) = TorchTrainer(load_tiny(), settings, settings.train.optim, 10).update(groups)
+        stats.append(one)
+    for field in ("loss", "loss_acc", "loss_tool", "grad_norm", "entropy", "engine_gap", "n_acc", "n_tool", "num_tokens"):
+        values = [getattr(one, field) for one in stats]
+        np.testing.assert_allclose(values, values[0], rtol=3e-6, atol=1e-7, err_msg=field)
+    assert stats[0].num_padding == 0 < stats[2].num_padding
+
+
+def test_loss_and_gradients_do_not_depend_on_the_order_of_rollouts(trained, groups):
+    turned = [ScoredGroup(g.prompt, g.rollouts[::-1], g.scores[::-1]) for g in reversed(groups)]
+    settings = config(train={"tokens_per_micro_batch": 333})
+    assert_close(gradients(trained(turned, settings)), gradients(trained(groups, settings)))
+
+
+def test_both_attentions_give_the_same_gradients(trained, groups):
+    assert_close(
+        gradients(trained(groups, config(model={"attention": "sdpa"}))), gradients(trained(groups, config())), share=1e-4
+    )
+
+
+def test_activation_checkpointing_changes_nothing(trained, groups):
+    got = trained(groups, config(train={"activation_checkpointing": True}))
+    assert_close(gradients(got), gradients(trained(groups, config())), share=2e-6)
+
+
+@pytest.mark.parametrize("freeze", [[], ["vision", "embeddings"]])
+def test_skipping_what_has_no_advantage_gives_the_same_bits(trained, groups, freeze):
+    # one rollout a pass: what is skipped would have added exact zeros
+    settings = [
+        config(train={"skip_zero_advantage": skip, "tokens_per_micro_batch": 1}, model={"freeze": freeze}, weight_decay=0.1)
+        for skip in (True, False)
+    ]
+    got, expected = (trained(groups, one, steps=2) for one in settings)
+    assert_equal(weights(got), weights(expected))
+    assert_equal(gradients(got), gradients(expected))
+
+
+def test_a_mini_batch_without_any_gradient_is_still_a_step_and_the_same_one_unskipped(trained, groups):
+    blank = [replace(g, scores=tuple(score(0.0, 0.0) for _ in g.scores)) for g in groups]
+    runs = []
+    for skip in (True, False):
+        settings = config(train={"skip_zero_advantage": skip}, weight_decay=0.1)
+        trainer = trained(groups, settings)
+        before = weights(trainer)
+        (stats,) = trainer.update(blank)
+        assert stats.skipped_step is skip and stats.loss == 0 and stats.grad_norm == 0
+        assert stats.num_tokens == (0 if skip else sum(len(r.tokens) for g in groups for r in g.rollouts))
+        assert trainer.optimizer.num_steps == 2
+        assert any(not torch.equal(before[name], w) for name, w in weights(trainer).items())  # decay and momentum go on
+        runs.append(trainer)
+    assert_close(weights(runs[0]), weights(runs[1]))
+    assert_close(gradients(runs[0]), gradients(runs[1]))
+
+
+def test_rollouts_without_a_verdict_change_nothing(trained, groups, play, make_prompt):
+    lost = play(make_prompt("Which city?", uid="a"), [ANSWER % "lost" * 3], index=3)
+    none = Score(None, Outcome.JUDGE_ERROR)
+    more = [replace(groups[0], rollouts=(*groups[0].rollouts, lost), scores=(*groups[0].scores, none)), groups[1]]
+    for normalization in ("global", "reference"):
+        settings = config(loss={"normalization": normalization}, train={"skip_zero_advantage": False})
+        assert_equal(weights(trained(more, settings)), weights(trained(groups, settings)))
+
+
+def test_denominators_count_every_token_with_a_verdict_and_the_tools_only_groups_with_signal(load_tiny, groups):
+    scores = (score(0.7, 0.9), score(-1.1, 0.0, signal=True), score(0.0, 0.0))  # an advantage of 0 within a set with signal
+    several = [replace(groups[0], scores=scores), groups[1]]
+    settings = config()
+    (stats,) = TorchTrainer(load_tiny(), settings, settings.train.optim, 10).update(several)
+    assert stats.n_acc == sum(r.num_sampled for g in groups for r in g.rollouts)
+    assert stats.n_tool == sum(r.num_sampled for r in (*groups[0].rollouts[:2], groups[1].rollouts[2]))
+
+
+# -- what moves, and what does not ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("freeze", [["vision"], ["embeddings"], ["vision", "embeddings"], []])
+def test_frozen_parts_do_not_move_and_everything_else_does(trained, load_tiny, groups, freeze):
+    before = {name: p.detach() for name, p in load_tiny().model.named_parameters()}
+    after = weights(trained(groups, config(model={"freeze": freeze})))
+    still = {name for name in before if torch.equal(before[name], after[name])}
+    expected = set()
+    for name in before:
+        if ("vision" in freeze and ".visual." in name) or ("embeddings" in freeze and "embed_tokens" in name):
+            expected.add(name)
+    assert still == expected
+
+
+def test_freezing_a_part_leaves_the_gradients_of_the_others(trained, groups):
+    every = gradients(trained(groups, config()))
+    some = gradients(trained(groups, config(model={"freeze": ["vision"]})))
+    assert_close(some, {name: every[name] for name in some}, share=1e-6)
+
+
+def test_old_log_probabilities_are_those_before_the_first_step(load_tiny, groups):
+    """The second mini-batch holds the first one's groups again; its ratio is new policy over the one before both steps."""
+    settings = config(train={"skip_zero_advantage": False}, lr=3e-3)
+    trainer = TorchTrainer(load_tiny(), settings, settings.train.optim, 10)
+    rollouts = [r for g in groups for r in g.rollouts]
+    old = trainer.logprobs(rollouts)
+    first = TorchTrainer(load_tiny(), settings, settings.train.optim, 10)
+    first.update(groups)
+    new = first.logprobs(rollouts)
+    stats = trainer.update([*groups, *groups])
+    difference = np.concatenate([(n - o)[r.sampled] for n, o, r in zip(new, old, rollouts, strict=True)]).astype(np.float64)
+    assert (stats[0].kl, stats[0].ratio_max, stats[0].ratio_min) == (0.0, 1.0, 1.0)
+    assert stats[1].kl == pytest.approx(-difference.mean(), rel=1e-4)
+    assert stats[1].ratio_max == pytest.approx(np.exp(difference.max()), rel=1e-4)
+    assert stats[1].ratio_min == pytest.approx(np.exp(difference.min()), rel=1e-4)
+    assert stats[1].ratio_max > 1.25 and stats[1].clip_acc > 0.05  # the step was large enough for this to mean something
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_nan_weights_stop_the_step_and_leave_everything_else_untouched(load_tiny, groups, dtype):
+    settings = config(model={"dtype": dtype}, weight_decay=0.1)
+    trainer = TorchTrainer(load_tiny(dtype), settings, settings.train.optim, 10)
+    trainer.update(groups)
+    with torch.no_grad():
+        broken = trainer.policy.model.model.language_model.layers[1].mlp.up_proj.weight
+        broken[3, 5] = torch.nan
+    before, state = weights(trainer), {n: v.clone() for n, v in gradients(trainer).items()}
+    with pytest.raises(NonFiniteError, match=r"mini-batch 0 .*a#1.*not applied"):
+        trainer.update(groups)
+    after = weights(trainer)
+    assert all(torch.equal(before[n].nan_to_num(7.0), w.nan_to_num(7.0)) for n, w in after.items())
+    assert_equal(gradients(trainer), state)
+    assert trainer.optimizer.num_steps == 1
+    with torch.no_grad():
+        broken[3, 5] = 0.0
+    (stats,) = trainer.update(groups)  # nothing of the failed step is left in the gradients
+    clean = TorchTrainer(load_tiny(dtype), settings, settings.train.optim, 10)
+    clean.update(groups)
+    with torch.no_grad():
+        clean.policy.model.model.language_model.layers[1].mlp.up_proj.weight[3, 5] = 0.0
+    (expected,) = clean.update(groups)
+    assert stats == expected
+
+
+def test_an_infinite_gradient_of_a_finite_loss_stops_the_step(load_tiny, groups):
+    settings = config()
+    trainer = TorchTrainer(load_tiny(), settings, settings.train.optim, 10)
+    before = weights(trainer)
+    huge = [replace(g, scores=tuple(replace(s, adv_acc=s.adv_acc * 1e38) for s in g.scores)) for g in groups]
+    with pytest.raises(NonFiniteError, match="not applied"):
+        trainer.update(huge)
+    assert_equal(weights(trainer), before)
+    assert trainer.optimizer.num_steps == 0
+
+
+def test_a_signal_before_the_first_step_leaves_weights_and_state(load_tiny, groups):
+    settings = config(train={"tokens_per_micro_batch": 1})
+    trainer = TorchTrainer(load_tiny(), settings, settings.train.optim, 10)
+    before, calls = weights(trainer), []
+
+    def check():
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        trainer.update([*groups, *groups], check)
+    assert_equal(weights(trainer), before)
+    trainer.update(groups)
+    clean = TorchTrainer(load_tiny(), settings, settings.train.optim, 10)
+    clean.update(groups)
+    assert_equal(weights(trainer), weights(clean))
+
+
+# -- the loss it computes -------------------------------------------------------------------------------------------------
+
+
+def derived_gradient(load_tiny, groups, settings, reference=None):
+    """Gradient of section 4 in float64: autograd through the float64 model, the loss written out over whole logits."""
+    policy = load_tiny()
+    policy.model.double()
+    trainer = TorchTrainer(policy, settings, settings.train.optim, 10)  # for its attention and packing only
+    loss_config = settings.loss
+    rows = [(r, s) for g in groups for r, s in zip(g.rollouts, g.scores, strict=True) if s.verdict is not None]
+    n_acc = sum(r.num_sampled for r, _ in rows)
+    n_tool = sum(r.num_sampled for r, s in rows if s.in_tool_denominator)
+    total = torch.zeros((), dtype=torch.float64)
+    for i, (rollout, one) in enumerate(rows):
+        logits = forward(policy, rollout) / settings.rollout.temperature
+        all_logp = logits.log_softmax(-1)
+        where = torch.from_numpy(np.flatnonzero(rollout.sampled))
+        targets = torch.from_numpy(rollout.tokens[rollout.sampled].astype(np.int64))
+        rows_logp = all_logp[where - 1]
+        logp = rows_logp.gather(1, targets[:, None])[:, 0]
+        ratio = (logp - logp.detach()).exp()  # first mini-batch: the proximal policy is the current one
+        weight = torch.ones_like(logp)
+        if loss_config.tis_cap:
+            engine = torch.from_numpy(rollout.logp[rollout.sampled]).double()
+            weight = (logp.detach() - engine).exp().clamp(max=loss_config.tis_cap)
+        total = total - loss_config.w_acc * (weight * one.adv_acc * ratio).sum() / n_acc
+        total = total - loss_config.w_tool * (weight * one.adv_tool * ratio).sum() / max(1, n_tool)
+        total = total + loss_config.entropy_coef * (rows_logp.exp() * rows_logp).sum() / n_acc
+        if reference is not None:
+            d = torch.from_numpy(reference[i][rollout.sampled]).double() - logp
+            total = total + loss_config.kl_coef * (d.exp() - d - 1).sum() / n_acc
+    named = trainer.optimizer.parameters
+    return dict(zip(named, torch.autograd.grad(total, list(named.values())), strict=True)), float(total.detach())
+
+
+def forward(policy, rollout):
+    """Logits of one rollout by transformers' own forward pass, images and positions included."""
+    patches = [policy.images(next(i for i in rollout.images if i.sha256 == s.sha256)) for s in rollout.image_spans]
+    tokens = torch.from_numpy(rollout.tokens.astype(np.int64))[None]
+    images = {}
+    if patches:
+        images = {
+            "pixel_values": torch.cat([p.pixels for p in patches]).double(),
+            "image_grid_thw": torch.tensor([p.grid for p in patches]),
+            "mm_token_type_ids": (tokens == policy.image_token_id).int(),
+        }
+    return policy.model(input_ids=tokens, **images).logits[0]
+
+
+OPTIONS = [
+    {},
+    {"w_tool": 0.0},
+    {"entropy_coef": 0.05},
+    {"tis_cap": 2.0},
+    {"entropy_coef": 0.02, "tis_cap": 1.5, "w_tool": 0.4},
+]
+
+
+@pytest.mark.parametrize("loss", OPTIONS)
+def test_every_gradient_equals_the_float64_derivation(load_tiny, trained, groups, loss):
+    # engine log-probs near the trainer's, so that the truncated weight has values on both sides of its cap
+    settings = config(loss=loss)
+    trainer = TorchTrainer(load_tiny(), settings, settings.train.optim, 10)
+    near = []
+    for g in groups:
+        noise = np.random.default_rng(0)
+        logp = trainer.logprobs(g.rollouts)
+        moved = [np.minimum(v + noise.normal(0, 0.7, len(v)), 0) * r.sampled for v, r in zip(logp, g.rollouts, strict=True)]
+        rollouts = tuple(replace(r, logp=m.astype(np.float32)) for r, m in zip(g.rollouts, moved, strict=True))
+        near.append(replace(g, rollouts=rollouts))
+    expected, value = derived_gradient(load_tiny, near, settings)
+    (stats,) = trainer.update(near)
+    assert stats.loss == pytest.approx(value, rel=1e-5, abs=1e-7)
+    got = {name: g.double() for name, g in gradients(trainer).items()}
+    assert_close(got, expected, share=5e-5)
+    if loss:
+        plain = gradients(trained(near, config()))
+        assert any((plain[n].double() - g).abs().max() > 1e-3 * g.abs().max() for n, g in expected.items())
+
+
+def test_kl_to_the_starting_policy_adds_its_gradient(load_tiny, groups):
+    settings = config(loss={"kl_coef": 0.3}, lr=3e-3)
+    trainer = TorchTrainer(load_tiny(), settings, settings.train.optim, 10)
+    rollouts = [r for g in groups for r in g.rollouts]
+    start = trainer.logprobs(rollouts)
+    trainer.update(groups)
+    moved = {name: p.detach().clone() for name, p in trainer.policy.model.named_parameters()}
+
+    def load_moved():
+        policy = load_tiny()
+        with torch.no_grad():
+            for name, parameter in policy.model.named_parameters():
+                parameter.copy_(moved[name])
+        return policy
+
+    expected, _ = derived_gradient(load_moved, groups, settings, start)
+    before = {n: s["exp_avg"].clone() for n, s in _states(trainer)}
+    trainer.update(groups)
+    got = {n: ((s["exp_avg"] - 0.9 * before[n]) / 0.1).double() for n, s in _states(trainer)}
+    assert_close(got, expected, share=2e-4)
+
+
+def _states(trainer):
+    return [(name, trainer.optimizer.adamw.state[master]) for name, master in trainer.optimizer.masters.items()]
+
+
+def test_the_sampling_temperature_is_in_the_gradient(load_tiny, groups):
+    settings = config().model_copy(update={"rollout": config().rollout.model_copy(update={"temperature": 0.7})})
+    expected, value = derived_gradient(load_tiny, groups, settings)
+    trainer = TorchTrainer(load_tiny(), settings, settings.train.optim, 10)
+    (stats,) = trainer.update(groups)
+    assert stats.loss == pytest.approx(value, rel=1e-5, abs=1e-7)
+    assert_close({n: g.double() for n, g in gradients(trainer).items()}, expected, share=5e-5)
+
+
+def test_imitation_is_the_mean_negative_log_likelihood_of_the_sampled_tokens(load_tiny, groups):
+    settings = config()
+    trainer = TorchTrainer(load_tiny(), settings, settings.train.optim, 10)
+    rollouts = [r for g in groups for r in g.rollouts]
+    logp = np.concatenate([v[r.sampled] for v, r in zip(trainer.logprobs(rollouts), rollouts, strict=True)])
+    loss, _ = trainer.imitate(rollouts)
+    assert loss == pytest.approx(-logp.astype(np.float64).mean(), rel=1e-5)
+    for _ in range(20):
+        last, _ = trainer.imitate(rollouts)
+    assert last < 0.5 * loss
