@@ -1,0 +1,263 @@
+"""Runs the command line in processes of their own, breaks them at a chosen moment, and compares what they leave behind.
+
+Processes are forked from a server that has imported torch and transformers once (multiprocessing's `forkserver`): a command
+then starts in a tenth of a second instead of five. `test_run_kill.py` shows that the installed program does the same.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import random
+import signal
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from hashlib import sha256
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from metis_fast.checkpoint.resume import CheckpointStore
+from metis_fast.config import SftPhase
+from metis_fast.rollout.store import read_rollouts
+
+HERE = Path(__file__).parent
+SMALL = HERE / "small.yaml"
+PROGRAM = Path(sys.executable).with_name("metis-fast")
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(["metis_fast.demo", "metis_fast.report.html", "metis_fast.cli"])
+_POLL_S = 0.0002
+_LIMIT_S = 120.0  # of a command, on a machine that does other things too
+
+
+@dataclass(frozen=True, slots=True)
+class Moment:
+    """When a process sends itself a signal: `delay_s` after its main thread entered a function, the `entry`-th time.
+
+    stage: "<file stem>.<function>". The signal is sent only while the function still runs; otherwise at its next entry.
+    """
+
+    stage: str
+    number: signal.Signals
+    entry: int = 1
+    delay_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """How a command ended: its exit code (negative: the signal that killed it), what it wrote, and when the signal came.
+
+    hit: whether the moment was reached. after_s: seconds from the signal to the end. orphans: processes left behind.
+    """
+
+    code: int
+    out: str
+    err: str
+    hit: bool
+    after_s: float
+    orphans: tuple[str, ...]
+    scratch: tuple[str, ...]
+
+
+def _in_stage(stage: str, thread: int) -> bool:
+    module, _, function = stage.partition(".")
+    frame = sys._current_frames().get(thread)
+    while frame is not None:
+        code = frame.f_code
+        if code.co_name == function and Path(code.co_filename).stem == module:
+            return True
+        frame = frame.f_back
+    return False
+
+
+def _strike(moment: Moment, thread: int, mark: Path) -> None:
+    entries, inside = 0, False
+    while True:
+        was, inside = inside, _in_stage(moment.stage, thread)
+        if inside and not was:
+            entries += 1
+            if entries >= moment.entry:
+                time.sleep(moment.delay_s)
+                if moment.delay_s == 0 or _in_stage(moment.stage, thread):
+                    mark.write_text(str(time.time()))
+                    os.kill(os.getpid(), moment.number)
+                    return
+        time.sleep(_POLL_S)
+
+
+def _main(arguments: list[str], folder: str, moment: Moment | None) -> None:
+    from metis_fast import cli
+
+    os.setsid()  # a group of its own, as a shell gives to a command
+    for name, descriptor in (("out", 1), ("err", 2)):
+        handle = os.open(f"{folder}/{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(handle, descriptor)
+        os.close(handle)
+    os.environ["TMPDIR"] = tempfile.tempdir = f"{folder}/tmp"
+    if moment is not None:
+        watcher = (moment, threading.get_ident(), Path(folder, "mark"))
+        threading.Thread(target=_strike, args=watcher, daemon=True).start()
+    sys.exit(cli.main(arguments))
+
+
+class Command:
+    """A command that runs; `wait` for its end."""
+
+    def __init__(self, arguments: Sequence[object], folder: Path, moment: Moment | None = None) -> None:
+        """folder: for its output and its temporary files; made here."""
+        (folder / "tmp").mkdir(parents=True, exist_ok=True)
+        (folder / "mark").unlink(missing_ok=True)
+        self.folder = folder
+        self._process: ForkServerProcess = _CONTEXT.Process(target=_main, args=(list(map(str, arguments)), str(folder), moment))
+        self._process.start()
+        assert self._process.pid is not None
+        self.pid = self._process.pid
+
+    def family(self) -> list[psutil.Process]:
+        """The processes it started, grandchildren included."""
+        try:
+            return psutil.Process(self.pid).children(recursive=True)
+        except psutil.NoSuchProcess:
+            return []
+
+    def wait(self) -> Ended:
+        """Until it ends; whatever it leaves running is given a second, and reported."""
+        family: dict[int, psutil.Process] = {}
+        deadline = time.monotonic() + _LIMIT_S
+        while self._process.is_alive() and time.monotonic() < deadline:
+            family |= {process.pid: process for process in self.family()}
+            self._process.join(0.02)
+        ended = time.time()
+        if self._process.is_alive():
+            self._process.kill()
+            raise AssertionError(f"still running after {_LIMIT_S:g} s: {self.read('err')}")
+        left = psutil.wait_procs(family.values(), timeout=2)[1]
+        mark = self.folder / "mark"
+        return Ended(
+            code=self._process.exitcode if self._process.exitcode is not None else -1,
+            out=self.read("out"),
+            err=self.read("err"),
+            hit=mark.exists(),
+            after_s=ended - float(mark.read_text()) if mark.exists() else 0.0,
+            orphans=tuple(str(process) for process in left),
+            scratch=tuple(sorted(path.name for path in (self.folder / "tmp").iterdir())),
+        )
+
+    def read(self, name: str) -> str:
+        """What it has written so far, "out" or "err"."""
+        return (self.folder / name).read_text(errors="replace") if (self.folder / name).exists() else ""
+
+
+def run(arguments: Sequence[object], folder: Path, moment: Moment | None = None) -> Ended:
+    """Run a command to its end."""
+    return Command(arguments, folder, moment).wait()
+
+
+def succeed(arguments: Sequence[object], folder: Path) -> str:
+    """Run a command that has to work; returns its standard output."""
+    ended = run(arguments, folder)
+    assert ended.code == 0, ended
+    return ended.out
+
+
+def error_line(ended: Ended) -> str:
+    """The one line on stderr of a command that failed for a reason that its user can mend."""
+    assert ended.code == 2, ended
+    lines = ended.err.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("metis-fast: "), ended.err
+    return lines[0]
+
+
+def _digest(value: object) -> str:
+    return sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def _tensor_digest(tensor: torch.Tensor) -> str:
+    bits = tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes()
+    return f"{tensor.dtype} {tuple(tensor.shape)} {sha256(bits).hexdigest()[:16]}"
+
+
+def _lines(path: Path) -> Iterator[dict[str, Any]]:
+    return (json.loads(line) for line in path.read_text().splitlines())
+
+
+def checkpoint_state(folder: Path) -> dict[str, str]:
+    """Everything in the newest checkpoint that a run's future depends on, by name, as digests."""
+    loaded = CheckpointStore(folder, keep_last=1).latest()
+    assert loaded is not None, folder
+    scalars = {name: value for name, value in loaded.state.scalars.items() if name != "wall_s"}
+    state = {f"tensor {name}": _tensor_digest(tensor) for name, tensor in loaded.state.tensors.items()}
+    state |= {f"scalar {name}": _digest(value) for name, value in scalars.items()}
+    # Python's and numpy's global generators start from the system's entropy in every process; nothing in a run draws from them
+    return state | {"torch generator": _tensor_digest(loaded.state.rng.torch_cpu), "step": str(loaded.state.step)}
+
+
+def rollout_state(folder: Path) -> dict[str, str]:
+    """Every stored rollout, by part and place; how long its tools took is left out."""
+    state = {}
+    for part in sorted(folder.glob("*.parquet")):
+        for i, stored in enumerate(read_rollouts(part)):
+            rollout = stored.rollout
+            turns = [asdict(replace(turn, tool_s=0.0)) for turn in rollout.turns]
+            numbers = [rollout.tokens.tobytes(), rollout.logp.tobytes(), rollout.sampled.tobytes()]
+            numbers.append(rollout.weight_version.tobytes())
+            images = [image.sha256 for image in rollout.images]
+            place = f"{part.name}/{i} {rollout.prompt_uid.split('/')[-1]}#{rollout.index}"
+            state[place] = _digest([*map(bytes.hex, numbers), turns, images, rollout.outcome, asdict(stored.score)])
+    return state
+
+
+def run_state(folder: Path) -> dict[str, str]:
+    """What a finished run leaves, clocks aside: two runs are the same if these are equal."""
+    state = checkpoint_state(folder / "checkpoints") | rollout_state(folder / "rollouts")
+    for record in _lines(folder / "metrics.jsonl"):
+        state[f"metrics {record['step']}"] = _digest(record | {"seconds": None})
+    for number, record in enumerate(_lines(folder / "eval.jsonl")):
+        state[f"eval {number}"] = _digest(record)
+    for path in sorted((folder / "trained").iterdir()):
+        state[f"trained/{path.name}"] = sha256(path.read_bytes()).hexdigest()[:16]
+    return state
+
+
+def sft_state(folder: Path, out: Path) -> dict[str, str]:
+    """As `run_state`, for a cold start in `folder` exported to `out`."""
+    state = checkpoint_state(folder / "sft" / "checkpoints")
+    state["metrics"] = sha256((folder / "sft" / "metrics.jsonl").read_bytes()).hexdigest()[:16]
+    return state | {path.name: sha256(path.read_bytes()).hexdigest()[:16] for path in sorted(out.iterdir())}
+
+
+def moments(seed: int, stages: Sequence[tuple[str, float]], number: signal.Signals) -> list[Moment]:
+    """One moment in each of the stages, in random order and at a random time within it.
+
+    stages: name and, in seconds, the longest delay, which the stage has to last longer than.
+    """
+    random_ = random.Random(seed)
+    chosen = [Moment(stage, number, delay_s=random_.uniform(0, delay)) for stage, delay in stages]
+    random_.shuffle(chosen)
+    return chosen
+
+
+def phases(*folders: tuple[Path, int]) -> str:
+    """An `sft.phases=` override."""
+    parts = [SftPhase(trajectories=folder, steps=steps).model_dump(mode="json") for folder, steps in folders]
+    return f"sft.phases={json.dumps(parts)}"
+
+
+@contextmanager
+def small_disk(folder: Path, size: str) -> Iterator[Path]:
+    """A tmpfs of that size at `folder`, for as root only."""
+    folder.mkdir(parents=True)
+    os.system(f"mount -t tmpfs -o size={size} tmpfs {folder}")
+    try:
+        yield folder
+    finally:
+        os.system(f"umount -l {folder}")
