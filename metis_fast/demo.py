@@ -5,9 +5,11 @@ Every stage leaves its result under `run.dir` and is skipped when that is there,
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from metis_fast import config as config_module
@@ -26,7 +28,7 @@ def demo_sizes(config: Config) -> DemoSizes:
     """Sizes of the demo set's files, as configured."""
     demo = config.demo
     return DemoSizes(
-        base=SplitSize(demo.base_prompts, 0.6),
+        base=SplitSize(demo.base_prompts, 0.5, (0.42, 0.42, 0.16)),
         cold_start=SplitSize(demo.cold_start_prompts, demo.direct_share),
         train=SplitSize(demo.train_prompts, demo.direct_share),
         heldout=SplitSize(demo.heldout_prompts, 0.5),
@@ -61,32 +63,57 @@ def run(config: Config) -> Summary | None:
     """The whole job. Raises what its stages raise."""
     config = resolve(config)
     root = config.run.dir
-    _make_data(config, root / "data")
-    _make_model(config, root / "model")
     untrained = config.model_copy(update={"model": config.model.model_copy(update={"path": root / "model"})})
-    if not (root / "cold_start").exists():
-        for phase, style in zip(config.sft.phases, (BASE, COLD_START), strict=True):
-            play(untrained, root / "data" / f"{phase.trajectories.name}.parquet", style, phase.trajectories)
-        sft(untrained, root / "cold_start")
-    return pipeline.train(config)
+    stages = _Stages(root)
+    stages("data", lambda: _make_data(config, root / "data"))
+    stages("model", lambda: _make_model(config, root / "model"))
+    for phase, style in zip(config.sft.phases, (BASE, COLD_START), strict=True):
+        name = phase.trajectories.name
+        stages(
+            f"play {name}", lambda n=name, p=phase, s=style: play(untrained, root / "data" / f"{n}.parquet", s, p.trajectories)
+        )
+    stages("sft", lambda: sft(untrained, root / "cold_start"))
+    return pipeline.train(config, stages.seconds)
+
+
+class _Stages:
+    """Runs what is not done yet, and keeps the wall seconds of what is, in `stages.json`."""
+
+    def __init__(self, root: Path) -> None:
+        self._path = root / "stages.json"
+        self._done: dict[str, float] = json.loads(self._path.read_text(encoding="utf-8")) if self._path.exists() else {}
+
+    @property
+    def seconds(self) -> float:
+        """Wall seconds of all stages done."""
+        return sum(self._done.values())
+
+    def __call__(self, name: str, job: Callable[[], object]) -> None:
+        if name in self._done:
+            return
+        began = time.perf_counter()
+        job()
+        self._done[name] = time.perf_counter() - began
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        scratch = self._path.with_name(".stages.json.tmp")
+        scratch.write_text(json.dumps(self._done, indent=1) + "\n", encoding="utf-8")
+        os.replace(scratch, self._path)
 
 
 def _make_data(config: Config, folder: Path) -> None:
-    if folder.exists():
-        return
     scratch = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(scratch, ignore_errors=True)
     write_demo(scratch, config.run.seed, demo_sizes(config), lambda line: print(line, flush=True))
+    shutil.rmtree(folder, ignore_errors=True)  # of a stage that was cut off before it was booked as done
     os.replace(scratch, folder)
 
 
 def _make_model(config: Config, folder: Path) -> None:
-    if folder.exists():
-        return
     scratch = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(scratch, ignore_errors=True)
     texts = script_texts(_prompts(folder.with_name("data") / "base.parquet"))
     build_tiny(scratch, read_shape(config.demo.model_shape), texts, config.run.seed)
+    shutil.rmtree(folder, ignore_errors=True)  # of a stage that was cut off before it was booked as done
     os.replace(scratch, folder)
 
 

@@ -27,8 +27,10 @@ from metis_fast.types import Group, Outcome, Prompt, ScoredGroup, Slice, StepSta
 T = TypeVar("T")
 
 
-def train(config: Config) -> Summary | None:
+def train(config: Config, seconds_before: float = 0.0) -> Summary | None:
     """HDPO from `config.model.path`, resumed from the newest checkpoint of `config.run.dir` if there is one.
+
+    seconds_before: wall seconds of the stages that led here; they count in the summary.
 
     Raises:
         Interrupted: a signal came; the last whole step is checkpointed.
@@ -54,7 +56,7 @@ def train(config: Config) -> Summary | None:
                 parts.log.step(_step_stats(parts, step, scored, updates, clock.seconds))
                 parts.finished(step)
         export_model(parts.policy.model, parts.policy.folder, parts.policy.folder, config.run.dir / "trained")
-        return _summarise(parts)
+        return _summarise(parts, seconds_before)
 
 
 def evaluate(config: Config) -> dict[str, Slice]:
@@ -160,7 +162,7 @@ def _step_stats(
     )
 
 
-def _summarise(parts: Parts) -> Summary | None:
+def _summarise(parts: Parts, seconds_before: float) -> Summary | None:
     """`summary.json` and `report.html` of a finished run; no summary without held-out prompts."""
     folder, summary = parts.config.run.dir, None
     evaluations = read_evaluations(folder)
@@ -168,7 +170,7 @@ def _summarise(parts: Parts) -> Summary | None:
         summary = write_summary(
             folder / "summary.json",
             seed=parts.config.run.seed,
-            wall_s=parts.wall_s,
+            wall_s=seconds_before + parts.wall_s,
             before=evaluations[0].slices,
             after=evaluations[-1].slices,
         )

