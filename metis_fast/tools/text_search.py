@@ -18,7 +18,7 @@ from metis_fast.errors import InfrastructureError
 from metis_fast.tools.corpus import check_corpus, derived_folder, page_text
 from metis_fast.types import Observation, ToolName
 
-_LAYOUT = "1"  # raise when the schema below or its meaning changes
+_LAYOUT = "2"  # raise when the schema below or its meaning changes
 _TOKENIZER = "words"
 _MAX_WORDS = 64  # of a query; later ones add cost, not meaning
 _TITLE_BOOST = 4.0  # a word of the title says more about a page than one of its body
@@ -26,12 +26,18 @@ _TITLE_BOOST = 4.0  # a word of the title says more about a page than one of its
 _SAME_TITLE_SCORE = 10_000.0
 
 
-def _analyzer() -> tantivy.TextAnalyzer:
-    filters = (tantivy.Filter.remove_long(64), tantivy.Filter.lowercase(), tantivy.Filter.ascii_fold())
+def _analyzer(stem: bool = True) -> tantivy.TextAnalyzer:
+    """Words; `stem` folds their endings, which finds more but takes two names such as "Puck" and "Pucked" for one."""
+    filters = [tantivy.Filter.remove_long(64), tantivy.Filter.lowercase(), tantivy.Filter.ascii_fold()]
     builder = tantivy.TextAnalyzerBuilder(tantivy.Tokenizer.simple())
-    for item in (*filters, tantivy.Filter.stemmer("English")):
+    for item in [*filters, tantivy.Filter.stemmer("English")] if stem else filters:
         builder = builder.filter(item)
     return builder.build()
+
+
+def _same_title(words: tantivy.TextAnalyzer, text: str) -> str:
+    """What a title and a query that equals it have in common: their unstemmed words, as one term."""
+    return " ".join(words.analyze(text))
 
 
 def _schema() -> tantivy.Schema:
@@ -49,18 +55,19 @@ class _Index:
     searcher: tantivy.Searcher
     schema: tantivy.Schema
     analyzer: tantivy.TextAnalyzer
+    exact: tantivy.TextAnalyzer
 
 
 def _build(corpus: Path, folder: Path) -> None:
-    schema, analyzer = _schema(), _analyzer()
+    schema, exact = _schema(), _analyzer(stem=False)
     index = tantivy.Index(schema, path=str(folder))
-    index.register_tokenizer(_TOKENIZER, analyzer)
+    index.register_tokenizer(_TOKENIZER, _analyzer())
     writer = index.writer(heap_size=128 << 20, num_threads=1)  # one thread: documents stay in the corpus's order
     row = 0
     for batch in pq.ParquetFile(corpus).iter_batches(batch_size=4096, columns=["title", "link", "text"]):
         for record in batch.to_pylist():
             title, link, text = (str(record[name] or "") for name in ("title", "link", "text"))
-            same = " ".join(analyzer.analyze(title))
+            same = _same_title(exact, title)
             writer.add_document(tantivy.Document(title=title, link=link, text=text, same_title=same, row=row))
             row += 1
     writer.commit()
@@ -90,7 +97,7 @@ class TextSearch:
                 except (OSError, ValueError) as error:  # tantivy raises ValueError for a damaged or unwritable index
                     raise InfrastructureError(f"cannot build or open the index beside {self._corpus}: {error}") from None
                 index.register_tokenizer(_TOKENIZER, _analyzer())
-                self._index = _Index(index.searcher(), index.schema, _analyzer())
+                self._index = _Index(index.searcher(), index.schema, _analyzer(), _analyzer(stem=False))
             return self._index
 
     def search(self, query: str) -> Observation:
@@ -101,11 +108,12 @@ class TextSearch:
         """
         index = self._opened()
         words = index.analyzer.analyze(query)
-        hits = self._best(index, self._query(index.schema, words)) if words else []
+        title = _same_title(index.exact, query)
+        hits = self._best(index, self._query(index.schema, words, title)) if words else []
         if not hits:
             return Observation("No results.")
         snippets = tantivy.SnippetGenerator.create(
-            index.searcher, self._query(index.schema, words, fields=("text",)), index.schema, "text"
+            index.searcher, self._query(index.schema, words, None), index.schema, "text"
         )
         snippets.set_max_num_chars(self._config.snippet_chars)
         results = []
@@ -117,15 +125,17 @@ class TextSearch:
             results.append(head + "\n".join([lines[0], *(line for line in lines[1:] if line)]))
         return Observation("\n\n".join(results))
 
-    def _query(self, schema: tantivy.Schema, words: list[str], fields: tuple[str, ...] = ("title", "text")) -> tantivy.Query:
+    def _query(self, schema: tantivy.Schema, words: list[str], title: str | None) -> tantivy.Query:
+        """title: what a page's `same_title` would be; None searches the text alone."""
+        fields = ("text",) if title is None else ("title", "text")
         boosts = {"title": _TITLE_BOOST, "text": 1.0}
         clauses = [
             (tantivy.Occur.Should, tantivy.Query.boost_query(tantivy.Query.term_query(schema, field, word), boosts[field]))
             for word in dict.fromkeys(words[:_MAX_WORDS])
             for field in fields
         ]
-        if "title" in fields:
-            same = tantivy.Query.term_query(schema, "same_title", " ".join(words), index_option="basic")
+        if title is not None:
+            same = tantivy.Query.term_query(schema, "same_title", title, index_option="basic")
             clauses.append((tantivy.Occur.Should, tantivy.Query.const_score_query(same, _SAME_TITLE_SCORE)))
         return tantivy.Query.boolean_query(clauses)
 
