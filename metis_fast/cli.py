@@ -37,6 +37,10 @@ def _add_config(parser: argparse.ArgumentParser) -> None:
 
 
 def _load(args: argparse.Namespace) -> Config:
+    """The config of a verb that loads or writes models."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()  # they also go to files, and would surround the one line of an error
     extra = ["tools.python.unsafe=true"] if getattr(args, "unsafe_tools", False) else []
     return config_module.load(args.config, [*args.overrides, *extra])
 
