@@ -1,0 +1,78 @@
+"""A full disk: one line says so, what was written before is intact, and the run goes on exactly once there is space."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from runs import error_line, run, run_state, succeed
+
+from metis_fast.checkpoint.resume import CheckpointStore
+
+
+class _Disk:
+    """A tmpfs; sizes in KiB."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        folder.mkdir()
+        self._mount("size=64m")
+
+    def _mount(self, options: str) -> None:
+        done = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", self.folder], capture_output=True, text=True)
+        if done.returncode:
+            pytest.skip(f"cannot mount a small disk here: {done.stderr.strip()}")
+
+    def resize(self, size: int) -> None:
+        self._mount(f"remount,size={size}k")
+
+    def leave(self, size: int) -> None:
+        """Only so much space is left."""
+        usage = os.statvfs(self.folder)
+        self.resize((usage.f_blocks - usage.f_bfree) * usage.f_frsize // 1024 + size)
+
+    def close(self) -> None:
+        subprocess.run(["umount", "--lazy", self.folder], check=False, capture_output=True)
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[_Disk]:
+    if os.geteuid():
+        pytest.skip("mounting a small disk needs root")
+    disk = _Disk(tmp_path / "disk")
+    yield disk
+    disk.close()
+
+
+def test_a_disk_full_at_checkpoint_time_keeps_the_older_ones_and_the_run_resumes_exactly(
+    demo: Path, tmp_path: Path, disk: _Disk
+) -> None:
+    folder = disk.folder / "run"
+    command = ["train", demo / "config.yaml", f"run.dir={folder}", "log.tensorboard=false"]
+    succeed([*command, "train.steps=2"], tmp_path / "first")
+    disk.leave(150)  # enough for a step's rollouts, not for a checkpoint of 350 KiB
+    line = error_line(run(command, tmp_path / "second"))
+    assert "cannot write checkpoint step-000003" in line and "free some space" in line
+    assert "training state up to step 2 is safe" in line
+    assert CheckpointStore(folder / "checkpoints", 2).load(2).state.step == 2
+    disk.resize(64 << 10)
+    succeed(command, tmp_path / "third")
+    assert run_state(folder) == run_state(demo)
+
+
+@pytest.mark.parametrize("left", [0, 4, 8, 12, 16, 24])
+def test_a_disk_full_while_a_step_is_written_is_one_line_and_the_run_resumes_exactly(
+    demo: Path, tmp_path: Path, disk: _Disk, left: int
+) -> None:
+    folder = disk.folder / "run"
+    command = ["train", demo / "config.yaml", f"run.dir={folder}", "checkpoint.every=0"]
+    succeed([*command, "train.steps=1"], tmp_path / "first")
+    disk.leave(left)  # for config, metrics, TensorBoard, evaluation or rollouts, whichever comes first
+    line = error_line(run(command, tmp_path / "second"))
+    assert "free some space" in line
+    disk.resize(64 << 10)
+    succeed(command, tmp_path / "third")
+    assert run_state(folder) == run_state(demo)
