@@ -72,7 +72,7 @@ class Optimizer:
         config = self._config
         if step < config.warmup_steps:
             return (step + 1) / config.warmup_steps
-        span = max(1, self._total - config.warmup_steps)
+        span = max(1, self._total - 1 - config.warmup_steps)  # the last step has index total - 1
         return 1 - (1 - config.final_lr) * min(1.0, (step - config.warmup_steps) / span)
 
     def start(self) -> None:
