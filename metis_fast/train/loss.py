@@ -25,7 +25,7 @@ def head_logp(hidden_TH: Tensor, head_VH: Tensor, targets_T: Tensor, temperature
     Returns two [T] float32 tensors, both with gradient. At most `chunk` rows of logits exist at once, forward and backward.
     """
     logp, entropy = [], []
-    for start in range(0, len(targets_T), chunk):
+    for start in range(0, max(1, len(targets_T)), chunk):  # one empty chunk where nothing was sampled
         rows = slice(start, start + chunk)
         arguments = (hidden_TH[rows], head_VH, targets_T[rows], temperature)
         if torch.is_grad_enabled():

@@ -162,6 +162,13 @@ def test_chunks_give_the_unchunked_gradients():
         torch.testing.assert_close(chunked, whole, rtol=1e-6, atol=1e-6)
 
 
+def test_no_tokens_give_no_numbers_and_a_gradient_of_0():
+    hidden, head, targets, _ = head_inputs(torch.float32)
+    logp, entropy = head_logp(hidden[:0], head, targets[:0], 1.0, 5)
+    (grad,) = torch.autograd.grad(logp.sum() + entropy.sum(), head)
+    assert len(logp) == len(entropy) == 0 and not grad.any()
+
+
 def test_without_gradients_the_numbers_are_the_same_bits():
     hidden, head, targets, _ = head_inputs(torch.bfloat16)
     with_grad = head_logp(hidden, head, targets, 0.9, 6)

@@ -12,16 +12,23 @@ from metis_fast.config import OptimConfig
 from metis_fast.train.optimizer import Optimizer, trainable
 
 
+class Inner(nn.Module):
+    """What stands under `model.` in a Qwen3-VL."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.visual = nn.Linear(4, 4)
+        self.embed_tokens = nn.Embedding(5, 4)
+        self.proj = nn.Linear(4, 6)
+
+
 class Small(nn.Module):
     """Named like the parts of a Qwen3-VL."""
 
     def __init__(self, dtype=torch.float32) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(0)
-        self.model = nn.Module()
-        self.model.visual = nn.Linear(4, 4)
-        self.model.embed_tokens = nn.Embedding(5, 4)
-        self.model.proj = nn.Linear(4, 6)
+        self.model = Inner()
         self.lm_head = nn.Linear(4, 5, bias=False)
         with torch.no_grad():
             for parameter in self.parameters():

@@ -115,7 +115,7 @@ def test_a_prompt_has_as_many_marks_as_images(content, num, fits):
     if fits:
         assert len(make().images) == num + 1
     else:
-        with pytest.raises(ValueError, match="prompt row-1: .* marks in the messages but"):
+        with pytest.raises(ValueError, match=r"prompt row-1: .* marks in the messages but"):
             make()
 
 
