@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from PIL import Image, UnidentifiedImageError
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen3VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
@@ -223,6 +224,7 @@ def check_model_folder(folder: Path) -> None:
     for name in ("tokenizer.json", "preprocessor_config.json"):
         if not (folder / name).is_file():
             raise ModelError(f"{folder} lacks {name}; copy it from the model that this one was made from")
+        _read_json(folder / name, "the model's")
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -251,7 +253,7 @@ def load_policy(config: ModelConfig, folder: Path | None = None) -> Policy:
             attn_implementation={"text_config": attention.NAME, "vision_config": "sdpa"},
         )
         model, info = cast(tuple[Qwen3VLForConditionalGeneration, dict[str, set[str]]], loaded)
-    except (OSError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         raise ModelError(f"{folder} cannot be loaded: {' '.join(str(error).split())[:300]}") from None
     missing = sorted(info["missing_keys"])
     if missing:

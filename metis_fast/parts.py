@@ -170,7 +170,7 @@ def save_config(config: Config) -> None:
     """Save the resolved config with the run; a run folder keeps the settings that decide its result.
 
     Raises:
-        ConfigError: the folder holds a run with other settings.
+        ConfigError: the folder holds a run with other settings, or cannot be made.
     """
     folder = config.run.dir
     path = folder / "config.yaml"
@@ -184,7 +184,12 @@ def save_config(config: Config) -> None:
             raise ConfigError(
                 f"{folder} holds a run with another {changed}; set run.dir to a new folder, or restore the setting to resume"
             )
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"cannot make the run folder {folder}: {error.strerror}; set run.dir to one that you can write"
+        ) from None
     scratch = path.with_name(".config.yaml.tmp")
     scratch.write_text(text, encoding="utf-8")
     scratch.replace(path)
