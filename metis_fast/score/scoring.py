@@ -22,17 +22,12 @@ async def score_groups(groups: Sequence[Group], judge: Judge, config: Config) ->
     and count in no mean.
 
     Raises:
-        JudgeError: the judge failed and no rollout of the batch has a verdict. A dead judge has to stop a run, which would
-            otherwise train on nothing without saying so.
+        JudgeError: the judge is dead. It has to stop the run, which would otherwise train on next to nothing without saying so.
     """
     verdicts = await asyncio.gather(*(_verdict(judge, group.prompt, rollout) for group in groups for rollout in group.rollouts))
-    failures = [verdict for verdict in verdicts if isinstance(verdict, JudgeUnavailable)]
-    if failures and not any(isinstance(verdict, Verdict) for verdict in verdicts):
-        raise JudgeError(
-            f"the judge gave no verdict for any of {len(failures)} rollouts ({failures[-1]}); see that it runs, then resume"
-        )
     following = iter(verdicts)
     judged = [[next(following) for _ in group.rollouts] for group in groups]
+    _require_living_judges(groups, judged)
     rewards = [_rewards(group, found, config.score) for group, found in zip(groups, judged, strict=True)]
     reference_noise = config.loss.normalization == "reference"
     computed = advantages(rewards, config.score, reference_noise)
@@ -59,6 +54,27 @@ async def score_groups(groups: Sequence[Group], judge: Judge, config: Config) ->
             )
         scored.append(ScoredGroup(prompt=group.prompt, rollouts=group.rollouts, scores=tuple(scores)))
     return scored
+
+
+def _require_living_judges(groups: Sequence[Group], judged: Sequence[Sequence[Verdict | JudgeUnavailable | None]]) -> None:
+    """Of every judge style separately: one that failed wherever it was needed is dead.
+
+    A rollout without an answer is wrong without a judge, so its verdict is no sign of life. Failures on a single prompt may be
+    that prompt's: resuming would meet them again.
+    """
+    by_style: dict[str, list[Sequence[Verdict | JudgeUnavailable | None]]] = {}
+    for group, found in zip(groups, judged, strict=True):
+        by_style.setdefault(group.prompt.judge_style, []).append(found)
+    alone = not any(isinstance(verdict, Verdict) for found in judged for verdict in found)
+    for style, parts in by_style.items():
+        failed = [[verdict for verdict in found if isinstance(verdict, JudgeUnavailable)] for found in parts]
+        failures = [failure for part in failed for failure in part]
+        lives = any(isinstance(verdict, Verdict) and verdict.answer for found in parts for verdict in found)
+        if failures and not lives and (alone or sum(map(bool, failed)) > 1):
+            raise JudgeError(
+                f"the judge of style {style!r} gave no verdict for any of {len(failures)} rollouts ({failures[-1]}); "
+                "see that it runs, then resume"
+            )
 
 
 async def _verdict(judge: Judge, prompt: Prompt, rollout: Rollout) -> Verdict | JudgeUnavailable | None:
