@@ -91,6 +91,11 @@ def test_the_response_limit_counts_observations_and_is_never_exceeded(episode):
     assert engine.sampling[1].max_tokens == 120 - (rollout.turns[1].start - rollout.prompt_len)
 
 
+def test_a_message_never_outgrows_the_response(episode):
+    rollout, engine, _ = episode(["x" * 500], max_response_tokens=40, max_turn_tokens=60)
+    assert engine.sampling[0].max_tokens == 40 == rollout.num_sampled
+
+
 def test_an_observation_that_leaves_no_room_is_left_out_of_the_tokens_but_its_call_counts(episode):
     rollout, _, _ = episode([CALL, ANSWER], [Observation("y" * 500)], max_response_tokens=120)
     assert rollout.outcome is Outcome.LENGTH and rollout.num_tool_calls == 1

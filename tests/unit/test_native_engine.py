@@ -109,6 +109,17 @@ def test_a_rollout_does_not_depend_on_what_else_is_in_the_batch(policy, act, alo
     engine.close()
 
 
+def test_a_run_in_waves_repeats_bit_for_bit_however_long_the_tools_take(policy, act):
+    runs = []
+    for pauses in ((0, 0, 0, 0), (0, 3, 1, 7), (0, 9, 0, 2)):
+        engine = NativeEngine(policy)
+        plans = [replace(plan, pauses=pauses if i % 2 else pauses[::-1]) for i, plan in enumerate(MANY)]
+        results = asyncio.run(together(act, engine, plans, deterministic=True))
+        runs.append([(c.tokens.tobytes(), c.logp.tobytes()) for session in results for c in session])
+        engine.close()
+    assert runs[0] == runs[1] == runs[2]
+
+
 def test_messages_differ_between_seeds_and_end_at_a_stop_token_or_the_limit(chat, alone):
     messages = [completion for plan in MANY for completion in alone(plan)]
     for message, length in zip(messages, [n for plan in MANY for n in plan.lengths], strict=True):
