@@ -177,10 +177,10 @@ def save_config(config: Config) -> None:
     text = config_module.to_yaml(config)
     if path.exists():
         old = config_module.load(path)
-        # what may change between resumptions: how long to train, what to watch
-        free = {"train": {"steps"}, "log": True, "checkpoint": True, "eval": {"every"}}
+        # what may change between resumptions: where the folder lies, how long to train, what to watch
+        free = {"run": {"dir"}, "train": {"steps"}, "log": True, "checkpoint": True, "eval": {"every"}}
         if _fixed(old, free) != _fixed(config, free):
-            changed = _first_difference(old, config)
+            changed = _first_difference(_fixed(old, free), _fixed(config, free))
             raise ConfigError(
                 f"{folder} holds a run with another {changed}; set run.dir to a new folder, or restore the setting to resume"
             )
@@ -199,7 +199,7 @@ def _fixed(config: Config, free: dict[str, object]) -> dict[str, object]:
     return config.model_dump(mode="json", exclude=free)  # pyright: ignore[reportArgumentType]
 
 
-def _first_difference(old: Config, new: Config) -> str:
+def _first_difference(old: dict[str, object], new: dict[str, object]) -> str:
     def leaves(tree: object, prefix: str = "") -> Iterator[tuple[str, object]]:
         if isinstance(tree, dict):
             for key, value in tree.items():
@@ -207,11 +207,9 @@ def _first_difference(old: Config, new: Config) -> str:
         else:
             yield prefix, tree
 
-    then = dict(leaves(old.model_dump(mode="json")))
-    for key, value in leaves(new.model_dump(mode="json")):
-        if then.get(key) != value and key not in ("train.steps", "eval.every") and not key.startswith(("log.", "checkpoint.")):
-            return f"{key} ({then.get(key)!r}, now {value!r})"
-    return "setting"
+    then = dict(leaves(old))
+    key, value = next((key, value) for key, value in leaves(new) if then.get(key) != value)
+    return f"{key} ({then.get(key)!r}, now {value!r})"
 
 
 @contextmanager
