@@ -34,7 +34,7 @@ HERE = Path(__file__).parent
 SMALL = HERE / "small.yaml"
 PROGRAM = Path(sys.executable).with_name("metis-fast")
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["metis_fast.demo", "metis_fast.report.html", "metis_fast.cli"])
+_CONTEXT.set_forkserver_preload(["metis_fast.demo", "metis_fast.report.html", "metis_fast.score.llm", "metis_fast.cli"])
 _POLL_S = 0.0002
 _LIMIT_S = 120.0  # of a command, on a machine that does other things too
 

@@ -65,7 +65,7 @@ def command(demo: Path, tmp_path: Path) -> list[object]:
     for row in rows:
         row["reward_model"]["style"] = "llm"
     pq.write_table(pa.Table.from_pylist(rows, schema=table.schema), tmp_path / "llm.parquet")
-    settings = [f"data.train=[{tmp_path / 'llm.parquet'}]", "score.llm.model=judge", "score.llm.retries=1"]
+    settings = [f"data.train=[{tmp_path / 'llm.parquet'}]", "score.llm.model=judge", "score.llm.retries=1", "train.steps=3"]
     return ["train", demo / "config.yaml", *settings]
 
 
