@@ -16,7 +16,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from metis_fast.checkpoint.export import export_model
 from metis_fast.checkpoint.resume import CheckpointStore
 from metis_fast.checkpoint.rng import capture_rng
-from metis_fast.config import Config
+from metis_fast.config import Config, SftPhase
 from metis_fast.data.cursor import PromptCursor
 from metis_fast.data.parquet import PromptFiles
 from metis_fast.data.scripted import ScriptedEngine, ScriptStyle
@@ -30,7 +30,7 @@ from metis_fast.rollout.episode import collect
 from metis_fast.rollout.store import RolloutStore, read_rollouts
 from metis_fast.tools import open_toolbox
 from metis_fast.train.torch_backend import TorchTrainer
-from metis_fast.types import Rollout, Score, ScoredGroup
+from metis_fast.types import Ability, Rollout, Score, ScoredGroup
 
 _PART = 500  # prompts in one stored part; a part is played again if it was interrupted
 
@@ -65,6 +65,16 @@ def play(config: Config, prompts: Path, style: ScriptStyle, out: Path) -> int:
     return len(files)
 
 
+def _trajectories(phase: SftPhase) -> list[Rollout]:
+    wanted = set(phase.abilities or Ability)
+    stored = (one for one in read_rollouts(phase.trajectories) if one.ability in wanted and one.rollout.num_sampled)
+    rollouts = [one.rollout for one in stored]
+    if not rollouts:
+        of = f" of {', '.join(phase.abilities)}" if phase.abilities else ""
+        raise DataError(f"{phase.trajectories} holds no trajectory{of} with a sampled token; play some first")
+    return rollouts
+
+
 @lru_cache(maxsize=2)
 def _order(seed: int, phase: int, epoch: int, size: int) -> np.ndarray:
     bits = np.random.PCG64(np.random.SeedSequence(seed % 2**64, spawn_key=(phase, epoch)))
@@ -88,11 +98,7 @@ def sft(config: Config, out: Path) -> None:
     """
     if not config.sft.phases:
         raise ConfigError("sft.phases is empty; name at least one folder of trajectories and its steps")
-    data: dict[int, list[Rollout]] = {}
-    for i, phase in enumerate(config.sft.phases):
-        data[i] = [stored.rollout for stored in read_rollouts(phase.trajectories) if stored.rollout.num_sampled]
-        if not data[i]:
-            raise DataError(f"{phase.trajectories} holds no trajectory with a sampled token; play some first")
+    data = [_trajectories(phase) for phase in config.sft.phases]
     schedule = [(i, step) for i, phase in enumerate(config.sft.phases) for step in range(phase.steps)]
     if config.run.threads:
         torch.set_num_threads(config.run.threads)

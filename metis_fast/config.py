@@ -16,7 +16,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from metis_fast.errors import ConfigError
-from metis_fast.types import ToolName
+from metis_fast.types import Ability, ToolName
 
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
@@ -257,6 +257,8 @@ class SftPhase(_Section):
     """Folder of stored rollouts (`metis-fast data demo` writes two)."""
     steps: Positive
     """Optimizer steps."""
+    abilities: tuple[Ability, ...] = ()
+    """Only trajectories of these; none: all. A curriculum: what is hard to learn amid the rest comes first, by itself."""
 
 
 class SftConfig(_Section):

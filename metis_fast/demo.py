@@ -19,9 +19,13 @@ from metis_fast.config import Config
 from metis_fast.data.demo import DemoSizes, SplitSize, write_demo
 from metis_fast.data.parquet import PromptFiles
 from metis_fast.data.scripted import BASE, COLD_START, script_texts
+from metis_fast.errors import ConfigError
 from metis_fast.report.summary import Summary
 from metis_fast.testing.tiny import build_tiny, read_shape
 from metis_fast.types import Prompt
+
+# The two sets of trajectories that the script plays; sft.phases of a demo config name them.
+_STYLES = {"base": BASE, "cold_start": COLD_START}
 
 
 def demo_sizes(config: Config) -> DemoSizes:
@@ -39,6 +43,9 @@ def resolve(config: Config) -> Config:
     """Fill in the paths of the demo's stages, all of them under `run.dir`."""
     root = config.run.dir
     data = root / "data"
+    for phase in config.sft.phases:
+        if phase.trajectories.name not in _STYLES:
+            raise ConfigError(f"sft.phases names {phase.trajectories}; the demo has the trajectories {', '.join(_STYLES)}")
     tree = config_module.merge(
         config.model_dump(mode="python"),
         {
@@ -50,8 +57,8 @@ def resolve(config: Config) -> Config:
             "model": {"path": root / "cold_start"},
             "sft": {
                 "phases": tuple(
-                    {"trajectories": root / "trajectories" / name, "steps": phase.steps}
-                    for name, phase in zip(("base", "cold_start"), config.sft.phases, strict=True)
+                    phase.model_dump() | {"trajectories": root / "trajectories" / phase.trajectories.name}
+                    for phase in config.sft.phases
                 )
             },
         },
