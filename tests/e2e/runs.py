@@ -16,7 +16,6 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
 from multiprocessing.context import ForkServerProcess
@@ -122,6 +121,11 @@ class Command:
         assert self._process.pid is not None
         self.pid = self._process.pid
 
+    @property
+    def alive(self) -> bool:
+        """Whether it still runs."""
+        return self._process.is_alive()
+
     def family(self) -> list[psutil.Process]:
         """The processes it started, grandchildren included."""
         try:
@@ -133,11 +137,11 @@ class Command:
         """Until it ends; whatever it leaves running is given a second, and reported."""
         family: dict[int, psutil.Process] = {}
         deadline = time.monotonic() + _LIMIT_S
-        while self._process.is_alive() and time.monotonic() < deadline:
+        while self.alive and time.monotonic() < deadline:
             family |= {process.pid: process for process in self.family()}
             self._process.join(0.02)
         ended = time.time()
-        if self._process.is_alive():
+        if self.alive:
             self._process.kill()
             raise AssertionError(f"still running after {_LIMIT_S:g} s: {self.read('err')}")
         left = psutil.wait_procs(family.values(), timeout=2)[1]
@@ -250,14 +254,3 @@ def phases(*folders: tuple[Path, int]) -> str:
     """An `sft.phases=` override."""
     parts = [SftPhase(trajectories=folder, steps=steps).model_dump(mode="json") for folder, steps in folders]
     return f"sft.phases={json.dumps(parts)}"
-
-
-@contextmanager
-def small_disk(folder: Path, size: str) -> Iterator[Path]:
-    """A tmpfs of that size at `folder`, for as root only."""
-    folder.mkdir(parents=True)
-    os.system(f"mount -t tmpfs -o size={size} tmpfs {folder}")
-    try:
-        yield folder
-    finally:
-        os.system(f"umount -l {folder}")

@@ -28,11 +28,10 @@ class _Server(ThreadingHTTPServer):
 
 
 class _Handler(BaseHTTPRequestHandler):
-    server: _Server
-
     def do_POST(self) -> None:
         task = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         answer = json.loads(task["messages"][1]["content"].split("\n\n")[0])["candidate_answer"]
+        assert isinstance(self.server, _Server)
         word = "INCORRECT" if len(answer) % 2 else "CORRECT"
         body = json.dumps({"choices": [{"index": 0, "message": {"role": "assistant", "content": word}}]}).encode()
         self.send_response(503 if self.server.down else 200)
