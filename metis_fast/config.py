@@ -363,8 +363,8 @@ class Config(_Section):
                 "rollout.top_p < 1 or rollout.top_k > 0 samples from another distribution than the loss assumes; "
                 "set both off, or set loss.tis_cap"
             )
-        if not 0 < train.optim.betas[1] < 1 or not 0 < self.sft.optim.betas[1] < 1:
-            raise ValueError("optim.betas[1] must lie strictly between 0 and 1")
+        if max(*train.optim.betas, *self.sft.optim.betas) >= 1:
+            raise ValueError("optim.betas must be below 1; the usual values are [0.9, 0.999]")
         return self
 
     def section(self, name: str) -> BaseModel:

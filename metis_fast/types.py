@@ -287,8 +287,8 @@ class UpdateStats:
 
     loss_acc, loss_tool: the two terms of ALGORITHM section 4, before their weights.
     clip_acc, clip_tool: share of the tokens of each channel (non-zero advantage) whose surrogate is clipped.
-    kl: mean of logp_old - logp over sampled tokens (k1); ratio_max, ratio_min over the same tokens.
-    engine_gap: mean |logp_old - logp_engine| over sampled tokens.
+    kl: mean of logp_old - logp (k1); ratio_max, ratio_min; entropy: mean; engine_gap: mean |logp_old - logp_engine|. These five
+    are over the sampled tokens that were run, which leaves out rollouts that needed no gradient.
     num_tokens: tokens run through the model, padding excluded; num_skipped: tokens of rollouts that needed no gradient.
     skipped_step: nothing in the mini-batch had a gradient.
     """
