@@ -56,7 +56,7 @@ class ScriptStyle:
 # Teaches the skills: direct answers, and what each tool is for.
 BASE = ScriptStyle(tool_direct=0.25, tool_uncertain=0.9, tool_needed=0.85, extra_call=0.0, error=0.03, poor_error=0.03)
 # Teaches the habit that HDPO has to undo: a tool for everything, often the wrong way.
-COLD_START = ScriptStyle(tool_direct=0.98, tool_uncertain=0.97, tool_needed=1.0, extra_call=0.15, error=0.05, poor_error=0.6)
+COLD_START = ScriptStyle(tool_direct=0.97, tool_uncertain=0.97, tool_needed=1.0, extra_call=0.15, error=0.05, poor_error=0.6)
 
 
 @dataclass(frozen=True, slots=True)
