@@ -74,10 +74,10 @@ def run(config: Config) -> Summary | None:
     stages = _Stages(root)
     stages("data", lambda: _make_data(config, root / "data"))
     stages("model", lambda: _make_model(config, root / "model"))
-    for phase, style in zip(config.sft.phases, (BASE, COLD_START), strict=True):
-        name = phase.trajectories.name
+    for name, style in _STYLES.items():
         stages(
-            f"play {name}", lambda n=name, p=phase, s=style: play(untrained, root / "data" / f"{n}.parquet", s, p.trajectories)
+            f"play {name}",
+            lambda n=name, s=style: play(untrained, root / "data" / f"{n}.parquet", s, root / "trajectories" / n),
         )
     stages("sft", lambda: sft(untrained, root / "cold_start"))
     return pipeline.train(config, stages.seconds)
