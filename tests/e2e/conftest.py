@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from runs import HERE, SMALL, succeed
+from harness import HERE, SMALL, succeed
 
 
 @pytest.fixture(scope="session")

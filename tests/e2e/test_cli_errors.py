@@ -11,7 +11,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from runs import SMALL, error_line, phases, run, run_state, succeed
+from harness import SMALL, error_line, phases, run, run_state, succeed
 
 
 def _train(demo: Path, *overrides: object) -> list[object]:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from runs import HERE, PROGRAM, phases, run, succeed
+from harness import HERE, PROGRAM, phases, run, succeed
 
 from metis_fast import config as config_module
 from metis_fast.report.log import read_evaluations

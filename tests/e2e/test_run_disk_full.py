@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from runs import error_line, run, run_state, succeed
+from harness import error_line, run, run_state, succeed
 
 from metis_fast.checkpoint.resume import CheckpointStore
 
@@ -63,14 +63,14 @@ def test_a_disk_full_at_checkpoint_time_keeps_the_older_ones_and_the_run_resumes
     assert run_state(folder) == run_state(demo)
 
 
-@pytest.mark.parametrize("left", [0, 4, 8, 12, 16, 24])
+@pytest.mark.parametrize("left", [0, 8, 24])
 def test_a_disk_full_while_a_step_is_written_is_one_line_and_the_run_resumes_exactly(
     demo: Path, tmp_path: Path, disk: _Disk, left: int
 ) -> None:
     folder = disk.folder / "run"
     command = ["train", demo / "config.yaml", f"run.dir={folder}", "checkpoint.every=0"]
     succeed([*command, "train.steps=1"], tmp_path / "first")
-    disk.leave(left)  # for config, metrics, TensorBoard, evaluation or rollouts, whichever comes first
+    disk.leave(left)  # KiB: too little for the config, for the rollouts, for the metrics
     line = error_line(run(command, tmp_path / "second"))
     assert "free some space" in line
     disk.resize(64 << 10)

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from runs import HERE, SMALL, Command, Ended, Moment, checkpoint_state, phases, run, run_state, sft_state, succeed
+from harness import HERE, SMALL, Command, Ended, Moment, checkpoint_state, phases, run, run_state, sft_state, succeed
 
 from metis_fast.checkpoint.resume import CheckpointStore
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from runs import Command, checkpoint_state, error_line, run, run_state, succeed
+from harness import Command, checkpoint_state, error_line, run, run_state, succeed
 
 
 class _Server(ThreadingHTTPServer):

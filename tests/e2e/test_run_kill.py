@@ -7,7 +7,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from runs import HERE, PROGRAM, SMALL, Moment, moments, phases, rollout_state, run, run_state, sft_state, succeed
+from harness import HERE, PROGRAM, SMALL, Moment, moments, phases, rollout_state, run, run_state, sft_state, succeed
 
 # Stages of a run, and a time in seconds that each of them lasts longer than.
 _STAGES = (

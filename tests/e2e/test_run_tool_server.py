@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 import psutil
-from runs import Command, Ended
+from harness import Command, Ended
 
 from metis_fast.rollout.store import StoredRollout, read_rollouts
 from metis_fast.types import Outcome
