@@ -70,7 +70,7 @@ def test_a_disk_full_while_a_step_is_written_is_one_line_and_the_run_resumes_exa
     folder = disk.folder / "run"
     command = ["train", demo / "config.yaml", f"run.dir={folder}", "checkpoint.every=0"]
     succeed([*command, "train.steps=1"], tmp_path / "first")
-    disk.leave(left)  # KiB: too little for the config, for the rollouts, for the metrics
+    disk.leave(left)  # KiB: too little for the config, for the rollouts, for what follows them
     line = error_line(run(command, tmp_path / "second"))
     assert "free some space" in line
     disk.resize(64 << 10)
