@@ -37,7 +37,9 @@ def table(summaries: Sequence[Summary]) -> str:
         lines.append(f"| {kind} | {cells[0]} | {cells[1]} |")
     lines.append("")
     lines.append("Seeds " + ", ".join(str(s.seed) for s in summaries) + "; ")
-    lines.append("wall time " + ", ".join(f"{s.wall_s / 60:.1f}" for s in summaries) + " min (the whole job, after installation).")
+    lines.append(
+        "wall time " + ", ".join(f"{s.wall_s / 60:.1f}" for s in summaries) + " min (the whole job, after installation)."
+    )
     return "\n".join(lines)
 
 

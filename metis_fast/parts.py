@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -9,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import numpy as np
 import torch
 
 from metis_fast import config as config_module
@@ -227,6 +229,9 @@ def open_parts(config: Config, interrupts: Interrupts, training: bool = True) ->
         raise ConfigError("no training prompts; set data.train to Parquet files")
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
+    # nothing draws from the global generators today; seeded, they make checkpoints of equal runs equal byte for byte
+    random.seed(config.run.seed)
+    np.random.seed(config.run.seed % 2**32)
     torch.manual_seed(config.run.seed)
     files = PromptFiles(config.data.train) if training else None
     heldout = PromptFiles(config.data.heldout) if config.data.heldout else None

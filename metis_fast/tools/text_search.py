@@ -112,9 +112,7 @@ class TextSearch:
         hits = self._best(index, self._query(index.schema, words, title)) if words else []
         if not hits:
             return Observation("No results.")
-        snippets = tantivy.SnippetGenerator.create(
-            index.searcher, self._query(index.schema, words, None), index.schema, "text"
-        )
+        snippets = tantivy.SnippetGenerator.create(index.searcher, self._query(index.schema, words, None), index.schema, "text")
         snippets.set_max_num_chars(self._config.snippet_chars)
         results = []
         for number, document in enumerate(hits, start=1):
