@@ -32,7 +32,7 @@ def demo_sizes(config: Config) -> DemoSizes:
     """Sizes of the demo set's files, as configured."""
     demo = config.demo
     return DemoSizes(
-        base=SplitSize(demo.base_prompts, 0.5, (0.42, 0.42, 0.16)),
+        base=SplitSize(demo.base_prompts, 0.5, (0.40, 0.38, 0.22)),
         cold_start=SplitSize(demo.cold_start_prompts, demo.direct_share),
         train=SplitSize(demo.train_prompts, demo.direct_share),
         heldout=SplitSize(demo.heldout_prompts, 0.5),
