@@ -14,7 +14,7 @@ import torch
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from metis_fast.checkpoint.export import export_model
-from metis_fast.checkpoint.resume import CheckpointStore
+from metis_fast.checkpoint.resume import CheckpointStore, ResumeState
 from metis_fast.checkpoint.rng import capture_rng
 from metis_fast.config import Config, SftPhase
 from metis_fast.data.cursor import PromptCursor
@@ -23,12 +23,13 @@ from metis_fast.data.scripted import ScriptedEngine, ScriptStyle
 from metis_fast.errors import ConfigError, DataError, Interrupted
 from metis_fast.interrupt import Interrupts
 from metis_fast.model import ImagePreparer, load_policy, load_tokenizer
-from metis_fast.parts import load_optimizer, optimizer_state, save_config
+from metis_fast.parts import save_config
 from metis_fast.report.progress import progress
 from metis_fast.rollout.chat import Chat
 from metis_fast.rollout.episode import collect
 from metis_fast.rollout.store import RolloutStore, read_rollouts
 from metis_fast.tools import open_toolbox
+from metis_fast.train.protocol import TrainerState
 from metis_fast.train.torch_backend import TorchTrainer
 from metis_fast.types import Ability, Rollout, Score, ScoredGroup
 
@@ -112,11 +113,13 @@ def sft(config: Config, out: Path) -> None:
     checkpoints = CheckpointStore(folder / "checkpoints", keep_last=1)
     loaded, losses = checkpoints.latest(), []
     if loaded is not None:
-        load_optimizer(trainer.optimizer, policy, loaded.state)
+        trainer.load(TrainerState(loaded.state.tensors, loaded.state.scalars["trainer"]))
         losses = list(loaded.state.scalars["losses"])
 
     def save(step: int) -> None:
-        checkpoints.save(step, optimizer_state(trainer.optimizer, policy, step, {"losses": losses}, capture_rng()), None)
+        state = trainer.state()
+        scalars = {"losses": losses, "trainer": state.scalars}
+        checkpoints.save(step, ResumeState(step, state.tensors, scalars, capture_rng()), None)
 
     with Interrupts() as interrupts, progress(len(schedule), "SFT", config.log, "step") as bar:
         bar.update(len(losses))

@@ -14,14 +14,12 @@ import numpy as np
 import torch
 
 from metis_fast import config as config_module
-from metis_fast.checkpoint.optimizer import FlatOptimizer, flatten_optimizer, unflatten_optimizer
-from metis_fast.checkpoint.params import MASTER, OPTIMIZER, WEIGHT, add_prefix, copy_exactly, take_prefix
 from metis_fast.checkpoint.resume import CheckpointStore, ResumeState
 from metis_fast.checkpoint.rng import RngState, capture_rng, restore_rng
 from metis_fast.config import Config
 from metis_fast.data.cursor import CursorState, PromptCursor
 from metis_fast.data.parquet import PromptFiles
-from metis_fast.errors import CheckpointError, ConfigError
+from metis_fast.errors import ConfigError
 from metis_fast.interrupt import Interrupts
 from metis_fast.model import Policy, load_policy
 from metis_fast.report.log import RunLog
@@ -33,7 +31,7 @@ from metis_fast.score.protocol import Judge
 from metis_fast.sync import push_weights
 from metis_fast.tools import open_toolbox
 from metis_fast.tools.protocol import Toolbox
-from metis_fast.train.optimizer import Optimizer
+from metis_fast.train.protocol import Trainer, TrainerState
 from metis_fast.train.torch_backend import TorchTrainer
 from metis_fast.types import Prompt
 
@@ -61,7 +59,7 @@ class Parts:
         engine: NativeEngine,
         toolbox: Toolbox,
         judge: Judge,
-        trainer: TorchTrainer | None,
+        trainer: Trainer | None,
         files: PromptFiles | None,
         heldout: PromptFiles | None,
     ) -> None:
@@ -104,7 +102,7 @@ class Parts:
             self.log.truncate(0)
             return 0
         state = loaded.state
-        load_optimizer(self.trainer.optimizer, self.policy, state)
+        self.trainer.load(TrainerState(state.tensors, state.scalars["trainer"]))
         self.cursor.restore(CursorState(**state.scalars["cursor"]))
         self._wall_before = float(state.scalars["wall_s"])
         self._saved = state.step
@@ -115,7 +113,7 @@ class Parts:
         return state.step
 
     def _here(self) -> _Boundary:
-        return _Boundary(self.cursor.state(), self.trainer.optimizer.num_steps, capture_rng())
+        return _Boundary(self.cursor.state(), self.trainer.num_updates, capture_rng())
 
     def finished(self, step: int) -> None:
         """A step is whole: from here on, `step + 1` is what a checkpoint holds."""
@@ -124,48 +122,16 @@ class Parts:
     def save(self, step: int, score: tuple[float, ...] | None) -> None:
         """Checkpoint the state after `step` whole steps."""
         at = self._boundary
-        assert at.num_updates == self.trainer.optimizer.num_steps
-        scalars = {"cursor": asdict(at.cursor), "wall_s": self.wall_s}
-        state = optimizer_state(self.trainer.optimizer, self.policy, step, scalars, at.rng)
-        self.checkpoints.save(step, state, score)
+        assert at.num_updates == self.trainer.num_updates
+        trainer = self.trainer.state()
+        scalars = {"cursor": asdict(at.cursor), "wall_s": self.wall_s, "trainer": trainer.scalars}
+        self.checkpoints.save(step, ResumeState(step, trainer.tensors, scalars, at.rng), score)
         self._saved = step
 
     def save_boundary(self, step: int) -> None:
         """Checkpoint the last whole step, unless that is done or an optimizer step of the next one was already taken."""
-        if self._saved != step and step > 0 and self._boundary.num_updates == self.trainer.optimizer.num_steps:
+        if self._saved != step and step > 0 and self._boundary.num_updates == self.trainer.num_updates:
             self.save(step, None)
-
-
-def optimizer_state(optimizer: Optimizer, policy: Policy, step: int, scalars: dict[str, object], rng: RngState) -> ResumeState:
-    """Weights, float32 masters, optimizer moments and random state as one flat resume state."""
-    tensors = add_prefix(WEIGHT, policy.model.state_dict())
-    masters = {n: w.detach() for n, w in optimizer.masters.items() if w is not optimizer.parameters[n]}
-    tensors |= add_prefix(MASTER, masters)
-    tree: dict[str, object] = dict(scalars) | {"num_steps": optimizer.num_steps}
-    for name, inner in optimizer.named():
-        flat = flatten_optimizer(inner)
-        tensors |= add_prefix(f"{OPTIMIZER}{name}.", flat.tensors)
-        tree[f"optimizer.{name}"] = flat.scalars
-    return ResumeState(step=step, tensors=tensors, scalars=tree, rng=rng)
-
-
-def load_optimizer(optimizer: Optimizer, policy: Policy, state: ResumeState) -> None:
-    """The reverse of `optimizer_state`, in place.
-
-    Raises:
-        CheckpointError: the checkpoint belongs to another model, another `model.freeze` or another optimizer.
-    """
-    masters = {n: w for n, w in optimizer.masters.items() if w is not optimizer.parameters[n]}
-    copy_exactly(take_prefix(MASTER, state.tensors), masters)
-    copy_exactly(take_prefix(WEIGHT, state.tensors), policy.model.state_dict())
-    for name, inner in optimizer.named():
-        key = f"optimizer.{name}"
-        if key not in state.scalars:
-            raise CheckpointError(
-                f"the checkpoint has no {name} state; resume with the optim settings of the run that wrote it"
-            )
-        unflatten_optimizer(inner, FlatOptimizer(take_prefix(f"{OPTIMIZER}{name}.", state.tensors), state.scalars[key]))
-    optimizer.num_steps = int(state.scalars["num_steps"])
 
 
 def save_config(config: Config) -> None:

@@ -11,12 +11,15 @@ import torch
 from torch import Tensor
 
 from metis_fast.attention import AttentionPlan, CausalBmm, CausalSdpa
+from metis_fast.checkpoint.optimizer import FlatOptimizer, flatten_optimizer, unflatten_optimizer
+from metis_fast.checkpoint.params import MASTER, OPTIMIZER, WEIGHT, add_prefix, copy_exactly, take_prefix
 from metis_fast.config import Config, OptimConfig
-from metis_fast.errors import NonFiniteError
+from metis_fast.errors import CheckpointError, NonFiniteError
 from metis_fast.model import Policy
 from metis_fast.train import loss as loss_terms
 from metis_fast.train.optimizer import Optimizer, trainable
 from metis_fast.train.pack import MicroBatch, Sample, pack, split
+from metis_fast.train.protocol import TrainerState
 from metis_fast.types import Rollout, Score, ScoredGroup, UpdateStats
 
 
@@ -58,6 +61,42 @@ class TorchTrainer:
         if config.train.activation_checkpointing:
             policy.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
             policy.model.train()
+
+    # -- state --------------------------------------------------------------------------------------------------------
+
+    @property
+    def num_updates(self) -> int:
+        """See `Trainer`."""
+        return self.optimizer.num_steps
+
+    def _masters(self) -> dict[str, Tensor]:
+        """The masters that are not the parameters themselves."""
+        own = self.optimizer.parameters
+        return {name: master.detach() for name, master in self.optimizer.masters.items() if master is not own[name]}
+
+    def state(self) -> TrainerState:
+        """See `Trainer`."""
+        tensors = add_prefix(WEIGHT, self.policy.model.state_dict()) | add_prefix(MASTER, self._masters())
+        scalars: dict[str, object] = {"num_steps": self.optimizer.num_steps}
+        for name, inner in self.optimizer.named():
+            flat = flatten_optimizer(inner)
+            tensors |= add_prefix(f"{OPTIMIZER}{name}.", flat.tensors)
+            scalars[name] = flat.scalars
+        return TrainerState(tensors, scalars)
+
+    def load(self, state: TrainerState) -> None:
+        """See `Trainer`."""
+        for name, _ in self.optimizer.named():
+            if name not in state.scalars:
+                raise CheckpointError(
+                    f"the checkpoint has no {name} state; resume with the optim settings of the run that wrote it"
+                )
+        copy_exactly(take_prefix(MASTER, state.tensors), self._masters())
+        copy_exactly(take_prefix(WEIGHT, state.tensors), self.policy.model.state_dict())
+        for name, inner in self.optimizer.named():
+            flat = FlatOptimizer(take_prefix(f"{OPTIMIZER}{name}.", state.tensors), state.scalars[name])
+            unflatten_optimizer(inner, flat)
+        self.optimizer.num_steps = int(state.scalars["num_steps"])
 
     # -- forward ------------------------------------------------------------------------------------------------------
 
