@@ -311,7 +311,7 @@ class DemoConfig(_Section):
 
     model_shape: Path = Path("configs/demo_model.json")
     """Shape of the tiny Qwen3-VL."""
-    base_prompts: Positive = 14000
+    base_prompts: Positive = 11000
     """Trajectories that teach the skills, direct answers and tools alike."""
     cold_start_prompts: Positive = 3000
     """Trajectories that teach the habit of calling tools for everything, often badly."""

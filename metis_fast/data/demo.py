@@ -61,7 +61,7 @@ class SplitSize:
 class DemoSizes:
     """Number of rows of each file. `images` is that of the image corpus; the text corpus always has about 3,100 documents."""
 
-    base: SplitSize = SplitSize(14000, 0.5, (0.40, 0.38, 0.22))
+    base: SplitSize = SplitSize(11000, 0.5, (0.40, 0.38, 0.22))
     cold_start: SplitSize = SplitSize(3000)
     train: SplitSize = SplitSize(3000)
     heldout: SplitSize = SplitSize(600)

@@ -21,17 +21,19 @@ PANEL_PX = IMAGE_PX // 2
 PANELS = ("top left", "top right", "bottom left", "bottom right")
 PANEL_BOXES = ((0, 0, 64, 64), (64, 0, 128, 64), (0, 64, 64, 128), (64, 64, 128, 128))  # left, upper, right, lower
 
-# Channels stay within 64 .. 192, so that the weave, the jitter and the filter's overshoot never clip at 0 or 255: a clipped
+# Channels stay within 96 .. 160, so that the weave, the jitter and the filter's overshoot never clip at 0 or 255: a clipped
 # weave has another mean and would show in the halved image.
+# Muted colours and strong weaves: where colour is most of what differs between crops, the tiny vision tower learns fabrics
+# late or never (bench/NOTES.md).
 COLORS = {
-    "red": (192, 64, 64),
-    "green": (64, 168, 80),
-    "blue": (64, 80, 192),
-    "yellow": (192, 184, 64),
-    "purple": (136, 64, 168),
-    "orange": (192, 120, 64),
-    "cyan": (64, 176, 184),
-    "white": (192, 192, 192),
+    "red": (160, 96, 96),
+    "green": (96, 148, 104),
+    "blue": (96, 104, 160),
+    "yellow": (160, 156, 96),
+    "purple": (132, 96, 148),
+    "orange": (160, 124, 96),
+    "cyan": (96, 152, 156),
+    "white": (160, 160, 160),
 }
 MAX_JITTER = 4  # grey levels, one draw a panel: two images are almost never equal, and PNGs stay small
 
@@ -40,7 +42,8 @@ FABRICS = ("linen", "denim", "canvas", "satin", "velvet", "cotton", "suede", "tw
 
 _FRAME_PX = 8  # the processor's filter reaches 4 pixels; 4 of colour border plus 4 of weave end do not meet
 _WEAVE_PX = PANEL_PX - 2 * _FRAME_PX
-_AMPLITUDE = 36  # grey levels; with the bent ends of `mesh` 54, what the colours leave free after the jitter is 60
+# Grey levels; a multiple of 9, so that bent ends are whole. With those of `mesh` it is 81; the colours leave 91 free.
+_AMPLITUDE = 54
 # What happens across the alternating axis, with a period of 8: Walsh functions, so that the fabrics are orthogonal on every
 # aligned 8 x 8 patch of a crop.
 _ACROSS = ((1, 1, 1, 1, 1, 1, 1, 1), (1, 1, 1, 1, -1, -1, -1, -1), (1, 1, -1, -1, 1, 1, -1, -1), (1, 1, -1, -1, -1, -1, 1, 1))
@@ -56,7 +59,7 @@ def _halving_filter(num_pixels: int) -> npt.NDArray[np.float64]:
 
 @cache
 def _invisible_profile() -> npt.NDArray[np.float64]:
-    """[48] grey levels: an alternation of +-36 whose ends (0, -12, 36, -44, ...) are bent until the filter takes it out.
+    """[48] grey levels: an alternation of +-54 whose ends (0, -18, 54, -66, ...) are bent until the filter takes it out.
 
     The nearest sequence to the plain alternation in the null space of the filter, rounded; what the rounding leaves is
     below half a level, so it rounds away.
