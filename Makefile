@@ -29,11 +29,12 @@ train: setup
 test: setup
 	$(PYTEST) -m "not slow and not gpu"
 
+# pytest ends with 5 where no test has the mark, which is no failure
 test-slow: setup
-	$(PYTEST) -m "slow and not gpu"
+	$(PYTEST) -m "slow and not gpu" || [ $$? -eq 5 ]
 
 test-gpu: setup
-	$(PYTEST) -m gpu
+	$(PYTEST) -m gpu || [ $$? -eq 5 ]
 
 lint: setup
 	$(BIN)/ruff check .
