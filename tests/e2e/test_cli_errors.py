@@ -141,7 +141,7 @@ def test_settings_that_decide_a_result_cannot_change_on_resume_and_others_can(de
         ("loss.w_tool=0.5", "loss.w_tool (0.15, now 0.5)"),
         ("run.seed=3", "run.seed (0, now 3)"),
         ("rollout.temperature=0.7", "rollout.temperature (1.0, now 0.7)"),
-        ("train.optim.lr=0.1", "train.optim.lr (0.001, now 0.1)"),
+        ("train.optim.grad_clip=0.1", "train.optim.grad_clip (1.0, now 0.1)"),
     ):
         line = error_line(run([*command, override], tmp_path / "second"))
         assert f"holds a run with another {name}" in line and "restore the setting to resume" in line

@@ -178,8 +178,8 @@ def test_sessions_see_neither_each_others_files_nor_processes(open_box: Open) ->
 
     async def two() -> tuple[Observation, Observation]:
         one, other = box.session(()), box.session(())
-        await one.call("python", {"code": "open('/tmp/note', 'w').write('hello')"})
-        look = "import os\nprint(os.path.exists('/tmp/note'), [name for name in os.listdir('/proc') if name.isdigit()])"
+        await one.call("python", {"code": "open('note', 'w').write('hello')"})
+        look = "import os\nprint(os.path.exists('note'), [name for name in os.listdir('/proc') if name.isdigit()])"
         seen = await other.call("python", {"code": look})
         own = await one.call("python", {"code": look})
         await one.close()
