@@ -20,7 +20,7 @@ from metis_fast.config import Config
 from metis_fast.errors import Interrupted, MetisError
 
 _EPILOG = """examples:
-  metis-fast demo configs/demo.yaml                     the whole story on a laptop, in about 20 minutes
+  metis-fast demo configs/demo.yaml                     the whole story on a laptop, in a quarter of an hour
   metis-fast data check data/*.parquet                  is my data fit for training?
   metis-fast train my.yaml loss.w_tool=0.2              train, with one setting changed; again: resume
   metis-fast report runs/demo                           what happened?

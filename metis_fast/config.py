@@ -367,10 +367,6 @@ class Config(_Section):
             raise ValueError("optim.betas must be below 1; the usual values are [0.9, 0.999]")
         return self
 
-    def section(self, name: str) -> BaseModel:
-        """The section of that name."""
-        return getattr(self, name)
-
 
 def _leaf_paths(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
     for name, info in model.model_fields.items():

@@ -91,6 +91,7 @@ def test_a_key_that_resembles_nothing_lists_the_sections():
 def test_every_known_key_exists(key):
     node = Config()
     for part in key.split("."):
+        assert hasattr(node, part)
         node = getattr(node, part)
 
 
@@ -238,7 +239,7 @@ def test_a_combination_that_cannot_work_says_what_to_set(overrides, message):
 
 @pytest.mark.parametrize("overrides", [["rollout.top_k=5", "loss.tis_cap=2"], ["loss.w_acc=0"], ["score.w_fmt=0"]])
 def test_combinations_that_only_look_odd_are_allowed(overrides):
-    load(None, overrides)
+    assert load(None, overrides) != Config()
 
 
 def test_every_problem_is_reported_at_once():
