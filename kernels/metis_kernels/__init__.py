@@ -1,0 +1,29 @@
+"""Kernels of HDPO training: grouped dual advantage, chunked log-prob, fused dual-surrogate loss.
+
+Every op is a function with one contract and several implementations, chosen by `impl`:
+
+    auto        the fastest that runs on the tensors' device and dtype
+    triton      Triton kernels (CUDA; on the CPU under TRITON_INTERPRET=1, for tests)
+    cpu         C++ (OpenMP; AMX, AVX-512 or AVX2, chosen at run time)
+    reference   plain PyTorch, written like the formulas; any device, float64 included
+"""
+
+from metis_kernels._impl import Impl, available, cpu_library_status
+from metis_kernels._shard import VocabShard
+from metis_kernels.group_advantage.api import GroupAdvantage, group_advantage
+from metis_kernels.hdpo_loss.api import HdpoLoss, HdpoMetrics, hdpo_loss
+from metis_kernels.linear_logprob.api import LinearLogprob, linear_logprob
+
+__all__ = [
+    "GroupAdvantage",
+    "HdpoLoss",
+    "HdpoMetrics",
+    "Impl",
+    "LinearLogprob",
+    "VocabShard",
+    "available",
+    "cpu_library_status",
+    "group_advantage",
+    "hdpo_loss",
+    "linear_logprob",
+]

@@ -1,0 +1,49 @@
+"""Checks of arguments: every error names the argument, what was expected and what came."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def tensor(
+    name: str,
+    value: Tensor,
+    shape: Sequence[int | None],
+    dtypes: Sequence[torch.dtype],
+    device: torch.device | None = None,
+    axes: str = "",
+) -> None:
+    """Check type, shape (None: any length), dtype and device of one argument.
+
+    axes: the shape in letters, for the message, for example "[T, H]".
+
+    Raises:
+        ValueError: it is something else.
+    """
+    if not isinstance(value, Tensor):
+        raise ValueError(f"{name}: expected a tensor, got {type(value).__name__}")
+    wrong_size = value.dim() != len(shape) or any(
+        want is not None and have != want for have, want in zip(value.shape, shape, strict=True)
+    )
+    if wrong_size:
+        wanted = "[" + ", ".join("any" if size is None else str(size) for size in shape) + "]"
+        axes = f" {axes} =" if axes else ""
+        raise ValueError(f"{name}: expected shape{axes} {wanted}, got {list(value.shape)}")
+    if value.dtype not in dtypes:
+        names = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise ValueError(f"{name}: expected dtype {names}, got {str(value.dtype).removeprefix('torch.')}")
+    if device is not None and value.device != device:
+        raise ValueError(f"{name}: expected a tensor on {device} like the others, got one on {value.device}")
+
+
+def at_least(name: str, value: float, low: float, strictly: bool = False) -> None:
+    """Check a number.
+
+    Raises:
+        ValueError: it is below `low` (or equal to it, if `strictly`), or NaN.
+    """
+    if not (value > low if strictly else value >= low):
+        raise ValueError(f"{name}: expected a number {'>' if strictly else '>='} {low}, got {value}")

@@ -1,0 +1,55 @@
+"""The LM head split over the ranks of a tensor-parallel group, by rows of the vocabulary."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class VocabShard:
+    """This rank's rows of the LM head: `start` is the vocabulary index of the first one.
+
+    Shards may have any sizes, as long as together they are the whole vocabulary, each row once. `group`: the
+    tensor-parallel process group; every rank of it calls the op with the same hidden states, targets and options.
+    """
+
+    start: int
+    group: dist.ProcessGroup
+
+
+def resolve(group_name: str) -> dist.ProcessGroup | None:
+    """The group of that name (what a `torch.library` op can carry), None for ""."""
+    return dist.distributed_c10d._resolve_process_group(group_name) if group_name else None
+
+
+def local_targets(targets_T: Tensor, vocab_start: int, num_local: int) -> Tensor:
+    """Row of the local shard for each target, -1 where another rank has it."""
+    local = targets_T - vocab_start
+    return torch.where((local >= 0) & (local < num_local), local, -1)
+
+
+def sum_over_ranks(value: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """All-reduce (sum) in place; nothing without a group."""
+    if group is not None:
+        dist.all_reduce(value, group=group)
+    return value
+
+
+def max_over_ranks(value: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """All-reduce (maximum) in place; nothing without a group."""
+    if group is not None:
+        dist.all_reduce(value, op=dist.ReduceOp.MAX, group=group)
+    return value
+
+
+def gather_ranks(value: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """All-gather: [R, *value.shape], ranks in order; [1, ...] without a group."""
+    if group is None:
+        return value[None]
+    out = value.new_empty((dist.get_world_size(group), *value.shape))
+    dist.all_gather_into_tensor(out, value.contiguous(), group=group)
+    return out
