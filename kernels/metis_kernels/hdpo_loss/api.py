@@ -156,8 +156,8 @@ def hdpo_loss(
 
     # scales are formed in float64 and rounded once. A token outside the mask has no share, whatever live_L says.
     share = mask[live_L].double() * loss_scale
-    scaled_acc = (share * adv_acc_T[live_L] * (w_acc * per_acc)).to(wide)
-    scaled_tool = (share * adv_tool_T[live_L] * (w_tool * per_tool)).to(wide)
+    scaled_acc = (share * adv_acc_T.detach()[live_L] * (w_acc * per_acc)).to(wide)
+    scaled_tool = (share * adv_tool_T.detach()[live_L] * (w_tool * per_tool)).to(wide)
     scaled_one = (share * per_acc).to(wide)
     tokens = _terms.Tokens(scaled_acc, scaled_tool, scaled_one, take(old_logp_T), take(engine_logp_T), take(ref_logp_T))
 
@@ -166,7 +166,8 @@ def hdpo_loss(
     need_head = need and (main_grad is not None or head_VH.requires_grad)
     head_grad = None
     if need_head:
-        head_grad = main_grad if main_grad is not None else torch.zeros_like(head_VH, dtype=wide, requires_grad=False)
+        # contiguous, whatever the strides of the head: implementations rely on it
+        head_grad = main_grad if main_grad is not None else torch.zeros(head_VH.shape, dtype=wide, device=device)
     start, group = (shard.start, shard.group.group_name) if shard is not None else (0, "")
     logp_L, lse_L, entropy_L, d_hidden = torch.ops.metis_kernels.hdpo_loss(
         hidden_TH.detach(), head_VH.detach(), live_L, targets_T[live_L], take(anchor_T),
@@ -239,8 +240,8 @@ def _hdpo_loss(
     check_targets(targets, 0 if group else len(head))
     tokens = _terms.Tokens(scaled_acc, scaled_tool, scaled_one, old_logp, engine_logp, ref_logp)
     clip = _terms.Clip(eps_low, eps_high, dual_clip, tis_cap)
-    # the rows that are not live stay 0
-    d_hidden = torch.zeros_like(hidden) if need_hidden else hidden.new_empty(0)
+    # the rows that are not live stay 0; contiguous, whatever the strides of the hidden states
+    d_hidden = hidden.new_zeros(hidden.shape) if need_hidden else hidden.new_empty(0)
     logp, lse, entropy = implementation.hdpo_loss(
         hidden,
         head,
@@ -275,7 +276,7 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     need_hidden = arguments[-2]
     logp = torch.empty_like(scaled_acc)
-    d_hidden = torch.empty_like(hidden) if need_hidden else hidden.new_empty(0)
+    d_hidden = hidden.new_empty(hidden.shape) if need_hidden else hidden.new_empty(0)
     return logp, torch.empty_like(logp), torch.empty_like(logp), d_hidden
 
 
@@ -291,7 +292,7 @@ def _(loss: Tensor, hidden: Tensor, head: Tensor, d_hidden: Tensor | None, d_hea
 
 
 def _save(ctx: torch.autograd.function.FunctionCtx, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-    _, hidden, head, d_hidden, d_head = inputs
+    _, _, head, d_hidden, d_head = inputs
     ctx.save_for_backward(d_hidden, d_head)
     ctx.head_dtype = head.dtype  # pyright: ignore[reportAttributeAccessIssue]
 

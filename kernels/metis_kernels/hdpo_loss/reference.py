@@ -41,6 +41,7 @@ def hdpo_loss(
     wide = torch.float64 if hidden_TH.dtype == torch.float64 else torch.float32
     head = head_VH.to(wide)
     local_L = _shard.local_targets(targets_L, vocab_start, len(head))
+    chunk = chunk or 1024
     out = hidden_TH.new_empty((3, len(live_L)), dtype=wide)
     for start in range(0, len(live_L), chunk):
         rows = slice(start, start + chunk)
@@ -50,7 +51,9 @@ def hdpo_loss(
         index = local_L[rows].clamp(min=0)[:, None]
         target_C = torch.where(mine, z_CV.gather(1, index)[:, 0], 0.0)
         mean_C = (torch.softmax(z_CV, -1) * z_CV).sum(-1)
-        lse_RC, target_RC, mean_RC = _shard.gather_ranks(torch.stack([torch.logsumexp(z_CV, -1), target_C, mean_C]), group).unbind(1)
+        lse_RC, target_RC, mean_RC = _shard.gather_ranks(
+            torch.stack([torch.logsumexp(z_CV, -1), target_C, mean_C]), group
+        ).unbind(1)
         lse_C = torch.logsumexp(lse_RC, 0)
         logp_C = target_RC.sum(0) - lse_C
         entropy_C = lse_C - ((lse_RC - lse_C).exp() * mean_RC).sum(0)
