@@ -60,6 +60,7 @@ class CompiledLaunch:
     tensor_memory_columns: of a block, 0 before sm_100.
     global_scratch_bytes, global_scratch_align: per block of the grid, and the alignment of the whole, bytes.
     profile_scratch_bytes: the same, for Triton's profiler.
+    ttir: the kernel before it is lowered to a GPU, in Triton's intermediate representation.
     key: Triton's hash of source, specialisation, options and target: equal keys are one binary.
     compile_seconds: wall time of the compiler; 0.0 where the binary came from a cache.
     """
@@ -84,6 +85,7 @@ class CompiledLaunch:
     compile_seconds: float
     cubin: bytes
     ptx: str
+    ttir: str
 
 
 def compile_launches(run: Callable[[], object], arch: Arch) -> list[CompiledLaunch]:
@@ -177,6 +179,7 @@ class _Recorder:
             compile_seconds=compiled.seconds,
             cubin=stages[".cubin"].read_bytes(),
             ptx=stages[".ptx"].read_text(),
+            ttir=stages[".ttir"].read_text(),
         )
 
 
