@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import errno
+import importlib
 import json
 import logging
 import sys
@@ -129,6 +130,24 @@ def _report(args: argparse.Namespace) -> int:
     return 0
 
 
+def _bench(args: argparse.Namespace) -> int:
+    # by name: in a source checkout the files stand in bench/, and only an installation has them under metis_fast
+    return importlib.import_module("metis_fast.bench.command").run(args)
+
+
+def _add_bench(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("op", nargs="?", metavar="OP", help="group_advantage, linear_logprob or hdpo_loss; none: list them")
+    parser.add_argument("--shape", default="", metavar="T=2048,H=1024,V=32768", help="sizes that differ from the op's own")
+    parser.add_argument("--dtype", metavar="bf16|fp32", help="of hidden states and head")
+    parser.add_argument("--live-fraction", type=float, default=1.0, metavar="F", help="share of the tokens with an advantage")
+    parser.add_argument("--peers", metavar="A,B", help='which to run beside ours; default: all; "": none')
+    parser.add_argument("--runs", type=int, default=5, help="timed runs of each implementation (5 or more)")
+    parser.add_argument("--threads", type=int, default=2, help="threads of torch on the CPU")
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: CUDA where there is one")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The whole command line."""
     parser = argparse.ArgumentParser(
@@ -174,6 +193,7 @@ def build_parser() -> argparse.ArgumentParser:
     sub = verb(verbs, "report", _report, "Write report.html of a run folder.")
     sub.add_argument("run_dir", type=Path, metavar="RUN_DIR")
     sub.add_argument("--json", action="store_true")
+    _add_bench(verb(verbs, "bench", _bench, "Time a kernel beside its floor and its peers; exit code 1 if it is wrong."))
     return parser
 
 

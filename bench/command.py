@@ -1,0 +1,107 @@
+"""The command: its options checked, one op run, a table or JSON printed."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+
+import torch
+
+from . import group_advantage, hdpo_loss, linear_logprob
+from .candidate import BenchError, Op, Request
+from .compare import compare
+from .table import notes, to_json, to_text
+
+OPS: dict[str, Op] = {"group_advantage": group_advantage.OP, "linear_logprob": linear_logprob.OP, "hdpo_loss": hdpo_loss.OP}
+
+MIN_RUNS = 5
+"""A spread of fewer says little."""
+
+
+def list_ops() -> str:
+    """A line for each op."""
+    lines = []
+    for name, op in OPS.items():
+        shape = ",".join(f"{letter}={size}" for letter, size in op.shape.items())
+        lines.append(
+            f"{name:16} {op.summary}\n{'':16} shape {shape}; dtypes {', '.join(op.dtypes)}; peers {', '.join(op.peers)}"
+        )
+    return "\n".join(lines)
+
+
+def _shape(text: str, op: Op) -> dict[str, int]:
+    """The op's default sizes, those of `text` ("T=2048,H=1024") replaced."""
+    shape = dict(op.shape)
+    for word in filter(None, text.split(",")):
+        letter, _, size = word.partition("=")
+        if letter not in shape or not size.isdecimal() or int(size) < 1:
+            expected = ",".join(f"{name}=<size>" for name in shape)
+            raise BenchError(f"--shape: expected {expected}, got {word!r}")
+        shape[letter] = int(size)
+    return shape
+
+
+def _peers(text: str | None, name: str, op: Op) -> tuple[str, ...]:
+    if text is None:
+        return op.peers
+    wanted = tuple(filter(None, text.split(",")))
+    for peer in wanted:
+        if peer not in op.peers:
+            raise BenchError(f"--peers: expected names out of {', '.join(op.peers)} for {name}, got {peer!r}")
+    return wanted
+
+
+def _device(name: str) -> torch.device:
+    if name == "cuda" and not torch.cuda.is_available():
+        raise BenchError("--device cuda: torch sees no CUDA device here")
+    return torch.device("cuda" if name == "cuda" or (name == "auto" and torch.cuda.is_available()) else "cpu")
+
+
+def request(args: argparse.Namespace, name: str, op: Op) -> Request:
+    """The options of the command line for `op`.
+
+    Raises:
+        BenchError: one of them is not as stated.
+    """
+    dtype = args.dtype or op.dtypes[0]
+    if dtype not in op.dtypes:
+        raise BenchError(f"--dtype: expected {' or '.join(op.dtypes)} for {name}, got {dtype!r}")
+    if not 0 < args.live_fraction <= 1:
+        raise BenchError(f"--live-fraction: expected a number in (0, 1], got {args.live_fraction}")
+    if op.all_live and args.live_fraction != 1:
+        raise BenchError(f"--live-fraction: {name} has work for every token, so it can only be 1; got {args.live_fraction}")
+    if args.runs < MIN_RUNS:
+        raise BenchError(f"--runs: expected {MIN_RUNS} or more, got {args.runs}")
+    if args.threads < 1:
+        raise BenchError(f"--threads: expected 1 or more, got {args.threads}")
+    return Request(
+        shape=_shape(args.shape, op),
+        dtype=dtype,
+        live_fraction=args.live_fraction,
+        peers=_peers(args.peers, name, op),
+        runs=args.runs,
+        threads=args.threads,
+        device=_device(args.device),
+        seed=args.seed,
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """The verb `bench`, its options as `metis_fast.cli` declares them. Returns the exit code: 1 if one of ours is wrong."""
+    if args.op is None:
+        print(json.dumps({name: op.summary for name, op in OPS.items()}) if args.json else list_ops())
+        return 0
+    if args.op not in OPS:
+        raise BenchError(f"unknown op {args.op!r}; expected one of {', '.join(OPS)}")
+    op = OPS[args.op]
+    report = compare(args.op, op, request(args, args.op, op))
+    if args.json:
+        print(json.dumps(to_json(report)))
+        print("\n".join(notes(report)), file=sys.stderr)
+    else:
+        print(to_text(report))
+    for row in report.rows:
+        if row.failed:
+            print(f"bench: {row.impl} is outside its limits, no speed shown: {row.failed}", file=sys.stderr)
+    return 1 if report.failed else 0
