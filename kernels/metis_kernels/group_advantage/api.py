@@ -102,8 +102,6 @@ def group_advantage(
         raise ValueError(f"estimator: expected one of {', '.join(get_args(Estimator))}, got {estimator!r}")
     for name, number in (("alpha", alpha), ("w_acc", w_acc), ("w_tool", w_tool)):
         _check.at_least(name, number, 0)
-    # not the rewards' dtype: here every implementation takes float64 too
-    chosen = choose(impl, device, torch.float32)
     adv_acc, adv_tool, in_tool, needs_gradient, signal_acc, signal_tool, num_sampled = torch.ops.metis_kernels.group_advantage(
         r_acc_N.detach(),
         r_tool_N.detach(),
@@ -116,7 +114,7 @@ def group_advantage(
         norm_by_std,
         w_acc > 0,
         w_tool > 0,
-        chosen,
+        impl,
     )
     num_acc, num_tool = num_sampled.unbind()
     return GroupAdvantage(adv_acc, adv_tool, in_tool, needs_gradient, signal_acc, signal_tool, num_acc, num_tool)
@@ -138,14 +136,17 @@ def _group_advantage(
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The fields of GroupAdvantage in order, but num_acc and num_tool in one [2]."""
+    # Chosen here and not before, since it looks for files, which torch.compile cannot trace. Not by the rewards' dtype:
+    # every implementation of this op takes float64 too.
+    chosen = choose(impl, r_acc.device, torch.float32)  # pyright: ignore[reportArgumentType]  an op takes any str
     largest = _groups.largest_group(offsets, len(r_acc))
     arguments = (r_acc, r_tool, correct, valid, num_tokens, offsets, estimator, alpha, norm_by_std, use_acc, use_tool)
     # the local imports keep triton and the C++ library out of processes that do not use them
-    if impl == "triton":
+    if chosen == "triton":
         from metis_kernels.group_advantage import triton
 
         return triton.group_advantage(*arguments, largest)
-    if impl == "cpu":
+    if chosen == "cpu":
         from metis_kernels.group_advantage import cpu
 
         return cpu.group_advantage(*arguments)
