@@ -49,8 +49,8 @@ class Tokens:
     engine_logp_L: Tensor | None
     ref_logp_L: Tensor | None
 
-    def rows(self, rows: slice) -> Tokens:
-        """The tokens of a chunk."""
+    def rows(self, rows: slice | Tensor) -> Tokens:
+        """Some of the tokens, by slice or index."""
 
         def cut(value: Tensor | None) -> Tensor | None:
             return None if value is None else value[rows]
