@@ -10,16 +10,14 @@ everywhere: the target's E is computed twice and has to come out equal.
 
 Shape letters: C rows of a chunk, H hidden size, V rows of the head (of this rank's shard), P parts of a row, one program
 each, K = 2 statistics of a part: S and the target's z, or 3: with M = sum_j E_ij t_ij. T tokens.
+
+Scalars are annotated as tensors, which they are inside: Triton would read `int` and `float` as the types i32 and fp32.
 """
 
 from __future__ import annotations
 
-from typing import Any, TypeAlias
-
 import triton
 import triton.language as tl
-
-Number: TypeAlias = Any  # of a scalar argument: Triton would take `int` and `float` for i32 and fp32
 
 LN2 = tl.constexpr(0.6931471805599453)
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -37,7 +35,7 @@ def _base2(anchor: tl.tensor, GUARD: tl.constexpr) -> tl.tensor:
 
 
 @triton.jit
-def _span(vocab: Number, num_parts: Number, BLOCK: tl.constexpr) -> tuple[Number, Number]:
+def _span(vocab: tl.tensor, num_parts: tl.tensor, BLOCK: tl.constexpr) -> tuple[tl.tensor, tl.tensor]:
     """First and last + 1 column of this program's part of the row: whole blocks, except at the end of the row."""
     size = tl.cdiv(tl.cdiv(vocab, BLOCK), num_parts) * BLOCK
     first = tl.program_id(1) * size
@@ -51,9 +49,9 @@ def anchored_rows(
     targets_C: tl.tensor,
     anchor_C: tl.tensor,
     parts_CPK: tl.tensor,
-    vocab: Number,
-    num_parts: Number,
-    scale: Number,
+    vocab: tl.tensor,
+    num_parts: tl.tensor,
+    scale: tl.tensor,
     STORE: tl.constexpr,
     MOMENT: tl.constexpr,
     GUARD: tl.constexpr,
@@ -62,25 +60,29 @@ def anchored_rows(
 ) -> None:
     """E from logits, and the statistics of each part of a row. Grid (C, P).
 
-    Per logit: 4 bytes read, with STORE the size of E's dtype written, 1 exponential; FLOPs (an FMA is 2): 2 for t, 1 for S,
-    with MOMENT 2 for M. Per part: 12 bytes read (target, anchor), 4 K written.
+    Per logit: 4 bytes read, with STORE the size of E's dtype written, 1 exponential. Per part: 12 bytes read (target, anchor),
+    4 K written. Per owned target: 4 bytes read.
 
     e_CV may be z_CV: an element is read and written by the same thread. targets_C: local rows of the head, -1 where another
     rank has it; the part that owns the target stores its z, the others 0. GUARD: the anchor is an estimate. A wild one
     then gives a finite E (2^EXPONENT_LIMIT at most) and an S that shows it. NaN logits give NaN all the same.
     """
     row = tl.program_id(0).to(tl.int64)
+    z_V = z_CV + row * vocab
+    e_V = e_CV + row * vocab
     first, last = _span(vocab, num_parts, BLOCK)
-    target = tl.load(targets_C + row)
+    target = tl.load(targets_C + row).to(tl.int32)
     c2 = _base2(tl.load(anchor_C + row), GUARD)
+    z_target = tl.load(z_V + target, mask=(target >= first) & (target < last), other=0.0)
+    if STORE:
+        tl.debug_barrier()  # in place, another warp would overwrite the target's z before this one has read it
     sum_B = tl.zeros((BLOCK,), tl.float32)
     moment_B = tl.zeros((BLOCK,), tl.float32)
-    z_target = tl.full((), 0.0, tl.float32)
-    for start in range(first, last, BLOCK):
+    for start in range(first, last, BLOCK):  # pyright: ignore[reportArgumentType]
         column = start + tl.arange(0, BLOCK)
         inside = column < vocab
         # read once and never again, unlike E, which the next two products find in L2 if it stays there
-        z = tl.load(z_CV + row * vocab + column, mask=inside, other=float("-inf"), eviction_policy="evict_first")
+        z = tl.load(z_V + column, mask=inside, other=float("-inf"), eviction_policy="evict_first")
         t = tl.fma(z, scale, -c2)
         if GUARD:
             t = tl.minimum(t, EXPONENT_LIMIT, propagate_nan=tl.PropagateNan.ALL)
@@ -88,10 +90,8 @@ def anchored_rows(
         sum_B += e
         if MOMENT:
             moment_B += tl.where(inside, e * t, 0.0)
-        if (target >= start) & (target < start + BLOCK):
-            z_target += tl.sum(tl.where(column == target, z, 0.0))
         if STORE:
-            tl.store(e_CV + row * vocab + column, e, mask=inside)
+            tl.store(e_V + column, e, mask=inside)
     width = 3 if MOMENT else 2
     part = parts_CPK + (row * num_parts + tl.program_id(1)) * width
     tl.store(part, tl.sum(sum_B))
@@ -104,21 +104,21 @@ def anchored_rows(
 def row_logsumexp(
     z_CV: tl.tensor,
     lse_CP: tl.tensor,
-    vocab: Number,
-    num_parts: Number,
-    scale: Number,
+    vocab: tl.tensor,
+    num_parts: tl.tensor,
+    scale: tl.tensor,
     BLOCK: tl.constexpr,
 ) -> None:
     """Log-sum-exp of each part of a row, in nats, with a running maximum: exact for any logits. Grid (C, P).
 
-    Per logit: 4 bytes read, 1 exponential; FLOPs: 1 for the scale, 1 for the maximum, 1 to subtract it, 1 for the sum.
-    Per part: 4 bytes written. A part without columns gives -inf.
+    Per logit: 4 bytes read, 1 exponential. Per part: 4 bytes written; per block of it 1 exponential more. A part without
+    columns gives -inf.
     """
     row = tl.program_id(0).to(tl.int64)
     first, last = _span(vocab, num_parts, BLOCK)
     highest = tl.full((), LOWEST, tl.float32)
     total = tl.full((), 0.0, tl.float32)
-    for start in range(first, last, BLOCK):
+    for start in range(first, last, BLOCK):  # pyright: ignore[reportArgumentType]
         column = start + tl.arange(0, BLOCK)
         t = tl.load(z_CV + row * vocab + column, mask=column < vocab, other=float("-inf")) * scale
         higher = tl.maximum(highest, tl.max(t))
@@ -134,14 +134,14 @@ def target_logits(
     live_C: tl.tensor,
     targets_C: tl.tensor,
     z_C: tl.tensor,
-    size: Number,
-    hidden_stride: Number,
-    head_stride: Number,
+    size: tl.tensor,
+    hidden_stride: tl.tensor,
+    head_stride: tl.tensor,
     BLOCK: tl.constexpr,
 ) -> None:
     """Logit of each row's target, 0 where another rank has it. Grid (C,).
 
-    Per element of an owned row: the bytes of hidden and head read, 2 FLOPs. Per row: 16 bytes read, 4 written.
+    Per element of an owned row: the bytes of hidden and head read. Per row: 16 bytes read, 4 written.
     """
     row = tl.program_id(0)
     target = tl.load(targets_C + row)
@@ -149,7 +149,7 @@ def target_logits(
     head_row = head_VH + target * head_stride
     sum_B = tl.zeros((BLOCK,), tl.float32)
     num_read = tl.where(target >= 0, size, 0)
-    for start in range(0, num_read, BLOCK):
+    for start in range(0, num_read, BLOCK):  # pyright: ignore[reportArgumentType]
         h = start + tl.arange(0, BLOCK)
         mine = h < size
         x = tl.load(hidden_row + h, mask=mine, other=0.0).to(tl.float32)
@@ -166,7 +166,7 @@ def _limited_exp(value: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
-def _gated(scaled: tl.tensor, ratio: tl.tensor, low: Number, high: Number, dual_clip: Number) -> tl.tensor:
+def _gated(scaled: tl.tensor, ratio: tl.tensor, low: tl.tensor, high: tl.tensor, dual_clip: tl.tensor) -> tl.tensor:
     """-dS/dlogp of one surrogate: nothing where the ratio is clipped; on the bound it is not."""
     inside = tl.where(scaled < 0, (ratio >= low) & (ratio <= dual_clip), (ratio >= 0) & (ratio <= high))
     # a product, not a choice: NaN stays
@@ -192,17 +192,17 @@ def row_gradients(
     logp_share_C: tl.tensor,
     entropy_share_C: tl.tensor,
     flagged_C: tl.tensor,
-    num_rows: Number,
-    vocab: Number,
-    num_parts: Number,
-    scale: Number,
-    inverse_temperature: Number,
-    low: Number,
-    high: Number,
-    dual_clip: Number,
-    tis_cap: Number,
-    kl_coef: Number,
-    entropy_coef: Number,
+    num_rows: tl.tensor,
+    vocab: tl.tensor,
+    num_parts: tl.tensor,
+    scale: tl.tensor,
+    inverse_temperature: tl.tensor,
+    low: tl.tensor,
+    high: tl.tensor,
+    dual_clip: tl.tensor,
+    tis_cap: tl.tensor,
+    kl_coef: tl.tensor,
+    entropy_coef: tl.tensor,
     TIS: tl.constexpr,
     KL: tl.constexpr,
     ENTROPY: tl.constexpr,
@@ -231,7 +231,8 @@ def row_gradients(
     total = tl.zeros((ROWS,), tl.float32)
     z_target = tl.zeros((ROWS,), tl.float32)
     moment = tl.zeros((ROWS,), tl.float32)
-    for part in range(num_parts):  # one order, always: the same rows give the same bits
+    # one order, always: the same rows give the same bits
+    for part in range(num_parts):  # pyright: ignore[reportArgumentType]
         statistics = parts_CPK + (row * num_parts + part) * width
         total += tl.load(statistics, mask=inside, other=1.0)
         z_target += tl.load(statistics + 1, mask=inside, other=0.0)
@@ -288,13 +289,13 @@ def entropy_rows(
     entropy_C: tl.tensor,
     logp_share_C: tl.tensor,
     entropy_share_C: tl.tensor,
-    vocab: Number,
-    scale: Number,
+    vocab: tl.tensor,
+    scale: tl.tensor,
     BLOCK: tl.constexpr,
 ) -> None:
     """D = a (p - 1[j = target]) + b p (ln p + H), the gradient in the logits over its row scale. Grid (C, V blocks).
 
-    Per logit: 4 bytes read, the size of D's dtype written, 1 exponential, 9 FLOPs. Per program: 24 bytes read.
+    Per logit: 4 bytes read, the size of D's dtype written, 1 exponential. Per program: 24 bytes read.
     a, b: the shares of `row_gradients`; a row where both are 0 becomes 0. d_CV may be z_CV.
     """
     row = tl.program_id(0).to(tl.int64)
@@ -306,7 +307,7 @@ def entropy_rows(
     log2_p = tl.fma(z, scale, -tl.load(lse_C + row) * LOG2E)
     p = tl.exp2(log2_p)
     d = p * (a + b * (log2_p * LN2 + tl.load(entropy_C + row)))
-    d -= tl.where(column == tl.load(targets_C + row), a, 0.0)
+    d -= tl.where(column == tl.load(targets_C + row).to(tl.int32), a, 0.0)
     d = tl.where((a == 0) & (b == 0), 0.0, d)  # a flagged row's lse may be anything
     tl.store(d_CV + row * vocab + column, d, mask=inside)
 
@@ -318,13 +319,13 @@ def scale_rows(
     unit: tl.tensor | None,
     rows_C: tl.tensor | None,
     out_TH: tl.tensor,
-    size: Number,
+    size: tl.tensor,
     BLOCK: tl.constexpr,
 ) -> None:
     """out[rows] = in * scale / unit, in float32, rounded once. Grid (C, H blocks).
 
-    Per element: the sizes of both dtypes in bytes (nothing is read where the scale is 0), 1 FLOP. Per program: 4 bytes read,
-    8 with rows_C, 4 with unit. unit None: 1. rows_C None: row after row. out_TH may be in_CH. A scale of 0 gives +0,
+    Per element: the sizes of both dtypes in bytes (nothing is read where the scale is 0). Per program: 4 bytes read,
+    8 more with rows_C, 4 more with unit. unit None: 1. rows_C None: row after row. out_TH may be in_CH. A scale of 0 gives +0,
     whatever the input.
     """
     row = tl.program_id(0).to(tl.int64)
