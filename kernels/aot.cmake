@@ -1,6 +1,6 @@
 # libmetis_aot.so: Triton kernels compiled ahead of time for sm_80, sm_90 and sm_100, with a launcher that opens the CUDA driver
 # at run time. Included where METIS_AOT is on. Needs no GPU and no CUDA toolkit, but torch and triton in the Python that runs
-# the build (pip install --no-build-isolation -C cmake.define.METIS_AOT=ON .): compiling the kernels takes minutes.
+# the build: pip install --no-build-isolation -C cmake.define.METIS_AOT=ON .
 enable_language(C ASM)
 find_package(Python 3.11 COMPONENTS Interpreter REQUIRED)
 find_package(Threads REQUIRED)
@@ -12,7 +12,7 @@ set(METIS_AOT_SOURCES ${CMAKE_CURRENT_BINARY_DIR}/aot)
 file(GLOB_RECURSE METIS_KERNELS_PYTHON CONFIGURE_DEPENDS ${CMAKE_CURRENT_LIST_DIR}/metis_kernels/*.py)
 add_custom_command(
   OUTPUT ${METIS_AOT_SOURCES}/variants.S ${METIS_AOT_SOURCES}/variants.h
-  COMMAND ${CMAKE_COMMAND} -E env PYTHONPATH=${CMAKE_CURRENT_LIST_DIR}
+  COMMAND ${CMAKE_COMMAND} -E env "PYTHONPATH=${CMAKE_CURRENT_LIST_DIR}:$ENV{PYTHONPATH}"
           ${Python_EXECUTABLE} -m metis_kernels.aot.build ${METIS_AOT_SOURCES} --arch ${METIS_AOT_ARCHS}
   DEPENDS ${METIS_KERNELS_PYTHON}
   COMMENT "Compiling Triton kernels ahead of time for sm ${METIS_AOT_ARCHS}"

@@ -3,6 +3,7 @@
     python aot_process.py build FOLDER                  compile the variants of a small library, write its sources
     python aot_process.py run LIBRARY RECORD            one launch after another, as the recording libcuda.so.1 sees them
     python aot_process.py first LIBRARY                 one launch; its error
+    python aot_process.py lengths                       kernels that other batch lengths would compile just in time
     python aot_process.py compare LIBRARY               on a GPU: whether a variant gives the result of the JIT's kernel
 
 Each prints one JSON value.
@@ -23,9 +24,10 @@ import torch
 import triton
 import triton.language as tl
 from metis_kernels._launch import launch
-from metis_kernels.aot.build import write_sources
+from metis_kernels.aot.build import row_of, write_sources
 from metis_kernels.aot.library import Library
 from metis_kernels.aot.lookup import Lookup
+from metis_kernels.inspect import shipped
 from metis_kernels.inspect.offline import CompiledLaunch, compile_launches
 from triton import knobs
 
@@ -224,6 +226,20 @@ def refused(launched: CompiledLaunch) -> dict[str, str]:
     return errors
 
 
+def lengths() -> list[str]:
+    """Launches at other lengths than the shipped configurations have that would find no variant, each by its parameters."""
+    shipped_keys = {row_of(one).key for one in compile_launches(shipped.shipped_launches, 90)}
+
+    def run() -> None:
+        for shipped.NUM_TOKENS in (5000, 1, 4096 + 16):
+            shipped.linear_logprob_launches(torch.bfloat16, 2)
+        for num_live in (777, 4096 + 131):
+            shipped.hdpo_loss_launches(torch.bfloat16, 2, num_live=num_live)
+
+    missing = [one for one in compile_launches(run, 90) if row_of(one).key not in shipped_keys]
+    return [f"{one.kernel}: {', '.join(f'{p.name}={p.value or p.type}' for p in one.parameters)}" for one in missing]
+
+
 def compare(library: Path) -> bool:
     """On a GPU: whether a variant is taken and gives the bits that the just-in-time compiler's kernel gives."""
     kernel, arguments, constants, num_warps, num_stages, _ = CASES["plain"]
@@ -253,5 +269,5 @@ def first(library: Path) -> str:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    command = {"build": build, "run": run, "first": first, "compare": compare}[sys.argv[1]]
+    command = {"build": build, "run": run, "first": first, "compare": compare, "lengths": lengths}[sys.argv[1]]
     print(json.dumps(command(*map(Path, sys.argv[2:]))))

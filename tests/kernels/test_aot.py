@@ -261,6 +261,10 @@ def test_a_variant_computes_what_the_just_in_time_compiler_computes(library: Pat
     assert call_process("compare", library)
 
 
+def test_batches_of_any_length_find_their_variants() -> None:
+    assert call_process("lengths") == []
+
+
 @pytest.mark.parametrize(
     ("what", "message"),
     [

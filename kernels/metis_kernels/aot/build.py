@@ -26,14 +26,15 @@ from triton.runtime.jit import JITFunction
 from metis_kernels.aot.lookup import slots_of
 from metis_kernels.aot.variant import WARP_SIZE, Specialised, variant_key
 from metis_kernels.inspect.offline import Arch, CompiledLaunch, compile_launches
+from metis_kernels.inspect.shipped import shipped_launches
 
 # MAX_PARAMS of csrc/aot/launch.c
 MAX_PARAMS = 64
 
 
 @dataclass(frozen=True, slots=True)
-class _Row:
-    """A line of the table, and its machine code."""
+class Row:
+    """A line of the table. key: see `variant_key`. num_params: of the binary, the two scratch pointers included."""
 
     key: str
     kernel: str
@@ -51,7 +52,7 @@ def write_sources(launches: Iterable[CompiledLaunch], folder: Path) -> list[Path
         ValueError: there is none, or the launcher cannot run one: it needs scratch memory, a cluster of blocks, a cooperative
             or dependent launch, or has a parameter that is no pointer and no number.
     """
-    rows = list({row.key: row for row in map(_row, launches)}.values())
+    rows = list({row.key: row for row in map(row_of, launches)}.values())
     if not rows:
         raise ValueError("launches: expected at least one, got none")
     cubins = folder / "cubins"
@@ -88,7 +89,12 @@ def _quoted(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)
 
 
-def _row(launch: CompiledLaunch) -> _Row:
+def row_of(launch: CompiledLaunch) -> Row:
+    """The line of the table for a launch.
+
+    Raises:
+        ValueError: see `write_sources`.
+    """
     name = f"{launch.module}.{launch.kernel} (sm_{launch.arch})"
     refused = {
         "global scratch memory": launch.global_scratch_bytes,
@@ -106,7 +112,7 @@ def _row(launch: CompiledLaunch) -> _Row:
         raise ValueError(f"launches: expected at most {MAX_PARAMS} parameters, {name} has {num_params}")
     parameters = [Specialised(parameter.type, parameter.value, parameter.divisible_by_16) for parameter in launch.parameters]
     key = variant_key(_kernel(launch), launch.arch, parameters, launch.num_warps, launch.num_stages)
-    return _Row(key, f"{launch.module}.{launch.kernel}", launch, num_params)
+    return Row(key, f"{launch.module}.{launch.kernel}", launch, num_params)
 
 
 def _kernel(launch: CompiledLaunch) -> JITFunction[Any]:
@@ -117,8 +123,6 @@ def _kernel(launch: CompiledLaunch) -> JITFunction[Any]:
 
 
 def _compile(arch: Arch) -> list[CompiledLaunch]:
-    from metis_kernels.inspect.shipped import shipped_launches
-
     return compile_launches(shipped_launches, arch)
 
 
