@@ -101,7 +101,7 @@ def counted(run: Callable[[], Result]) -> tuple[Result, dict[str, int]]:
     """What `run` returns, and how often it called each collective (the profiler sees inside custom ops)."""
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
         result = run()
-    names = [event.name for event in profiler.events() if event.name.startswith("c10d::")]
+    names = [event.name for event in profiler.events() or () if event.name.startswith("c10d::")]
     return result, {name: names.count(name) for name in set(names)}
 
 
