@@ -19,6 +19,7 @@ from contract.cases import IMPLS, Chosen
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from metis_kernels import GroupAdvantage, group_advantage
+from metis_kernels.group_advantage import _groups, triton
 from metis_kernels.group_advantage._groups import EPSILON, Estimator
 from metis_kernels.inspect.sanitizer import sanitize
 from metis_kernels.inspect.tally import tally
@@ -216,6 +217,14 @@ def test_a_channel_without_weight_needs_no_gradient(impl: Chosen):
 
 
 @every_impl
+@pytest.mark.parametrize("estimator", ["coupled", "gdpo"])
+def test_tool_rewards_of_weight_zero_give_no_signal(impl: Chosen, estimator: Estimator):
+    batch = one_group([0.9, 0.9, 0.9], [1.0, 0.5, 0.25])
+    assert_no_signal(batch.run(impl, estimator=estimator, alpha=0.0))
+    assert batch.run(impl, estimator=estimator, alpha=0.1).needs_gradient_N.all()
+
+
+@every_impl
 @pytest.mark.parametrize("norm_by_std", [True, False])
 def test_nan_of_a_rollout_with_a_verdict_shows_in_its_group_and_only_there(impl: Chosen, norm_by_std: bool):
     batch = make_batch([4, 1, 6], no_verdict=0.0, distinct=None)
@@ -296,6 +305,16 @@ def test_takes_views_that_are_not_contiguous(impl: Chosen):
     batch = make_batch([16, 9], no_verdict=0.0)
     spread = replace(batch, r_acc_N=batch.r_acc_N.repeat_interleave(2)[::2], valid_N=batch.valid_N.repeat_interleave(3)[::3])
     assert torch.equal(spread.run(impl).adv_acc_N, batch.run(impl).adv_acc_N)
+
+
+def test_offsets_on_an_accelerator_are_not_looked_at_and_give_a_larger_block_with_the_same_result():
+    assert _groups.largest_group(torch.empty(3, dtype=torch.int64, device="meta"), 40) == 40
+    assert _groups.largest_group(torch.empty(3, dtype=torch.int64, device="meta"), 5000) == 1024
+    batch = make_batch([16, 0, 3, 7])
+    columns = batch.r_acc_N, batch.r_tool_N, batch.correct_N, batch.valid_N, batch.num_tokens_N, batch.offsets_P1
+    narrow, wide = (triton.group_advantage(*columns, "hdpo", 0.0, True, True, True, largest) for largest in (16, 1024))
+    for got, want in zip(wide, narrow, strict=True):
+        torch.testing.assert_close(got, want, rtol=2 * ROUNDING, atol=1e-12)
 
 
 def test_is_one_launch_that_moves_the_bytes_of_its_documentation():
