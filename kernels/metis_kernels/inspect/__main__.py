@@ -7,98 +7,12 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict
 from typing import get_args
 
-# Triton 3.10 turns the fusion of multiply and add off unless this asks for it; 3.9 warns if it is left open.
-os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
-
-from metis_kernels.inspect.offline import Arch, CompiledLaunch, compile_launches
-from metis_kernels.inspect.shipped import configurations
-from metis_kernels.inspect.static import StaticFigures, static_figures
-
-
-@dataclass(frozen=True, slots=True)
-class Binary:
-    """A kernel as specialised and compiled for one architecture.
-
-    configurations: those that launch it. grid: of the first launch. parameters: type by name, "= value" for constants,
-    "% 16" where the kernel relies on divisibility. compile_seconds: wall time of the compiler, 0.0 from its cache.
-    """
-
-    op: str
-    configurations: list[str]
-    kernel: str
-    arch: Arch
-    grid: tuple[int, int, int]
-    num_warps: int
-    num_stages: int
-    parameters: dict[str, str]
-    compile_seconds: float
-    figures: StaticFigures
-
-
-def shipped_binaries(arch: Arch) -> list[Binary]:
-    """Every binary of the shipped configurations, once, in the order of their first launch."""
-    found: dict[str, tuple[str, CompiledLaunch, dict[str, None]]] = {}
-    for configuration in configurations():
-        for launch in compile_launches(configuration.run, arch):
-            _, _, names = found.setdefault(launch.key, (configuration.op, launch, {}))
-            names[configuration.name] = None
-    return [_binary(op, list(names), launch) for op, launch, names in found.values()]
-
-
-def _binary(op: str, names: list[str], launch: CompiledLaunch) -> Binary:
-    parameters = {
-        parameter.name: f"= {parameter.value!r}"
-        if parameter.type == "constexpr"
-        else parameter.type + " % 16" * parameter.divisible_by_16
-        for parameter in launch.parameters
-    }
-    return Binary(
-        op=op,
-        configurations=names,
-        kernel=launch.kernel,
-        arch=launch.arch,
-        grid=launch.grid,
-        num_warps=launch.num_warps,
-        num_stages=launch.num_stages,
-        parameters=parameters,
-        compile_seconds=launch.compile_seconds,
-        figures=static_figures(launch),
-    )
-
-
-_COLUMNS = (
-    "op | kernel | configurations | sm | warps | registers | spill B, store + load | shared KiB, of | occupancy | limited by "
-    "| tensor core | loads 128 / 64 / narrow / bulk | exp2 | instructions"
-)
-
-
-def markdown(binaries: Iterable[Binary]) -> str:
-    """The figures as a Markdown table."""
-    lines = [f"| {_COLUMNS} |", "|" + " --- |" * len(_COLUMNS.split("|"))]
-    for binary in binaries:
-        figures = binary.figures
-        cells = (
-            binary.op,
-            f"`{binary.kernel}`",
-            "; ".join(binary.configurations),
-            binary.arch,
-            binary.num_warps,
-            figures.registers,
-            f"{figures.spill_store_bytes} + {figures.spill_load_bytes}",
-            f"{figures.shared_bytes / 1024:.1f}, {figures.shared_limit_bytes >> 10}",
-            f"{figures.occupancy:.0%}",
-            figures.limited_by,
-            figures.tensor_core,
-            f"{figures.loads_128} / {figures.loads_64} / {figures.loads_narrow} / {figures.loads_bulk}",
-            figures.exp2,
-            figures.instructions,
-        )
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
-    return "\n".join(lines)
+from metis_kernels.inspect.binaries import markdown, shipped_binaries
+from metis_kernels.inspect.offline import Arch
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -107,6 +21,8 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--arch", type=int, nargs="+", choices=get_args(Arch), default=list(get_args(Arch)))
     parser.add_argument("--json", action="store_true", help="a JSON list, one object a binary, instead of Markdown")
     options = parser.parse_args(arguments)
+    # Triton 3.10 turns the fusion of multiply and add off unless this asks for it; 3.9 warns if it is left open.
+    os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
     start = time.monotonic()
     binaries = [binary for arch in options.arch for binary in shipped_binaries(arch)]
     if options.json:
@@ -114,8 +30,10 @@ def main(arguments: Sequence[str]) -> None:
         return
     compiling = [binary.compile_seconds for binary in binaries if binary.compile_seconds]
     print(markdown(binaries))
-    print(f"\n{len(binaries)} binaries, {len(compiling)} of them compiled now in {sum(compiling):.1f} s, the others cached; ")
-    print(f"{time.monotonic() - start:.0f} s in all. Static figures: nothing here was run, nothing says how long it takes.")
+    print(f"\n{len(binaries)} binaries, {len(compiling)} of them compiled now, in {sum(compiling):.1f} s, the others cached.")
+    print(
+        f"{time.monotonic() - start:.0f} s in all. Static figures: nothing ran, and nothing here says how long a kernel takes."
+    )
 
 
 if __name__ == "__main__":

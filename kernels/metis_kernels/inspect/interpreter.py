@@ -12,6 +12,7 @@ another, so races do not show.
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
@@ -54,7 +55,7 @@ def honest_bf16() -> Iterator[None]:
 
     Operations take float32 values of their operands and round once, to nearest even; a dot multiplies exactly and
     accumulates in float32 (numpy's order of summation). Reductions and scans of bfloat16 raise: a GPU rounds at every step,
-    in an order of its own, and a kernel should reduce in float32.
+    in an order of its own, and a kernel should reduce in float32. In any dtype, numpy's warnings of infinities and NaN are off.
 
     Kernels have to be interpreted: TRITON_INTERPRET=1 from before triton is imported.
     """
@@ -223,7 +224,10 @@ class _GridExecutor(GridExecutor):
 
     def __call__(self, *args_dev: Any, **kwargs: Any) -> None:
         try:
-            super().__call__(*args_dev, **kwargs)
+            with warnings.catch_warnings():
+                # numpy warns of infinities and NaN, a GPU computes them in silence
+                warnings.simplefilter("ignore", RuntimeWarning)
+                super().__call__(*args_dev, **kwargs)
         except InterpreterError as error:
             cause: BaseException | None = error
             while isinstance(cause, InterpreterError):  # one for the kernel, one for every function that it calls

@@ -90,9 +90,10 @@ def static_figures(launch: CompiledLaunch) -> StaticFigures:
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder, "kernel.cubin")
         cubin.write_bytes(launch.cubin)
-        usage = _cuobjdump("--dump-resource-usage", cubin)
-        opcodes = _opcodes(_cuobjdump("--dump-sass", cubin))
-    registers, stack = (int(value) for value in re.findall(r"\b(?:REG|STACK):(\d+)", usage)[:2])
+        command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", "--dump-sass", str(cubin)]
+        dump = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    registers, stack = (int(value) for value in re.findall(r"\b(?:REG|STACK):(\d+)", dump)[:2])
+    opcodes = _opcodes(dump)
     blocks, limited_by = _resident_blocks(launch, registers)
     limit = _LIMITS[launch.arch]
     loads = [_access_bits(opcode) for opcode in opcodes if re.match(r"LDG\b|LDGSTS\b", opcode)]
@@ -117,11 +118,6 @@ def static_figures(launch: CompiledLaunch) -> StaticFigures:
         loads_bulk=_count(opcodes, r"UTMALDG\b|UBLKCP\b"),
         exp2=_count(opcodes, r"MUFU\.EX2"),
     )
-
-
-def _cuobjdump(option: str, cubin: Path) -> str:
-    command = [knobs.nvidia.cuobjdump.path, option, str(cubin)]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
 def _opcodes(sass: str) -> list[str]:

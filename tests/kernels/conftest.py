@@ -1,0 +1,64 @@
+"""Triton kernels run in its interpreter, with honest bfloat16, unless the tests that need a GPU are asked for (-m gpu)."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from metis_kernels.inspect.binaries import Binary
+
+
+def on_gpu(config: pytest.Config) -> bool:
+    return config.option.markexpr == "gpu"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # Triton 3.10 turns the fusion of multiply and add off unless this asks for it; 3.9 warns if it is left open.
+    os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+    if on_gpu(config):
+        return
+    os.environ["TRITON_INTERPRET"] = "1"
+    # A function is interpreted if this is set when it is decorated. transformers, which conftest.py above imports, has
+    # decorated those of Triton's own language (tl.sum, tl.max) by now.
+    if "triton" in sys.modules:
+        for module in ("triton.language.standard", "triton.language.random", "triton.language"):
+            importlib.reload(sys.modules[module])
+
+
+@pytest.fixture(scope="session", autouse=True)
+def honest_interpreter(pytestconfig: pytest.Config) -> Iterator[None]:
+    if on_gpu(pytestconfig):
+        yield
+        return
+    from metis_kernels.inspect.interpreter import honest_bf16
+
+    with honest_bf16():
+        yield
+
+
+@pytest.fixture(scope="session")
+def compiling_environment(pytestconfig: pytest.Config) -> dict[str, str]:
+    """For processes in which Triton compiles. Its cache, kept between runs, is keyed by sources, options and versions."""
+    assert pytestconfig.cache is not None
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(pytestconfig.cache.mkdir("triton"))}
+    environment.pop("TRITON_INTERPRET", None)
+    return environment
+
+
+@pytest.fixture(scope="session")
+def static_figures(compiling_environment: dict[str, str]) -> list[Binary]:
+    """What `python -m metis_kernels.inspect` finds: every shipped kernel, compiled for three architectures."""
+    from metis_kernels.inspect.binaries import Binary
+    from metis_kernels.inspect.static import StaticFigures
+
+    command = [sys.executable, "-m", "metis_kernels.inspect", "--json"]
+    found = json.loads(subprocess.run(command, env=compiling_environment, check=True, stdout=subprocess.PIPE).stdout)
+    return [Binary(**{**binary, "figures": StaticFigures(**binary["figures"])}) for binary in found]
