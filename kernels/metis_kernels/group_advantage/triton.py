@@ -1,12 +1,13 @@
 """Grouped advantages in one launch, one program a group.
 
 Every program holds its group in registers: two-pass mean and variance, no shared state but two integer counters, whose
-atomic additions give the same sum in any order. Arithmetic is float64, whatever the rewards' dtype: there is too little of
-it to be seen next to the launch, it leaves the rounding of the result to float32 (6e-8 relative) as the only error, for
-float64 rewards too, and its division and square root are correctly rounded, where Triton's float32 ones are approximate.
+atomic additions give the same sum in any order. Arithmetic is float64, whatever the rewards' dtype: there is little of it
+(126 of 638 instructions for groups of 16 on sm_90, counted in the compiled kernel), it leaves the rounding of the result to
+float32 (6e-8 relative) as the only error, for float64 rewards too, and its division and square root are correctly rounded,
+where Triton's float32 ones are approximate.
 
 Memory traffic for hdpo with verdicts everywhere and float32 rewards: 28 bytes a rollout (18 read, 10 written) and 18 a group
-(offsets 16, signals 2), so the launch itself is what it costs.
+(offsets 16, signals 2). That is 15 kB for 32 groups of 16.
 
 Shape letters: N rollouts of all groups, P groups.
 """
