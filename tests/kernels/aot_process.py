@@ -20,9 +20,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import metis_kernels
 import torch
 import triton
 import triton.language as tl
+from metis_kernels import _launch
 from metis_kernels._launch import launch
 from metis_kernels.aot.build import row_of, write_sources
 from metis_kernels.aot.library import Library
@@ -231,7 +233,8 @@ def lengths() -> list[str]:
     shipped_keys = {row_of(one).key for one in compile_launches(shipped.shipped_launches, 90)}
 
     def run() -> None:
-        for shipped.NUM_TOKENS in (5000, 1, 4096 + 16):
+        for num_tokens in (5000, 1, 4096 + 16):
+            shipped.NUM_TOKENS = num_tokens
             shipped.linear_logprob_launches(torch.bfloat16, 2)
         for num_live in (777, 4096 + 131):
             shipped.hdpo_loss_launches(torch.bfloat16, 2, num_live=num_live)
@@ -241,18 +244,17 @@ def lengths() -> list[str]:
 
 
 def compare(library: Path) -> bool:
-    """On a GPU: whether a variant is taken and gives the bits that the just-in-time compiler's kernel gives."""
+    """On a GPU: whether `launch` takes a variant, and it gives the bits that the just-in-time compiler's kernel gives."""
     kernel, arguments, constants, num_warps, num_stages, _ = CASES["plain"]
-    major, minor = torch.cuda.get_device_capability()
-    device = torch.cuda.current_device()
-    stream = torch.cuda.current_stream().cuda_stream
+    metis_kernels.__path__.insert(0, str(library.parent))
     given = [one.cuda() if isinstance(one, torch.Tensor) else one for one in arguments()]
     given[0].normal_()
-    expected = [*given[:1], torch.zeros_like(given[1]), *given[2:]]
+    expected = [given[0], torch.zeros_like(given[1]), *given[2:]]
     kernel[(7,)](*expected, num_warps=num_warps, num_stages=num_stages, **constants)
-    taken = Lookup(Library(library)).launch(
-        kernel, (7,), given, constants, num_warps, num_stages, arch=10 * major + minor, device=device, stream=stream
-    )
+    launch(kernel, (7,), *given, num_warps=num_warps, num_stages=num_stages, **constants)
+    lookup = _launch._ahead_of_time()[0]
+    assert lookup is not None
+    taken = any(call for known in lookup._kernels.values() for call in known.calls.values())
     return taken and bool(given[1].any()) and torch.equal(given[1], expected[1])
 
 

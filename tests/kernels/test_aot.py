@@ -24,13 +24,14 @@ from metis_kernels import _launch
 HERE = Path(__file__).parent
 SOURCES = HERE.parents[1] / "kernels"
 STREAM = 0x123456789
-OFFSET = 2**40
 NULL = "00" * 8
 
 
-def call_process(*arguments: object, **environment: str) -> Any:
-    """The JSON that aot_process.py prints."""
+def call_process(*arguments: object, driver: Path | None = None, **environment: str) -> Any:
+    """The JSON that aot_process.py prints. driver: folder of the libcuda.so.1 to open."""
     inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    if driver:
+        inherited["LD_LIBRARY_PATH"] = ":".join(filter(None, [str(driver), inherited.get("LD_LIBRARY_PATH")]))
     done = subprocess.run(
         [sys.executable, "-W", "error", HERE / "aot_process.py", *map(str, arguments)],
         env={**inherited, "TRITON_DEFAULT_FP_FUSION": "1", "PYTHONPATH": str(SOURCES), "OMP_NUM_THREADS": "1", **environment},
@@ -71,7 +72,7 @@ def steps(library: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
     folder = tmp_path_factory.mktemp("driver")
     link(folder / "libcuda.so.1", HERE / "recording_libcuda.c")
     record = folder / "record"
-    return call_process("run", library, record, LD_LIBRARY_PATH=str(folder), METIS_RECORD=str(record))
+    return call_process("run", library, record, driver=folder, METIS_RECORD=str(record))
 
 
 CASES = ("plain", "bf16", "unaligned", "block", "offset is 1", "no bias", "2 warps", "sm_80", "product")
@@ -217,7 +218,7 @@ def test_a_launch_after_a_driver_error_works(steps: dict[str, Any]) -> None:
 def test_a_missing_driver_is_named(library: Path, tmp_path: Path) -> None:
     # a file that is no library stands for a missing one, on a machine that has the real one too
     (tmp_path / "libcuda.so.1").touch()
-    error = call_process("first", library, LD_LIBRARY_PATH=str(tmp_path))
+    error = call_process("first", library, driver=tmp_path)
     assert "the NVIDIA driver's libcuda.so.1 cannot be opened" in error
 
 
