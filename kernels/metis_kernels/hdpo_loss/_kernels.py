@@ -188,6 +188,7 @@ def row_gradients(
     logp_C: tl.tensor,
     lse_C: tl.tensor,
     entropy_C: tl.tensor,
+    sum_C: tl.tensor,
     row_scale_C: tl.tensor,
     logp_share_C: tl.tensor,
     entropy_share_C: tl.tensor,
@@ -221,9 +222,9 @@ def row_gradients(
     v_i = (|g_i| + |h_i|) / temperature, and the shares of g and h = entropy_coef / N_acc in |g| + |h| go to
     `entropy_rows`. GUARD: a row with |ln S| > DRIFT_LIMIT, or an S that is 0, Inf or NaN, is flagged; its v is 0.
 
-    old_logp_C None: the ratio is 1. Grid (ceil(C / ROWS),). Per row, in bytes: read 4 P K + 20 (8 target, 4 each anchor,
-    scaled_acc, scaled_tool), 4 each for old_logp, TIS, KL, and for scaled_one where KL or ENTROPY; written 12 (logp, lse, v),
-    12 with ENTROPY, 1 with GUARD, one element of E with FIX.
+    old_logp_C None: the ratio is 1. Grid (ceil(C / ROWS),). Per row, in bytes: read 4 P K + 12 (anchor, scaled_acc,
+    scaled_tool), 4 each for old_logp, TIS, KL and scaled_one (None without KL and ENTROPY), 8 with FIX (target); written 12
+    (logp, lse, v), 16 with ENTROPY, 1 with GUARD, an owned element of E with FIX.
     """
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     inside = row < num_rows
@@ -268,6 +269,7 @@ def row_gradients(
         magnitude = tl.abs(g) + tl.abs(h)
         unit = tl.where(magnitude == 0, 1.0, magnitude)
         tl.store(entropy_C + row, log_total - moment * LN2 / total, mask=inside)
+        tl.store(sum_C + row, total, mask=inside)
         tl.store(logp_share_C + row, g / unit, mask=inside)
         tl.store(entropy_share_C + row, h / unit, mask=inside)
         v = magnitude * inverse_temperature
@@ -285,17 +287,19 @@ def entropy_rows(
     z_CV: tl.tensor,
     d_CV: tl.tensor,
     targets_C: tl.tensor,
-    lse_C: tl.tensor,
+    anchor_C: tl.tensor,
+    sum_C: tl.tensor,
     entropy_C: tl.tensor,
     logp_share_C: tl.tensor,
     entropy_share_C: tl.tensor,
     vocab: tl.tensor,
     scale: tl.tensor,
+    GUARD: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
     """D = a (p - 1[j = target]) + b p (ln p + H), the gradient in the logits over its row scale. Grid (C, V blocks).
 
-    Per logit: 4 bytes read, the size of D's dtype written, 1 exponential. Per program: 24 bytes read.
+    Per logit: 4 bytes read, the size of D's dtype written, 1 exponential. Per program: 28 bytes read.
     a, b: the shares of `row_gradients`; a row where both are 0 becomes 0. d_CV may be z_CV.
     """
     row = tl.program_id(0).to(tl.int64)
@@ -303,12 +307,14 @@ def entropy_rows(
     inside = column < vocab
     a = tl.load(logp_share_C + row)
     b = tl.load(entropy_share_C + row)
-    z = tl.load(z_CV + row * vocab + column, mask=inside, other=0.0)
-    log2_p = tl.fma(z, scale, -tl.load(lse_C + row) * LOG2E)
-    p = tl.exp2(log2_p)
-    d = p * (a + b * (log2_p * LN2 + tl.load(entropy_C + row)))
-    d -= tl.where(column == tl.load(targets_C + row).to(tl.int32), a, 0.0)
-    d = tl.where((a == 0) & (b == 0), 0.0, d)  # a flagged row's lse may be anything
+    c2 = _base2(tl.load(anchor_C + row), GUARD)
+    total = tl.load(sum_C + row)
+    t = tl.fma(tl.load(z_CV + row * vocab + column, mask=inside, other=0.0), scale, -c2)
+    e = tl.exp2(t)
+    # E - S before the division: where p = 1 the target's element is then exactly 0, as its E was added to S
+    d = a * (e - tl.where(column == tl.load(targets_C + row).to(tl.int32), total, 0.0))
+    d += b * e * ((t * LN2 - tl.log(total)) + tl.load(entropy_C + row))
+    d = tl.where((a == 0) & (b == 0), 0.0, d * (1 / total))  # a flagged row's S may be anything
     tl.store(d_CV + row * vocab + column, d, mask=inside)
 
 

@@ -302,7 +302,7 @@ def _anchored_softmax(call: _Call, rows: _Rows, anchor_C: Tensor, guard: bool, b
     if call.group is not None:
         parts_CPK, parts = _shard.sum_over_ranks(parts_CPK.sum(1), call.group), 1
 
-    row_scale_C, logp_share_C, entropy_share_C = (torch.empty_like(anchor_C) for _ in range(3))
+    sum_C, row_scale_C, logp_share_C, entropy_share_C = (torch.empty_like(anchor_C) for _ in range(4))
     tokens, clip = rows.tokens, call.clip
     launch(
         _kernels.row_gradients,
@@ -311,7 +311,7 @@ def _anchored_softmax(call: _Call, rows: _Rows, anchor_C: Tensor, guard: bool, b
         tokens.scaled_acc_L, tokens.scaled_tool_L, tokens.scaled_one_L if call.kl_coef or with_entropy else None,
         tokens.old_logp_L, tokens.engine_logp_L if clip.tis_cap else None, tokens.ref_logp_L if call.kl_coef else None,
         buffers.e_CV, results.logp_L, results.lse_L, results.entropy_L,
-        row_scale_C, logp_share_C, entropy_share_C, results.flagged_L,
+        sum_C, row_scale_C, logp_share_C, entropy_share_C, results.flagged_L,
         num, vocab, parts, call.scale, 1 / call.temperature,
         1 - clip.eps_low, 1 + clip.eps_high, clip.dual_clip, clip.tis_cap, call.kl_coef, call.entropy_coef,
         num_warps=1,
@@ -322,10 +322,10 @@ def _anchored_softmax(call: _Call, rows: _Rows, anchor_C: Tensor, guard: bool, b
         launch(
             _kernels.entropy_rows,
             (num, cdiv(vocab, block)),
-            buffers.z_CV, buffers.e_CV, rows.targets_L, results.lse_L, results.entropy_L, logp_share_C, entropy_share_C,
+            buffers.z_CV, buffers.e_CV, rows.targets_L, anchor_C, sum_C, results.entropy_L, logp_share_C, entropy_share_C,
             vocab, call.scale,
             num_warps=_ROW_WARPS,
-            BLOCK=block,
+            GUARD=guard, BLOCK=block,
         )  # fmt: skip
     return row_scale_C
 
