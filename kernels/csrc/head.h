@@ -51,12 +51,13 @@ struct Backward {
   const float* g;          // -dL/dlogp / temperature
   const float* bonus;      // h / temperature
   const float* entropy;    // H
-  float* d_hidden;      // [C, Hp] of this part, float32, Hp = H rounded up to kTokenPad; or null
+  float* d_hidden;      // [Hp / panel, C, panel] of this part, float32, Hp = H rounded up to kTokenPad; or null
   float* d_head;        // [V, H] float32, added to; or null
 };
 
 // One instruction set, one dtype. A part is the vocabulary rows [begin, end); begin is a multiple of kVocabBlock.
 struct HeadKernels {
+  int64_t panel;  // columns of a tile product
   int64_t (*scratch_bytes)(int64_t tokens, int64_t hidden);
   int64_t (*panel_bytes)(int64_t tokens, int64_t hidden);
   // Pack x for forward (panels of tokens) and for backward (panels of hidden columns). In units of kTokenPad of them.

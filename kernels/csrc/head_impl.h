@@ -263,8 +263,8 @@ struct HeadOf {
           pack_columns(head, v0, count, depth, h, scratch.panel);
           for (int64_t t = 0; t < head.tokens; t += Gemm::kRows) {
             const int rows = int(head.tokens - t < Gemm::kRows ? head.tokens - t : Gemm::kRows);
-            Gemm::run(rows, scratch.turned + t * kVocabBlock, kVocabBlock, scratch.panel, depth, b.d_hidden + t * padded + h, padded,
-                      true, scratch.spare);
+            Gemm::run(rows, scratch.turned + t * kVocabBlock, kVocabBlock, scratch.panel, depth,
+                      b.d_hidden + h * head.tokens + t * P, P, true, scratch.spare);
           }
         }
       }
@@ -323,6 +323,9 @@ struct HeadOf {
   // columns h .. h + P of `count` rows of the head, packed; rows up to `depth` and columns beyond the head are 0
   static void pack_columns(const Head& head, int64_t v0, int64_t count, int64_t depth, int64_t h, Op* panel) {
     const bool whole = h + P <= head.hidden;
+    // the columns after these are fetched while the product with these runs: no hardware prefetcher follows this stride
+    for (int64_t k = 0; k < count; ++k)
+      for (int64_t j = 0; j < P * int64_t(sizeof(S)); j += 64) __builtin_prefetch((const char*)(head_row(head, v0 + k) + h + P) + j, 0, 2);
     if constexpr (sizeof(Op) == 4) {
       for (int64_t k = 0; k < depth; ++k)
         for (int64_t j = 0; j < P; j += W) {
@@ -333,20 +336,15 @@ struct HeadOf {
           for (int64_t i = j; i < j + W; ++i) panel[k * P + i] = h + i < head.hidden ? widen(head_row(head, v0 + k)[h + i]) : 0.0f;
         }
     } else {
-      for (int64_t k = 0; k < depth; k += 2)
-        for (int64_t j = 0; j < P; j += 16) {
-          uint16_t low[16] = {}, high[16] = {};
-          const uint16_t *a = low, *c = high;
-          if (k < count && whole) a = head_row(head, v0 + k) + h + j;
-          if (k + 1 < count && whole) c = head_row(head, v0 + k + 1) + h + j;
-          if (!whole)
-            for (int64_t i = 0; i < 16; ++i) {
-              if (h + j + i >= head.hidden) break;
-              if (k < count) low[i] = head_row(head, v0 + k)[h + j + i];
-              if (k + 1 < count) high[i] = head_row(head, v0 + k + 1)[h + j + i];
-            }
-          Simd::store((float*)(panel + k * P + 2 * j), Gemm::pair(a, c));
-        }
+      int64_t k = 0;
+      if (whole)
+        for (; k + 2 <= count; k += 2)
+          for (int64_t j = 0; j < P; j += 16) {
+            const S *const low = head_row(head, v0 + k) + h + j, *const high = low + head.w_stride;
+            Simd::store((float*)(panel + k * P + 2 * j), Gemm::pair(low, high));
+          }
+      for (; k < depth; ++k)
+        for (int64_t j = 0; j < P; ++j) *at(panel, k, j) = k < count && h + j < head.hidden ? head_row(head, v0 + k)[h + j] : Op(0);
     }
   }
 
@@ -355,7 +353,10 @@ struct HeadOf {
     constexpr int kSquare = W;                             // rows and columns of 32 bits
     constexpr int kSpan = kSquare * 4 / int(sizeof(Op));  // rows of the block that make them
     const int64_t whole = count / kSpan * kSpan;
-    for (int64_t v = 0; v < whole; v += kSpan)
+    for (int64_t v = 0; v < whole; v += kSpan) {
+      // the next rows, which nothing has touched since they were written a pass ago
+      const char* const next = (const char*)(from + (v + kSpan) * cp);
+      for (int64_t byte = 0; byte < kSpan * cp * int64_t(sizeof(Op)); byte += 64) __builtin_prefetch(next + byte, 0, 2);
       for (int64_t t = 0; t < cp; t += W) {
         Vec r[kSquare];
         for (int i = 0; i < kSquare; ++i) {
@@ -367,11 +368,12 @@ struct HeadOf {
         Simd::transpose(r);
         for (int i = 0; i < kSquare; ++i) Simd::store((float*)(to + (t + i) * kVocabBlock + v), r[i]);
       }
+    }
     for (int64_t t = 0; t < cp; ++t)
       for (int64_t v = whole; v < depth; ++v) to[t * kVocabBlock + v] = v < count ? from[v * cp + t] : Op(0);
   }
 
-  static constexpr metis::HeadKernels kKernels = {&scratch_bytes, &panel_bytes, &pack_x, &pack_scaled, &forward, &backward};
+  static constexpr metis::HeadKernels kKernels = {P, &scratch_bytes, &panel_bytes, &pack_x, &pack_scaled, &forward, &backward};
 };
 
 }  // namespace

@@ -221,7 +221,8 @@ void head_backward(Tensor scaled, Tensor w, Tensor sorted_target, Tensor sorted_
     for (int64_t t = first; t < last; ++t)
       for (int64_t h = 0; h < hidden; ++h) {
         float sum = 0;
-        for (int64_t p = 0; p < layout.parts; ++p) sum += parts[p * part_size + t * layout.padded_hidden + h];
+        const int64_t at = (h / k.panel * tokens + t) * k.panel + h % k.panel;
+        for (int64_t p = 0; p < layout.parts; ++p) sum += parts[p * part_size + at];
         out[t * hidden + h] = sum;
       }
   });

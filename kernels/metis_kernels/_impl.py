@@ -64,6 +64,7 @@ def available(impl: Chosen, device: torch.device, dtype: torch.dtype) -> str:
     return ""
 
 
+@torch.compiler.assume_constant_result  # Dynamo cannot follow the cached look-ups; they do not change within a process
 def choose(impl: Impl, device: torch.device, dtype: torch.dtype) -> Chosen:
     """The implementation to run.
 
