@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Collection, Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from metis_kernels import VocabShard, hdpo_loss, linear_logprob
 from torch import Tensor
 
+from metis_kernels import VocabShard, hdpo_loss, linear_logprob
+
 T, H, V = 4, 8, 16
+HEAD = ("hidden_TH", "head_VH", "targets_T")
+"""The tensors of `linear_logprob`."""
 
 
 def good() -> dict[str, Any]:
-    """Arguments that both ops accept (`linear_logprob` takes the first three)."""
+    """Arguments that both ops accept."""
     return {
         "hidden_TH": torch.randn(T, H),
         "head_VH": torch.randn(V, H),
@@ -32,6 +37,11 @@ def good() -> dict[str, Any]:
         "live_L": torch.arange(T),
         "main_grad": torch.zeros(V, H),
     }
+
+
+def changed(changes: Mapping[str, object], names: Collection[str] | None = None) -> dict[str, Any]:
+    """The good arguments (of these names) with some of them changed."""
+    return {name: value for name, value in good().items() if names is None or name in names} | dict(changes)
 
 
 def vectors(name: str) -> list[tuple[str, object, str]]:
@@ -120,54 +130,49 @@ def ids(rows: list[tuple[str, object, str]]) -> list[str]:
 
 @pytest.mark.parametrize(("name", "bad", "message"), SHARED, ids=ids(SHARED))
 def test_linear_logprob_names_the_wrong_argument(name: str, bad: object, message: str):
-    arguments = {key: good()[key] for key in ("hidden_TH", "head_VH", "targets_T")}
-    linear_logprob(**arguments)
+    linear_logprob(**changed({}, HEAD))
     with pytest.raises(ValueError, match=f"^{message}$"):
-        linear_logprob(**arguments | {name: bad})
+        linear_logprob(**changed({name: bad}, HEAD))
 
 
 @pytest.mark.parametrize(("name", "bad", "message"), SHARED + LOSS, ids=ids(SHARED + LOSS))
 def test_hdpo_loss_names_the_wrong_argument(name: str, bad: object, message: str):
-    arguments = good()
-    hdpo_loss(**arguments)
+    hdpo_loss(**good())
     with pytest.raises(ValueError, match=f"^{message}$"):
-        hdpo_loss(**arguments | {name: bad})
+        hdpo_loss(**changed({name: bad}))
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
-def test_main_grad_must_be_as_wide_as_the_sums(dtype: torch.dtype):
-    arguments: dict[str, Any] = good()
-    wanted, wrong = (torch.float64, torch.float32) if dtype == torch.float64 else (torch.float32, torch.float16)
-    wide: dict[str, Any] = {
-        "hidden_TH": arguments["hidden_TH"].to(dtype),
-        "head_VH": arguments["head_VH"].to(dtype),
-        "impl": "reference",
-    }
-    hdpo_loss(**arguments | wide | {"main_grad": torch.zeros(V, H, dtype=wanted)})
+@pytest.mark.parametrize(
+    ("dtype", "wide", "narrow"),
+    [(torch.float64, torch.float64, torch.float32), (torch.float16, torch.float32, torch.float16)],
+)
+def test_main_grad_must_be_as_wide_as_the_sums(dtype: torch.dtype, wide: torch.dtype, narrow: torch.dtype):
+    inputs = {"hidden_TH": torch.randn(T, H, dtype=dtype), "head_VH": torch.randn(V, H, dtype=dtype), "impl": "reference"}
+    hdpo_loss(**changed(inputs | {"main_grad": torch.zeros(V, H, dtype=wide)}))
     with pytest.raises(ValueError, match=r"^main_grad: expected dtype "):
-        hdpo_loss(**arguments | wide | {"main_grad": torch.zeros(V, H, dtype=wrong)})
+        hdpo_loss(**changed(inputs | {"main_grad": torch.zeros(V, H, dtype=narrow)}))
 
 
 @pytest.mark.parametrize(("option", "vector"), [("kl_coef", "ref_logp_T"), ("tis_cap", "engine_logp_T")])
 def test_a_term_without_the_log_probabilities_that_it_needs_is_refused(option: str, vector: str):
     with pytest.raises(ValueError, match=rf"^{vector}: {option} is not 0, .* got None$"):
-        hdpo_loss(**good() | {option: 0.5, vector: None})
+        hdpo_loss(**changed({option: 0.5, vector: None}))
 
 
 def test_a_target_is_checked_only_where_it_is_used():
-    arguments = good() | {"targets_T": torch.tensor([0, -100, 2, 3]), "live_L": None}
-    hdpo_loss(**arguments | {"mask_T": torch.tensor([True, False, True, True])})
+    padded = {"targets_T": torch.tensor([0, -100, 2, 3]), "live_L": None}
+    hdpo_loss(**changed(padded | {"mask_T": torch.tensor([True, False, True, True])}))
     with pytest.raises(ValueError, match=r"^targets_T: expected indices in \[0, 16\), got -100$"):
-        hdpo_loss(**arguments)
+        hdpo_loss(**changed(padded))
 
 
-def test_a_negative_target_is_refused_under_a_shard_too(tmp_path: Any):
+def test_a_negative_target_is_refused_under_a_shard_too(tmp_path: Path):
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
     try:
         group = torch.distributed.group.WORLD
         assert group is not None
         with pytest.raises(ValueError, match=r"^targets_T: expected indices in >= 0, got -1$"):
-            hdpo_loss(**good() | {"targets_T": torch.tensor([0, -1, 2, 3]), "shard": VocabShard(0, group)})
+            hdpo_loss(**changed({"targets_T": torch.tensor([0, -1, 2, 3]), "shard": VocabShard(0, group)}))
     finally:
         torch.distributed.destroy_process_group()
 
@@ -181,14 +186,13 @@ def test_a_negative_target_is_refused_under_a_shard_too(tmp_path: Any):
     ],
 )
 def test_an_implementation_that_cannot_run_says_why(impl: str, dtype: torch.dtype, why: str):
-    arguments = {key: good()[key] for key in ("hidden_TH", "head_VH", "targets_T")}
-    arguments |= {"hidden_TH": arguments["hidden_TH"].to(dtype), "head_VH": arguments["head_VH"].to(dtype)}
+    inputs = {"hidden_TH": torch.randn(T, H).to(dtype), "head_VH": torch.randn(V, H).to(dtype), "impl": impl}
     with pytest.raises(ValueError, match=f"^impl='{impl}' cannot run here: {re.escape(why)}$"):
-        linear_logprob(**arguments, impl=impl)
+        linear_logprob(**changed(inputs, HEAD))
 
 
 def test_a_failed_call_leaves_main_grad_alone():
-    arguments = good()
+    main_grad = torch.zeros(V, H)
     with pytest.raises(ValueError, match="targets_T"):
-        hdpo_loss(**arguments | {"targets_T": torch.tensor([0, 1, 2, V])})
-    assert (arguments["main_grad"] == 0).all()
+        hdpo_loss(**changed({"targets_T": torch.tensor([0, 1, 2, V]), "main_grad": main_grad}))
+    assert (main_grad == 0).all()

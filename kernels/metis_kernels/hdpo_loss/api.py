@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -113,15 +114,15 @@ def hdpo_loss(
     """
     check_head(hidden_TH, head_VH, targets_T, temperature, chunk)
     num_tokens, device = len(hidden_TH), hidden_TH.device
+    for name, value in (("adv_acc_T", adv_acc_T), ("adv_tool_T", adv_tool_T)):
+        _check.tensor(name, value, (num_tokens,), _SCALARS, device, axes="[T]")
     for name, value in (
         ("old_logp_T", old_logp_T),
-        ("adv_acc_T", adv_acc_T),
-        ("adv_tool_T", adv_tool_T),
         ("ref_logp_T", ref_logp_T),
         ("engine_logp_T", engine_logp_T),
         ("anchor_T", anchor_T),
     ):
-        if value is not None or name.startswith("adv"):
+        if value is not None:
             _check.tensor(name, value, (num_tokens,), _SCALARS, device, axes="[T]")
     if mask_T is not None:
         _check.tensor("mask_T", mask_T, (num_tokens,), (torch.bool,), device, axes="[T]")
@@ -169,8 +170,11 @@ def hdpo_loss(
         # contiguous, whatever the strides of the head: implementations rely on it
         head_grad = main_grad if main_grad is not None else torch.zeros(head_VH.shape, dtype=wide, device=device)
     start, group = (shard.start, shard.group.group_name) if shard is not None else (0, "")
+    anchor_L = take(anchor_T)
+    if anchor_L is not None:  # any number may be off; what is none would go through the products with the head
+        anchor_L = torch.nan_to_num(anchor_L, nan=0.0, posinf=0.0, neginf=0.0)
     logp_L, lse_L, entropy_L, d_hidden = torch.ops.metis_kernels.hdpo_loss(
-        hidden_TH.detach(), head_VH.detach(), live_L, targets_T[live_L], take(anchor_T),
+        hidden_TH.detach(), head_VH.detach(), live_L, targets_T[live_L], anchor_L,
         tokens.scaled_acc_L, tokens.scaled_tool_L, tokens.scaled_one_L,
         tokens.old_logp_L, tokens.engine_logp_L, tokens.ref_logp_L,
         eps_low, eps_high, dual_clip, tis_cap, kl_coef, entropy_coef, temperature,
@@ -291,14 +295,14 @@ def _(loss: Tensor, hidden: Tensor, head: Tensor, d_hidden: Tensor | None, d_hea
     return torch.empty_like(loss)
 
 
-def _save(ctx: torch.autograd.function.FunctionCtx, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+def _save(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
     _, _, head, d_hidden, d_head = inputs
     ctx.save_for_backward(d_hidden, d_head)
-    ctx.head_dtype = head.dtype  # pyright: ignore[reportAttributeAccessIssue]
+    ctx.head_dtype = head.dtype
 
 
-def _backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
-    d_hidden, d_head = ctx.saved_tensors  # pyright: ignore[reportAttributeAccessIssue]
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    d_hidden, d_head = ctx.saved_tensors
 
     def scaled(value: Tensor | None, dtype: torch.dtype) -> Tensor | None:
         if value is None:

@@ -11,8 +11,9 @@ from typing import Any, Literal
 
 import pytest
 import torch
-from metis_kernels import HdpoLoss, cpu_library_status, hdpo_loss
 from torch import Tensor
+
+from metis_kernels import HdpoLoss, cpu_library_status, hdpo_loss
 
 Chosen = Literal["triton", "cpu", "reference"]
 # not in CI: there the tests must fail if the C++ side is missing, not pass it over in silence

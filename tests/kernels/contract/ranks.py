@@ -14,11 +14,11 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
-from metis_kernels import VocabShard, linear_logprob
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from contract.cases import Case, Chosen, Options, call_loss, make_case
+from metis_kernels import VocabShard, linear_logprob
 
 Result = TypeVar("Result")
 
