@@ -18,12 +18,13 @@ import torch.distributed as dist
 from contract.cases import make_case
 from contract.compare import check_head, logp_tolerance
 from contract.truth import head_truth
+from torch import Tensor
+from torch.multiprocessing.spawn import start_processes
+
 from metis_kernels import VocabShard, linear_logprob
 from metis_kernels.inspect.sanitizer import sanitize
 from metis_kernels.inspect.tally import tally
 from metis_kernels.linear_logprob.triton import COMBINE_TILES, COMBINE_TOKENS, choose_tile
-from torch import Tensor
-from torch.multiprocessing.spawn import start_processes
 
 # whole and ragged steps along H, for tiles of both kinds of dtype
 SIZES = {"whole": 64, "ragged": 40}
