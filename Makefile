@@ -2,12 +2,13 @@
 # make test    set up everything and run the tests
 # make lint    ruff and pyright
 # make test-slow, make test-gpu   what takes minutes, what needs a CUDA device
+# make bench-gpu   test-gpu and every kernel beside its peers, as one page: runs/gpu_report.md
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: setup train test lint test-slow test-gpu clean
+.PHONY: setup train test lint test-slow test-gpu bench-gpu clean
 .DEFAULT_GOAL := help
 
 help:
@@ -35,6 +36,9 @@ test-slow: setup
 
 test-gpu: setup
 	$(PYTEST) -m gpu || [ $$? -eq 5 ]
+
+bench-gpu: setup
+	$(BIN)/python -m bench.gpu_report runs/gpu_report.md
 
 lint: setup
 	$(BIN)/ruff check .

@@ -159,7 +159,7 @@ class Missing:
 
 def relative_error(value: Tensor, truth: Tensor) -> float:
     """|value - truth| / |truth| in the Frobenius norm, in float64."""
-    return float((value.double() - truth).norm() / truth.norm())
+    return float((value.double() - truth).norm() / truth.double().norm())
 
 
 def largest_error(value: Tensor, truth: Tensor) -> float:

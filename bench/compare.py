@@ -85,10 +85,10 @@ def compare(name: str, op: Op, request: Request) -> Report:
                     bar.update()
                 except PeerMissing as reason:
                     missing.append(Missing(candidate.name, str(reason)))
-                except torch.OutOfMemoryError:
+                except RuntimeError as error:  # out of memory, or torch.compile that fails
                     if candidate.limits is not None:
                         raise
-                    missing.append(Missing(candidate.name, "does not fit into the memory of the GPU at this shape"))
+                    missing.append(Missing(candidate.name, f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"))
             times = measure.interleaved(
                 {name: entry.step for name, entry in ready.items()}, request.runs, request.device, bar.update
             )

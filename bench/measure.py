@@ -13,11 +13,12 @@ every run.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -29,7 +30,6 @@ from .candidate import Spread, Step
 
 def _once(step: Step, device: torch.device) -> tuple[float, float]:
     """(CPU seconds, wall seconds) of one run."""
-    gc.collect()
     if device.type != "cuda":
         cpu, wall = time.process_time(), time.perf_counter()
         step()
@@ -45,6 +45,16 @@ def _once(step: Step, device: torch.device) -> tuple[float, float]:
     return cpu, begin.elapsed_time(end) / 1e3
 
 
+@contextlib.contextmanager
+def _no_collection() -> Iterator[None]:
+    """A collection would take half a second of a run, with torch loaded, and free memory in the middle of it."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
 def _spread(seconds: list[float]) -> Spread:
     return Spread(statistics.median(seconds), min(seconds), max(seconds))
 
@@ -56,27 +66,28 @@ def interleaved(
     cpu: dict[str, list[float]] = {name: [] for name in steps}
     wall: dict[str, list[float]] = {name: [] for name in steps}
     names = list(steps)
-    for number in range(runs):
-        first = number % len(names)
-        for name in names[first:] + names[:first]:
-            cpu_s, wall_s = _once(steps[name], device)
-            cpu[name].append(cpu_s)
-            wall[name].append(wall_s)
-            done()
+    with _no_collection():
+        for number in range(runs):
+            first = number % len(names)
+            for name in names[first:] + names[:first]:
+                cpu_s, wall_s = _once(steps[name], device)
+                cpu[name].append(cpu_s)
+                wall[name].append(wall_s)
+                done()
     return {name: (_spread(cpu[name]), _spread(wall[name])) for name in names}
 
 
 def peak_bytes(step: Step, device: torch.device) -> int:
     """Peak of the live tensor bytes of a run, without the gradients that it hands back. See the top of this file."""
-    gc.collect()
     if device.type == "cuda":
-        before = torch.cuda.memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        outcome = step()
-        return torch.cuda.max_memory_allocated(device) - before - outcome.handed_back
+        with _no_collection():
+            before = torch.cuda.memory_allocated(device)
+            torch.cuda.reset_peak_memory_stats(device)
+            outcome = step()
+            return torch.cuda.max_memory_allocated(device) - before - outcome.handed_back
     # kineto writes two lines to stderr for every profile unless its log level is above all of its messages'
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as record:
+    with _no_collection(), profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as record:
         outcome = step()
     results = record.profiler.kineto_results if record.profiler is not None else None
     assert results is not None

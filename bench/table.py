@@ -110,7 +110,8 @@ def heading(report: Report) -> str:
     return f"{report.op} {', '.join(f'{letter}={size}' for letter, size in report.shape.items())} {report.dtype}"
 
 
-def _machine_line(report: Report) -> str:
+def machine_line(report: Report) -> str:
+    """What it ran on, in one line."""
     machine = report.machine
     place = machine.gpu or f"{machine.cpu}, {machine.cores} cores, {' '.join(machine.isa)}, {machine.threads} threads"
     return f"{place}, torch {machine.torch}"
@@ -144,7 +145,7 @@ def to_text(report: Report) -> str:
         )
         for row in rows
     ]
-    return "\n".join([heading(report), _machine_line(report), "", *lines, "", *_remarks(report)])
+    return "\n".join([heading(report), machine_line(report), "", *lines, "", *_remarks(report)])
 
 
 def to_markdown(report: Report) -> str:
@@ -153,5 +154,5 @@ def to_markdown(report: Report) -> str:
     rows = [columns, ["---"] * len(columns), *(_cells(row, report) for row in report.rows)]
     table = ["| " + " | ".join(row) + " |" for row in rows]
     return "\n".join(
-        [f"## {heading(report)}", "", _machine_line(report), "", *table, "", *(f"- {line}" for line in _remarks(report)), ""]
+        [f"## {heading(report)}", "", machine_line(report), "", *table, "", *(f"- {line}" for line in _remarks(report)), ""]
     )
