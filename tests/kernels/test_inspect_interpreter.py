@@ -16,7 +16,7 @@ from triton.runtime.errors import InterpreterError
 from triton.runtime.interpreter import InterpreterBuilder, ReduceOps, TensorHandle
 
 from metis_kernels._launch import launch
-from metis_kernels.inspect.interpreter import HonestBuilder
+from metis_kernels.inspect.interpreter import HonestBuilder, honest_bf16
 
 BF16 = torch.bfloat16
 # halfway between two neighbours (to the even one: down, up), just above halfway, negative, tiny, largest
@@ -128,3 +128,9 @@ def _sum(x_ptr, out_ptr, N: tl.constexpr):
 def test_a_sum_of_bfloat16_is_refused():
     with pytest.raises(InterpreterError, match="convert to float32 first"):
         launch(_sum, (1,), bf16(16), torch.zeros(1, dtype=BF16), num_warps=1, N=16)
+
+
+def test_a_process_that_compiles_kernels_is_refused(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("TRITON_INTERPRET")
+    with pytest.raises(ValueError, match="TRITON_INTERPRET: expected 1"), honest_bf16():
+        pass

@@ -75,7 +75,7 @@ def run_matmul(dtype: torch.dtype, precision: str, num_stages: int = 2) -> None:
 
 def run_spilling() -> None:
     x = meta(8192)
-    exponentials[(1,)](x, x, BLOCK=8192, num_warps=1, maxnreg=32)  # 256 values a thread
+    launch(exponentials, (1,), x, x, num_warps=1, BLOCK=8192, maxnreg=32)  # 256 values a thread
 
 
 RUNS: dict[str, Callable[[], object]] = {
@@ -84,7 +84,7 @@ RUNS: dict[str, Callable[[], object]] = {
     "matmul bf16": lambda: run_matmul(torch.bfloat16, "ieee"),
     "matmul float32": lambda: run_matmul(torch.float32, "ieee"),
     "matmul tf32": lambda: run_matmul(torch.float32, "tf32"),
-    "matmul of 8 stages": lambda: run_matmul(torch.bfloat16, "ieee", num_stages=8),
+    "matmul of 9 stages": lambda: run_matmul(torch.bfloat16, "ieee", num_stages=9),
     "spilling": run_spilling,
 }
 
@@ -197,13 +197,11 @@ def test_tensor_cores_are_seen_where_they_work(launches: Launches):
 
 
 def test_a_launch_that_cannot_fit_comes_back_with_its_figures(launches: Launches):
-    (found,) = launches("matmul of 8 stages")
+    (found,) = launches("matmul of 9 stages")
     figures = found["figures"]
-    # 8 stages (7 in flight at least) of two 128 x 64 tiles of bfloat16: 32 KiB each
-    assert figures["shared_bytes"] >= 7 * 32 * 1024 > 163 * 1024
-    fits = figures["shared_bytes"] <= figures["shared_limit_bytes"]
-    assert fits == (figures["blocks"] > 0)
-    assert fits or figures["limited_by"] == "shared memory"
+    # at least 8 in flight, each of two 128 x 64 tiles of bfloat16: 32 KiB
+    assert figures["shared_bytes"] >= 8 * 32 * 1024 > figures["shared_limit_bytes"]
+    assert (figures["blocks"], figures["occupancy"], figures["limited_by"]) == (0, 0.0, "shared memory")
 
 
 def test_a_small_kernel_fills_all_warps_and_one_warp_blocks_do_not(launches: Launches):

@@ -46,5 +46,6 @@ def test_dots_run_on_tensor_cores(static_figures: list[Binary]):
 def test_kernels_that_stream_rows_load_128_bits_at_a_time(static_figures: list[Binary]):
     streaming = [binary for binary in static_figures if binary.kernel in STREAMING]
     assert {binary.kernel for binary in streaming} == STREAMING
-    narrow = [binary for binary in streaming if binary.figures.loads_128 == 0]
+    # the others are scalars of the row, a few whatever its length
+    narrow = [one for one in streaming if one.figures.loads_128 <= one.figures.loads_64 + one.figures.loads_narrow]
     assert not narrow, failing(narrow)

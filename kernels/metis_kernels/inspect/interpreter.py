@@ -20,6 +20,7 @@ import numpy as np
 import torch
 import triton.language as tl
 from numpy.typing import NDArray
+from triton import knobs
 from triton._C.libtriton import ir
 from triton.runtime import interpreter
 from triton.runtime.errors import InterpreterError
@@ -57,8 +58,11 @@ def honest_bf16() -> Iterator[None]:
     accumulates in float32 (numpy's order of summation). Reductions and scans of bfloat16 raise: a GPU rounds at every step,
     in an order of its own, and a kernel should reduce in float32. In any dtype, numpy's warnings of infinities and NaN are off.
 
-    Kernels have to be interpreted: TRITON_INTERPRET=1 from before triton is imported.
+    Raises:
+        ValueError: kernels are not interpreted in this process (TRITON_INTERPRET=1 from before triton is imported).
     """
+    if not knobs.runtime.interpret:
+        raise ValueError("TRITON_INTERPRET: expected 1 from before triton is imported, got a process that compiles kernels")
     previous = interpreter.interpreter_builder, interpreter.GridExecutor, interpreter.ReduceOps, interpreter.ScanOps
     _install(_builder, _GridExecutor, _ReduceOps, _ScanOps)
     try:
@@ -69,7 +73,11 @@ def honest_bf16() -> Iterator[None]:
 
 @contextlib.contextmanager
 def observed(observer: Observer) -> Iterator[None]:
-    """Inside, `observer` sees the launches of interpreted kernels, and bfloat16 is honest."""
+    """Inside, `observer` sees the launches of interpreted kernels, and bfloat16 is honest.
+
+    Raises:
+        ValueError: see `honest_bf16`.
+    """
     with honest_bf16():
         _builder.observers.append(observer)
         try:

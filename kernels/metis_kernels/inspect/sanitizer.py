@@ -32,7 +32,8 @@ def sanitize() -> Iterator[None]:
     view skips over between its rows counts as inside.
 
     Raises (from the launch):
-        OutOfBoundsError, DoubleStoreError: they name kernel, program and number of lanes. Nothing was accessed.
+        OutOfBoundsError, DoubleStoreError: they name kernel, program and number of lanes; the access does not happen.
+        ValueError: kernels are not interpreted in this process.
     """
     with observed(_Sanitizer()):
         yield

@@ -42,7 +42,11 @@ class Tally:
 
 @contextlib.contextmanager
 def tally() -> Iterator[Tally]:
-    """Count what the interpreted kernels launched inside ask for. bfloat16 is honest inside."""
+    """Count what the interpreted kernels launched inside ask for. bfloat16 is honest inside.
+
+    Raises:
+        ValueError: kernels are not interpreted in this process.
+    """
     counter = _Counter()
     with observed(counter):
         yield counter.tally
