@@ -242,6 +242,15 @@ def test_an_anchor_however_bad_changes_no_result(impl: Chosen, off_by: float, dt
     check_loss(run_loss(case, impl, anchor_T=anchor), want, case)
 
 
+@pytest.mark.parametrize("off_by", [100.0, -100.0])
+def test_a_bad_anchor_changes_no_result_with_all_terms_on(impl: Chosen, off_by: float):
+    options = OPTIONS["all_terms"]
+    case = make_case(63, 32, 252)
+    want = loss_truth(case, options)
+    anchor = want.head.lse_T + off_by * torch.sin(torch.arange(63))
+    check_loss(run_loss(case, impl, options, anchor_T=anchor.float()), want, case, options)
+
+
 def test_one_bad_anchor_among_good_ones_changes_no_result(impl: Chosen):
     case = make_case(130, 32, 252, torch.bfloat16)
     want = loss_truth(case)

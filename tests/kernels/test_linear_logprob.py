@@ -7,8 +7,9 @@ import torch
 from contract.cases import CPU, IMPLS, SHAPES, Chosen, make_case
 from contract.compare import check_head, logp_tolerance
 from contract.truth import head_truth
-from metis_kernels import LinearLogprob, linear_logprob
 from torch import Tensor
+
+from metis_kernels import LinearLogprob, linear_logprob
 
 
 @pytest.fixture(params=IMPLS)

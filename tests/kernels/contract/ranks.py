@@ -34,6 +34,8 @@ MEMBERS = {1: (2,), 2: (1, 3), 4: (0, 1, 2, 3)}
 """The processes of each group: none but the last is the default group, which an op must not use in place of its own."""
 
 OPTIONS = {"paper": Options(), "all_terms": Options(entropy_coef=0.1, kl_coef=0.2, tis_cap=1.1, temperature=1.3)}
+WHOLE = 1000
+"""A chunk that holds all tokens of a case."""
 ANCHORS = ("given", "none", "bad")
 
 
@@ -67,7 +69,7 @@ class LossRun:
     options: str
     anchor: str
     reduce_hidden: bool
-    chunk: int = 1000
+    chunk: int = WHOLE
 
 
 def edge_case(num_tokens: int) -> Case:
@@ -87,14 +89,15 @@ def anchors(case: Case, kind: str) -> Tensor | None:
 
 
 def loss_runs(impl: Chosen) -> list[LossRun]:
-    """Every combination of options, anchor and reduction, and one of several chunks."""
-    runs = [LossRun(impl, options, anchor, reduce) for options in OPTIONS for anchor in ANCHORS for reduce in (True, False)]
-    return [*runs, LossRun(impl, "all_terms", "none", True, chunk=7)]
+    """Every option with every anchor, partial sums of dHidden, and several chunks."""
+    runs = [LossRun(impl, options, anchor, reduce_hidden=True) for options in OPTIONS for anchor in ANCHORS]
+    partial = [LossRun(impl, options, "given", reduce_hidden=False) for options in OPTIONS]
+    return [*runs, *partial, LossRun(impl, "all_terms", "none", reduce_hidden=True, chunk=5)]
 
 
 def tokens(impl: Chosen) -> int:
     """How many: few in the interpreter."""
-    return 21 if impl == "triton" else 63
+    return 13 if impl == "triton" else 63
 
 
 def counted(run: Callable[[], Result]) -> tuple[Result, dict[str, int]]:
