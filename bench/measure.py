@@ -101,6 +101,7 @@ def peak_bytes(step: Step, device: torch.device) -> int:
 
 def flops(step: Step, formulas: dict[Any, Callable[..., int]]) -> int:
     """Floating-point operations of the matrix products of a run; `formulas` for ops that torch cannot look into."""
-    with FlopCounterMode(display=False, custom_mapping=formulas) as counter:
+    # torch.compile refuses to run under the counter; what it compiles has the products of the code it is given
+    with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False, custom_mapping=formulas) as counter:
         step()
     return counter.get_total_flops()
