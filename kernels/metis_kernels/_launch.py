@@ -30,6 +30,10 @@ def launch(kernel: Any, grid: Sequence[int], *arguments: Any, num_warps: int, nu
         RuntimeError: the CUDA driver refuses an ahead-of-time variant.
     """
     first = next((argument for argument in arguments if isinstance(argument, torch.Tensor)), None)
+    if first is not None and first.is_cuda and first.device.index != torch.cuda.current_device():
+        with torch.cuda.device(first.device):  # torch's own ops follow their tensors; Triton follows the current device
+            launch(kernel, grid, *arguments, num_warps=num_warps, num_stages=num_stages, **constants)
+        return
     if first is not None and first.is_cuda and (lookup := _ahead_of_time()[0]) is not None:
         # the current device, as Triton takes it
         device = torch.cuda.current_device()

@@ -50,6 +50,7 @@ def gather_ranks(value: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     """All-gather: [R, *value.shape], ranks in order; [1, ...] without a group."""
     if group is None:
         return value[None]
-    out = value.new_empty((dist.get_world_size(group), *value.shape))
-    dist.all_gather_into_tensor(out, value.contiguous(), group=group)
-    return out
+    world = dist.get_world_size(group)
+    out = value.new_empty((world * value.shape[0], *value.shape[1:]))  # gloo wants ranks joined along the first axis
+    dist.all_gather_single(out, value.contiguous(), group=group)
+    return out.view(world, *value.shape)
