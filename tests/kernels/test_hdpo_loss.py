@@ -56,8 +56,9 @@ def test_value_and_gradients_equal_float64_at_every_shape(impl: Chosen, shape: t
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_every_option_equals_float64(impl: Chosen, options: Options, dtype: torch.dtype):
-    case = make_case(63, 32, 252, dtype, drift=0.5)
-    check_loss(run_loss(case, impl, options), loss_truth(case, options), case, options)
+    case = make_case(31, 32, 252, dtype, drift=0.5)
+    # float32: a bfloat16 dHead would add a third rounding to those of p and of the scaled hidden states
+    check_loss(run_loss(case, impl, options, main_grad=torch.zeros(252, 32)), loss_truth(case, options), case, options)
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
@@ -236,19 +237,20 @@ def test_a_split_into_micro_batches_does_not_matter(impl: Chosen, cuts: tuple[in
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("off_by", [0.0, 5.0, -5.0, 100.0, -100.0, 1e4, -1e4])
 def test_an_anchor_however_bad_changes_no_result(impl: Chosen, off_by: float, dtype: torch.dtype):
-    case = make_case(63, 32, 252, dtype)
+    case = make_case(31, 32, 252, dtype)
     want = loss_truth(case)
     anchor = (want.head.lse_T + off_by).float()
     check_loss(run_loss(case, impl, anchor_T=anchor), want, case)
 
 
-@pytest.mark.parametrize("off_by", [100.0, -100.0])
-def test_a_bad_anchor_changes_no_result_with_all_terms_on(impl: Chosen, off_by: float):
+@pytest.mark.parametrize("off_by", [100.0, -100.0, 1e4, -1e4])
+def test_bad_anchors_change_no_result_with_all_terms_on(impl: Chosen, off_by: float):
     options = OPTIONS["all_terms"]
-    case = make_case(63, 32, 252)
+    case = make_case(21, 32, 252)
     want = loss_truth(case, options)
-    anchor = want.head.lse_T + off_by * torch.sin(torch.arange(63))
-    check_loss(run_loss(case, impl, options, anchor_T=anchor.float()), want, case, options)
+    # good ones beside them, in the same products with the head
+    anchor = (want.head.lse_T + off_by * (torch.arange(21) % 2)).float()
+    check_loss(run_loss(case, impl, options, anchor_T=anchor), want, case, options)
 
 
 def test_one_bad_anchor_among_good_ones_changes_no_result(impl: Chosen):
