@@ -11,8 +11,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from metis_kernels import Impl, group_advantage
 from torch import Tensor
+
+from metis_kernels import Impl, group_advantage
 
 from . import ours
 from .candidate import Candidate, Errors, Op, Outcome, Plan, Request, Step, largest_error

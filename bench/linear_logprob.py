@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+
 from metis_kernels import Impl, linear_logprob
 
 from . import head_case, ours
