@@ -16,7 +16,10 @@ inline constexpr int64_t kVocabBlock = 256;  // rows of the head whose logits ar
 struct Head {
   int64_t tokens, hidden, vocab;  // C, H, V
   int64_t token_stride;           // Cp
-  const void* x;                  // [C, H] hidden states; in backward scaled rows v * x. Contiguous
+  const void* x;                  // [T, H] hidden states
+  int64_t x_stride;               // elements between rows of x
+  const int64_t* rows;            // [C] which rows of x the chunk takes
+  const float* scale;             // [C] backward: factor of each row
   const void* w;                  // [V, H] head
   int64_t w_stride;               // elements between rows of w
   const int64_t* sorted_target;   // [C] local rows of the targets, ascending; -1: not on this rank
@@ -58,7 +61,7 @@ struct Backward {
 // One instruction set, one dtype. A part is the vocabulary rows [begin, end); begin is a multiple of kVocabBlock.
 struct HeadKernels {
   int64_t panel;  // columns of a tile product
-  int64_t (*scratch_bytes)(int64_t tokens, int64_t hidden);
+  int64_t (*scratch_bytes)(int64_t tokens, int64_t hidden, bool from_logits);
   int64_t (*panel_bytes)(int64_t tokens, int64_t hidden);
   // Pack x for forward (panels of tokens) and for backward (panels of hidden columns). In units of kTokenPad of them.
   void (*pack_x)(const Head&, int64_t begin, int64_t end);

@@ -29,17 +29,17 @@ inline float widen(uint16_t x) {
   std::memcpy(&y, &bits, sizeof y);
   return y;
 }
+// to bfloat16, to nearest even; a NaN stays one
+inline uint16_t narrow(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  if (x != x) return 0x7fc0;
+  return uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
 inline Vec load(const float* p) { return Simd::load(p); }
 inline Vec load(const uint16_t* p) { return Simd::load_bf16(p); }
 inline void store(float* p, Vec x) { Simd::store(p, x); }
 inline void store(uint16_t* p, Vec x) { Simd::store_bf16(p, x); }
-inline void store_one(float* p, float x) { *p = x; }
-inline void store_one(uint16_t* p, float x) {
-  uint16_t wide[W];
-  Simd::store_bf16(wide, Simd::set(x));
-  *p = wide[0];
-}
-
 template <class S, class Gemm>
 struct HeadOf {
   using Op = typename Gemm::Op;
@@ -53,12 +53,12 @@ struct HeadOf {
     float* tile;     // [kRows, Cp] logits of a few rows
     float* stats;    // [3, Cp] statistics of a block
     Op* rows;        // [kRows, depth] widened rows of the head
-    Op* block;       // [kVocabBlock, Cp] dL/dz of a block, where it is not stored as it is used
+    Op* block;       // [kVocabBlock, Cp] dL/dz of a block, where it is not read in place
     Op* turned;      // [Cp, kVocabBlock] its transpose
     Op* panel;       // [kVocabBlock, P] columns of a block of the head
     Op* spare;       // [kRows, longest row], for a tile product that must pad
 
-    Scratch(char* base, int64_t tokens, int64_t hidden) {
+    Scratch(char* base, int64_t tokens, int64_t hidden, bool from_logits) {
       const int64_t cp = round_up(tokens, kTokenPad), depth = depth_of(hidden);
       char* at = base;
       const auto piece = [&at](int64_t bytes) {
@@ -69,7 +69,7 @@ struct HeadOf {
       tile = (float*)piece(Gemm::kRows * cp * 4);
       stats = (float*)piece(3 * cp * 4);
       rows = (Op*)piece(kSame ? 0 : Gemm::kRows * depth * int64_t(sizeof(Op)));
-      block = (Op*)piece(kVocabBlock * cp * int64_t(sizeof(Op)));
+      block = (Op*)piece(kSame && !from_logits ? 0 : kVocabBlock * cp * int64_t(sizeof(Op)));
       turned = (Op*)piece(cp * kVocabBlock * int64_t(sizeof(Op)));
       panel = (Op*)piece(kVocabBlock * P * int64_t(sizeof(Op)));
       int64_t longest = depth > cp ? depth : cp;
@@ -80,7 +80,9 @@ struct HeadOf {
     int64_t bytes;
   };
 
-  static int64_t scratch_bytes(int64_t tokens, int64_t hidden) { return Scratch(nullptr, tokens, hidden).bytes + 64; }
+  static int64_t scratch_bytes(int64_t tokens, int64_t hidden, bool from_logits) {
+    return Scratch(nullptr, tokens, hidden, from_logits).bytes + 64;
+  }
 
   static int64_t panel_bytes(int64_t tokens, int64_t hidden) {
     const int64_t cp = round_up(tokens, kTokenPad);
@@ -100,8 +102,8 @@ struct HeadOf {
     Op* const out = (Op*)aligned(head.x_panels);
     for (int64_t t = begin * kTokenPad; t < end * kTokenPad; ++t) {
       Op* const panel = out + t / P * depth * P;
-      const S* const row = (const S*)head.x + t * head.hidden;
       const int64_t inside = t < head.tokens ? head.hidden : 0;
+      const S* const row = inside ? token_row(head, t) : nullptr;
       for (int64_t k = 0; k < inside; ++k) *at(panel, k, t % P) = to_op(row[k]);
       for (int64_t k = inside; k < depth; ++k) *at(panel, k, t % P) = Op(0);
     }
@@ -112,12 +114,19 @@ struct HeadOf {
     const int64_t first = begin * kTokenPad, last = end * kTokenPad, inside = last < head.hidden ? last : head.hidden;
     Op* const out = (Op*)aligned(head.x_panels);
     for (int64_t t = 0; t < depth; ++t) {
-      const S* const row = (const S*)head.x + t * head.hidden;
-      for (int64_t h = first; h < last; ++h) {
-        const bool real = t < head.tokens && h < inside;
-        *at(out + h / P * depth * P, t, h % P) = real ? to_op(row[h]) : Op(0);
-      }
+      const bool real = t < head.tokens;
+      const S* const row = real ? token_row(head, t) : nullptr;
+      for (int64_t h = first; h < last; ++h)
+        *at(out + h / P * depth * P, t, h % P) = real && h < inside ? scaled<Op>(widen(row[h]) * head.scale[t]) : Op(0);
     }
+  }
+
+  template <class To>
+  static To scaled(float x) {
+    if constexpr (sizeof(To) == 4)
+      return x;
+    else
+      return narrow(x);
   }
 
   static Op to_op(S x) {
@@ -126,6 +135,8 @@ struct HeadOf {
     else
       return widen(x);
   }
+
+  static const S* token_row(const Head& head, int64_t t) { return (const S*)head.x + head.rows[t] * head.x_stride; }
 
   static const S* head_row(const Head& head, int64_t v) { return (const S*)head.w + v * head.w_stride; }
 
@@ -161,7 +172,7 @@ struct HeadOf {
 
   static void forward(const Forward& f, int64_t begin, int64_t end, int64_t part, const PartStats& out) {
     const Head& head = f.head;
-    const Scratch scratch(aligned(head.scratch + part * head.scratch_bytes), head.tokens, head.hidden);
+    const Scratch scratch(aligned(head.scratch + part * head.scratch_bytes), head.tokens, head.hidden, false);
     const int64_t cp = head.token_stride, depth = depth_of(head.hidden);
     const Op* const panels = (const Op*)aligned(head.x_panels);
     float *const peak = scratch.stats, *const sum = scratch.stats + cp, *const moment = scratch.stats + 2 * cp;
@@ -249,7 +260,7 @@ struct HeadOf {
 
   static void backward(const Backward& b, int64_t begin, int64_t end, int64_t part) {
     const Head& head = b.head;
-    const Scratch scratch(aligned(head.scratch + part * head.scratch_bytes), head.tokens, head.hidden);
+    const Scratch scratch(aligned(head.scratch + part * head.scratch_bytes), head.tokens, head.hidden, !b.exponentials);
     const int64_t cp = head.token_stride, padded = round_up(head.hidden, kTokenPad);
     const Op* const panels = (const Op*)aligned(head.x_panels);
     Gemm::begin();
@@ -315,7 +326,7 @@ struct HeadOf {
     for (int64_t n = first_target(head, v0); n < head.tokens && head.sorted_target[n] < v0 + count; ++n) {
       const int64_t t = head.sorted_token[n], i = head.sorted_target[n] - v0;
       const float log_p = b.logits[(v0 + i) * cp + t] - b.log_sum[t], p = std::exp(log_p);
-      store_one(scratch.block + i * cp + t, p * (b.bonus[t] * (log_p + b.entropy[t]) + b.g[t]) - b.g[t]);
+      scratch.block[i * cp + t] = scaled<Op>(p * (b.bonus[t] * (log_p + b.entropy[t]) + b.g[t]) - b.g[t]);
     }
     return scratch.block;
   }

@@ -79,12 +79,12 @@ struct Layout {
   int64_t token_stride, padded_hidden, parts, scratch_bytes;
   int64_t scratch, stats, target, d_hidden, bytes;  // offsets; the panels of x are at 0
 
-  Layout(const metis::HeadKernels& k, int64_t tokens, int64_t hidden, int64_t vocab, bool with_d_hidden) {
+  Layout(const metis::HeadKernels& k, int64_t tokens, int64_t hidden, int64_t vocab, bool with_d_hidden, bool from_logits) {
     token_stride = round_up(tokens, metis::kTokenPad);
     padded_hidden = round_up(hidden, metis::kTokenPad);
     const int64_t blocks = round_up(vocab, metis::kVocabBlock) / metis::kVocabBlock;
     parts = std::max<int64_t>(1, std::min<int64_t>(torch::stable::get_num_threads(), blocks));
-    scratch_bytes = round_up(k.scratch_bytes(tokens, hidden), 64);
+    scratch_bytes = round_up(k.scratch_bytes(tokens, hidden, from_logits), 64);
     scratch = round_up(k.panel_bytes(tokens, hidden), 64);
     stats = scratch + parts * scratch_bytes;
     target = stats + parts * 3 * tokens * int64_t(sizeof(double));
@@ -93,8 +93,8 @@ struct Layout {
   }
 };
 
-std::tuple<int64_t, int64_t> workspace(Tensor head, int64_t tokens, bool with_d_hidden) {
-  const Layout layout(kernels(head), tokens, head.size(1), head.size(0), with_d_hidden);
+std::tuple<int64_t, int64_t> workspace(Tensor head, int64_t tokens, bool with_d_hidden, bool from_logits) {
+  const Layout layout(kernels(head), tokens, head.size(1), head.size(0), with_d_hidden, from_logits);
   return {layout.token_stride, layout.bytes};
 }
 
@@ -119,17 +119,20 @@ void over_panels(const Layout& layout, int64_t count, const std::function<void(i
   parallel(layout.parts, [&](int64_t part) { body(part * count / layout.parts, (part + 1) * count / layout.parts); });
 }
 
-metis::Head make_head(const Layout& layout, const Tensor& x, const Tensor& w, const Tensor& sorted_target,
+metis::Head make_head(const Layout& layout, const Tensor& x, const Tensor& rows, const Tensor& w, const Tensor& sorted_target,
                       const Tensor& sorted_token, double inv_temperature, const Tensor& space) {
-  STD_TORCH_CHECK(x.is_contiguous() && x.size(1) == w.size(1) && x.scalar_type() == w.scalar_type(), "hidden does not fit head");
+  STD_TORCH_CHECK(x.stride(1) == 1 && x.size(1) == w.size(1) && x.scalar_type() == w.scalar_type(), "hidden does not fit head");
   STD_TORCH_CHECK(w.stride(1) == 1 && w.size(1) % 2 == 0, "head: expected contiguous rows of even length");
+  STD_TORCH_CHECK(rows.is_contiguous() && sorted_target.is_contiguous() && sorted_token.is_contiguous(), "expected contiguous indices");
   STD_TORCH_CHECK(space.is_contiguous() && space.numel() >= layout.bytes, "workspace is too small");
   metis::Head head{};
-  head.tokens = x.size(0);
+  head.tokens = rows.size(0);
   head.hidden = w.size(1);
   head.vocab = w.size(0);
   head.token_stride = layout.token_stride;
   head.x = x.const_data_ptr();
+  head.x_stride = x.stride(0);
+  head.rows = (const int64_t*)rows.const_data_ptr();
   head.w = w.const_data_ptr();
   head.w_stride = w.stride(0);
   head.sorted_target = (const int64_t*)sorted_target.const_data_ptr();
@@ -142,14 +145,51 @@ metis::Head make_head(const Layout& layout, const Tensor& x, const Tensor& w, co
   return head;
 }
 
-Tensor head_forward(Tensor x, Tensor w, Tensor sorted_target, Tensor sorted_token, std::optional<Tensor> anchor,
+float widen(float x) { return x; }
+float widen(uint16_t x) {
+  const uint32_t bits = uint32_t(x) << 16;
+  float y;
+  std::memcpy(&y, &bits, sizeof y);
+  return y;
+}
+void narrow(float x, float* out) { *out = x; }
+void narrow(float x, uint16_t* out) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  *out = x != x ? 0x7fc0 : uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);  // to nearest even
+}
+
+template <class S>
+void target_dots(const Tensor& x, const int64_t* rows, const Tensor& w, const int64_t* local, int64_t tokens, float* out) {
+  for (int64_t t = 0; t < tokens; ++t) {
+    if (local[t] < 0) continue;
+    const S* const a = (const S*)x.const_data_ptr() + rows[t] * x.stride(0);
+    const S* const b = (const S*)w.const_data_ptr() + local[t] * w.stride(0);
+    double sum = 0;
+    for (int64_t h = 0; h < w.size(1); ++h) sum += double(widen(a[h])) * widen(b[h]);
+    out[t] = float(sum);
+  }
+}
+
+// hidden . head[target] of each token, 0 where another rank has the target
+Tensor target_logits(Tensor x, Tensor rows, Tensor w, Tensor local) {
+  const int64_t tokens = rows.size(0);
+  Tensor out = torch::stable::new_empty(x, {tokens}, ScalarType::Float);
+  float* const dots = (float*)out.mutable_data_ptr();
+  std::fill_n(dots, tokens, 0.0f);
+  const auto run = w.scalar_type() == ScalarType::Float ? &target_dots<float> : &target_dots<uint16_t>;
+  run(x, (const int64_t*)rows.const_data_ptr(), w, (const int64_t*)local.const_data_ptr(), tokens, dots);
+  return out;
+}
+
+Tensor head_forward(Tensor x, Tensor rows, Tensor w, Tensor sorted_target, Tensor sorted_token, std::optional<Tensor> anchor,
                     double inv_temperature, std::optional<Tensor> exponentials, std::optional<Tensor> logits, bool moment,
                     Tensor space) {
   const metis::HeadKernels& k = kernels(w);
-  const int64_t tokens = x.size(0), vocab = w.size(0);
-  const Layout layout(k, tokens, w.size(1), vocab, false);
+  const int64_t tokens = rows.size(0), vocab = w.size(0);
+  const Layout layout(k, tokens, w.size(1), vocab, false, false);
   metis::Forward f{};
-  f.head = make_head(layout, x, w, sorted_target, sorted_token, inv_temperature, space);
+  f.head = make_head(layout, x, rows, w, sorted_target, sorted_token, inv_temperature, space);
   f.anchor = anchor ? (const float*)anchor->const_data_ptr() : nullptr;
   f.exponentials = exponentials ? exponentials->mutable_data_ptr() : nullptr;
   f.logits = logits ? (float*)logits->mutable_data_ptr() : nullptr;
@@ -184,14 +224,32 @@ Tensor head_forward(Tensor x, Tensor w, Tensor sorted_target, Tensor sorted_toke
   return out;
 }
 
-void head_backward(Tensor scaled, Tensor w, Tensor sorted_target, Tensor sorted_token, std::optional<Tensor> exponentials,
-                   std::optional<Tensor> logits, std::optional<Tensor> vectors, std::optional<Tensor> d_hidden,
-                   std::optional<Tensor> head_grad, Tensor space) {
+// The parts' sums, times the factor of the row, rounded once. A row whose factor is 0 is 0, whatever its sums hold.
+template <class S>
+void write_d_hidden(const Layout& layout, int64_t panel, const metis::Head& head, const float* parts, const Tensor& d_hidden) {
+  const int64_t columns = d_hidden.size(1), stride = d_hidden.stride(0), part_size = head.tokens * layout.padded_hidden;
+  S* const base = (S*)d_hidden.mutable_data_ptr();
+  over_panels(layout, head.tokens, [&](int64_t first, int64_t last) {
+    for (int64_t t = first; t < last; ++t)
+      for (int64_t h = 0; h < columns; ++h) {
+        const int64_t at = (h / panel * head.tokens + t) * panel + h % panel;
+        float sum = 0;
+        for (int64_t p = 0; p < layout.parts; ++p) sum += parts[p * part_size + at];
+        narrow(head.scale[t] == 0 ? 0.0f : head.scale[t] * sum, base + head.rows[t] * stride + h);
+      }
+  });
+}
+
+void head_backward(Tensor x, Tensor rows, Tensor scale, Tensor w, Tensor sorted_target, Tensor sorted_token,
+                   std::optional<Tensor> exponentials, std::optional<Tensor> logits, std::optional<Tensor> vectors,
+                   std::optional<Tensor> d_hidden, std::optional<Tensor> head_grad, Tensor space) {
   const metis::HeadKernels& k = kernels(w);
-  const int64_t tokens = scaled.size(0), hidden = w.size(1), vocab = w.size(0);
-  const Layout layout(k, tokens, hidden, vocab, d_hidden.has_value());
+  const int64_t tokens = rows.size(0), vocab = w.size(0);
+  const Layout layout(k, tokens, w.size(1), vocab, d_hidden.has_value(), logits.has_value());
   metis::Backward b{};
-  b.head = make_head(layout, scaled, w, sorted_target, sorted_token, 1.0, space);
+  STD_TORCH_CHECK(scale.is_contiguous() && scale.size(0) == tokens, "scale: expected one factor a token");
+  b.head = make_head(layout, x, rows, w, sorted_target, sorted_token, 1.0, space);
+  b.head.scale = (const float*)scale.const_data_ptr();
   b.exponentials = exponentials ? exponentials->mutable_data_ptr() : nullptr;
   if (logits) {
     STD_TORCH_CHECK(vectors && vectors->is_contiguous(), "logits need vectors");
@@ -216,33 +274,28 @@ void head_backward(Tensor scaled, Tensor w, Tensor sorted_target, Tensor sorted_
     k.backward(own, begin, end, part);
   });
   if (!d_hidden) return;
-  float* const out = (float*)d_hidden->mutable_data_ptr();
-  over_panels(layout, tokens, [&](int64_t first, int64_t last) {
-    for (int64_t t = first; t < last; ++t)
-      for (int64_t h = 0; h < hidden; ++h) {
-        float sum = 0;
-        const int64_t at = (h / k.panel * tokens + t) * k.panel + h % k.panel;
-        for (int64_t p = 0; p < layout.parts; ++p) sum += parts[p * part_size + at];
-        out[t * hidden + h] = sum;
-      }
-  });
+  const auto write = w.scalar_type() == ScalarType::Float ? &write_d_hidden<float> : &write_d_hidden<uint16_t>;
+  write(layout, k.panel, b.head, parts, *d_hidden);
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(metis_kernels_cpu, m) {
   m.def("isa() -> str");
-  m.def("workspace(Tensor head, int tokens, bool with_d_hidden) -> (int, int)");
+  m.def("workspace(Tensor head, int tokens, bool with_d_hidden, bool from_logits) -> (int, int)");
+  m.def("target_logits(Tensor hidden, Tensor rows, Tensor head, Tensor local_targets) -> Tensor");
   m.def(
-      "head_forward(Tensor hidden, Tensor head, Tensor sorted_target, Tensor sorted_token, Tensor? anchor, float "
+      "head_forward(Tensor hidden, Tensor rows, Tensor head, Tensor sorted_target, Tensor sorted_token, Tensor? anchor, float "
       "inv_temperature, Tensor(a!)? exponentials, Tensor(b!)? logits, bool moment, Tensor(c!) workspace) -> Tensor");
   m.def(
-      "head_backward(Tensor scaled, Tensor head, Tensor sorted_target, Tensor sorted_token, Tensor(a!)? exponentials, Tensor? "
-      "logits, Tensor? vectors, Tensor(b!)? d_hidden, Tensor(c!)? head_grad, Tensor(d!) workspace) -> ()");
+      "head_backward(Tensor hidden, Tensor rows, Tensor scale, Tensor head, Tensor sorted_target, Tensor sorted_token, "
+      "Tensor(a!)? exponentials, Tensor? logits, Tensor? vectors, Tensor(b!)? d_hidden, Tensor(c!)? head_grad, Tensor(d!) "
+      "workspace) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(metis_kernels_cpu, CPU, m) {
   m.impl("workspace", TORCH_BOX(&workspace));
+  m.impl("target_logits", TORCH_BOX(&target_logits));
   m.impl("head_forward", TORCH_BOX(&head_forward));
   m.impl("head_backward", TORCH_BOX(&head_backward));
 }

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from metis_kernels import _shard
-from metis_kernels._cpu_head import OPS, Chunk, even_rows, open_chunk
+from metis_kernels._cpu_head import Chunk, even_rows, open_chunk
 from metis_kernels.hdpo_loss import _terms
 
 _STORE_BYTES = 32 << 20  # what a chunk keeps of its logits: [V, C]
@@ -135,11 +135,19 @@ def _run(call: _Call, store: _Store, rows: Tensor, out: Tensor, exact: bool) -> 
     """
     live_C, local_C = call.live_L[rows], call.local_L[rows]
     tokens = call.tokens.rows(rows)
-    hidden_CH = call.hidden_TH[live_C]
-    part = open_chunk(hidden_CH, call.head_VH, local_C, call.temperature, store.workspace, call.d_hidden_TH is not None)
-    store.workspace = part.workspace
     with_entropy = call.entropy_coef != 0
-    anchor_C = _exact_anchor(part, call) if exact else _anchor(part, call, tokens, rows)
+    part = open_chunk(
+        call.hidden_TH,
+        live_C,
+        call.head_VH,
+        local_C,
+        call.temperature,
+        store.workspace,
+        with_d_hidden=call.d_hidden_TH is not None,
+        from_logits=with_entropy and call.need_gradient,
+    )
+    store.workspace = part.workspace
+    anchor_C = _exact_anchor(part, call) if exact else _anchor(part, call, rows)
 
     kept = store.of(call, part)
     logits, exponentials = (kept, None) if with_entropy else (None, kept)
@@ -158,22 +166,19 @@ def _run(call: _Call, store: _Store, rows: Tensor, out: Tensor, exact: bool) -> 
         g_C = _terms.coefficient(logp_C.float(), tokens, call.clip, call.kl_coef).double() / call.temperature
         g_C = torch.where(good, g_C, 0.0)
         bonus_C = call.entropy_coef * tokens.scaled_one_L.double() / call.temperature * good
-        _gradient(call, part, kept, live_C, (log_sum_C, sum_C, target_C - anchor_C, g_C, bonus_C, entropy_C))
+        _gradient(call, part, kept, (log_sum_C, sum_C, target_C - anchor_C, g_C, bonus_C, entropy_C))
     return ~good
 
 
-def _anchor(part: Chunk, call: _Call, tokens: _terms.Tokens, rows: Tensor) -> Tensor:
+def _anchor(part: Chunk, call: _Call, rows: Tensor) -> Tensor:
     """A guess of the log-sum-exp, the same on all ranks, [C] float32."""
     if call.anchor_L is not None:
         return call.anchor_L[rows]
-    known = tokens.old_logp_L if tokens.old_logp_L is not None else tokens.engine_logp_L
+    known = call.tokens.old_logp_L if call.tokens.old_logp_L is not None else call.tokens.engine_logp_L
     if known is None:
         return _exact_anchor(part, call)
     # z_target - logp of a policy that is close to this one
-    mine = part.local_C >= 0
-    target_CH = part.head_VH[part.local_C.clamp(min=0)].float()
-    target_C = (part.hidden_CH.float() * target_CH).sum(1) / call.temperature
-    return _shard.sum_over_ranks(torch.where(mine, target_C, 0.0), call.group) - known
+    return _shard.sum_over_ranks(part.target_logits(), call.group) - known[rows]
 
 
 def _exact_anchor(part: Chunk, call: _Call) -> Tensor:
@@ -181,7 +186,7 @@ def _exact_anchor(part: Chunk, call: _Call) -> Tensor:
     return _shard.max_over_ranks((peak_C + sum_C.log()).float(), call.group)
 
 
-def _gradient(call: _Call, part: Chunk, kept: Tensor | None, live_C: Tensor, row: tuple[Tensor, ...]) -> None:
+def _gradient(call: _Call, part: Chunk, kept: Tensor | None, row: tuple[Tensor, ...]) -> None:
     """Both products with dL/dz. row: (ln S, S, z_target - anchor, g / tau, h / tau, H), [C] float64 each."""
     assert kept is not None
     log_sum_C, sum_C, target_C, g_C, bonus_C, entropy_C = row
@@ -195,13 +200,4 @@ def _gradient(call: _Call, part: Chunk, kept: Tensor | None, live_C: Tensor, row
         mine = (part.local_C >= 0).nonzero()[:, 0]
         kept[part.local_C[mine], mine] = (target_C.clamp(max=60).exp() - sum_C)[mine].to(kept.dtype)
         vectors, logits, exponentials = None, None, kept
-    scaled_CH = (part.hidden_CH.float() * scale_C.float()[:, None]).to(part.hidden_CH.dtype)
-    d_hidden_CH = None if call.d_hidden_TH is None else torch.empty_like(scaled_CH, dtype=torch.float32)
-    OPS.head_backward(
-        scaled_CH, part.head_VH, part.sorted_target_C, part.sorted_token_C, exponentials, logits, vectors, d_hidden_CH,
-        call.head_grad_VH, part.workspace,
-    )  # fmt: skip
-    if call.d_hidden_TH is not None and d_hidden_CH is not None:
-        d_hidden_CH *= scale_C.float()[:, None]
-        d_hidden_CH[(scale_C == 0)] = 0.0  # and not -0
-        call.d_hidden_TH[live_C] = d_hidden_CH[:, : call.d_hidden_TH.shape[1]].to(call.d_hidden_TH.dtype)
+    part.backward(scale_C, exponentials, logits, vectors, call.d_hidden_TH, call.head_grad_VH)

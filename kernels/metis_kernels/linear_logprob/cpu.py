@@ -23,9 +23,8 @@ def linear_logprob(
     hidden, head = even_rows(hidden_TH), even_rows(head_VH)
     out = torch.empty((3, len(hidden)), dtype=torch.float32)
     workspace = None
-    for start in range(0, len(hidden), chunk or _CHUNK):
-        rows = slice(start, start + (chunk or _CHUNK))
-        part = open_chunk(hidden[rows], head, local_T[rows], temperature, workspace, backward=False)
+    for rows in torch.arange(len(hidden)).split(chunk or _CHUNK) if len(hidden) else ():
+        part = open_chunk(hidden, rows, head, local_T[rows], temperature, workspace)
         workspace = part.workspace
         peak_C, sum_C, moment_C, target_C = part.forward()
         lse_C = peak_C + sum_C.log()
