@@ -17,11 +17,13 @@ help:
 setup: $(VENV)/.installed
 
 # Rebuilt when what it depends on changes; a half-finished install leaves no stamp and is done again.
-$(VENV)/.installed: pyproject.toml constraints.txt CMakeLists.txt
+$(VENV)/.installed: pyproject.toml constraints.txt CMakeLists.txt $(wildcard kernels/csrc/* kernels/csrc/aot/* kernels/*.cmake)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "metis_fast needs Python 3.11 or newer: make PYTHON=python3.11 ..."; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[demo,dev]"
+	@# first what it is built with, so that the C++ ops are built against the torch that runs them, and not against a second one
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch==2.13.0 scikit-build-core cmake ninja
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable ".[demo,dev,build,bench]"
 	@touch $@
 
 train: setup

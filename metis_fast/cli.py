@@ -9,6 +9,7 @@ import argparse
 import dataclasses
 import errno
 import importlib
+import importlib.util
 import json
 import logging
 import sys
@@ -131,8 +132,9 @@ def _report(args: argparse.Namespace) -> int:
 
 
 def _bench(args: argparse.Namespace) -> int:
-    # by name: in a source checkout the files stand in bench/, and only an installation has them under metis_fast
-    return importlib.import_module("metis_fast.bench.command").run(args)
+    # by name: a wheel has the files under metis_fast (CMakeLists.txt), a source checkout in bench/
+    package = "metis_fast.bench" if importlib.util.find_spec("metis_fast.bench") else "bench"
+    return importlib.import_module(f"{package}.command").run(args)
 
 
 def _add_bench(parser: argparse.ArgumentParser) -> None:

@@ -41,7 +41,8 @@ def launch(kernel: Any, grid: Sequence[int], *arguments: Any, num_warps: int, nu
         arch = _arch(device)
         if lookup.launch(kernel, grid, arguments, constants, num_warps, num_stages, arch=arch, device=device, stream=stream):
             return
-    kernel[tuple(grid)](*arguments, num_warps=num_warps, num_stages=num_stages, **constants)
+    # said here because Triton 3.10 turns fusion off by default, and 3.9 warns of it
+    kernel[tuple(grid)](*arguments, num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=True, **constants)
 
 
 def aot_status() -> str:
