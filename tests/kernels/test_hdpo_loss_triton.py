@@ -177,7 +177,7 @@ def test_a_row_without_a_coefficient_gives_bitwise_zero(dtype: torch.dtype, anch
     sign = torch.tensor([1.0, -1.0, -0.0, 1.0]).repeat(6)
     log_ratio = torch.tensor([1.0, -1.0, 0.0, 0.0]).repeat(6)
     old_logp = loss_truth(case).head.logp_T.float() - log_ratio
-    case = replace(case, adv_acc_T=sign, adv_tool_T=torch.zeros(24), old_logp_T=old_logp)
+    case = replace(case, adv_acc_T=sign, adv_tool_T=sign, old_logp_T=old_logp)
     got = run_loss(case, "triton", live_L=torch.arange(24), anchor_T=exact_anchor(case) if anchored else None)
     bits = got.d_hidden_TH.view(torch.int32 if dtype == torch.float32 else torch.int16).reshape(6, 4, 24)
     assert (bits[:, :3] == 0).all()
