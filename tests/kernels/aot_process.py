@@ -124,7 +124,12 @@ class Recorded:
         self.steps: dict[str, dict[str, Any]] = {}
 
     def case(self, name: str, grid: Sequence[int] = (7,), step: str | None = None, **other: Any) -> None:
-        """Launch a case, with other constants, arguments, warps, stages or architecture if given."""
+        """Launch a case as one step, with other constants, arguments, warps, stages or architecture if given."""
+        result = self.launch(name, grid, **other)
+        self.steps[step or name] = result | {"calls": self.calls()}
+
+    def launch(self, name: str, grid: Sequence[int], **other: Any) -> dict[str, Any]:
+        """Launch a case: whether a variant was taken, the error, the arguments. Threads may call it at once."""
         kernel, arguments, constants, num_warps, num_stages, arch = CASES[name]
         given = other.get("arguments", arguments)()
         result: dict[str, Any] = {"taken": None, "error": None}
@@ -143,8 +148,7 @@ class Recorded:
         except RuntimeError as error:
             result["error"] = str(error)
         result["arguments"] = [one.data_ptr() if isinstance(one, torch.Tensor) else one for one in given]
-        result["calls"] = self.calls()
-        self.steps[step or name] = result
+        return result
 
     def calls(self) -> list[dict[str, Any]]:
         """Those since the last time."""
@@ -174,12 +178,12 @@ def run(library: Path, record: Path) -> dict[str, Any]:
     os.environ["METIS_RECORD_CONTEXT"] = "2"
     recorded.case("plain", step="second context")
     os.environ["METIS_RECORD_CONTEXT"] = "4"
-    threads = [threading.Thread(target=recorded.case, args=("bf16", (1,), f"thread {index}")) for index in range(6)]
+    threads = [threading.Thread(target=recorded.launch, args=("bf16", (1,))) for _ in range(6)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    recorded.steps["threads"] = {"calls": [call for i in range(6) for call in recorded.steps.pop(f"thread {i}")["calls"]]}
+    recorded.steps["threads"] = {"calls": recorded.calls()}
     os.environ["METIS_RECORD_CONTEXT"] = "5"
     for call in ("cuModuleLoadData", "cuFuncSetAttribute", "cuLaunchKernel"):
         os.environ["METIS_RECORD_FAIL"] = call
