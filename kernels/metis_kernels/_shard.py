@@ -23,7 +23,10 @@ class VocabShard:
 
 def resolve(group_name: str) -> dist.ProcessGroup | None:
     """The group of that name (what a `torch.library` op can carry), None for ""."""
-    return dist.distributed_c10d._resolve_process_group(group_name) if group_name else None
+    if not group_name:
+        return None
+    # not exported, but what torch's own functional collectives do with the name that they carry
+    return dist.distributed_c10d._resolve_process_group(group_name)  # pyright: ignore[reportPrivateImportUsage, reportArgumentType]
 
 
 def local_targets(targets_T: Tensor, vocab_start: int, num_local: int) -> Tensor:

@@ -20,10 +20,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import metis_kernels
 import torch
 import triton
 import triton.language as tl
+from triton import knobs
+
+import metis_kernels
 from metis_kernels import _launch
 from metis_kernels._launch import launch
 from metis_kernels.aot.build import row_of, write_sources
@@ -31,7 +33,6 @@ from metis_kernels.aot.library import Library
 from metis_kernels.aot.lookup import Lookup
 from metis_kernels.inspect import shipped
 from metis_kernels.inspect.offline import CompiledLaunch, compile_launches
-from triton import knobs
 
 STREAM = 0x123456789
 

@@ -16,9 +16,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import metis_kernels
 import pytest
 import torch
+
+import metis_kernels
 from metis_kernels import _launch
 
 HERE = Path(__file__).parent

@@ -18,15 +18,15 @@ import torch
 from contract.cases import IMPLS, Chosen
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
+
+from metis_fast.config import ScoreConfig
+from metis_fast.score.advantage import GroupRewards, advantages
 from metis_kernels import GroupAdvantage, group_advantage
 from metis_kernels.group_advantage import _groups, triton
 from metis_kernels.group_advantage._groups import EPSILON, Estimator
 from metis_kernels.inspect.sanitizer import sanitize
 from metis_kernels.inspect.tally import tally
-from torch import Tensor
-
-from metis_fast.config import ScoreConfig
-from metis_fast.score.advantage import GroupRewards, advantages
 
 ESTIMATORS: tuple[Estimator, ...] = get_args(Estimator)
 ROUNDING = 2**-24 * 1.001

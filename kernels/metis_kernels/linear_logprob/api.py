@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from metis_kernels import _check, _shard
+from metis_kernels import _check
 from metis_kernels._impl import Impl, choose
 from metis_kernels._shard import VocabShard
 
