@@ -44,6 +44,7 @@ struct Forward {
   float* logits;        // [V, Cp] z / temperature - anchor, or null
   bool moment;
   float* target;        // [C] z / temperature of the targets that are on this rank; others untouched
+  float* target_exp;    // [C] with an anchor: their exponentials, as they were summed; others untouched
 };
 
 struct Backward {

@@ -194,7 +194,9 @@ struct HeadOf {
           running(f, count, scratch.tile, peak, sum, moment);
         for (; next < head.tokens && head.sorted_target[next] < v + count; ++next) {
           const int64_t t = head.sorted_token[next];
-          f.target[t] = scratch.tile[(head.sorted_target[next] - v) * cp + t] * head.inv_temperature;
+          const float z = scratch.tile[(head.sorted_target[next] - v) * cp + t];
+          f.target[t] = z * head.inv_temperature;
+          if (f.anchor) f.target_exp[t] = exponential(z, head.inv_temperature, f.anchor[t]);
         }
       }
       // totals in double: a sum over a vocabulary of 150,000 would lose 2e-5 in float
@@ -213,6 +215,14 @@ struct HeadOf {
       }
     }
     Gemm::end();
+  }
+
+  // one of the exponentials of `anchored`, to the bit
+  static float exponential(float z, float scale, float anchor) {
+    float wide[W];
+    const Vec exponent = Simd::fms(Simd::set(z), Simd::set(scale), Simd::set(anchor));
+    Simd::store(wide, Simd::exp(Simd::min(Simd::set(kLargestExponent), exponent)));
+    return wide[0];
   }
 
   // exp(z - anchor): summed, and stored

@@ -88,7 +88,7 @@ struct Layout {
     scratch = round_up(k.panel_bytes(tokens, hidden), 64);
     stats = scratch + parts * scratch_bytes;
     target = stats + parts * 3 * tokens * int64_t(sizeof(double));
-    d_hidden = round_up(target + tokens * 4, 64);
+    d_hidden = round_up(target + 2 * tokens * 4, 64);
     bytes = d_hidden + (with_d_hidden ? parts * tokens * padded_hidden * 4 : 0);
   }
 };
@@ -194,11 +194,12 @@ Tensor head_forward(Tensor x, Tensor rows, Tensor w, Tensor sorted_target, Tenso
   f.exponentials = exponentials ? exponentials->mutable_data_ptr() : nullptr;
   f.logits = logits ? (float*)logits->mutable_data_ptr() : nullptr;
   f.moment = moment;
-  Tensor out = torch::stable::new_empty(x, {4, tokens}, ScalarType::Double);
+  Tensor out = torch::stable::new_empty(x, {5, tokens}, ScalarType::Double);
   double* const result = (double*)out.mutable_data_ptr();
   char* const base = (char*)space.mutable_data_ptr();
   float* const target = f.target = (float*)(base + layout.target);
-  std::fill_n(target, tokens, 0.0f);
+  f.target_exp = target + tokens;
+  std::fill_n(target, 2 * tokens, 0.0f);
 
   double* const stats = (double*)(base + layout.stats);
   over_panels(layout, layout.token_stride / metis::kTokenPad, [&](int64_t a, int64_t b) { k.pack_x(f.head, a, b); });
@@ -220,6 +221,7 @@ Tensor head_forward(Tensor x, Tensor rows, Tensor w, Tensor sorted_target, Tenso
     result[tokens + t] = sum;
     result[2 * tokens + t] = first;
     result[3 * tokens + t] = target[t];
+    result[4 * tokens + t] = f.target_exp[t];
   }
   return out;
 }

@@ -45,20 +45,21 @@ class Chunk:
         exponentials: Tensor | None = None,
         logits: Tensor | None = None,
         moment: bool = False,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """(reference, sum, moment, target), [C] float64 each.
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """(reference, sum, moment, target, target_exp), [C] float64 each.
 
         With z = hidden @ head.T / temperature and the reference r (the anchor, or the maximum where there is none):
         sum = sum_j exp(z_j - r), moment = sum_j exp(z_j - r) (z_j - r), target = z of the target, 0 if another rank has it.
-        With an anchor the moment is taken only where asked for, and exponents are limited to 60.
+        With an anchor the moment is taken only where asked for, exponents are limited to 60, and target_exp is the target's
+        exponential, exactly as it was summed (0 if another rank has it).
         exponentials [V, Cp] in the head's dtype takes exp(min(z - r, 60)), logits [V, Cp] float32 takes z - r.
         """
         anchor = None if anchor_C is None else self.padded(anchor_C)
-        peak, total, first, target = OPS.head_forward(
+        peak, total, first, target, target_exp = OPS.head_forward(
             self.hidden_TH, self.rows_C, self.head_VH, self.sorted_target_C, self.sorted_token_C, anchor, 1 / self.temperature,
             exponentials, logits, moment, self.workspace,
         ).unbind()  # fmt: skip
-        return (peak if anchor_C is None else anchor_C.double()), total, first, target
+        return (peak if anchor_C is None else anchor_C.double()), total, first, target, target_exp
 
     def backward(
         self,

@@ -151,7 +151,7 @@ def _run(call: _Call, store: _Store, rows: Tensor, out: Tensor, exact: bool) -> 
 
     kept = store.of(call, part)
     logits, exponentials = (kept, None) if with_entropy else (None, kept)
-    _, sum_C, moment_C, target_C = part.forward(anchor_C, exponentials, logits, moment=with_entropy)
+    _, sum_C, moment_C, target_C, target_exp_C = part.forward(anchor_C, exponentials, logits, moment=with_entropy)
     statistics = torch.stack([sum_C, target_C, moment_C] if with_entropy else [sum_C, target_C])
     _shard.sum_over_ranks(statistics, call.group)
     sum_C, target_C = statistics[0], statistics[1]
@@ -165,8 +165,10 @@ def _run(call: _Call, store: _Store, rows: Tensor, out: Tensor, exact: bool) -> 
     if call.need_gradient:
         g_C = _terms.coefficient(logp_C.float(), tokens, call.clip, call.kl_coef).double() / call.temperature
         g_C = torch.where(good, g_C, 0.0)
+        # 0 times a number, in case theirs is none: these tokens are run again
+        log_sum_C, entropy_C = torch.where(good, log_sum_C, 1e30), torch.where(good, entropy_C, 0.0)
         bonus_C = call.entropy_coef * tokens.scaled_one_L.double() / call.temperature * good
-        _gradient(call, part, kept, (log_sum_C, sum_C, target_C - anchor_C, g_C, bonus_C, entropy_C))
+        _gradient(call, part, kept, (log_sum_C, sum_C, target_exp_C, g_C, bonus_C, entropy_C))
     return ~good
 
 
@@ -182,14 +184,14 @@ def _anchor(part: Chunk, call: _Call, rows: Tensor) -> Tensor:
 
 
 def _exact_anchor(part: Chunk, call: _Call) -> Tensor:
-    peak_C, sum_C, _, _ = part.forward()
+    peak_C, sum_C, _, _, _ = part.forward()
     return _shard.max_over_ranks((peak_C + sum_C.log()).float(), call.group)
 
 
 def _gradient(call: _Call, part: Chunk, kept: Tensor | None, row: tuple[Tensor, ...]) -> None:
-    """Both products with dL/dz. row: (ln S, S, z_target - anchor, g / tau, h / tau, H), [C] float64 each."""
+    """Both products with dL/dz. row: (ln S, S, E of the target, g / tau, h / tau, H), [C] float64 each."""
     assert kept is not None
-    log_sum_C, sum_C, target_C, g_C, bonus_C, entropy_C = row
+    log_sum_C, sum_C, target_exp_C, g_C, bonus_C, entropy_C = row
     if call.entropy_coef:
         # p ln p is not E times a number of its row: the rows are scaled one by one, from the logits
         scale_C = torch.ones_like(g_C)
@@ -198,6 +200,6 @@ def _gradient(call: _Call, part: Chunk, kept: Tensor | None, row: tuple[Tensor, 
     else:
         scale_C = torch.where(g_C == 0, 0.0, g_C / sum_C)
         mine = (part.local_C >= 0).nonzero()[:, 0]
-        kept[part.local_C[mine], mine] = (target_C.clamp(max=60).exp() - sum_C)[mine].to(kept.dtype)
+        kept[part.local_C[mine], mine] = (target_exp_C - sum_C)[mine].to(kept.dtype)
         vectors, logits, exponentials = None, None, kept
     part.backward(scale_C, exponentials, logits, vectors, call.d_hidden_TH, call.head_grad_VH)

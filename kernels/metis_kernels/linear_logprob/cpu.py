@@ -26,7 +26,7 @@ def linear_logprob(
     for rows in torch.arange(len(hidden)).split(chunk or _CHUNK) if len(hidden) else ():
         part = open_chunk(hidden, rows, head, local_T[rows], temperature, workspace)
         workspace = part.workspace
-        peak_C, sum_C, moment_C, target_C = part.forward()
+        peak_C, sum_C, moment_C, target_C, _ = part.forward()
         lse_C = peak_C + sum_C.log()
         mean_C = peak_C + moment_C / sum_C  # of z under the shard's own distribution
         lse_RC, target_RC, mean_RC = _shard.gather_ranks(torch.stack([lse_C, target_C, mean_C]), group).unbind(1)
