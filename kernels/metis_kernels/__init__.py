@@ -9,6 +9,7 @@ Every op is a function with one contract and several implementations, chosen by 
 """
 
 from metis_kernels._impl import Impl, available, cpu_library_status
+from metis_kernels._launch import aot_status
 from metis_kernels._shard import VocabShard
 from metis_kernels.group_advantage.api import GroupAdvantage, group_advantage
 from metis_kernels.hdpo_loss.api import HdpoLoss, HdpoMetrics, hdpo_loss
@@ -21,6 +22,7 @@ __all__ = [
     "Impl",
     "LinearLogprob",
     "VocabShard",
+    "aot_status",
     "available",
     "cpu_library_status",
     "group_advantage",

@@ -241,7 +241,7 @@ def lengths() -> list[str]:
         for num_tokens in (5000, 1, 4096 + 16):
             shipped.NUM_TOKENS = num_tokens
             shipped.linear_logprob_launches(torch.bfloat16, 2)
-        for num_live in (777, 4096 + 131):
+        for num_live in (777, 1, 4096 + 16, 4096 + 131):
             shipped.hdpo_loss_launches(torch.bfloat16, 2, num_live=num_live)
 
     missing = [one for one in compile_launches(run, 90) if row_of(one).key not in shipped_keys]

@@ -11,6 +11,8 @@ everywhere: the target's E is computed twice and has to come out equal.
 Shape letters: C rows of a chunk, H hidden size, V rows of the head (of this rank's shard), P parts of a row, one program
 each, K = 2 statistics of a part: S and the target's z, or 3: with M = sum_j E_ij t_ij. T tokens.
 
+Counts that change from chunk to chunk are not specialised: a last chunk of any length runs the kernel that the others ran.
+
 Scalars are annotated as tensors, which they are inside: Triton would read `int` and `float` as the types i32 and fp32.
 """
 
@@ -42,7 +44,7 @@ def _span(vocab: tl.tensor, num_parts: tl.tensor, BLOCK: tl.constexpr) -> tuple[
     return first, tl.minimum(first + size, vocab)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_parts"])
 def anchored_rows(
     z_CV: tl.tensor,
     e_CV: tl.tensor,
@@ -100,7 +102,7 @@ def anchored_rows(
         tl.store(part + 2, tl.sum(moment_B))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_parts"])
 def row_logsumexp(
     z_CV: tl.tensor,
     lse_CP: tl.tensor,
@@ -173,7 +175,7 @@ def _gated(scaled: tl.tensor, ratio: tl.tensor, low: tl.tensor, high: tl.tensor,
     return scaled * ratio * inside.to(tl.float32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "num_parts"])
 def row_gradients(
     parts_CPK: tl.tensor,
     targets_C: tl.tensor,

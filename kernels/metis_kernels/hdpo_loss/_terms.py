@@ -117,7 +117,8 @@ def coefficient(logp_L: Tensor, tokens: Tokens, clip: Clip, kl_coef: float) -> T
 class HdpoMetrics:
     """Of one call, each a 0-d float64 tensor without gradient: sums over the live tokens, so that calls add up.
 
-    loss_acc, loss_tool: w * L of either surrogate. loss_kl, loss_entropy: the optional terms as they enter the loss.
+    loss_acc, loss_tool: w * L of either surrogate, loss_scale included. loss_kl, loss_entropy: the optional terms as they
+    enter the loss.
     num_live: tokens that took part. num_acc, num_tool: those whose advantage is not 0; num_clipped_acc, num_clipped_tool:
     those among them whose ratio is outside the bounds, so that the surrogate gives no gradient.
     sum_kl: of old - logp, the k1 estimate of KL(old || current). sum_entropy: of the entropies, 0 where none were asked for.
