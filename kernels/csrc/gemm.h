@@ -1,5 +1,8 @@
 // Tile products: c[rows, kPanel] (+)= a[rows, depth] * panel[depth, kPanel], float32 sums.
 //
+// A product is summed from 0 and then added to c, so that sums over many blocks lose what sqrt(blocks) roundings lose, and
+// not what each single product does. For the same reason long products are cut into kBlock of depth by the caller.
+//
 // a is read in place, row by row. The panel is packed: [depth][kPanel] for float32, [depth / 2][kPanel][2] for bfloat16,
 // the layout that both VDPBF16PS and TDPBF16PS want.
 #pragma once
@@ -18,16 +21,13 @@ void run_rows(int rows, const typename Kernel::Op* a, int64_t lda, const typenam
 
 struct GemmFloat {
   using Op = float;
-  static constexpr int kRows = Simd::kRows, kPanel = 2 * Simd::kWidth, kDepth = 1;
+  static constexpr int kRows = Simd::kRows, kPanel = 2 * Simd::kWidth, kDepth = 1, kBlock = 64;
 
   template <int R>
   static void tile(const float* a, int64_t lda, const float* panel, int64_t depth, float* c, int64_t ldc, bool accumulate) {
     constexpr int W = Simd::kWidth;
     Simd::Vec acc[R][2];
-    for (int i = 0; i < R; ++i) {
-      acc[i][0] = accumulate ? Simd::load(c + i * ldc) : Simd::zero();
-      acc[i][1] = accumulate ? Simd::load(c + i * ldc + W) : Simd::zero();
-    }
+    for (int i = 0; i < R; ++i) acc[i][0] = acc[i][1] = Simd::zero();
     for (int64_t k = 0; k < depth; ++k) {
       const Simd::Vec b0 = Simd::load(panel + k * kPanel), b1 = Simd::load(panel + k * kPanel + W);
 #pragma GCC unroll 16
@@ -38,8 +38,8 @@ struct GemmFloat {
       }
     }
     for (int i = 0; i < R; ++i) {
-      Simd::store(c + i * ldc, acc[i][0]);
-      Simd::store(c + i * ldc + W, acc[i][1]);
+      Simd::store(c + i * ldc, accumulate ? Simd::add(acc[i][0], Simd::load(c + i * ldc)) : acc[i][0]);
+      Simd::store(c + i * ldc + W, accumulate ? Simd::add(acc[i][1], Simd::load(c + i * ldc + W)) : acc[i][1]);
     }
   }
 
@@ -54,15 +54,12 @@ struct GemmFloat {
 #ifdef __AVX512BF16__
 struct GemmBf16 {
   using Op = uint16_t;
-  static constexpr int kRows = Simd::kRows, kPanel = 2 * Simd::kWidth, kDepth = 2;
+  static constexpr int kRows = Simd::kRows, kPanel = 2 * Simd::kWidth, kDepth = 2, kBlock = 256;
 
   template <int R>
   static void tile(const uint16_t* a, int64_t lda, const uint16_t* panel, int64_t depth, float* c, int64_t ldc, bool accumulate) {
     __m512 acc[R][2];
-    for (int i = 0; i < R; ++i) {
-      acc[i][0] = accumulate ? _mm512_loadu_ps(c + i * ldc) : _mm512_setzero_ps();
-      acc[i][1] = accumulate ? _mm512_loadu_ps(c + i * ldc + 16) : _mm512_setzero_ps();
-    }
+    for (int i = 0; i < R; ++i) acc[i][0] = acc[i][1] = _mm512_setzero_ps();
     for (int64_t k = 0; k < depth; k += 2) {
       const __m512bh b0 = (__m512bh)_mm512_loadu_si512(panel + k * kPanel);
       const __m512bh b1 = (__m512bh)_mm512_loadu_si512(panel + k * kPanel + kPanel);
@@ -76,8 +73,8 @@ struct GemmBf16 {
       }
     }
     for (int i = 0; i < R; ++i) {
-      _mm512_storeu_ps(c + i * ldc, acc[i][0]);
-      _mm512_storeu_ps(c + i * ldc + 16, acc[i][1]);
+      Simd::store(c + i * ldc, accumulate ? Simd::add(acc[i][0], Simd::load(c + i * ldc)) : acc[i][0]);
+      Simd::store(c + i * ldc + 16, accumulate ? Simd::add(acc[i][1], Simd::load(c + i * ldc + 16)) : acc[i][1]);
     }
   }
 

@@ -94,7 +94,7 @@ struct Tiles {
 
 struct GemmAmx {
   using Op = uint16_t;
-  static constexpr int kRows = 32, kPanel = 32, kDepth = 32;
+  static constexpr int kRows = 32, kPanel = 32, kDepth = 32, kBlock = 1024;
 
   static Simd::Vec pair(const uint16_t* low, const uint16_t* high) { return Simd::pair(low, high); }
 
@@ -111,19 +111,12 @@ struct GemmAmx {
   static void end() { Tiles::release(); }
 
   // 32 rows, depth a multiple of 32
-  static void whole(const uint16_t* a, int64_t lda, const uint16_t* panel, int64_t depth, float* c, int64_t ldc, bool accumulate) {
+  static void whole(const uint16_t* a, int64_t lda, const uint16_t* panel, int64_t depth, float* c, int64_t ldc) {
     const int64_t c_stride = ldc * 4, a_stride = lda * 2;
-    if (accumulate) {
-      Tiles::load<0>(c, c_stride);
-      Tiles::load<1>(c + 16, c_stride);
-      Tiles::load<2>(c + 16 * ldc, c_stride);
-      Tiles::load<3>(c + 16 * ldc + 16, c_stride);
-    } else {
-      Tiles::zero<0>();
-      Tiles::zero<1>();
-      Tiles::zero<2>();
-      Tiles::zero<3>();
-    }
+    Tiles::zero<0>();
+    Tiles::zero<1>();
+    Tiles::zero<2>();
+    Tiles::zero<3>();
     for (int64_t k = 0; k < depth; k += 32) {
       const uint16_t* const b = panel + k * kPanel;  // 16 rows of 32 pairs
       Tiles::load<4>(a + k, a_stride);
@@ -155,11 +148,14 @@ struct GemmAmx {
       a = spare;
       lda = padded;
     }
-    if (rows == kRows) return whole(a, lda, panel, padded, c, ldc, accumulate);
+    if (rows == kRows && !accumulate) return whole(a, lda, panel, padded, c, ldc);
     alignas(64) float part[kRows * kPanel];
-    whole(a, lda, panel, padded, part, kPanel, false);
+    whole(a, lda, panel, padded, part, kPanel);
     for (int i = 0; i < rows; ++i)
-      for (int j = 0; j < kPanel; ++j) c[i * ldc + j] = part[i * kPanel + j] + (accumulate ? c[i * ldc + j] : 0.0f);
+      for (int j = 0; j < kPanel; j += 16) {
+        const Simd::Vec sum = Simd::load(part + i * kPanel + j);
+        Simd::store(c + i * ldc + j, accumulate ? Simd::add(sum, Simd::load(c + i * ldc + j)) : sum);
+      }
   }
 };
 

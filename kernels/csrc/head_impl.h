@@ -186,8 +186,12 @@ struct HeadOf {
         const int count = int(stop - v < Gemm::kRows ? stop - v : Gemm::kRows);
         int64_t stride;
         const Op* const rows = rows_of(head, v, count, scratch, &stride);
+        const int64_t length = kSame ? head.hidden : depth;
         for (int64_t t = 0; t < cp; t += P)
-          Gemm::run(count, rows, stride, panels + t * depth, kSame ? head.hidden : depth, scratch.tile + t, cp, false, scratch.spare);
+          for (int64_t k = 0; k < length; k += Gemm::kBlock) {
+            const int64_t part_length = length - k < Gemm::kBlock ? length - k : Gemm::kBlock;
+            Gemm::run(count, rows + k, stride, panels + t * depth + k * P, part_length, scratch.tile + t, cp, k > 0, scratch.spare);
+          }
         if (f.anchor)
           anchored(f, v, count, scratch.tile, sum, moment);
         else
