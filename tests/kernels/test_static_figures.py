@@ -3,9 +3,11 @@ code does what the design counts on."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
-from metis_kernels.inspect.binaries import Binary, markdown
+from metis_kernels.inspect.binaries import Binary, markdown, summary
 from metis_kernels.inspect.shipped import configurations
 
 ARCHS = (80, 90, 100)
@@ -49,3 +51,8 @@ def test_kernels_that_stream_rows_load_128_bits_at_a_time(static_figures: list[B
     # the others are scalars of the row, a few whatever its length
     narrow = [one for one in streaming if one.figures.loads_128 <= one.figures.loads_64 + one.figures.loads_narrow]
     assert not narrow, failing(narrow)
+
+
+def test_the_documentation_shows_these_figures(static_figures: list[Binary]):
+    page = Path(__file__).parents[2] / "docs" / "kernels.md"
+    assert summary(static_figures) in page.read_text(encoding="utf-8"), "python -m metis_kernels.inspect --summary"

@@ -307,9 +307,8 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     def scaled(value: Tensor | None, dtype: torch.dtype) -> Tensor | None:
         if value is None:
             return None
-        if value.dtype == dtype:
-            return value.mul_(grad)  # in place: another [V, H] would be the largest tensor of the step
-        return torch.mul(value, grad, out=torch.empty_like(value, dtype=dtype))
+        # in place, then rounded: with a product of its own there would be a second float32 [V, H]
+        return value.mul_(grad).to(dtype)
 
     return None, scaled(d_hidden, ctx.head_dtype), None if d_head is None else scaled(d_head, ctx.head_dtype), None, None
 

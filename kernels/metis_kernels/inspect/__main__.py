@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import get_args
 
-from metis_kernels.inspect.binaries import markdown, shipped_binaries
+from metis_kernels.inspect.binaries import markdown, shipped_binaries, summary
 from metis_kernels.inspect.offline import Arch
 
 
@@ -20,6 +20,7 @@ def main(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m metis_kernels.inspect", description=__doc__)
     parser.add_argument("--arch", type=int, nargs="+", choices=get_args(Arch), default=list(get_args(Arch)))
     parser.add_argument("--json", action="store_true", help="a JSON list, one object a binary, instead of Markdown")
+    parser.add_argument("--summary", action="store_true", help="one row for the architectures together, as in docs/kernels.md")
     options = parser.parse_args(arguments)
     # Triton 3.10 turns the fusion of multiply and add off unless this asks for it; 3.9 warns if it is left open.
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
@@ -27,6 +28,9 @@ def main(arguments: Sequence[str]) -> None:
     binaries = [binary for arch in options.arch for binary in shipped_binaries(arch)]
     if options.json:
         json.dump([asdict(binary) for binary in binaries], sys.stdout, indent=1)
+        return
+    if options.summary:
+        print(summary(binaries))
         return
     compiling = [binary.compile_seconds for binary in binaries if binary.compile_seconds]
     print(markdown(binaries))

@@ -90,3 +90,32 @@ def markdown(binaries: Iterable[Binary]) -> str:
         )
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines)
+
+
+def summary(binaries: Iterable[Binary]) -> str:
+    """A Markdown table with one row for the architectures together: what docs/kernels.md shows."""
+    rows: dict[tuple[str, ...], list[Binary]] = {}
+    for binary in binaries:
+        variant = "; ".join(value for value in sorted(binary.parameters.values()) if value.startswith("= "))
+        where = binary.configurations[0]
+        rows.setdefault((binary.kernel, where, variant), []).append(binary)
+    by_arch = [sorted(row, key=lambda binary: binary.arch) for row in rows.values()]
+    archs = " / ".join(str(binary.arch) for binary in by_arch[0])
+    lines = [
+        f"| kernel | first of its configurations | registers, sm {archs} | spills B | shared KiB | occupancy % | MMA | instructions |",
+        "|" + " --- |" * 8,
+    ]
+    for row in by_arch:
+        figures = [binary.figures for binary in row]
+        cells = (
+            f"`{row[0].kernel}`",
+            row[0].configurations[0],
+            " / ".join(str(one.registers) for one in figures),
+            " / ".join(str(one.spill_store_bytes + one.spill_load_bytes) for one in figures),
+            " / ".join(f"{one.shared_bytes / 1024:.3g}" for one in figures),
+            " / ".join(f"{100 * one.occupancy:.0f}" for one in figures),
+            " / ".join(str(one.tensor_core) for one in figures),
+            " / ".join(str(one.instructions) for one in figures),
+        )
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
