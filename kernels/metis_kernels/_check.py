@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -39,11 +40,26 @@ def tensor(
         raise ValueError(f"{name}: expected a tensor on {device} like the others, got one on {value.device}")
 
 
-def at_least(name: str, value: float, low: float, strictly: bool = False) -> None:
+def at_least(name: str, value: float, low: float, strictly: bool = False, finite: bool = True) -> None:
     """Check a number.
 
     Raises:
-        ValueError: it is below `low` (or equal to it, if `strictly`), or NaN.
+        ValueError: it is below `low` (or equal to it, if `strictly`), NaN, or infinite where it has to be `finite`.
     """
-    if not (value > low if strictly else value >= low):
-        raise ValueError(f"{name}: expected a number {'>' if strictly else '>='} {low}, got {value}")
+    if not (value > low if strictly else value >= low) or (finite and math.isinf(value)):
+        kind = "a finite number" if math.isinf(value) else "a number"
+        raise ValueError(f"{name}: expected {kind} {'>' if strictly else '>='} {low}, got {value}")
+
+
+def indices(name: str, value: Tensor, size: int | None) -> None:
+    """Check the range of indices that are on the host, where looking costs nothing. size: None where it is not known.
+
+    Raises:
+        ValueError: one is below 0, or not below `size`.
+    """
+    if value.device.type != "cpu" or not value.numel():
+        return
+    low, high = int(value.min()), int(value.max())
+    if low < 0 or (size is not None and high >= size):
+        limit = ">= 0" if size is None else f"[0, {size})"
+        raise ValueError(f"{name}: expected indices in {limit}, got {low if low < 0 else high}")

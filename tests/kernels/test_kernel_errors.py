@@ -100,6 +100,8 @@ LOSS: list[tuple[str, object, str]] = [
     ("live_L", torch.ones(T, dtype=torch.bool), "live_L: expected dtype int64, got bool"),
     ("live_L", torch.zeros(T, 1, dtype=torch.int64), r"live_L: expected shape \[L\] = \[any\], got \[4, 1\]"),
     ("live_L", torch.arange(T, device="meta"), "live_L: expected a tensor on cpu like the others, got one on meta"),
+    ("live_L", torch.tensor([0, T]), r"live_L: expected indices in \[0, 4\), got 4"),
+    ("live_L", torch.tensor([-1, 0]), r"live_L: expected indices in \[0, 4\), got -1"),
     ("main_grad", torch.zeros(V, H + 1), r"main_grad: expected shape \[V, H\] = \[16, 8\], got \[16, 9\]"),
     ("main_grad", torch.zeros(V, H).bfloat16(), "main_grad: expected dtype float32, got bfloat16"),
     ("main_grad", torch.zeros(V, H).double(), "main_grad: expected dtype float32, got float64"),
@@ -115,6 +117,7 @@ LOSS: list[tuple[str, object, str]] = [
         for name in ("w_acc", "w_tool", "eps_low", "eps_high", "entropy_coef", "kl_coef", "tis_cap")
         for bad in (-0.1, math.nan)
     ],
+    ("w_tool", math.inf, "w_tool: expected a finite number >= 0, got inf"),
     ("dual_clip", 1.0, "dual_clip: expected a number > 1, got 1.0"),
     ("dual_clip", math.nan, "dual_clip: expected a number > 1, got nan"),
 ]
@@ -126,6 +129,10 @@ def ids(rows: list[tuple[str, object, str]]) -> list[str]:
         f"{name}-{tuple(bad.shape)}-{bad.dtype}-{bad.device}" if isinstance(bad, Tensor) else f"{name}-{bad}"
         for name, bad, _ in rows
     ]
+
+
+def test_a_denominator_that_is_nan_on_the_device_gives_a_loss_that_is_nan():
+    assert math.isnan(float(hdpo_loss(**changed({"num_acc": torch.tensor(math.nan)})).loss.detach()))
 
 
 @pytest.mark.parametrize(("name", "bad", "message"), SHARED, ids=ids(SHARED))

@@ -17,7 +17,7 @@ from metis_kernels._impl import Impl, choose
 from metis_kernels._shard import VocabShard
 from metis_kernels.hdpo_loss import _terms
 from metis_kernels.hdpo_loss._terms import HdpoMetrics
-from metis_kernels.linear_logprob.api import check_head, check_targets
+from metis_kernels.linear_logprob.api import check_head
 
 _SCALARS = (torch.float32, torch.float64)
 
@@ -128,6 +128,8 @@ def hdpo_loss(
         _check.tensor("mask_T", mask_T, (num_tokens,), (torch.bool,), device, axes="[T]")
     if live_L is not None:
         _check.tensor("live_L", live_L, (None,), (torch.int64,), device, axes="[L]")
+        if not torch.compiler.is_compiling():  # where values are not there to be looked at
+            _check.indices("live_L", live_L, num_tokens)
     if main_grad is not None:
         wanted = torch.float64 if hidden_TH.dtype == torch.float64 else torch.float32
         _check.tensor("main_grad", main_grad, head_VH.shape, (wanted,), device, axes="[V, H]")
@@ -138,7 +140,7 @@ def hdpo_loss(
         ("kl_coef", kl_coef), ("tis_cap", tis_cap),
     ):  # fmt: skip
         _check.at_least(name, number, 0)
-    _check.at_least("dual_clip", dual_clip, 1, strictly=True)
+    _check.at_least("dual_clip", dual_clip, 1, strictly=True, finite=False)
     if kl_coef and ref_logp_T is None:
         raise ValueError("ref_logp_T: kl_coef is not 0, so the reference policy's log-probabilities are needed; got None")
     if tis_cap and engine_logp_T is None:
@@ -198,7 +200,7 @@ def _inverse(name: str, num: float | Tensor, device: torch.device) -> Tensor:
         if num.numel() != 1:
             raise ValueError(f"{name}: expected one number, got a tensor of shape {list(num.shape)}")
         value = num.detach().to(device, torch.float64).reshape(())
-        return torch.where(value > 0, 1 / value, 0.0)
+        return torch.where(value == 0, 0.0, 1 / value)
     if not (num >= 0 and math.isfinite(num)):
         raise ValueError(f"{name}: expected a number of tokens >= 0, got {num}")
     return torch.tensor(1 / num if num else 0.0, dtype=torch.float64, device=device)
@@ -241,7 +243,7 @@ def _hdpo_loss(
     else:
         from metis_kernels.hdpo_loss import reference as implementation
 
-    check_targets(targets, 0 if group else len(head))
+    _check.indices("targets_T", targets, None if group else len(head))
     tokens = _terms.Tokens(scaled_acc, scaled_tool, scaled_one, old_logp, engine_logp, ref_logp)
     clip = _terms.Clip(eps_low, eps_high, dual_clip, tis_cap)
     # the rows that are not live stay 0; contiguous, whatever the strides of the hidden states

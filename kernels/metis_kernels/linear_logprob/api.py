@@ -84,20 +84,6 @@ def check_head(hidden_TH: Tensor, head_VH: Tensor, targets_T: Tensor, temperatur
         _check.at_least("chunk", chunk, 1)
 
 
-def check_targets(targets: Tensor, vocab: int) -> None:
-    """Check the range of target indices that are on the host, where looking costs nothing; 0: the size is not known.
-
-    Raises:
-        ValueError: one is outside the vocabulary.
-    """
-    if targets.device.type != "cpu" or not targets.numel():
-        return
-    low, high = int(targets.min()), int(targets.max())
-    if low < 0 or (vocab and high >= vocab):
-        limit = f"[0, {vocab})" if vocab else ">= 0"
-        raise ValueError(f"targets_T: expected indices in {limit}, got {low if low < 0 else high}")
-
-
 @torch.library.custom_op("metis_kernels::linear_logprob", mutates_args=())
 def _linear_logprob(
     hidden: Tensor,
@@ -109,7 +95,7 @@ def _linear_logprob(
     chunk: int,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    check_targets(targets, 0 if group else len(head))
+    _check.indices("targets_T", targets, None if group else len(head))
     # the local imports keep triton and the C++ library out of processes that do not use them
     if impl == "triton":
         from metis_kernels.linear_logprob import triton
