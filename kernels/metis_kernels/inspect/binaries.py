@@ -102,7 +102,8 @@ def summary(binaries: Iterable[Binary]) -> str:
     by_arch = [sorted(row, key=lambda binary: binary.arch) for row in rows.values()]
     archs = " / ".join(str(binary.arch) for binary in by_arch[0])
     lines = [
-        f"| kernel | first of its configurations | registers, sm {archs} | spills B | shared KiB | occupancy % | MMA | instructions |",
+        f"| kernel | first of its configurations | registers, sm {archs} | spills B | shared KiB | occupancy % | MMA "
+        "| instructions |",
         "|" + " --- |" * 8,
     ]
     for row in by_arch:
