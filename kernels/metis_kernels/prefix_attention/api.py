@@ -1,0 +1,164 @@
+"""`prefix_attention`: causal attention of packed groups whose rollouts share their prompt.
+
+Shape letters: N tokens of a pack, H query heads, K key/value heads, D head size.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from metis_kernels import _check
+from metis_kernels._impl import Impl, choose
+from metis_kernels.prefix_attention.segments import Segments
+
+AttentionImpl = Literal[Impl, "flash"]
+
+_FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+
+def prefix_attention(
+    query_NHD: Tensor,
+    key_NKD: Tensor,
+    value_NKD: Tensor,
+    segments: Segments,
+    *,
+    scale: float | None = None,
+    impl: AttentionImpl = "auto",
+) -> Tensor:
+    """Each token attends to the prefix of its segment and, causally, to its segment. Differentiable.
+
+    The same as one dense causal attention for every rollout over prompt and rollout, with the prompt's own tokens computed
+    once; the gradients of the prompt's keys and values are the sums over its rollouts.
+
+    Args:
+        query_NHD: bfloat16, float16, float32 or float64.
+        key_NKD, value_NKD: same dtype; H is a multiple of K (grouped-query heads).
+        segments: what each token sees; their tokens are the rows, in order.
+        scale: factor of the scores. Default 1 / sqrt(D).
+        impl: see `metis_kernels`; besides, `flash`: three calls of flash-attention (version 2 or later), merged by their
+            log-sum-exps. `auto` takes it on CUDA where it is installed.
+
+    Returns:
+        [N, H, D] in the dtype of the inputs.
+
+    Raises:
+        ValueError: a shape, dtype, device or the segments do not fit, or `impl` cannot run here.
+    """
+    _check.tensor("query_NHD", query_NHD, (None, None, None), _FLOATS, axes="[N, H, D]")
+    num_tokens, num_heads, size = query_NHD.shape
+    _check.tensor("key_NKD", key_NKD, (num_tokens, None, size), (query_NHD.dtype,), query_NHD.device, axes="[N, K, D]")
+    _check.tensor("value_NKD", value_NKD, key_NKD.shape, (query_NHD.dtype,), query_NHD.device, axes="[N, K, D]")
+    num_kv = key_NKD.shape[1]
+    if num_kv == 0 or num_heads % num_kv:
+        raise ValueError(f"key_NKD: expected a number of heads that divides the {num_heads} of query_NHD, got {num_kv}")
+    if segments.num_tokens != num_tokens:
+        raise ValueError(f"segments: expected {num_tokens} tokens, as query_NHD has, got {segments.num_tokens}")
+    if scale is None:
+        scale = size**-0.5
+    _check.at_least("scale", scale, 0, strictly=True)
+    out, _ = torch.ops.metis_kernels.prefix_attention(
+        query_NHD, key_NKD, value_NKD, list(segments.offsets), list(segments.prefix), scale, _choose(impl, query_NHD)
+    )
+    return out
+
+
+@torch.compiler.assume_constant_result
+def _flash_usable(device: torch.device, dtype: torch.dtype) -> str:
+    from metis_kernels.prefix_attention import flash
+
+    return flash.why_not(device, dtype)
+
+
+def _choose(impl: AttentionImpl, query_NHD: Tensor) -> str:
+    device, dtype = query_NHD.device, query_NHD.dtype
+    if impl == "flash" or (impl == "auto" and device.type == "cuda"):
+        why_not = _flash_usable(device, dtype)
+        if not why_not:
+            return "flash"
+        if impl == "flash":
+            raise ValueError(f"impl='flash' cannot run here: {why_not}")
+    return choose(impl, device, dtype)
+
+
+def _implementation(impl: str) -> ModuleType:
+    # the local imports keep triton, flash-attention and the C++ library out of processes that do not use them
+    if impl == "triton":
+        from metis_kernels.prefix_attention import triton as implementation
+    elif impl == "cpu":
+        from metis_kernels.prefix_attention import cpu as implementation
+    elif impl == "flash":
+        from metis_kernels.prefix_attention import flash as implementation
+    else:
+        from metis_kernels.prefix_attention import reference as implementation
+    return implementation
+
+
+@torch.library.custom_op("metis_kernels::prefix_attention", mutates_args=())
+def _forward(
+    query: Tensor, key: Tensor, value: Tensor, offsets: list[int], prefix: list[int], scale: float, impl: str
+) -> tuple[Tensor, Tensor]:
+    return _implementation(impl).forward(query, key, value, Segments(tuple(offsets), tuple(prefix)), scale)
+
+
+@_forward.register_fake
+def _(
+    query: Tensor, key: Tensor, value: Tensor, offsets: list[int], prefix: list[int], scale: float, impl: str
+) -> tuple[Tensor, Tensor]:
+    wide = torch.float64 if query.dtype == torch.float64 else torch.float32
+    return torch.empty_like(query), query.new_empty(query.shape[:2], dtype=wide)
+
+
+@torch.library.custom_op("metis_kernels::prefix_attention_backward", mutates_args=())
+def _backward(
+    d_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    offsets: list[int],
+    prefix: list[int],
+    scale: float,
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    segments = Segments(tuple(offsets), tuple(prefix))
+    return _implementation(impl).backward(d_out, query, key, value, out, lse, segments, scale)
+
+
+@_backward.register_fake
+def _(
+    d_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    offsets: list[int],
+    prefix: list[int],
+    scale: float,
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    query, key, value, ctx.offsets, ctx.prefix, ctx.scale, ctx.impl = inputs
+    ctx.save_for_backward(query, key, value, *output)
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _gradients(ctx: Any, d_out: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    if d_out is None:
+        return (None,) * 7
+    d_query, d_key, d_value = torch.ops.metis_kernels.prefix_attention_backward(
+        d_out.contiguous(), *ctx.saved_tensors, ctx.offsets, ctx.prefix, ctx.scale, ctx.impl
+    )
+    return d_query, d_key, d_value, None, None, None, None
+
+
+_forward.register_autograd(_gradients, setup_context=_save)
