@@ -208,6 +208,7 @@ def row_gradients(
     entropy_coef: tl.tensor,
     TIS: tl.constexpr,
     KL: tl.constexpr,
+    MOMENT: tl.constexpr,
     ENTROPY: tl.constexpr,
     FIX: tl.constexpr,
     GUARD: tl.constexpr,
@@ -222,15 +223,16 @@ def row_gradients(
 
     in units of the raw logits; with FIX the target's element of E becomes E_iy - S_i, from float32 values. With ENTROPY
     v_i = (|g_i| + |h_i|) / temperature, and the shares of g and h = entropy_coef / N_acc in |g| + |h| go to
-    `entropy_rows`. GUARD: a row with |ln S| > DRIFT_LIMIT, or an S that is 0, Inf or NaN, is flagged; its v is 0.
+    `entropy_rows`; ENTROPY needs MOMENT. GUARD: a row with |ln S| > DRIFT_LIMIT, or an S that is 0, Inf or NaN, is flagged;
+    its v is 0.
 
     old_logp_C None: the ratio is 1. Grid (ceil(C / ROWS),). Per row, in bytes: read 4 P K + 12 (anchor, scaled_acc,
     scaled_tool), 4 each for old_logp, TIS, KL and scaled_one (None without KL and ENTROPY), 8 with FIX (target); written 12
-    (logp, lse, v), 16 with ENTROPY, 1 with GUARD, an owned element of E with FIX.
+    (logp, lse, v), 4 with MOMENT (entropy), 12 with ENTROPY, 1 with GUARD, an owned element of E with FIX.
     """
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     inside = row < num_rows
-    width = 3 if ENTROPY else 2
+    width = 3 if MOMENT else 2
     total = tl.zeros((ROWS,), tl.float32)
     z_target = tl.zeros((ROWS,), tl.float32)
     moment = tl.zeros((ROWS,), tl.float32)
@@ -239,7 +241,7 @@ def row_gradients(
         statistics = parts_CPK + (row * num_parts + part) * width
         total += tl.load(statistics, mask=inside, other=1.0)
         z_target += tl.load(statistics + 1, mask=inside, other=0.0)
-        if ENTROPY:
+        if MOMENT:
             moment += tl.load(statistics + 2, mask=inside, other=0.0)
     c2 = _base2(tl.load(anchor_C + row, mask=inside, other=0.0), GUARD)
     t_target = tl.fma(z_target, scale, -c2)
@@ -266,11 +268,12 @@ def row_gradients(
     if GUARD:
         tl.store(flagged_C + row, flagged.to(tl.int8), mask=inside)
     g = tl.where(flagged, 0.0, g)
+    if MOMENT:
+        tl.store(entropy_C + row, log_total - moment * LN2 / total, mask=inside)
     if ENTROPY:
         h = tl.where(flagged, 0.0, entropy_coef * one)
         magnitude = tl.abs(g) + tl.abs(h)
         unit = tl.where(magnitude == 0, 1.0, magnitude)
-        tl.store(entropy_C + row, log_total - moment * LN2 / total, mask=inside)
         tl.store(sum_C + row, total, mask=inside)
         tl.store(logp_share_C + row, g / unit, mask=inside)
         tl.store(entropy_share_C + row, h / unit, mask=inside)

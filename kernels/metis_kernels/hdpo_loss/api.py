@@ -57,6 +57,7 @@ def hdpo_loss(
     dual_clip: float = 3.0,
     temperature: float = 1.0,
     entropy_coef: float = 0.0,
+    with_entropy: bool = False,
     kl_coef: float = 0.0,
     ref_logp_T: Tensor | None = None,
     tis_cap: float = 0.0,
@@ -90,6 +91,7 @@ def hdpo_loss(
         w_acc, w_tool: >= 0.
         eps_low, eps_high, dual_clip: bounds of the ratio; dual_clip = inf is off.
         temperature: the one that the tokens were sampled with, > 0.
+        with_entropy: return the entropies of the live tokens, for a metric; without a product more.
         entropy_coef, kl_coef: per sampled token, divided by N_acc; 0 is off. kl_coef needs ref_logp_T (k3 estimator).
         tis_cap: C of the truncated importance weight min(exp(old - engine), C); 0 is off. Needs engine_logp_T.
         anchor_T: an estimate of the log-sum-exp of z / temperature, for example `linear_logprob(...).lse_T` under the old
@@ -179,19 +181,19 @@ def hdpo_loss(
         hidden_TH.detach(), head_VH.detach(), live_L, targets_T[live_L], anchor_L,
         tokens.scaled_acc_L, tokens.scaled_tool_L, tokens.scaled_one_L,
         tokens.old_logp_L, tokens.engine_logp_L, tokens.ref_logp_L,
-        eps_low, eps_high, dual_clip, tis_cap, kl_coef, entropy_coef, temperature,
+        eps_low, eps_high, dual_clip, tis_cap, kl_coef, entropy_coef, with_entropy, temperature,
         start, group, reduce_hidden, chunk or 0, chosen, need_hidden, head_grad,
     )  # fmt: skip
     clip = _terms.Clip(eps_low, eps_high, dual_clip, tis_cap)
-    with_entropy = entropy_L if entropy_coef else None
-    loss, metrics = _terms.loss_and_metrics(logp_L, with_entropy, tokens, clip, kl_coef, entropy_coef)
+    entropies = entropy_L if entropy_coef or with_entropy else None
+    loss, metrics = _terms.loss_and_metrics(logp_L, entropies, tokens, clip, kl_coef, entropy_coef)
     loss = loss.to(wide)
     own_head_grad = head_grad if main_grad is None else None
     if need_hidden or own_head_grad is not None:
         loss = torch.ops.metis_kernels.attach_gradients(
             loss, hidden_TH, head_VH, d_hidden if need_hidden else None, own_head_grad
         )
-    return HdpoLoss(loss, metrics, logp_L, lse_L, with_entropy, live_L)
+    return HdpoLoss(loss, metrics, logp_L, lse_L, entropies, live_L)
 
 
 def _inverse(name: str, num: float | Tensor, device: torch.device) -> Tensor:
@@ -225,6 +227,7 @@ def _hdpo_loss(
     tis_cap: float,
     kl_coef: float,
     entropy_coef: float,
+    with_entropy: bool,
     temperature: float,
     vocab_start: int,
     group: str,
@@ -258,6 +261,7 @@ def _hdpo_loss(
         clip,
         kl_coef,
         entropy_coef,
+        with_entropy,
         temperature,
         vocab_start,
         group,

@@ -40,6 +40,7 @@ class _Call:
     clip: _terms.Clip
     kl_coef: float
     entropy_coef: float
+    with_entropy: bool
     temperature: float
     group: torch.distributed.ProcessGroup | None
     d_hidden_TH: Tensor | None
@@ -60,6 +61,7 @@ def hdpo_loss(
     clip: _terms.Clip,
     kl_coef: float,
     entropy_coef: float,
+    with_entropy: bool,
     temperature: float,
     vocab_start: int,
     group_name: str,
@@ -80,6 +82,7 @@ def hdpo_loss(
         clip,
         kl_coef,
         entropy_coef,
+        with_entropy or entropy_coef != 0,
         temperature,
         _shard.resolve(group_name),
         d_hidden_TH,
@@ -135,7 +138,7 @@ def _run(call: _Call, store: _Store, rows: Tensor, out: Tensor, exact: bool) -> 
     """
     live_C, local_C = call.live_L[rows], call.local_L[rows]
     tokens = call.tokens.rows(rows)
-    with_entropy = call.entropy_coef != 0
+    from_logits = call.entropy_coef != 0
     part = open_chunk(
         call.hidden_TH,
         live_C,
@@ -144,22 +147,22 @@ def _run(call: _Call, store: _Store, rows: Tensor, out: Tensor, exact: bool) -> 
         call.temperature,
         store.workspace,
         with_d_hidden=call.d_hidden_TH is not None,
-        from_logits=with_entropy and call.need_gradient,
+        from_logits=from_logits and call.need_gradient,
     )
     store.workspace = part.workspace
     anchor_C = _exact_anchor(part, call) if exact else _anchor(part, call, rows)
 
     kept = store.of(call, part)
-    logits, exponentials = (kept, None) if with_entropy else (None, kept)
-    _, sum_C, moment_C, target_C, target_exp_C = part.forward(anchor_C, exponentials, logits, moment=with_entropy)
-    statistics = torch.stack([sum_C, target_C, moment_C] if with_entropy else [sum_C, target_C])
+    logits, exponentials = (kept, None) if from_logits else (None, kept)
+    _, sum_C, moment_C, target_C, target_exp_C = part.forward(anchor_C, exponentials, logits, moment=call.with_entropy)
+    statistics = torch.stack([sum_C, target_C, moment_C] if call.with_entropy else [sum_C, target_C])
     _shard.sum_over_ranks(statistics, call.group)
     sum_C, target_C = statistics[0], statistics[1]
     log_sum_C = sum_C.log()
     lse_C = anchor_C + log_sum_C
     logp_C = target_C - lse_C
     # the moment is relative to the anchor: no cancellation between large logits
-    entropy_C = log_sum_C - statistics[2] / sum_C if with_entropy else torch.zeros_like(lse_C)
+    entropy_C = log_sum_C - statistics[2] / sum_C if call.with_entropy else torch.zeros_like(lse_C)
     good = torch.ones_like(sum_C, dtype=torch.bool) if exact else log_sum_C.abs() <= _ANCHOR_LIMIT  # False for NaN and Inf
     out[:, rows[good]] = torch.stack([logp_C, lse_C, entropy_C]).float()[:, good]
     if call.need_gradient:

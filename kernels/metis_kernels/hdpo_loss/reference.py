@@ -26,6 +26,7 @@ def hdpo_loss(
     clip: _terms.Clip,
     kl_coef: float,
     entropy_coef: float,
+    with_entropy: bool,
     temperature: float,
     vocab_start: int,
     group_name: str,
@@ -35,7 +36,7 @@ def hdpo_loss(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(logp, lse, entropy), [L] each. Fills the live rows of d_hidden_TH and adds to head_grad_VH. See api.hdpo_loss.
 
-    The anchor is not needed here.
+    Neither the anchor nor with_entropy is needed here.
     """
     group = _shard.resolve(group_name)
     wide = torch.float64 if hidden_TH.dtype == torch.float64 else torch.float32

@@ -112,6 +112,7 @@ class _Call:
     clip: Clip
     kl_coef: float
     entropy_coef: float
+    with_entropy: bool
     temperature: float
     group: dist.ProcessGroup | None
     chunk: int
@@ -160,6 +161,7 @@ def hdpo_loss(
     clip: Clip,
     kl_coef: float,
     entropy_coef: float,
+    with_entropy: bool,
     temperature: float,
     vocab_start: int,
     group_name: str,
@@ -170,10 +172,11 @@ def hdpo_loss(
     """(logp, lse, entropy), [L] float32 each. Fills the live rows of d_hidden_TH and adds to head_grad_VH (float32).
 
     chunk: 0 chooses. d_hidden_TH, head_grad_VH: contiguous; what is None costs nothing. The entropy is 0 where
-    entropy_coef is. See api.hdpo_loss.
+    neither an entropy bonus nor `with_entropy` asks for it. See api.hdpo_loss.
     """
     results = _Results.empty(len(live_L), hidden_TH.device)
-    if not entropy_coef:
+    with_entropy = with_entropy or entropy_coef != 0
+    if not with_entropy:
         results.entropy_L.zero_()
     if not len(live_L):
         return results.logp_L, results.lse_L, results.entropy_L
@@ -183,7 +186,8 @@ def hdpo_loss(
     if head_grad_VH is not None and head_VH.dtype == torch.float16:
         unit = _grad_unit(tokens, kl_coef, entropy_coef)
     call = _Call(
-        hidden_TH, head_VH, clip, kl_coef, entropy_coef, temperature, group, chunk or _CHUNK, d_hidden_TH, head_grad_VH, unit
+        hidden_TH, head_VH, clip, kl_coef, entropy_coef, with_entropy, temperature, group, chunk or _CHUNK, d_hidden_TH,
+        head_grad_VH, unit,
     )  # fmt: skip
     rows = _Rows(live_L, _shard.local_targets(targets_L, vocab_start, len(head_VH)), anchor_L, tokens)
     if anchor_L is None:
@@ -200,7 +204,7 @@ def hdpo_loss(
             _run(call, replace(rows, anchor_L=None).at(again), exact)
             results.logp_L[again] = exact.logp_L
             results.lse_L[again] = exact.lse_L
-            if entropy_coef:
+            if with_entropy:
                 results.entropy_L[again] = exact.entropy_L
     if unit is not None and head_grad_VH is not None:
         head_grad_VH *= unit
@@ -288,16 +292,16 @@ def _anchored_softmax(call: _Call, rows: _Rows, anchor_C: Tensor, guard: bool, b
     """From logits to E (with an entropy bonus, D) and the row scales v. Fills `results`."""
     num, vocab = buffers.z_CV.shape
     block, parts = _parts(num, vocab)
-    with_entropy = call.entropy_coef != 0
-    store = call.with_gradient and not with_entropy
+    bonus = call.entropy_coef != 0
+    store = call.with_gradient and not bonus
     dtype = call.head_VH.dtype
-    parts_CPK = anchor_C.new_empty((num, parts, 3 if with_entropy else 2))
+    parts_CPK = anchor_C.new_empty((num, parts, 3 if call.with_entropy else 2))
     launch(
         _kernels.anchored_rows,
         (num, parts),
         buffers.z_CV, buffers.e_CV, rows.targets_L, anchor_C, parts_CPK, vocab, parts, call.scale,
         num_warps=_ROW_WARPS,
-        STORE=store, MOMENT=with_entropy, GUARD=guard, EXPONENT_LIMIT=_EXPONENT_LIMIT[dtype], BLOCK=block,
+        STORE=store, MOMENT=call.with_entropy, GUARD=guard, EXPONENT_LIMIT=_EXPONENT_LIMIT[dtype], BLOCK=block,
     )  # fmt: skip
     if call.group is not None:
         parts_CPK, parts = _shard.sum_over_ranks(parts_CPK.sum(1), call.group), 1
@@ -308,17 +312,17 @@ def _anchored_softmax(call: _Call, rows: _Rows, anchor_C: Tensor, guard: bool, b
         _kernels.row_gradients,
         (cdiv(num, _GRADIENT_ROWS),),
         parts_CPK, rows.targets_L, anchor_C,
-        tokens.scaled_acc_L, tokens.scaled_tool_L, tokens.scaled_one_L if call.kl_coef or with_entropy else None,
+        tokens.scaled_acc_L, tokens.scaled_tool_L, tokens.scaled_one_L if call.kl_coef or bonus else None,
         tokens.old_logp_L, tokens.engine_logp_L if clip.tis_cap else None, tokens.ref_logp_L if call.kl_coef else None,
         buffers.e_CV, results.logp_L, results.lse_L, results.entropy_L,
         sum_C, row_scale_C, logp_share_C, entropy_share_C, results.flagged_L,
         num, vocab, parts, call.scale, 1 / call.temperature,
         1 - clip.eps_low, 1 + clip.eps_high, clip.dual_clip, clip.tis_cap, call.kl_coef, call.entropy_coef,
         num_warps=1,
-        TIS=clip.tis_cap != 0, KL=call.kl_coef != 0, ENTROPY=with_entropy, FIX=store, GUARD=guard,
+        TIS=clip.tis_cap != 0, KL=call.kl_coef != 0, MOMENT=call.with_entropy, ENTROPY=bonus, FIX=store, GUARD=guard,
         DRIFT_LIMIT=_DRIFT_LIMIT[dtype], ROWS=_GRADIENT_ROWS,
     )  # fmt: skip
-    if with_entropy and call.with_gradient:
+    if bonus and call.with_gradient:
         launch(
             _kernels.entropy_rows,
             (num, cdiv(vocab, block)),
