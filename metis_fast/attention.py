@@ -16,6 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AttentionInterface
 
+from metis_kernels.prefix_attention.api import AttentionImpl, prefix_attention
+from metis_kernels.prefix_attention.segments import Segments
+
 NAME = "metis"
 
 
@@ -54,6 +57,18 @@ class CausalSdpa:
 
     def attend(self, layer: int, query_BHSD: Tensor, key_BKSD: Tensor, value_BKSD: Tensor, scale: float) -> Tensor:
         return F.scaled_dot_product_attention(query_BHSD, key_BKSD, value_BKSD, is_causal=True, scale=scale, enable_gqa=True)
+
+
+class PrefixShared:
+    """Packed groups: each rollout sees its prompt, which stands there once, and itself causally (B = 1)."""
+
+    def __init__(self, segments: Segments, impl: AttentionImpl) -> None:
+        self._segments, self._impl = segments, impl
+
+    def attend(self, layer: int, query_BHSD: Tensor, key_BKSD: Tensor, value_BKSD: Tensor, scale: float) -> Tensor:
+        query, key, value = (part[0].transpose(0, 1) for part in (query_BHSD, key_BKSD, value_BKSD))
+        out_NHD = prefix_attention(query, key, value, self._segments, scale=scale, impl=self._impl)
+        return out_NHD.transpose(0, 1)[None]
 
 
 def _registered(

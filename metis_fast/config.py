@@ -207,8 +207,10 @@ class LossConfig(_Section):
     normalization: Literal["global", "reference"] = "global"
     """`global`: over the whole mini-batch. `reference`: the public recipe's, per micro-batch and with float noise in uniform
     groups; for parity runs only."""
-    token_chunk: Positive = 2048
-    """Tokens whose logits exist at once."""
+    impl: Literal["auto", "triton", "cpu", "reference"] = "auto"
+    """Implementation of head and loss (docs/kernels.md)."""
+    token_chunk: NonNegative = 0
+    """Tokens whose logits exist at once; 0 leaves it to the implementation."""
 
 
 class OptimConfig(_Section):
@@ -241,8 +243,12 @@ class TrainConfig(_Section):
     """Rollout steps."""
     prompts_per_mini_batch: Positive = 64
     """Prompts in one optimizer step."""
-    tokens_per_micro_batch: Positive = 32768
-    """Padded tokens in one forward and backward pass. Changes memory and speed, not the gradient."""
+    tokens_per_micro_batch: Positive = 40960
+    """Tokens in one forward and backward pass. Changes memory and speed, not the gradient."""
+    share_prompt: bool = True
+    """Run a prompt once for all its rollouts in a pass (exact)."""
+    attention: Literal["auto", "flash", "triton", "cpu", "reference"] = "reference"
+    """Implementation of the prefix-shared attention (docs/kernels.md)."""
     skip_zero_advantage: bool = True
     """Do not run rollouts whose advantages are both exactly 0 (exact; off by itself when entropy or KL need them)."""
     activation_checkpointing: bool = False

@@ -285,11 +285,12 @@ class ScoredGroup:
 class UpdateStats:
     """What one optimizer step did. Made by `train`.
 
-    loss_acc, loss_tool: the two terms of ALGORITHM section 4, before their weights.
-    clip_acc, clip_tool: share of the tokens of each channel (non-zero advantage) whose surrogate is clipped.
+    loss_acc, loss_tool: the two terms of ALGORITHM section 4, before their weights; 0 where the weight is 0.
+    clip_acc, clip_tool: share of the tokens of each channel (non-zero weighted advantage) whose surrogate is clipped.
     kl: mean of logp_old - logp (k1); ratio_max, ratio_min; entropy: mean; engine_gap: mean |logp_old - logp_engine|. These five
-    are over the sampled tokens that were run, which leaves out rollouts that needed no gradient.
-    num_tokens: tokens run through the model, padding excluded; num_skipped: tokens of rollouts that needed no gradient.
+    are over the tokens that reached the LM head, which leaves out what needs no gradient.
+    num_tokens: tokens run through the model; num_shared: tokens of prompts that were run once for several rollouts;
+    num_skipped: tokens of rollouts that needed no gradient.
     skipped_step: nothing in the mini-batch had a gradient.
     """
 
@@ -306,7 +307,7 @@ class UpdateStats:
     entropy: float
     engine_gap: float
     num_tokens: int
-    num_padding: int
+    num_shared: int
     num_skipped: int
     n_acc: int
     n_tool: int

@@ -43,7 +43,7 @@ _UPDATE_MEANS = {
 }
 _UPDATE_SUMS = {
     "tokens/run": "num_tokens",
-    "tokens/padding": "num_padding",
+    "tokens/shared": "num_shared",
     "tokens/skipped": "num_skipped",
     "tokens/n_acc": "n_acc",
     "tokens/n_tool": "n_tool",

@@ -28,8 +28,8 @@ from metis_kernels.prefix_attention.segments import Segments
 class Sample:
     """A rollout on its way into the loss.
 
-    old_logp, anchor: [tokens] float32, log-probability and log-sum-exp under the proximal policy; None where that is the current
-    one (first mini-batch of a step).
+    old_logp, anchor: [tokens] float32, log-probability and log-sum-exp under the proximal policy; None where that is the
+    current one (first mini-batch of a step).
     """
 
     rollout: Rollout
@@ -154,8 +154,8 @@ def split(samples: Sequence[Sample], budget: int, share_prompt: bool) -> list[li
 class CostModel:
     """Predicted FLOPs of a pass: what packs are balanced by over data-parallel ranks.
 
-    dense: of a token in the decoder's matrices. pair: of a visible (query, key) pair over all layers and heads. patch: of an image
-    patch in the vision tower, attention within the image aside.
+    dense: of a token in the decoder's matrices. pair: of a visible (query, key) pair over all layers and heads. patch: of an
+    image patch in the vision tower, attention within the image aside.
     """
 
     dense: float

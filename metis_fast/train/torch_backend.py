@@ -10,17 +10,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from metis_fast.attention import AttentionPlan, CausalBmm, CausalSdpa
+from metis_fast.attention import PrefixShared
 from metis_fast.checkpoint.optimizer import FlatOptimizer, flatten_optimizer, unflatten_optimizer
 from metis_fast.checkpoint.params import MASTER, OPTIMIZER, WEIGHT, add_prefix, copy_exactly, take_prefix
 from metis_fast.config import Config, OptimConfig
 from metis_fast.errors import CheckpointError, NonFiniteError
 from metis_fast.model import Policy
-from metis_fast.train import loss as loss_terms
 from metis_fast.train.optimizer import Optimizer, trainable
-from metis_fast.train.pack import MicroBatch, Sample, pack, split
+from metis_fast.train.pack import Pack, Sample, build, split
 from metis_fast.train.protocol import TrainerState
 from metis_fast.types import Rollout, Score, ScoredGroup, UpdateStats
+from metis_kernels import HdpoLoss, hdpo_loss, linear_logprob
 
 
 @dataclass(slots=True)
@@ -30,18 +30,45 @@ class _Sums:
     loss: float = 0.0
     loss_acc: float = 0.0
     loss_tool: float = 0.0
-    clipped_acc: int = 0
-    live_acc: int = 0
-    clipped_tool: int = 0
-    live_tool: int = 0
+    clipped_acc: float = 0.0
+    live_acc: float = 0.0
+    clipped_tool: float = 0.0
+    live_tool: float = 0.0
     kl: float = 0.0
     entropy: float = 0.0
     engine_gap: float = 0.0
-    ratio_max: float = 0.0
-    ratio_min: float = math.inf
-    sampled: int = 0
+    ratio_max: float = 1.0
+    ratio_min: float = 1.0
+    live: float = 0.0
     tokens: int = 0
-    padding: int = 0
+    shared: int = 0
+
+    def add(self, out: HdpoLoss, pack: Pack) -> None:
+        """One pack; one copy from the device."""
+        m = out.metrics
+        values = torch.stack(
+            [
+                out.loss.detach().double(), m.loss_acc, m.loss_tool, m.num_clipped_acc, m.num_acc, m.num_clipped_tool,
+                m.num_tool, m.sum_kl, m.sum_entropy, m.sum_engine_gap, m.num_live, m.ratio_max, m.ratio_min,
+            ]
+        ).tolist()  # fmt: skip
+        self.loss += values[0]
+        self.loss_acc += values[1]
+        self.loss_tool += values[2]
+        self.clipped_acc += values[3]
+        self.live_acc += values[4]
+        self.clipped_tool += values[5]
+        self.live_tool += values[6]
+        self.kl += values[7]
+        self.entropy += values[8]
+        self.engine_gap += values[9]
+        self.live += values[10]
+        if values[10]:
+            first = self.live == values[10]
+            self.ratio_max = values[11] if first else max(self.ratio_max, values[11])
+            self.ratio_min = values[12] if first else min(self.ratio_min, values[12])
+        self.tokens += len(pack.tokens_N)
+        self.shared += pack.num_shared
 
 
 class TorchTrainer:
@@ -100,40 +127,46 @@ class TorchTrainer:
 
     # -- forward ------------------------------------------------------------------------------------------------------
 
-    def _plan(self) -> AttentionPlan:
-        return CausalBmm() if self._config.model.attention == "bmm" else CausalSdpa()
-
-    def _logp(self, batch: MicroBatch) -> tuple[Tensor, Tensor]:
-        """Log-probability and entropy of the sampled tokens, [T] each."""
+    def _hidden(self, pack: Pack) -> Tensor:
+        """Hidden states that predict the sampled tokens, [T, H]."""
         device = self.policy.head.device
         features = None
-        if batch.images:
+        if pack.images:
             with torch.set_grad_enabled(torch.is_grad_enabled() and self._vision_trained):
-                features = self.policy.encode_images(batch.images).take(batch.image_order)
-        hidden = self.policy.hidden(batch.tokens_BS.to(device), batch.positions_3BS.to(device), features, self._plan())
-        return loss_terms.head_logp(
-            hidden.flatten(0, 1)[batch.select_T.to(device)],
-            self.policy.head,
-            batch.targets_T.to(device),
-            self._config.rollout.temperature,
-            self._config.loss.token_chunk,
-        )
+                features = self.policy.encode_images(pack.images).take(pack.image_order)
+        plan = PrefixShared(pack.segments, self._config.train.attention)
+        tokens, positions = pack.tokens_N[None].to(device), pack.positions_3N[:, None].to(device)
+        return self.policy.hidden(tokens, positions, features, plan)[0, pack.select_T.to(device)]
+
+    def _packs(self, samples: Sequence[Sample], budget: int) -> list[Pack]:
+        return [build(part, self.policy.merge) for part in split(samples, budget, self._config.train.share_prompt)]
 
     @torch.no_grad()
+    def _logprobs(self, samples: Sequence[Sample]) -> dict[int, tuple[np.ndarray, np.ndarray]]:
+        """By id of the sample: log-probability and log-sum-exp of every sampled token, [tokens] float32, 0 elsewhere."""
+        out: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        for pack in self._packs(samples, self._config.train.tokens_per_micro_batch):
+            found = linear_logprob(
+                self._hidden(pack),
+                self.policy.head,
+                pack.targets_T.to(self.policy.head.device),
+                temperature=self._config.rollout.temperature,
+                chunk=self._config.loss.token_chunk or None,
+                impl=self._config.loss.impl,
+            )
+            values = torch.stack([found.logp_T, found.lse_T]).float().cpu().numpy()
+            which = pack.sample_T.numpy()
+            for i, sample in enumerate(pack.samples):
+                full = np.zeros((2, len(sample.rollout.tokens)), np.float32)
+                full[:, sample.rollout.sampled] = values[:, which == i]
+                out[id(sample)] = (full[0], full[1])
+        return out
+
     def logprobs(self, rollouts: Sequence[Rollout]) -> list[np.ndarray]:
         """Log-probability of every sampled token under the current weights, [S] float32 a rollout, 0 elsewhere."""
-        blank = Score(None, rollouts[0].outcome) if rollouts else None
-        out: dict[int, np.ndarray] = {}
-        samples = [Sample(rollout, blank) for rollout in rollouts if blank is not None]
-        for part in split(samples, self._config.train.tokens_per_micro_batch):
-            batch = pack(part, self.policy.merge)
-            logp = self._logp(batch)[0].cpu().numpy()
-            row = batch.row_T.numpy()
-            for i, sample in enumerate(part):
-                full = np.zeros(len(sample.rollout.tokens), np.float32)
-                full[sample.rollout.sampled] = logp[row == i]
-                out[id(sample.rollout)] = full
-        return [out[id(rollout)] for rollout in rollouts]
+        samples = [Sample(rollout, Score(None, rollout.outcome)) for rollout in rollouts]
+        found = self._logprobs(samples)
+        return [found[id(sample)][0] for sample in samples]
 
     # -- HDPO ---------------------------------------------------------------------------------------------------------
 
@@ -178,8 +211,8 @@ class TorchTrainer:
 
     def _with_old(self, samples: list[Sample], check: Callable[[], None]) -> list[Sample]:
         check()
-        old = self.logprobs([sample.rollout for sample in samples])
-        return [replace(sample, old_logp=logp) for sample, logp in zip(samples, old, strict=True)]
+        old = self._logprobs(samples)
+        return [replace(sample, old_logp=old[id(sample)][0], anchor=old[id(sample)][1]) for sample in samples]
 
     @torch.no_grad()
     def _with_reference(self, batches: list[list[Sample]]) -> list[list[Sample]]:
@@ -201,18 +234,18 @@ class TorchTrainer:
         n_tool = sum(sample.rollout.num_sampled for sample in every if sample.score.in_tool_denominator)
         sums, lr = _Sums(), self.optimizer.lr
         self.optimizer.start()
-        for part in split(run, self._config.train.tokens_per_micro_batch):
+        for pack in self._packs(run, self._config.train.tokens_per_micro_batch):
             check()
-            batch = pack(part, self.policy.merge)
             if self._config.loss.normalization == "reference":
                 # the public recipe: a mean over the micro-batch's own tokens, weighted by its share of the rows
-                share = len(part) / len(every)
-                own_acc, own_tool = len(batch.targets_T) / share, float(batch.in_tool_T.sum()) / share
+                share = len(pack.samples) / len(every)
+                in_tool = sum(s.rollout.num_sampled for s in pack.samples if s.score.in_tool_denominator)
+                own_acc, own_tool = len(pack.targets_T) / share, in_tool / share
             else:
                 own_acc, own_tool = float(n_acc), float(n_tool)
-            total = self._micro_loss(batch, own_acc, own_tool, sums)
+            total = self._micro_loss(pack, own_acc, own_tool, sums)
             if not bool(torch.isfinite(total)):
-                names = ", ".join(f"{s.rollout.prompt_uid}#{s.rollout.index}" for s in part[:4])
+                names = ", ".join(f"{s.rollout.prompt_uid}#{s.rollout.index}" for s in pack.samples[:4])
                 raise NonFiniteError(
                     f"loss is {float(total.detach())} in mini-batch {index} (rollouts {names}, …); the step was not applied"
                 )
@@ -221,60 +254,63 @@ class TorchTrainer:
         norm = self.optimizer.step()
         if not math.isfinite(norm):
             raise NonFiniteError(f"gradient norm is {norm} in mini-batch {index}; the step was not applied")
-        count = max(1, sums.sampled)
+        count, loss = max(1.0, sums.live), self._config.loss
         return UpdateStats(
             loss=sums.loss,
-            loss_acc=sums.loss_acc,
-            loss_tool=sums.loss_tool,
+            loss_acc=sums.loss_acc / loss.w_acc if loss.w_acc else 0.0,
+            loss_tool=sums.loss_tool / loss.w_tool if loss.w_tool else 0.0,
             grad_norm=norm,
             lr=lr,
             clip_acc=sums.clipped_acc / max(1, sums.live_acc),
             clip_tool=sums.clipped_tool / max(1, sums.live_tool),
             kl=sums.kl / count,
-            ratio_max=sums.ratio_max if sums.sampled else 1.0,
-            ratio_min=sums.ratio_min if sums.sampled else 1.0,
+            ratio_max=sums.ratio_max,
+            ratio_min=sums.ratio_min,
             entropy=sums.entropy / count,
             engine_gap=sums.engine_gap / count,
             num_tokens=sums.tokens,
-            num_padding=sums.padding,
-            num_skipped=sum(len(s.rollout.tokens) for s in every) - sums.tokens,
+            num_shared=sums.shared,
+            num_skipped=sum(len(s.rollout.tokens) for s in every) - sums.tokens - sums.shared,
             n_acc=n_acc,
             n_tool=n_tool,
             skipped_step=not run,
         )
 
-    def _micro_loss(self, batch: MicroBatch, n_acc: float, n_tool: float, sums: _Sums) -> Tensor:
+    def _micro_loss(self, pack: Pack, n_acc: float, n_tool: float, sums: _Sums) -> Tensor:
         config, device = self._config.loss, self.policy.head.device
-        logp, entropy = self._logp(batch)
-        old = logp.detach() if batch.old_logp_T is None else batch.old_logp_T.to(device)
-        engine = batch.engine_logp_T.to(device)
-        ratio = loss_terms.log_ratio_to_ratio(logp - old)
-        weight = loss_terms.truncated_weight(old, engine, config.tis_cap) if config.tis_cap else None
-        acc = loss_terms.surrogate(ratio, batch.adv_acc_T.to(device), weight, n_acc, config)
-        tool = loss_terms.surrogate(ratio, batch.adv_tool_T.to(device), weight, n_tool, config)
-        total = config.w_acc * acc.loss + config.w_tool * tool.loss
-        if config.entropy_coef:
-            total = total - config.entropy_coef * entropy.sum() / n_acc
-        if config.kl_coef:
-            assert batch.ref_logp_T is not None
-            total = total + config.kl_coef * loss_terms.k3(logp, batch.ref_logp_T.to(device)).sum() / n_acc
-        with torch.no_grad():
-            sums.loss += float(total)
-            sums.loss_acc += float(acc.loss)
-            sums.loss_tool += float(tool.loss)
-            sums.clipped_acc += int(acc.num_clipped)
-            sums.live_acc += int(acc.num_live)
-            sums.clipped_tool += int(tool.num_clipped)
-            sums.live_tool += int(tool.num_live)
-            sums.kl += float((old - logp).sum())
-            sums.entropy += float(entropy.sum())
-            sums.engine_gap += float((old - engine).abs().sum())
-            sums.ratio_max = max(sums.ratio_max, float(ratio.max()))
-            sums.ratio_min = min(sums.ratio_min, float(ratio.min()))
-            sums.sampled += len(logp)
-            sums.tokens += batch.num_tokens
-            sums.padding += batch.num_padding
-        return total
+
+        def there(value: Tensor | None) -> Tensor | None:
+            return None if value is None else value.to(device)
+
+        out = hdpo_loss(
+            self._hidden(pack),
+            self.policy.head,
+            pack.targets_T.to(device),
+            there(pack.old_logp_T),
+            pack.adv_acc_T.to(device),
+            pack.adv_tool_T.to(device),
+            None,
+            n_acc,
+            n_tool,
+            w_acc=config.w_acc,
+            w_tool=config.w_tool,
+            eps_low=config.eps_low,
+            eps_high=config.eps_high,
+            dual_clip=config.dual_clip,
+            temperature=self._config.rollout.temperature,
+            entropy_coef=config.entropy_coef,
+            with_entropy=True,
+            kl_coef=config.kl_coef,
+            ref_logp_T=there(pack.ref_logp_T),
+            tis_cap=config.tis_cap,
+            engine_logp_T=there(pack.engine_logp_T),
+            anchor_T=there(pack.anchor_T),
+            live_L=None if self._config.train.skip_zero_advantage else torch.arange(len(pack.targets_T), device=device),
+            chunk=config.token_chunk or None,
+            impl=config.impl,
+        )
+        sums.add(out, pack)
+        return out.loss
 
     # -- SFT ----------------------------------------------------------------------------------------------------------
 
@@ -290,12 +326,30 @@ class TorchTrainer:
         blank = Score(None, rollouts[0].outcome)
         self.optimizer.start()
         total = 0.0
-        for part in split([Sample(rollout, blank) for rollout in rollouts], self._config.sft.tokens_per_micro_batch):
-            logp, _ = self._logp(pack(part, self.policy.merge))
-            loss = -logp.sum() / count
-            loss.backward()
+        samples = [Sample(rollout, blank) for rollout in rollouts]
+        for pack in self._packs(samples, self._config.sft.tokens_per_micro_batch):
+            hidden = self._hidden(pack)
+            targets, ones = pack.targets_T.to(hidden.device), torch.ones(len(hidden), device=hidden.device)
+            # with advantage 1 and ratio 1 the gradient of the surrogate is that of the log-likelihood
+            out = hdpo_loss(
+                hidden,
+                self.policy.head,
+                targets,
+                None,
+                ones,
+                ones,
+                None,
+                count,
+                0,
+                w_tool=0.0,
+                temperature=self._config.rollout.temperature,
+                engine_logp_T=None,
+                chunk=self._config.loss.token_chunk or None,
+                impl=self._config.loss.impl,
+            )
+            out.loss.backward()
             self.optimizer.accumulate()
-            total += float(loss.detach())
+            total -= float(out.logp_L.double().sum()) / count
         norm = self.optimizer.step()
         if not (math.isfinite(total) and math.isfinite(norm)):
             raise NonFiniteError(f"SFT loss is {total} with gradient norm {norm}; lower sft.optim.lr or check the trajectories")

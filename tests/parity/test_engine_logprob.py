@@ -18,9 +18,8 @@ from metis_fast.model import rope_positions
 from metis_fast.rollout.chat import Chat
 from metis_fast.rollout.engine import Sampling
 from metis_fast.rollout.native import NativeEngine
-from metis_fast.train.pack import Sample, pack
 from metis_fast.train.torch_backend import TorchTrainer
-from metis_fast.types import ImageSpan, Observation, Outcome, Rollout, Score, Turn
+from metis_fast.types import ImageSpan, Observation, Outcome, Rollout, Turn
 
 
 @pytest.fixture(scope="module")
@@ -76,10 +75,21 @@ def rollouts(play, make_prompt, picture):
 
 
 def forward(policy, rollouts, plan):
-    """Logits [B, S, V] of padded rows by `Policy.hidden`."""
-    batch = pack([Sample(r, Score(None, r.outcome)) for r in rollouts], policy.merge)
-    features = policy.encode_images(batch.images).take(batch.image_order) if batch.images else None
-    hidden = policy.hidden(batch.tokens_BS, batch.positions_3BS, features, plan)
+    """Logits [B, S, V] of right-padded rows by `Policy.hidden`, each distinct image encoded once."""
+    size = max(len(r.tokens) for r in rollouts)
+    tokens, positions = (
+        torch.zeros(len(rollouts), size, dtype=torch.long),
+        torch.zeros(3, len(rollouts), size, dtype=torch.long),
+    )
+    images, order = {}, []
+    for row, rollout in enumerate(rollouts):
+        num = len(rollout.tokens)
+        tokens[row, :num] = torch.from_numpy(rollout.tokens.astype(np.int64))
+        positions[:, row, :num] = torch.from_numpy(rope_positions(num, rollout.image_spans, policy.merge))
+        by_hash = {image.sha256: image for image in rollout.images}
+        order += [images.setdefault(span.sha256, (len(images), by_hash[span.sha256]))[0] for span in rollout.image_spans]
+    features = policy.encode_images([image for _, image in images.values()]).take(order) if images else None
+    hidden = policy.hidden(tokens, positions, features, plan)
     return torch.nn.functional.linear(hidden, policy.head)
 
 

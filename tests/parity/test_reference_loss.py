@@ -15,8 +15,9 @@ import torch
 from metis_fast.config import Config
 from metis_fast.score.scoring import score_groups
 from metis_fast.testing.judge import FakeJudge
+from metis_fast.train.pack import Sample, split
 from metis_fast.train.torch_backend import TorchTrainer
-from metis_fast.types import Group
+from metis_fast.types import Group, Score
 
 CALL = '<tool_call>{"name": "python", "arguments": {"code": "%s"}}</tool_call>'
 ANSWER = "<reason>%s</reason><answer>%s</answer><|im_end|>"
@@ -118,14 +119,14 @@ def recipe_loss(logps, olds, rows, config, micro_batches):
 
 
 def micro_batches_of(rows, budget):
-    """Row numbers of each pass: longest first, as many as fit the padded budget."""
-    order = sorted(range(len(rows)), key=lambda i: (-len(rows[i][0].tokens), i))
-    parts = []
-    for i in order:
-        if not parts or (len(parts[-1]) + 1) * len(rows[parts[-1][0]][0].tokens) > budget:
-            parts.append([])
-        parts[-1].append(i)
-    return parts
+    """Row numbers of each pass."""
+    samples = [Sample(rollout, Score(None, rollout.outcome)) for rollout, _, _ in rows]
+    number = {id(sample): i for i, sample in enumerate(samples)}
+    return [[number[id(s)] for family in part for s in family.samples] for part in split(samples, budget, share_prompt=True)]
+
+
+def longest(groups):
+    return max(len(r.tokens) for g in groups for r in g.rollouts)
 
 
 def logp_float64(policy, rollout):
@@ -144,8 +145,9 @@ def check_gradients(trainer, expected, before=None):
         assert difference <= 1e-4 * max(float(expected[name].abs().max()), 1e-4), name
 
 
-@pytest.mark.parametrize("budget", [1, 260, 700, 100_000])
-def test_loss_and_gradients_of_both_mini_batches_are_the_recipes(load_tiny, groups, budget):
+@pytest.mark.parametrize("more_tokens", [0, 150, 400, 100_000])
+def test_loss_and_gradients_of_both_mini_batches_are_the_recipes(load_tiny, groups, more_tokens):
+    budget = longest(groups) + more_tokens
     settings = settings_of(budget, w_tool=0.4)
     batch = scored(groups, settings)
     trainer = TorchTrainer(load_tiny(), settings, settings.train.optim, 10)
@@ -188,14 +190,15 @@ def _momentum(trainer):
 
 def test_the_recipes_gradient_depends_on_the_micro_batch_size_and_ours_does_not(load_tiny, groups):
     """Why the mode exists, and why it is not the default."""
-    losses = {}
+    losses, budgets = {}, (longest(groups), 100_000)
     for mode in ("reference", "global"):
-        for budget in (1, 100_000):
+        for budget in budgets:
             settings = settings_of(budget, normalization=mode)
             trainer = TorchTrainer(load_tiny(), settings, settings.train.optim, 10)
             losses[mode, budget] = trainer.update(scored(groups, settings)[:3])[0].loss
-    assert losses["global", 1] == pytest.approx(losses["global", 100_000], rel=1e-5, abs=1e-7)
-    assert abs(losses["reference", 1] - losses["reference", 100_000]) > 1e-2 * abs(losses["reference", 1])
+    small, large = budgets
+    assert losses["global", small] == pytest.approx(losses["global", large], rel=1e-5, abs=1e-7)
+    assert abs(losses["reference", small] - losses["reference", large]) > 1e-2 * abs(losses["reference", small])
 
 
 def test_reference_mode_trains_on_the_noise_of_uniform_groups(load_tiny, groups):

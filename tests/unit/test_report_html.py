@@ -153,7 +153,7 @@ def write_run(folder: Path, num_steps: int) -> None:
                 entropy=0.9 - 0.5 * progress,
                 engine_gap=0.004,
                 num_tokens=9000,
-                num_padding=120,
+                num_shared=120,
                 num_skipped=3000,
                 n_acc=5000,
                 n_tool=2500,
