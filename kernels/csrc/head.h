@@ -79,4 +79,7 @@ struct Isa {
 // Defined in one translation unit each, compiled with that instruction set.
 extern const Isa kAvx2, kAvx512, kAvx512Bf16, kAmx, kAmxEmulated;
 
+// The best that the processor has, or what METIS_CPU_ISA asks for; null: none. Chosen once a process (head_ops.cpp).
+const Isa* chosen_isa();
+
 }  // namespace metis

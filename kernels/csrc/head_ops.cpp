@@ -58,10 +58,7 @@ const metis::Isa* choose_isa() {
   return nullptr;
 }
 
-const metis::Isa* isa() {
-  static const metis::Isa* const chosen = choose_isa();
-  return chosen;
-}
+const metis::Isa* isa() { return metis::chosen_isa(); }
 
 std::string isa_name() { return isa() ? isa()->name : ""; }
 
@@ -281,6 +278,11 @@ void head_backward(Tensor x, Tensor rows, Tensor scale, Tensor w, Tensor sorted_
 }
 
 }  // namespace
+
+const metis::Isa* metis::chosen_isa() {
+  static const metis::Isa* const chosen = choose_isa();
+  return chosen;
+}
 
 STABLE_TORCH_LIBRARY_FRAGMENT(metis_kernels_cpu, m) {
   m.def("isa() -> str");

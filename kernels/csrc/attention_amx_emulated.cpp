@@ -1,0 +1,17 @@
+#define METIS_EMULATE_AMX
+#include "attention.h"
+
+#include <cmath>
+#include <cstring>
+#include <type_traits>
+#include <utility>
+
+#include "simd_avx512.h"
+
+#include "gemm.h"
+
+#include "gemm_amx.h"
+
+#include "attention_impl.h"
+
+const metis::AttentionIsa metis::kAttentionAmxEmulated = {AttentionOf<float, GemmFloat>::kKernels, AttentionOf<uint16_t, GemmAmx>::kKernels};
