@@ -30,28 +30,6 @@ class AttentionPlan(Protocol):
         ...
 
 
-class CausalBmm:
-    """Causal attention by two batched products and a softmax.
-
-    On CPUs torch's fused attention is slow in its bfloat16 backward; for rows of a few hundred tokens this is faster. It
-    holds the [S, S] scores of every head. Right-padded rows need no mask: padding stands behind every real token.
-    """
-
-    def __init__(self) -> None:
-        self._bias: Tensor | None = None  # the same for every layer of a pass
-
-    def attend(self, layer: int, query_BHSD: Tensor, key_BKSD: Tensor, value_BKSD: Tensor, scale: float) -> Tensor:
-        B, H, S, D = query_BHSD.shape
-        K = key_BKSD.shape[1]
-        if self._bias is None or self._bias.shape[-1] != S or self._bias.dtype != query_BHSD.dtype:
-            causal = torch.full((S, S), float("-inf"), dtype=query_BHSD.dtype, device=query_BHSD.device).triu_(1)
-            self._bias = causal.repeat(H // K, 1)
-        # the H // K query heads that share a key head are one long block of rows
-        query = (query_BHSD * scale).reshape(B * K, (H // K) * S, D)
-        scores = torch.baddbmm(self._bias, query, key_BKSD.reshape(B * K, S, D).transpose(1, 2))
-        return torch.bmm(torch.softmax(scores, -1), value_BKSD.reshape(B * K, S, D)).view(B, H, S, D)
-
-
 class CausalSdpa:
     """Causal attention by torch's scaled_dot_product_attention."""
 

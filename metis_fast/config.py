@@ -62,9 +62,6 @@ class ModelConfig(_Section):
     """Type of weights and activations. With bfloat16 the optimizer keeps float32 masters."""
     freeze: tuple[Literal["vision", "embeddings"], ...] = ()
     """Parts that are not trained: the vision tower (with its mergers), the token embeddings (with a tied LM head)."""
-    attention: Literal["bmm", "sdpa"] = "sdpa"
-    """Training attention: torch's scaled_dot_product_attention, or two batched products and a softmax, which is faster in
-    bfloat16 on CPUs for short sequences but holds the [S, S] scores."""
 
 
 class RolloutConfig(_Section):
@@ -247,7 +244,7 @@ class TrainConfig(_Section):
     """Tokens in one forward and backward pass. Changes memory and speed, not the gradient."""
     share_prompt: bool = True
     """Run a prompt once for all its rollouts in a pass (exact)."""
-    attention: Literal["auto", "flash", "triton", "cpu", "reference"] = "reference"
+    attention: Literal["auto", "cpu", "reference"] = "auto"
     """Implementation of the prefix-shared attention (docs/kernels.md)."""
     skip_zero_advantage: bool = True
     """Do not run rollouts whose advantages are both exactly 0 (exact; off by itself when entropy or KL need them)."""

@@ -14,6 +14,8 @@ from metis_kernels._shard import VocabShard
 from metis_kernels.group_advantage.api import GroupAdvantage, group_advantage
 from metis_kernels.hdpo_loss.api import HdpoLoss, HdpoMetrics, hdpo_loss
 from metis_kernels.linear_logprob.api import LinearLogprob, linear_logprob
+from metis_kernels.prefix_attention.api import prefix_attention
+from metis_kernels.prefix_attention.segments import Segments
 
 __all__ = [
     "GroupAdvantage",
@@ -21,6 +23,7 @@ __all__ = [
     "HdpoMetrics",
     "Impl",
     "LinearLogprob",
+    "Segments",
     "VocabShard",
     "aot_status",
     "available",
@@ -28,4 +31,5 @@ __all__ = [
     "group_advantage",
     "hdpo_loss",
     "linear_logprob",
+    "prefix_attention",
 ]

@@ -26,7 +26,7 @@ def config(loss=None, train=None, model=None, **optim) -> Config:
     return Config.model_validate(
         {
             "loss": loss or {},
-            "model": {"dtype": "float32", "attention": "bmm"} | (model or {}),
+            "model": {"dtype": "float32"} | (model or {}),
             "rollout": {"prompts_per_step": 4, "rollouts_per_prompt": 3},
             "train": {"prompts_per_mini_batch": 2}
             | (train or {})
@@ -157,7 +157,7 @@ def test_loss_and_gradients_do_not_depend_on_the_order_of_rollouts(trained, grou
     assert_close(gradients(trained(turned, settings)), gradients(trained(groups, settings)))
 
 
-@pytest.mark.parametrize("impl", ["cpu", "reference", "triton"])
+@pytest.mark.parametrize("impl", ["cpu", "reference"])
 def test_every_implementation_of_attention_and_loss_gives_the_same_gradients(trained, groups, impl):
     expected = gradients(trained(groups, config()))
     assert_close(gradients(trained(groups, config(train={"attention": impl}))), expected, share=1e-5)
@@ -381,7 +381,8 @@ def test_every_gradient_equals_the_float64_derivation(load_tiny, trained, groups
         near.append(replace(g, rollouts=rollouts))
     expected, value = derived_gradient(load_tiny, near, settings)
     (stats,) = trainer.update(near)
-    assert stats.loss == pytest.approx(value, rel=1e-5, abs=1e-7)
+    # terms of size 0.1 that nearly cancel, from float32 log-probabilities
+    assert stats.loss == pytest.approx(value, rel=1e-5, abs=3e-7)
     got = {name: g.double() for name, g in gradients(trainer).items()}
     assert_close(got, expected, share=5e-5)
     if loss:

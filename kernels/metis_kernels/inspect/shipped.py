@@ -139,6 +139,7 @@ def hdpo_loss_launches(
         clip=Clip(eps_low=0.2, eps_high=0.2, dual_clip=3.0, tis_cap=2.0 if all_terms else 0.0),
         kl_coef=0.001 if all_terms else 0.0,
         entropy_coef=0.001 if all_terms else 0.0,
+        with_entropy=gradient,  # the trainer reports entropies
         temperature=1.0,
         vocab_start=0,
         group_name="",

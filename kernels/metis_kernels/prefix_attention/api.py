@@ -6,16 +6,16 @@ Shape letters: N tokens of a pack, H query heads, K key/value heads, D head size
 from __future__ import annotations
 
 from types import ModuleType
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from metis_kernels import _check
-from metis_kernels._impl import Impl, choose
+from metis_kernels._impl import choose
 from metis_kernels.prefix_attention.segments import Segments
 
-AttentionImpl = Literal[Impl, "flash"]
+AttentionImpl = Literal["auto", "cpu", "reference"]
 
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
@@ -39,8 +39,7 @@ def prefix_attention(
         key_NKD, value_NKD: same dtype; H is a multiple of K (grouped-query heads).
         segments: what each token sees; their tokens are the rows, in order.
         scale: factor of the scores. Default 1 / sqrt(D).
-        impl: see `metis_kernels`; besides, `flash`: three calls of flash-attention (version 2 or later), merged by their
-            log-sum-exps. `auto` takes it on CUDA where it is installed.
+        impl: cpu, reference, or auto: cpu where it can run.
 
     Returns:
         [N, H, D] in the dtype of the inputs.
@@ -51,10 +50,10 @@ def prefix_attention(
     _check.tensor("query_NHD", query_NHD, (None, None, None), _FLOATS, axes="[N, H, D]")
     num_tokens, num_heads, size = query_NHD.shape
     _check.tensor("key_NKD", key_NKD, (num_tokens, None, size), (query_NHD.dtype,), query_NHD.device, axes="[N, K, D]")
-    _check.tensor("value_NKD", value_NKD, key_NKD.shape, (query_NHD.dtype,), query_NHD.device, axes="[N, K, D]")
     num_kv = key_NKD.shape[1]
     if num_kv == 0 or num_heads % num_kv:
         raise ValueError(f"key_NKD: expected a number of heads that divides the {num_heads} of query_NHD, got {num_kv}")
+    _check.tensor("value_NKD", value_NKD, key_NKD.shape, (query_NHD.dtype,), query_NHD.device, axes="[N, K, D]")
     if segments.num_tokens != num_tokens:
         raise ValueError(f"segments: expected {num_tokens} tokens, as query_NHD has, got {segments.num_tokens}")
     if scale is None:
@@ -66,32 +65,18 @@ def prefix_attention(
     return out
 
 
-@torch.compiler.assume_constant_result
-def _flash_usable(device: torch.device, dtype: torch.dtype) -> str:
-    from metis_kernels.prefix_attention import flash
-
-    return flash.why_not(device, dtype)
-
-
 def _choose(impl: AttentionImpl, query_NHD: Tensor) -> str:
-    device, dtype = query_NHD.device, query_NHD.dtype
-    if impl == "flash" or (impl == "auto" and device.type == "cuda"):
-        why_not = _flash_usable(device, dtype)
-        if not why_not:
-            return "flash"
-        if impl == "flash":
-            raise ValueError(f"impl='flash' cannot run here: {why_not}")
-    return choose(impl, device, dtype)
+    if impl == "auto" and query_NHD.device.type != "cpu":
+        return "reference"
+    if impl not in get_args(AttentionImpl):
+        raise ValueError(f"impl: expected one of {', '.join(get_args(AttentionImpl))}, got {impl!r}")
+    return choose(impl, query_NHD.device, query_NHD.dtype)
 
 
 def _implementation(impl: str) -> ModuleType:
-    # the local imports keep triton, flash-attention and the C++ library out of processes that do not use them
-    if impl == "triton":
-        from metis_kernels.prefix_attention import triton as implementation
-    elif impl == "cpu":
+    # the local imports keep the C++ library out of processes that do not use it
+    if impl == "cpu":
         from metis_kernels.prefix_attention import cpu as implementation
-    elif impl == "flash":
-        from metis_kernels.prefix_attention import flash as implementation
     else:
         from metis_kernels.prefix_attention import reference as implementation
     return implementation
