@@ -41,7 +41,8 @@ class PrefixShared:
     """Packed groups: each rollout sees its prompt, which stands there once, and itself causally (B = 1)."""
 
     def __init__(self, segments: Segments, impl: AttentionImpl) -> None:
-        self._segments, self._impl = segments, impl
+        self._segments = segments
+        self._impl: AttentionImpl = impl
 
     def attend(self, layer: int, query_BHSD: Tensor, key_BKSD: Tensor, value_BKSD: Tensor, scale: float) -> Tensor:
         query, key, value = (part[0].transpose(0, 1) for part in (query_BHSD, key_BKSD, value_BKSD))

@@ -221,7 +221,7 @@ def on_meta(dtype: torch.dtype, num: int, size: int, vocab: int, options: Option
     clip = Clip(options.eps_low, options.eps_high, options.dual_clip, options.tis_cap)
     hdpo.hdpo_loss(
         hidden, head, vector(torch.int64), vector(torch.int64), None, tokens, clip, options.kl_coef, options.entropy_coef,
-        options.temperature, 0, "", chunk, torch.empty_like(hidden), torch.empty_like(head, dtype=torch.float32),
+        False, options.temperature, 0, "", chunk, torch.empty_like(hidden), torch.empty_like(head, dtype=torch.float32),
     )  # fmt: skip
 
 

@@ -56,11 +56,10 @@ def prefix_attention(
     _check.tensor("value_NKD", value_NKD, key_NKD.shape, (query_NHD.dtype,), query_NHD.device, axes="[N, K, D]")
     if segments.num_tokens != num_tokens:
         raise ValueError(f"segments: expected {num_tokens} tokens, as query_NHD has, got {segments.num_tokens}")
-    if scale is None:
-        scale = size**-0.5
-    _check.at_least("scale", scale, 0, strictly=True)
+    factor = float(size) ** -0.5 if scale is None else scale
+    _check.at_least("scale", factor, 0, strictly=True)
     out, _ = torch.ops.metis_kernels.prefix_attention(
-        query_NHD, key_NKD, value_NKD, list(segments.offsets), list(segments.prefix), scale, _choose(impl, query_NHD)
+        query_NHD, key_NKD, value_NKD, list(segments.offsets), list(segments.prefix), factor, _choose(impl, query_NHD)
     )
     return out
 
