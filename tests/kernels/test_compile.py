@@ -104,7 +104,7 @@ def test_the_registration_of_hdpo_loss_is_sound(impl: Chosen, need_hidden: bool,
     assert case.old_logp_T is not None
     arguments = (
         case.hidden_TH, case.head_VH, live, case.targets_T[live], None, case.adv_acc_T[live], case.adv_tool_T[live], share,
-        case.old_logp_T[live], None, None, 0.2, 0.2, 3.0, 0.0, 0.0, 0.0, 1.3, 0, "", True, 2, impl, need_hidden,
+        case.old_logp_T[live], None, None, 0.2, 0.2, 3.0, 0.0, 0.0, 0.0, False, 1.3, 0, "", True, 2, impl, need_hidden,
         torch.zeros(33, 32) if need_head else None,
     )  # fmt: skip
     torch.library.opcheck(torch.ops.metis_kernels.hdpo_loss.default, arguments)
