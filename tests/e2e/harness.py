@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import psutil
@@ -67,26 +68,29 @@ class Ended:
     scratch: tuple[str, ...]
 
 
-def _in_stage(stage: str, thread: int) -> bool:
+def _frame(stage: str, thread: int) -> FrameType | None:
+    """The call of the stage that runs in the thread."""
     module, _, function = stage.partition(".")
     frame = sys._current_frames().get(thread)
     while frame is not None:
         code = frame.f_code
         if code.co_name == function and Path(code.co_filename).stem == module:
-            return True
+            return frame
         frame = frame.f_back
-    return False
+    return None
 
 
 def _strike(moment: Moment, thread: int, mark: Path) -> None:
-    entries, inside = 0, False
+    sys.setswitchinterval(_POLL_S)  # calls may last less than the usual 5 ms
+    entries, last = 0, None
     while True:
-        was, inside = inside, _in_stage(moment.stage, thread)
-        if inside and not was:
-            entries += 1
+        call = _frame(moment.stage, thread)
+        # a call is counted once, and apart from the next one even if no look falls between the two
+        if call is not None and call is not last:
+            entries, last = entries + 1, call
             if entries >= moment.entry:
                 time.sleep(moment.delay_s)
-                if moment.delay_s == 0 or _in_stage(moment.stage, thread):
+                if moment.delay_s == 0 or _frame(moment.stage, thread) is call:
                     mark.write_text(str(time.time()))
                     os.kill(os.getpid(), moment.number)
                     return
@@ -106,6 +110,14 @@ def _main(arguments: list[str], folder: str, moment: Moment | None) -> None:
         watcher = (moment, threading.get_ident(), Path(folder, "mark"))
         threading.Thread(target=_strike, args=watcher, daemon=True).start()
     sys.exit(cli.main(arguments))
+
+
+def _zombie(process: psutil.Process) -> bool:
+    """Whether it has ended and waits for init to take note; it runs no more."""
+    try:
+        return process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
 
 
 class Command:
@@ -144,7 +156,7 @@ class Command:
         if self.alive:
             self._process.kill()
             raise AssertionError(f"still running after {_LIMIT_S:g} s: {self.read('err')}")
-        left = psutil.wait_procs(family.values(), timeout=2)[1]
+        left = [process for process in psutil.wait_procs(family.values(), timeout=2)[1] if not _zombie(process)]
         mark = self.folder / "mark"
         return Ended(
             code=self._process.exitcode if self._process.exitcode is not None else -1,
