@@ -15,7 +15,7 @@ from metis_kernels import _check
 from metis_kernels._impl import choose
 from metis_kernels.prefix_attention.segments import Segments
 
-AttentionImpl = Literal["auto", "cpu", "reference"]
+AttentionImpl = Literal["auto", "flash", "triton", "cpu", "reference"]
 
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
@@ -39,7 +39,8 @@ def prefix_attention(
         key_NKD, value_NKD: same dtype; H is a multiple of K (grouped-query heads).
         segments: what each token sees; their tokens are the rows, in order.
         scale: factor of the scores. Default 1 / sqrt(D).
-        impl: cpu, reference, or auto: cpu where it can run.
+        impl: flash, triton, cpu, reference, or auto: on a GPU flash where flash-attn is installed and takes the dtype, else
+            triton; on the CPU cpu where it can run, else reference.
 
     Returns:
         [N, H, D] in the dtype of the inputs.
@@ -59,22 +60,34 @@ def prefix_attention(
     factor = float(size) ** -0.5 if scale is None else scale
     _check.at_least("scale", factor, 0, strictly=True)
     out, _ = torch.ops.metis_kernels.prefix_attention(
-        query_NHD, key_NKD, value_NKD, list(segments.offsets), list(segments.prefix), factor, _choose(impl, query_NHD)
+        query_NHD, key_NKD, value_NKD, list(segments.offsets), list(segments.prefix), factor, _choose(impl, query_NHD.device, query_NHD.dtype)
     )
     return out
 
 
-def _choose(impl: AttentionImpl, query_NHD: Tensor) -> str:
-    if impl == "auto" and query_NHD.device.type != "cpu":
-        return "reference"
+@torch.compiler.assume_constant_result  # Dynamo cannot follow the look-ups; they do not change within a process
+def _choose(impl: AttentionImpl, device: torch.device, dtype: torch.dtype) -> str:
+    from metis_kernels.prefix_attention import flash
+
     if impl not in get_args(AttentionImpl):
         raise ValueError(f"impl: expected one of {', '.join(get_args(AttentionImpl))}, got {impl!r}")
-    return choose(impl, query_NHD.device, query_NHD.dtype)
+    if impl == "auto" and device.type == "cuda" and not flash.why_not(device, dtype):
+        return "flash"
+    if impl != "flash":
+        return choose(impl, device, dtype)
+    why_not = flash.why_not(device, dtype)
+    if why_not:
+        raise ValueError(f"impl='flash' cannot run here: {why_not}")
+    return impl
 
 
 def _implementation(impl: str) -> ModuleType:
-    # the local imports keep the C++ library out of processes that do not use it
-    if impl == "cpu":
+    # the local imports keep libraries out of processes that do not use them
+    if impl == "flash":
+        from metis_kernels.prefix_attention import flash as implementation
+    elif impl == "triton":
+        from metis_kernels.prefix_attention import triton as implementation
+    elif impl == "cpu":
         from metis_kernels.prefix_attention import cpu as implementation
     else:
         from metis_kernels.prefix_attention import reference as implementation
