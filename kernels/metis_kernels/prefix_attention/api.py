@@ -60,7 +60,13 @@ def prefix_attention(
     factor = float(size) ** -0.5 if scale is None else scale
     _check.at_least("scale", factor, 0, strictly=True)
     out, _ = torch.ops.metis_kernels.prefix_attention(
-        query_NHD, key_NKD, value_NKD, list(segments.offsets), list(segments.prefix), factor, _choose(impl, query_NHD.device, query_NHD.dtype)
+        query_NHD,
+        key_NKD,
+        value_NKD,
+        list(segments.offsets),
+        list(segments.prefix),
+        factor,
+        _choose(impl, query_NHD.device, query_NHD.dtype),
     )
     return out
 
