@@ -201,6 +201,9 @@ class LossConfig(_Section):
     """KL (k3 estimator) to the starting policy."""
     tis_cap: NonNegativeFloat = 0.0
     """C of the truncated importance weight min(exp(logp_old - logp_engine), C); 0 is off."""
+    proximal: Literal["policy", "engine"] = "policy"
+    """Whose log-probs are logp_old. `policy`: the weights at the start of the step. `engine`: those that sampled it; no pass
+    is owed, and the ratio itself is the importance weight, truncated by clip and dual clip."""
     normalization: Literal["global", "reference"] = "global"
     """`global`: over the whole mini-batch. `reference`: the public recipe's, per micro-batch and with float noise in uniform
     groups; for parity runs only."""
@@ -241,13 +244,21 @@ class TrainConfig(_Section):
     prompts_per_mini_batch: Positive = 64
     """Prompts in one optimizer step."""
     tokens_per_micro_batch: Positive = 40960
-    """Tokens in one forward and backward pass. Changes memory and speed, not the gradient."""
+    """Tokens in one forward and backward pass, whole rollouts. Changes memory and speed, not the gradient."""
+    share_packs: bool = True
+    """Several prompts in one pass (exact)."""
     share_prompt: bool = True
     """Run a prompt once for all its rollouts in a pass (exact)."""
-    attention: Literal["auto", "cpu", "reference"] = "auto"
-    """Implementation of the prefix-shared attention (docs/kernels.md)."""
+    share_images: bool = True
+    """Run the vision tower once for every distinct image of a pass (exact)."""
     skip_zero_advantage: bool = True
     """Do not run rollouts whose advantages are both exactly 0 (exact; off by itself when entropy or KL need them)."""
+    skip_head_rows: bool = True
+    """Only tokens with a gradient coefficient reach the LM head (exact)."""
+    skip_old_logprobs: bool = True
+    """No old-log-prob pass for the first mini-batch of a step, whose old policy is the current one (exact)."""
+    attention: Literal["auto", "flash", "triton", "cpu", "reference"] = "auto"
+    """Implementation of the prefix-shared attention (docs/kernels.md)."""
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass."""
     optim: OptimConfig = OptimConfig()
@@ -272,7 +283,7 @@ class SftConfig(_Section):
     batch_size: Positive = 64
     """Trajectories in a step."""
     tokens_per_micro_batch: Positive = 32768
-    """Padded tokens in one forward and backward pass."""
+    """Tokens in one forward and backward pass."""
     optim: OptimConfig = OptimConfig(lr=1e-5)
 
 
@@ -359,6 +370,16 @@ class Config(_Section):
             raise ValueError("loss.w_acc and loss.w_tool are both 0, so nothing is learnt; set one of them")
         if self.loss.normalization == "reference" and self.score.estimator != "hdpo":
             raise ValueError("loss.normalization=reference reproduces HDPO only; set score.estimator=hdpo")
+        if rollout.max_prompt_tokens + rollout.max_response_tokens > train.tokens_per_micro_batch:
+            raise ValueError(
+                f"a rollout may have rollout.max_prompt_tokens + rollout.max_response_tokens = "
+                f"{rollout.max_prompt_tokens + rollout.max_response_tokens} tokens, more than "
+                f"train.tokens_per_micro_batch={train.tokens_per_micro_batch}; raise the latter or lower one of the former"
+            )
+        if self.loss.proximal == "engine" and self.loss.tis_cap:
+            raise ValueError(
+                "loss.tis_cap corrects logp_old to the engine's; with loss.proximal=engine they are the same; set it to 0"
+            )
         if rollout.max_turn_tokens > rollout.max_response_tokens:
             raise ValueError("rollout.max_turn_tokens is larger than rollout.max_response_tokens; lower it or set 0")
         if (rollout.top_p < 1 or rollout.top_k) and self.loss.tis_cap == 0:

@@ -1,4 +1,5 @@
-"""The policy: transformers' own Qwen3-VL, its tokenizer and image processor, and the one way both engine and trainer run it.
+"""The policy: transformers' own Qwen3-VL or Qwen3, its tokenizer and image processor, and the one way that engine and trainer
+run it.
 
 Shape letters: B rows, S tokens of a row (right-padded), H hidden size, N patches of all images, 3 rotary axes (t, h, w).
 """
@@ -7,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -18,11 +19,12 @@ import numpy.typing as npt
 import torch
 from PIL import Image, UnidentifiedImageError
 from safetensors import SafetensorError
-from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen3VLForConditionalGeneration
+from torch import Tensor, nn
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen3ForCausalLM, Qwen3VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers.models.qwen3.modeling_qwen3 import Qwen3Model
 from transformers.models.qwen3_vl.configuration_qwen3_vl import Qwen3VLTextConfig, Qwen3VLVisionConfig
-from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDeepstackFeatures
+from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDeepstackFeatures, Qwen3VLTextModel
 
 from metis_fast import attention
 from metis_fast.config import ModelConfig
@@ -31,16 +33,8 @@ from metis_fast.types import ImageBlob, ImageSpan
 
 IMAGE_PAD = "<|image_pad|>"
 VISION_START, VISION_END = "<|vision_start|>", "<|vision_end|>"
-NEEDED_TOKENS = (
-    "<|im_start|>",
-    "<|im_end|>",
-    VISION_START,
-    VISION_END,
-    IMAGE_PAD,
-    "<|video_pad|>",
-    "<tool_call>",
-    "</tool_call>",
-)
+NEEDED_TOKENS = ("<|im_start|>", "<|im_end|>", "<tool_call>", "</tool_call>")
+VISION_TOKENS = (VISION_START, VISION_END, IMAGE_PAD, "<|video_pad|>")
 
 
 class ImageError(ValueError):
@@ -56,16 +50,21 @@ class Patches:
 
 
 class ImagePreparer:
-    """Encoded image -> patches, by transformers' Qwen2-VL image processor; the last `cache_size` images are kept."""
+    """Encoded image -> patches, by transformers' Qwen2-VL image processor; the last `cache_size` images are kept.
 
-    def __init__(self, processor: Qwen2VLImageProcessorPil, cache_size: int = 4096) -> None:
+    processor: None for a model that reads text only, where every image is an ImageError.
+    """
+
+    def __init__(self, processor: Qwen2VLImageProcessorPil | None, cache_size: int = 4096) -> None:
         self._processor = processor
         self._cache: OrderedDict[str, Patches] = OrderedDict()
         self._cache_size = cache_size
-        self.merge = int(processor.merge_size)
+        self.merge = 1 if processor is None else int(processor.merge_size)
 
     def __call__(self, image: ImageBlob) -> Patches:
         """Raises ImageError where the image cannot be used; the message says why."""
+        if self._processor is None:
+            raise ImageError("the model reads text only; use a Qwen3-VL")
         patches = self._cache.get(image.sha256)
         if patches is not None:
             self._cache.move_to_end(image.sha256)
@@ -129,22 +128,38 @@ class Policy:
 
     def __init__(
         self,
-        model: Qwen3VLForConditionalGeneration,
+        model: Qwen3VLForConditionalGeneration | Qwen3ForCausalLM,
         tokenizer: PreTrainedTokenizerBase,
-        image_processor: Qwen2VLImageProcessorPil,
+        image_processor: Qwen2VLImageProcessorPil | None,
         folder: Path,
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.images = ImagePreparer(image_processor)
         self.folder = folder
+        self.merge = self.images.merge
+        if isinstance(model, Qwen3ForCausalLM):
+            self.text = model.config
+            self.decoder: Qwen3VLTextModel | Qwen3Model = model.model
+            self.image_token_id, self.placeholder_ids = -1, ()
+            return
         self.text = cast(Qwen3VLTextConfig, model.config.text_config)
-        self.merge = cast(Qwen3VLVisionConfig, model.config.vision_config).spatial_merge_size
+        self.decoder = model.model.language_model
         self.image_token_id = model.config.image_token_id
         self.placeholder_ids = tuple(
             int(model.config.to_dict()[name])
             for name in ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
         )
+
+    @property
+    def tied(self) -> bool:
+        """Whether the LM head is the embedding."""
+        return self.head is self.decoder.embed_tokens.weight
+
+    @property
+    def vision_blocks(self) -> Iterable[nn.Module]:
+        """Of the vision tower; none in a model that reads text only."""
+        return () if isinstance(self.model, Qwen3ForCausalLM) else self.model.model.visual.blocks
 
     @property
     def vocab_size(self) -> int:
@@ -158,6 +173,7 @@ class Policy:
 
     def encode_images(self, images: Sequence[ImageBlob]) -> ImageFeatures:
         """Run the vision tower over images (each of them once)."""
+        assert not isinstance(self.model, Qwen3ForCausalLM)
         patches = [self.images(image) for image in images]
         grid = torch.tensor([p.grid for p in patches])
         pixels = torch.cat([p.pixels for p in patches]).to(self.head.device)
@@ -178,15 +194,17 @@ class Policy:
 
         features: of every image in `tokens_BS`, in reading order of the rows; None where there is none.
         """
-        decoder = self.model.model.language_model
-        embeds = decoder.embed_tokens(tokens_BS)
+        embeds = self.decoder.embed_tokens(tokens_BS)
+        if isinstance(self.decoder, Qwen3Model):  # one rotary axis: where text is, the three are equal
+            out = self.decoder(inputs_embeds=embeds, position_ids=positions_3BS[0], use_cache=False, plan=plan)
+            return out.last_hidden_state
         mask, deepstack = None, None
         if features is not None:
             mask = tokens_BS == self.image_token_id
             image_embeds = torch.cat(features.embeds).to(embeds.dtype)
             embeds = embeds.masked_scatter(mask[..., None], image_embeds)
             deepstack = [torch.cat(layer) for layer in features.deepstack]
-        out = decoder(
+        out = self.decoder(
             inputs_embeds=embeds,
             position_ids=positions_3BS,
             visual_pos_masks=mask,
@@ -206,34 +224,37 @@ def _read_json(path: Path, what: str) -> dict[str, object]:
         raise ModelError(f"{path} is not valid JSON ({error}); restore the file from its source") from None
 
 
-def check_model_folder(folder: Path) -> None:
-    """Find out, before anything is loaded, that a folder holds a Qwen3-VL.
+def check_model_folder(folder: Path) -> str:
+    """Find out, before anything is loaded, that a folder holds a Qwen3-VL or a Qwen3; returns its model_type.
 
     Raises:
         ModelError: not a folder, another architecture, or a part is missing.
     """
     if not folder.is_dir():
         raise ModelError(f"model.path {folder} is not a folder; give one that holds a Qwen3-VL (config.json, *.safetensors)")
-    config = _read_json(folder / "config.json", "the model's")
-    if config.get("model_type") != "qwen3_vl":
+    model_type = _read_json(folder / "config.json", "the model's").get("model_type")
+    if model_type not in ("qwen3_vl", "qwen3"):
         raise ModelError(
-            f"{folder} holds model_type {config.get('model_type')!r}, expected 'qwen3_vl'; give a Qwen3-VL folder as model.path"
+            f"{folder} holds model_type {model_type!r}, expected 'qwen3_vl' (or 'qwen3' for text only); "
+            "give a Qwen3-VL folder as model.path"
         )
     if not any(folder.glob("*.safetensors")):
         raise ModelError(f"{folder} has no *.safetensors; convert the weights to safetensors first")
-    for name in ("tokenizer.json", "preprocessor_config.json"):
+    for name in ("tokenizer.json", "preprocessor_config.json") if model_type == "qwen3_vl" else ("tokenizer.json",):
         if not (folder / name).is_file():
             raise ModelError(f"{folder} lacks {name}; copy it from the model that this one was made from")
         _read_json(folder / name, "the model's")
+    return model_type
 
 
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The folder's tokenizer, checked for the tokens of the Qwen chat and tool format."""
+def load_tokenizer(folder: Path, vision: bool = True) -> PreTrainedTokenizerBase:
+    """The folder's tokenizer, checked for the tokens of the Qwen chat and tool format, those around images included."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     vocab = tokenizer.get_vocab()
-    missing = [token for token in NEEDED_TOKENS if token not in vocab]
+    missing = [token for token in (*NEEDED_TOKENS, *(VISION_TOKENS if vision else ())) if token not in vocab]
     if missing:
-        raise ModelError(f"tokenizer of {folder} lacks the tokens {', '.join(missing)}; use the tokenizer of Qwen3-VL")
+        family = "Qwen3-VL" if vision else "Qwen3"
+        raise ModelError(f"tokenizer of {folder} lacks the tokens {', '.join(missing)}; use the tokenizer of {family}")
     return tokenizer
 
 
@@ -244,21 +265,24 @@ def load_policy(config: ModelConfig, folder: Path | None = None) -> Policy:
         ModelError: see `check_model_folder`; also weights that do not fit the config.
     """
     folder = folder if folder is not None else config.path
-    check_model_folder(folder)
+    vision = check_model_folder(folder) == "qwen3_vl"
+    architecture = Qwen3VLForConditionalGeneration if vision else Qwen3ForCausalLM
     try:
-        loaded = Qwen3VLForConditionalGeneration.from_pretrained(
+        loaded = architecture.from_pretrained(
             folder,
             dtype=getattr(torch, config.dtype),
             output_loading_info=True,
-            attn_implementation={"text_config": attention.NAME, "vision_config": "sdpa"},
+            attn_implementation={"text_config": attention.NAME, "vision_config": "sdpa"} if vision else attention.NAME,
         )
-        model, info = cast(tuple[Qwen3VLForConditionalGeneration, dict[str, set[str]]], loaded)
+        model, info = cast(tuple[Qwen3VLForConditionalGeneration | Qwen3ForCausalLM, dict[str, set[str]]], loaded)
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         raise ModelError(f"{folder} cannot be loaded: {' '.join(str(error).split())[:300]}") from None
     missing = sorted(info["missing_keys"])
     if missing:
         raise ModelError(f"{folder} lacks {len(missing)} weights (first: {missing[0]}); the folder is incomplete")
-    tokenizer = load_tokenizer(folder)
+    tokenizer = load_tokenizer(folder, vision)
+    if isinstance(model, Qwen3ForCausalLM):
+        return Policy(model, tokenizer, None, folder)
     processor = Qwen2VLImageProcessorPil.from_pretrained(folder)
     vision = cast(Qwen3VLVisionConfig, model.config.vision_config)
     if (processor.patch_size, processor.merge_size) != (vision.patch_size, vision.spatial_merge_size):

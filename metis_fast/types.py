@@ -282,6 +282,30 @@ class ScoredGroup:
 
 
 @dataclass(frozen=True, slots=True)
+class Avoided:
+    """What a saving left out: tokens (those of the tower for images, rows for the LM head) and model FLOPs."""
+
+    tokens: int = 0
+    flops: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Savings:
+    """What one optimizer step did not compute, against every rollout run alone with its images and the LM head on every token.
+
+    Each counts what is left to save behind those before it, so that run and avoided FLOPs add up to those of the plain step.
+    old_logprobs: passes that were not owed; rollouts: without a gradient; prompts: repeats in a pass; images: repeats in a
+    pass; head: tokens without a gradient coefficient.
+    """
+
+    old_logprobs: Avoided = Avoided()
+    rollouts: Avoided = Avoided()
+    prompts: Avoided = Avoided()
+    images: Avoided = Avoided()
+    head: Avoided = Avoided()
+
+
+@dataclass(frozen=True, slots=True)
 class UpdateStats:
     """What one optimizer step did. Made by `train`.
 
@@ -289,8 +313,7 @@ class UpdateStats:
     clip_acc, clip_tool: share of the tokens of each channel (non-zero weighted advantage) whose surrogate is clipped.
     kl: mean of logp_old - logp (k1); ratio_max, ratio_min; entropy: mean; engine_gap: mean |logp_old - logp_engine|. These five
     are over the tokens that reached the LM head, which leaves out what needs no gradient.
-    num_tokens: tokens run through the model; num_shared: tokens of prompts that were run once for several rollouts;
-    num_skipped: tokens of rollouts that needed no gradient.
+    num_tokens: tokens run through the decoder, passes for log-probabilities included; flops: model FLOPs of all passes.
     skipped_step: nothing in the mini-batch had a gradient.
     """
 
@@ -307,8 +330,8 @@ class UpdateStats:
     entropy: float
     engine_gap: float
     num_tokens: int
-    num_shared: int
-    num_skipped: int
+    flops: float
+    avoided: Savings
     n_acc: int
     n_tool: int
     skipped_step: bool = False

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Literal
 
 import matplotlib
@@ -16,7 +16,7 @@ from matplotlib.ticker import FormatStrFormatter, LogLocator, MaxNLocator, NullL
 
 from metis_fast.report.log import Evaluation, step_scalars
 from metis_fast.report.slices import KINDS
-from metis_fast.types import Ability, Outcome, StepStats
+from metis_fast.types import Ability, Outcome, Savings, StepStats
 
 if TYPE_CHECKING:
     from matplotlib.typing import RcKeyType
@@ -58,6 +58,7 @@ def _tags(group: str, names: Sequence[str]) -> dict[str, str]:
 def _plans(stages: Sequence[str]) -> tuple[_Plan, ...]:
     abilities = [ability.value for ability in Ability]
     outcomes = [outcome.value for outcome in Outcome]
+    savings = [saving.name for saving in fields(Savings)]
     return (
         _Plan("Accuracy by kind", "share of training rollouts that are right", _tags("accuracy", KINDS), "rate"),
         _Plan("Tool rate by kind", "share of rollouts that call a tool", _tags("tool_rate", KINDS), "rate"),
@@ -87,6 +88,12 @@ def _plans(stages: Sequence[str]) -> tuple[_Plan, ...]:
         ),
         _Plan("Response length", "sampled tokens a rollout", {"tokens": "response_tokens/all"}),
         _Plan("Outcomes", "rollouts of a step by how they ended", _tags("outcomes", outcomes), "stack"),
+        _Plan(
+            "FLOPs of the update",
+            "run, and avoided by each saving",
+            {"run": "flops/run"} | _tags("flops_avoided", savings),
+            "stack",
+        ),
         _Plan("Time by stage", "seconds of a step", _tags("seconds", stages), "stack"),
     )
 

@@ -10,7 +10,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from statistics import fmean
 from types import TracebackType
@@ -21,7 +21,7 @@ from tqdm import tqdm
 from metis_fast.config import LogConfig
 from metis_fast.errors import DataError
 from metis_fast.report.slices import KINDS
-from metis_fast.types import Ability, Slice, StepStats, UpdateStats
+from metis_fast.types import Ability, Avoided, Savings, Slice, StepStats, UpdateStats
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -43,8 +43,7 @@ _UPDATE_MEANS = {
 }
 _UPDATE_SUMS = {
     "tokens/run": "num_tokens",
-    "tokens/shared": "num_shared",
-    "tokens/skipped": "num_skipped",
+    "flops/run": "flops",
     "tokens/n_acc": "n_acc",
     "tokens/n_tool": "n_tool",
 }
@@ -82,6 +81,10 @@ def step_scalars(stats: StepStats) -> dict[str, float]:
     scalars["share/qualifying"], scalars["share/signal"] = stats.qualifying_share, stats.signal_share
     scalars["data/bad_rows_skipped"] = float(stats.bad_rows_skipped)
     scalars |= {tag: float(sum(getattr(update, name) for update in stats.updates)) for tag, name in _UPDATE_SUMS.items()}
+    for saving in fields(Savings):
+        avoided = [getattr(update.avoided, saving.name) for update in stats.updates]
+        scalars[f"tokens_avoided/{saving.name}"] = float(sum(one.tokens for one in avoided))
+        scalars[f"flops_avoided/{saving.name}"] = sum(one.flops for one in avoided)
     applied = [update for update in stats.updates if not update.skipped_step]
     if applied:
         scalars |= {tag: fmean(getattr(update, name) for update in applied) for tag, name in _UPDATE_MEANS.items()}
@@ -94,8 +97,12 @@ def _slices_of(record: Mapping[str, Any]) -> dict[str, Slice]:
     return {name: Slice(**entry) for name, entry in record["slices"].items()}
 
 
+def _savings_of(record: Mapping[str, Any]) -> Savings:
+    return Savings(**{name: Avoided(**entry) for name, entry in record.items()})
+
+
 def _step_of(record: dict[str, Any]) -> StepStats:
-    updates = tuple(UpdateStats(**update) for update in record["updates"])
+    updates = tuple(UpdateStats(**{**update, "avoided": _savings_of(update["avoided"])}) for update in record["updates"])
     return StepStats(**{**record, "slices": _slices_of(record), "updates": updates})
 
 

@@ -142,7 +142,7 @@ class NativeEngine:
         self._rows: list[_Session] = []  # session of each row in use, [live | idle]
         self._live = 0
         self._runner: asyncio.Task[None] | None = None
-        self._banned = torch.tensor(policy.placeholder_ids, device=device)
+        self._banned = torch.tensor(policy.placeholder_ids, dtype=torch.long, device=device)
         # state of the live rows, in row order
         self._logits = torch.zeros(0, policy.vocab_size, device=device)
         self._length = np.zeros(0, np.int64)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from metis_fast.config import OptimConfig
+from metis_fast.train.sharding import whole
 
 
 def trainable(model: nn.Module, freeze: Iterable[str]) -> dict[str, nn.Parameter]:
@@ -102,7 +103,7 @@ class Optimizer:
 
         A norm that is not finite leaves weights and state as they were; the caller decides what that means.
         """
-        norm = float(nn.utils.clip_grad_norm_(self.masters.values(), self._config.grad_clip))
+        norm = float(whole(nn.utils.clip_grad_norm_(self.masters.values(), self._config.grad_clip)))
         if math.isfinite(norm):
             share = self.schedule(self.num_steps)
             for optimizer, lr in ((self.adamw, self._config.lr), (self.muon, self._config.muon_lr)):

@@ -4,7 +4,7 @@ A pack is one row of tokens. A prompt that several of its rollouts share stands 
 positions, images and targets are those of an unpacked run. How samples are cut into packs changes memory and speed, never the
 gradient (the denominators are global).
 
-Shape letters: N tokens of a pack, S segments, T sampled tokens of the pack (the ones that carry loss).
+Shape letters: N tokens of a pack, S segments, T tokens of the loss.
 """
 
 from __future__ import annotations
@@ -26,17 +26,10 @@ from metis_kernels.prefix_attention.segments import Segments
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Sample:
-    """A rollout on its way into the loss.
-
-    old_logp, anchor: [tokens] float32, log-probability and log-sum-exp under the proximal policy; None where that is the
-    current one (first mini-batch of a step).
-    """
+    """A rollout on its way into the loss."""
 
     rollout: Rollout
     score: Score
-    old_logp: np.ndarray | None = None
-    ref_logp: np.ndarray | None = None
-    anchor: np.ndarray | None = None
 
     @property
     def num_response(self) -> int:
@@ -65,11 +58,13 @@ class Family:
 class Pack:
     """Tensors of one pass.
 
-    tokens_N, positions_3N: the model's input. images: each distinct image once; image_order: for every placeholder span in
-    order of the tokens, which of `images` it shows. segments: what sees what. select_T: row of the hidden state that predicts
-    each sampled token (the last of the prompt for the first token of every rollout); targets_T: that token; sample_T: which
-    sample it belongs to. The other [T] tensors repeat or gather the samples' numbers.
-    num_shared: tokens that stand here once instead of once a rollout.
+    tokens_N, positions_3N: the model's input. images: what goes through the vision tower; image_order: for every placeholder
+    span in order of the tokens, which of `images` it shows. segments: what sees what. select_T: row of the hidden state that
+    predicts each token of the loss (the last of the prompt for the first token of every rollout); targets_T: that token;
+    sample_T: which of `samples` it belongs to; sampled_T: whether the policy sampled it (all, unless rows were asked for that
+    carry no loss). engine_logp_T, adv_acc_T, adv_tool_T repeat or gather the samples' numbers. old_logp_T, anchor_T:
+    log-probabilities and log-sum-exps of the proximal policy, None where it is the current one; ref_logp_T: of the
+    reference policy.
     """
 
     samples: tuple[Sample, ...]
@@ -81,13 +76,13 @@ class Pack:
     select_T: Tensor
     targets_T: Tensor
     sample_T: Tensor
+    sampled_T: Tensor
     engine_logp_T: Tensor
-    old_logp_T: Tensor | None
-    ref_logp_T: Tensor | None
-    anchor_T: Tensor | None
     adv_acc_T: Tensor
     adv_tool_T: Tensor
-    num_shared: int
+    old_logp_T: Tensor | None = None
+    anchor_T: Tensor | None = None
+    ref_logp_T: Tensor | None = None
 
 
 def families(samples: Sequence[Sample], share_prompt: bool) -> list[Family]:
@@ -129,14 +124,18 @@ def cut(family: Family, budget: int) -> list[Family]:
     return [Family(tuple(sorted(part, key=lambda s: s.rollout.index))) for part in parts]
 
 
-def split(samples: Sequence[Sample], budget: int, share_prompt: bool) -> list[list[Family]]:
+def split(samples: Sequence[Sample], budget: int, share_prompt: bool = True, share_packs: bool = True) -> list[list[Family]]:
     """Samples into packs of at most `budget` tokens, by first-fit decreasing. Deterministic.
+
+    share_prompt: False gives every sample its own copy of the prompt. share_packs: False gives every prompt its own packs.
 
     Raises:
         DataError: a sample does not fit into a pack alone; it is named.
     """
     parts = [part for family in families(samples, share_prompt) for part in cut(family, budget)]
     order = sorted(range(len(parts)), key=lambda i: (-parts[i].num_tokens, i))
+    if not share_packs:
+        return [[parts[i]] for i in order]
     packs: list[list[Family]] = []
     room: list[int] = []
     for i in order:
@@ -150,39 +149,14 @@ def split(samples: Sequence[Sample], budget: int, share_prompt: bool) -> list[li
     return packs
 
 
-@dataclass(frozen=True, slots=True)
-class CostModel:
-    """Predicted FLOPs of a pass: what packs are balanced by over data-parallel ranks.
+def balance(costs: Sequence[float], num_ranks: int) -> list[list[int]]:
+    """Which packs each rank runs: the costliest first, each to the rank with the least so far. Deterministic.
 
-    dense: of a token in the decoder's matrices. pair: of a visible (query, key) pair over all layers and heads. patch: of an
-    image patch in the vision tower, attention within the image aside.
+    costs: predicted, of every pack (`savings.forward_flops`). The costliest rank has at most the mean and one pack more.
     """
-
-    dense: float
-    pair: float
-    patch: float
-
-    def of(self, pack: Sequence[Family]) -> float:
-        """FLOPs of a pack, distinct images counted once."""
-        total = 0.0
-        images: dict[str, int] = {}
-        for family in pack:
-            prompt = family.prompt_len
-            total += self.dense * family.num_tokens + self.pair * prompt * (prompt + 1) / 2
-            for sample in family.samples:
-                response = sample.num_response
-                total += self.pair * (prompt * response + response * (response + 1) / 2)
-                for span in sample.rollout.image_spans:
-                    images[span.sha256] = int(np.prod(span.grid))
-        return total + self.patch * sum(images.values())
-
-
-def balance(packs: Sequence[Sequence[Family]], num_ranks: int, cost: CostModel) -> list[list[int]]:
-    """Which packs each rank runs: the costliest first, each to the rank with the least so far. Deterministic."""
-    costs = [cost.of(pack) for pack in packs]
     ranks: list[list[int]] = [[] for _ in range(num_ranks)]
     heap = [(0.0, rank) for rank in range(num_ranks)]
-    for i in sorted(range(len(packs)), key=lambda i: (-costs[i], i)):
+    for i in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
         total, rank = heapq.heappop(heap)
         ranks[rank].append(i)
         heapq.heappush(heap, (total + costs[i], rank))
@@ -192,12 +166,13 @@ def balance(packs: Sequence[Sequence[Family]], num_ranks: int, cost: CostModel) 
 class _Builder:
     """A pack while it is filled, segment by segment."""
 
-    def __init__(self, merge: int) -> None:
-        self._merge = merge
+    def __init__(self, merge: int, share_images: bool, every_row: bool) -> None:
+        self._merge, self._share_images, self._every_row = merge, share_images, every_row
         self.tokens: list[npt.NDArray[np.int64]] = []
         self.positions: list[npt.NDArray[np.int64]] = []
         self.offsets, self.prefix = [0], list[int]()
-        self.images: dict[str, tuple[int, ImageBlob]] = {}
+        self.images: list[ImageBlob] = []
+        self._known: dict[str, int] = {}
         self.order: list[int] = []
         self.select: list[npt.NDArray[np.int64]] = []
         self.where: list[npt.NDArray[np.int64]] = []
@@ -209,7 +184,10 @@ class _Builder:
         by_hash = {image.sha256: image for image in rollout.images}
         for span in rollout.image_spans:
             if start <= span.start < stop:
-                index, _ = self.images.setdefault(span.sha256, (len(self.images), by_hash[span.sha256]))
+                index = self._known.get(span.sha256) if self._share_images else None
+                if index is None:
+                    index = self._known[span.sha256] = len(self.images)
+                    self.images.append(by_hash[span.sha256])
                 self.order.append(index)
         self.offsets.append(self.offsets[-1] + stop - start)
         self.prefix.append(prefix)
@@ -222,51 +200,69 @@ class _Builder:
         prompt = self._segment(family.samples[0].rollout, 0, prompt_len, -1) if shared else -1
         for sample in family.samples:
             rollout = sample.rollout
-            where = np.flatnonzero(rollout.sampled)
             start = self.offsets[-1]
             self._segment(rollout, prompt_len if shared else 0, len(rollout.tokens), prompt)
+            where = np.flatnonzero(rollout.sampled)
+            if self._every_row:  # what follows the prompt; the prompt itself with the first rollout
+                where = np.arange(1 if sample is family.samples[0] or not shared else prompt_len, len(rollout.tokens))
+            # row of the token before, which predicts; a shared prompt stands elsewhere
+            before = start + where - 1
             if shared:
-                # the first response token is predicted by the last token of the prompt, which stands elsewhere
-                before = np.where(where == prompt_len, self.offsets[prompt + 1] - 1, start + where - 1 - prompt_len)
-            else:
-                before = start + where - 1
+                before = np.where(where <= prompt_len, self.offsets[prompt] + where - 1, before - prompt_len)
             self.select.append(before)
             self.where.append(where)
 
 
-def build(pack: Sequence[Family], merge: int) -> Pack:
-    """The tensors of a pack. merge: the vision tower's spatial merge size."""
-    builder = _Builder(merge)
+def build(pack: Sequence[Family], merge: int, share_images: bool = True, every_row: bool = False) -> Pack:
+    """The tensors of a pack.
+
+    merge: the vision tower's spatial merge size. share_images: the tower runs once for each distinct image. every_row: a row of
+    the loss for every token, also for those that carry none.
+    """
+    builder = _Builder(merge, share_images, every_row)
     for family in pack:
         builder.add(family)
     samples = tuple(sample for family in pack for sample in family.samples)
     where = builder.where
 
-    def gather(values: Sequence[np.ndarray | None]) -> Tensor | None:
-        if any(value is None for value in values):
-            return None
-        return torch.from_numpy(np.concatenate([v[w] for v, w in zip(values, where, strict=True) if v is not None]))
+    def gather(values: Sequence[np.ndarray]) -> Tensor:
+        return torch.from_numpy(np.concatenate([value[w] for value, w in zip(values, where, strict=True)]))
 
     sample_T = torch.from_numpy(np.repeat(np.arange(len(samples)), [len(w) for w in where]))
-    engine_logp = gather([sample.rollout.logp for sample in samples])
-    targets = gather([sample.rollout.tokens for sample in samples])
-    assert engine_logp is not None and targets is not None
-    unshared = sum(len(sample.rollout.tokens) for sample in samples)
+    sampled_T = gather([sample.rollout.sampled for sample in samples])
     return Pack(
         samples=samples,
         tokens_N=torch.from_numpy(np.concatenate(builder.tokens)),
         positions_3N=torch.from_numpy(np.concatenate(builder.positions, axis=1)),
         segments=Segments(tuple(builder.offsets), tuple(builder.prefix)),
-        images=tuple(image for _, image in builder.images.values()),
+        images=tuple(builder.images),
         image_order=tuple(builder.order),
         select_T=torch.from_numpy(np.concatenate(builder.select)),
-        targets_T=targets.long(),
+        targets_T=gather([sample.rollout.tokens for sample in samples]).long(),
         sample_T=sample_T,
-        engine_logp_T=engine_logp,
-        old_logp_T=gather([sample.old_logp for sample in samples]),
-        ref_logp_T=gather([sample.ref_logp for sample in samples]),
-        anchor_T=gather([sample.anchor for sample in samples]),
+        sampled_T=sampled_T,
+        engine_logp_T=gather([sample.rollout.logp for sample in samples]),
         adv_acc_T=torch.tensor([sample.score.adv_acc for sample in samples])[sample_T],
         adv_tool_T=torch.tensor([sample.score.adv_tool for sample in samples])[sample_T],
-        num_shared=unshared - builder.offsets[-1],
+    )
+
+
+def filler() -> Pack:
+    """A pass of one token without any loss: what a rank runs while others run their last packs."""
+    one = torch.zeros(1, dtype=torch.long)
+    zero = torch.zeros(1)
+    return Pack(
+        samples=(),
+        tokens_N=one,
+        positions_3N=one.expand(3, 1),
+        segments=Segments((0, 1), (-1,)),
+        images=(),
+        image_order=(),
+        select_T=one,
+        targets_T=one,
+        sample_T=one,
+        sampled_T=one.bool(),
+        engine_logp_T=zero,
+        adv_acc_T=zero,
+        adv_tool_T=zero,
     )

@@ -1,90 +1,106 @@
-"""The torch trainer: one process, any device that torch runs on, weights shared with the native engine."""
+"""The torch trainer: any device that torch runs on, weights shared with the native engine; one process, or FSDP2 over several.
+
+Shape letters: T tokens of the loss of a pack, H hidden size, V vocabulary.
+"""
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from metis_fast.attention import PrefixShared
 from metis_fast.checkpoint.optimizer import FlatOptimizer, flatten_optimizer, unflatten_optimizer
 from metis_fast.checkpoint.params import MASTER, OPTIMIZER, WEIGHT, add_prefix, copy_exactly, take_prefix
 from metis_fast.config import Config, OptimConfig
-from metis_fast.errors import CheckpointError, NonFiniteError
+from metis_fast.errors import CheckpointError, ConfigError, NonFiniteError
 from metis_fast.model import Policy
+from metis_fast.train.flops import FlopModel
+from metis_fast.train.forward import PackPass
 from metis_fast.train.optimizer import Optimizer, trainable
-from metis_fast.train.pack import Pack, Sample, build, split
+from metis_fast.train.pack import Family, Pack, Sample, balance, build, filler, split
 from metis_fast.train.protocol import TrainerState
-from metis_fast.types import Rollout, Score, ScoredGroup, UpdateStats
-from metis_kernels import HdpoLoss, hdpo_loss, linear_logprob
+from metis_fast.train.savings import Passes, account, forward_flops
+from metis_fast.train.sharding import gather, gather_objects, shard, split_like
+from metis_fast.types import ImageBlob, Rollout, Savings, Score, ScoredGroup, UpdateStats
+from metis_kernels import hdpo_loss, linear_logprob
+
+_LOG = logging.getLogger(__name__)
+
+_SUMS = (
+    "loss_acc", "loss_tool", "num_clipped_acc", "num_acc", "num_clipped_tool", "num_tool", "sum_kl", "sum_entropy",
+    "sum_engine_gap", "num_live",
+)  # fmt: skip
+"""Metrics of the loss that add up over packs."""
 
 
-@dataclass(slots=True)
-class _Sums:
-    """Running sums of one mini-batch; divided once, at its end."""
+@dataclass(frozen=True, slots=True, eq=False)
+class _Pass:
+    """A pack of this rank, and an image for the vision tower where only other ranks' packs have some (see `PackPass`).
 
-    loss: float = 0.0
-    loss_acc: float = 0.0
-    loss_tool: float = 0.0
-    clipped_acc: float = 0.0
-    live_acc: float = 0.0
-    clipped_tool: float = 0.0
-    live_tool: float = 0.0
-    kl: float = 0.0
-    entropy: float = 0.0
-    engine_gap: float = 0.0
-    ratio_max: float = 1.0
-    ratio_min: float = 1.0
-    live: float = 0.0
-    tokens: int = 0
-    shared: int = 0
+    names: of the pack's rollouts.
+    """
 
-    def add(self, out: HdpoLoss, pack: Pack) -> None:
-        """One pack; one copy from the device."""
-        m = out.metrics
-        values = torch.stack(
-            [
-                out.loss.detach().double(), m.loss_acc, m.loss_tool, m.num_clipped_acc, m.num_acc, m.num_clipped_tool,
-                m.num_tool, m.sum_kl, m.sum_entropy, m.sum_engine_gap, m.num_live, m.ratio_max, m.ratio_min,
-            ]
-        ).tolist()  # fmt: skip
-        self.loss += values[0]
-        self.loss_acc += values[1]
-        self.loss_tool += values[2]
-        self.clipped_acc += values[3]
-        self.live_acc += values[4]
-        self.clipped_tool += values[5]
-        self.live_tool += values[6]
-        self.kl += values[7]
-        self.entropy += values[8]
-        self.engine_gap += values[9]
-        self.live += values[10]
-        if values[10]:
-            first = self.live == values[10]
-            self.ratio_max = values[11] if first else max(self.ratio_max, values[11])
-            self.ratio_min = values[12] if first else min(self.ratio_min, values[12])
-        self.tokens += len(pack.tokens_N)
-        self.shared += pack.num_shared
+    pack: Pack
+    tower: ImageBlob | None
+    names: str
+
+
+@dataclass(slots=True, eq=False)
+class _MiniBatch:
+    """What one optimizer step runs, planned before anything does. owed: log-probabilities of the old policy are."""
+
+    passes: list[_Pass]
+    owed: bool
+    num_rollouts: int
+    num_run: int
+    n_acc: int
+    n_tool: int
+    num_tokens: int
+    flops: float
+    avoided: Savings
 
 
 class TorchTrainer:
     """Forward and backward passes over a `Policy`, and the optimizer.
 
     optim: which learning rates apply (HDPO's or SFT's). total_steps: optimizer steps of the whole run, for the schedule.
+    group: data-parallel ranks, each of which is given the same groups and runs its share of the packs; weights and states
+    are split over them.
+
+    Raises:
+        ConfigError: an option does not go with several ranks.
     """
 
-    def __init__(self, policy: Policy, config: Config, optim: OptimConfig, total_steps: int) -> None:
+    def __init__(
+        self, policy: Policy, config: Config, optim: OptimConfig, total_steps: int, group: dist.ProcessGroup | None = None
+    ) -> None:
         self.policy = policy
         self._config = config
+        self._group = group
+        self._flops = FlopModel.of(policy.model.config)
         self._vision_trained = "vision" not in config.model.freeze
-        self.optimizer = Optimizer(trainable(policy.model, config.model.freeze), optim, total_steps)
+        self._forward = PackPass(policy, config.train.attention, self._vision_trained)
+        parameters = trainable(policy.model, config.model.freeze)
+        if group is not None:
+            if optim.muon_lr:
+                raise ConfigError("optim.muon_lr works on whole matrices, which FSDP splits over the ranks; set it to 0")
+            shard(self._forward, policy, group)
+            parameters = trainable(policy.model, config.model.freeze)
+        self._head_trained = policy.head.requires_grad
+        self.optimizer = Optimizer(parameters, optim, total_steps)
         self._reference: dict[str, Tensor] | None = None
         if config.loss.kl_coef > 0:
             self._reference = {name: p.detach().clone() for name, p in self.optimizer.parameters.items()}
+        self._prunes = config.train.skip_zero_advantage
+        if self._prunes and (needed_by := _needs_every_rollout(config)):
+            self._prunes = False
+            _LOG.warning("train.skip_zero_advantage is off in this run: %s needs every rollout", needed_by)
         if config.train.activation_checkpointing:
             policy.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
             policy.model.train()
@@ -103,11 +119,11 @@ class TorchTrainer:
 
     def state(self) -> TrainerState:
         """See `Trainer`."""
-        tensors = add_prefix(WEIGHT, self.policy.model.state_dict()) | add_prefix(MASTER, self._masters())
+        tensors = add_prefix(WEIGHT, gather(self.policy.model.state_dict())) | add_prefix(MASTER, gather(self._masters()))
         scalars: dict[str, object] = {"num_steps": self.optimizer.num_steps}
         for name, inner in self.optimizer.named():
             flat = flatten_optimizer(inner)
-            tensors |= add_prefix(f"{OPTIMIZER}{name}.", flat.tensors)
+            tensors |= add_prefix(f"{OPTIMIZER}{name}.", gather(flat.tensors))
             scalars[name] = flat.scalars
         return TrainerState(tensors, scalars)
 
@@ -118,55 +134,73 @@ class TorchTrainer:
                 raise CheckpointError(
                     f"the checkpoint has no {name} state; resume with the optim settings of the run that wrote it"
                 )
-        copy_exactly(take_prefix(MASTER, state.tensors), self._masters())
-        copy_exactly(take_prefix(WEIGHT, state.tensors), self.policy.model.state_dict())
+        for prefix, live in ((MASTER, self._masters()), (WEIGHT, self.policy.model.state_dict())):
+            copy_exactly(split_like(take_prefix(prefix, state.tensors), live), live)
         for name, inner in self.optimizer.named():
-            flat = FlatOptimizer(take_prefix(f"{OPTIMIZER}{name}.", state.tensors), state.scalars[name])
-            unflatten_optimizer(inner, flat)
+            moments = take_prefix(f"{OPTIMIZER}{name}.", state.tensors)
+            masters = [master for part in inner.param_groups for master in part["params"]]
+            live = {path: masters[int(path.split(".")[1])] for path in moments if path.startswith("state.")}
+            unflatten_optimizer(inner, FlatOptimizer(split_like(moments, live), state.scalars[name]))
         self.optimizer.num_steps = int(state.scalars["num_steps"])
 
-    # -- forward ------------------------------------------------------------------------------------------------------
+    # -- passes -------------------------------------------------------------------------------------------------------
 
-    def _hidden(self, pack: Pack) -> Tensor:
-        """Hidden states that predict the sampled tokens, [T, H]."""
-        device = self.policy.head.device
-        features = None
-        if pack.images:
-            with torch.set_grad_enabled(torch.is_grad_enabled() and self._vision_trained):
-                features = self.policy.encode_images(pack.images).take(pack.image_order)
-        plan = PrefixShared(pack.segments, self._config.train.attention)
-        tokens, positions = pack.tokens_N[None].to(device), pack.positions_3N[:, None].to(device)
-        return self.policy.hidden(tokens, positions, features, plan)[0, pack.select_T.to(device)]
+    def _passes(self, packs: Sequence[Sequence[Family]], every_row: bool = False) -> list[_Pass]:
+        """This rank's share of the packs, by predicted cost. Every rank gets as many passes as the others, because the
+        gathering of split weights goes in step: where it has fewer packs, with nothing in them."""
+        size, rank = (1, 0) if self._group is None else (dist.get_world_size(self._group), dist.get_rank(self._group))
+        shares = balance([forward_flops(pack, self._flops) for pack in packs], size)
+        # those with images first, so that few towers idle
+        with_images = [any(s.rollout.image_spans for family in pack for s in family.samples) for pack in packs]
+        shares = [sorted(share, key=lambda i: (not with_images[i], i)) for share in shares]
+        passes: list[_Pass] = []
+        for turn in range(max(map(len, shares))):
+            others = [packs[share[turn]] for share in shares if turn < len(share)]
+            images = [image for pack in others for family in pack for s in family.samples for image in s.rollout.images]
+            tower = min(images, key=lambda image: (len(image.data), image.sha256), default=None)
+            pack = filler()
+            if turn < len(shares[rank]):
+                families = packs[shares[rank][turn]]
+                pack = build(families, self.policy.merge, self._config.train.share_images, every_row)
+            names = ", ".join(f"{s.rollout.prompt_uid}#{s.rollout.index}" for s in pack.samples[:4])
+            passes.append(_Pass(pack, tower if size > 1 and not pack.images else None, names))
+        return passes
 
-    def _packs(self, samples: Sequence[Sample], budget: int) -> list[Pack]:
-        return [build(part, self.policy.merge) for part in split(samples, budget, self._config.train.share_prompt)]
+    def _split(self, samples: Sequence[Sample], budget: int) -> list[list[Family]]:
+        train = self._config.train
+        return split(samples, budget, train.share_prompt, train.share_packs)
 
     @torch.no_grad()
-    def _logprobs(self, samples: Sequence[Sample]) -> dict[int, tuple[np.ndarray, np.ndarray]]:
-        """By id of the sample: log-probability and log-sum-exp of every sampled token, [tokens] float32, 0 elsewhere."""
-        out: dict[int, tuple[np.ndarray, np.ndarray]] = {}
-        for pack in self._packs(samples, self._config.train.tokens_per_micro_batch):
+    def _logprobs(self, one: _Pass) -> tuple[Tensor, Tensor]:
+        """Log-probability and log-sum-exp of every target of a pack, [T] float32, on the CPU."""
+
+        def run(hidden_TH: Tensor, head_VH: Tensor) -> tuple[Tensor, Tensor]:
             found = linear_logprob(
-                self._hidden(pack),
-                self.policy.head,
-                pack.targets_T.to(self.policy.head.device),
+                hidden_TH,
+                head_VH,
+                one.pack.targets_T.to(hidden_TH.device),
                 temperature=self._config.rollout.temperature,
                 chunk=self._config.loss.token_chunk or None,
                 impl=self._config.loss.impl,
             )
-            values = torch.stack([found.logp_T, found.lse_T]).float().cpu().numpy()
-            which = pack.sample_T.numpy()
-            for i, sample in enumerate(pack.samples):
-                full = np.zeros((2, len(sample.rollout.tokens)), np.float32)
-                full[:, sample.rollout.sampled] = values[:, which == i]
-                out[id(sample)] = (full[0], full[1])
-        return out
+            return found.logp_T, found.lse_T
+
+        logp, lse = self._forward(one.pack, one.tower, run)
+        return logp.float().cpu(), lse.float().cpu()
 
     def logprobs(self, rollouts: Sequence[Rollout]) -> list[np.ndarray]:
         """Log-probability of every sampled token under the current weights, [S] float32 a rollout, 0 elsewhere."""
         samples = [Sample(rollout, Score(None, rollout.outcome)) for rollout in rollouts]
-        found = self._logprobs(samples)
-        return [found[id(sample)][0] for sample in samples]
+        place = {id(sample): i for i, sample in enumerate(samples)}
+        own: dict[int, np.ndarray] = {}
+        for one in self._passes(self._split(samples, self._config.train.tokens_per_micro_batch)):
+            logp, which = self._logprobs(one)[0].numpy(), one.pack.sample_T.numpy()
+            for i, sample in enumerate(one.pack.samples):
+                full = np.zeros(len(sample.rollout.tokens), np.float32)
+                full[sample.rollout.sampled] = logp[which == i]
+                own[place[id(sample)]] = full
+        found = {i: value for part in gather_objects(own, self._group) for i, value in part.items()}
+        return [found[i] for i in range(len(rollouts))]
 
     # -- HDPO ---------------------------------------------------------------------------------------------------------
 
@@ -179,138 +213,183 @@ class TorchTrainer:
         check: called before every pass until the first optimizer step; what it raises leaves weights and state as they were.
 
         Raises:
+            DataError: a rollout does not fit into a pass; it is named, and nothing was run.
             NonFiniteError: loss or gradient of a mini-batch is NaN or Inf; its step was not applied.
         """
         size = self._config.train.prompts_per_mini_batch
-        mini_batches = [self._samples(groups[i : i + size]) for i in range(0, len(groups), size)]
-        run = [self._select(batch) for batch in mini_batches]
-        run = [batch if i == 0 else self._with_old(batch, check) for i, batch in enumerate(run)]
+        planned = [self._plan(groups[i : i + size], first=i == 0) for i in range(0, len(groups), size)]
+        for batch in planned:
+            if batch.owed:
+                batch.passes = [self._with_old(one, check) for one in batch.passes]
         if self._reference is not None:
-            run = self._with_reference(run)
-        return tuple(
-            self._step(every, some, i, check if i == 0 else lambda: None)
-            for i, (every, some) in enumerate(zip(mini_batches, run, strict=True))
-        )
+            self._add_reference(planned)
+        return tuple(self._step(batch, i, check if i == 0 else lambda: None) for i, batch in enumerate(planned))
 
-    def _samples(self, groups: Sequence[ScoredGroup]) -> list[Sample]:
-        """Rollouts with a verdict; the others left their groups, denominators included."""
-        return [
+    def _plan(self, groups: Sequence[ScoredGroup], first: bool) -> _MiniBatch:
+        config = self._config
+        # the others left their groups, denominators included
+        every = [
             Sample(rollout, score)
             for group in groups
             for rollout, score in zip(group.rollouts, group.scores, strict=True)
             if score.verdict is not None and rollout.num_sampled
         ]
+        run = [sample for sample in every if sample.score.needs_gradient] if self._prunes else every
+        packs = self._split(run, config.train.tokens_per_micro_batch)
+        owed = config.loss.proximal == "policy" and not (first and config.train.skip_old_logprobs)
+        references = int(config.loss.kl_coef > 0)
+        tokens, flops, avoided = account(
+            every,
+            run,
+            packs,
+            Passes(int(owed) + references, 1 + references, self._vision_trained, self._head_trained),
+            self._flops,
+            config.train.share_images,
+            (self._num_live(run), sum(s.rollout.num_sampled for s in run)) if config.train.skip_head_rows else None,
+        )
+        passes = self._passes(packs, every_row=not config.train.skip_head_rows) if run else []
+        if config.loss.proximal == "engine":
+            passes = [replace(one, pack=replace(one.pack, old_logp_T=one.pack.engine_logp_T)) for one in passes]
+        return _MiniBatch(
+            passes=passes,
+            owed=owed,
+            num_rollouts=len(every),
+            num_run=len(run),
+            n_acc=sum(sample.rollout.num_sampled for sample in every),
+            n_tool=sum(sample.rollout.num_sampled for sample in every if sample.score.in_tool_denominator),
+            num_tokens=tokens,
+            flops=flops,
+            avoided=avoided,
+        )
 
-    def _select(self, samples: list[Sample]) -> list[Sample]:
-        """Leave out what has no gradient, where that is exact."""
+    def _num_live(self, run: Sequence[Sample]) -> int:
+        """Tokens with a gradient coefficient."""
         loss = self._config.loss
-        exact = loss.entropy_coef == 0 and loss.kl_coef == 0 and loss.normalization == "global"
-        if not (self._config.train.skip_zero_advantage and exact):
-            return samples
-        return [sample for sample in samples if sample.score.needs_gradient]
+        every = bool(loss.entropy_coef or loss.kl_coef)
+        return sum(
+            sample.rollout.num_sampled
+            for sample in run
+            if every or loss.w_acc * sample.score.adv_acc or loss.w_tool * sample.score.adv_tool
+        )
 
-    def _with_old(self, samples: list[Sample], check: Callable[[], None]) -> list[Sample]:
+    def _with_old(self, one: _Pass, check: Callable[[], None]) -> _Pass:
         check()
-        old = self._logprobs(samples)
-        return [replace(sample, old_logp=old[id(sample)][0], anchor=old[id(sample)][1]) for sample in samples]
+        logp, lse = self._logprobs(one)
+        return replace(one, pack=replace(one.pack, old_logp_T=logp, anchor_T=lse))
 
     @torch.no_grad()
-    def _with_reference(self, batches: list[list[Sample]]) -> list[list[Sample]]:
+    def _add_reference(self, batches: Sequence[_MiniBatch]) -> None:
         """Log-probabilities under the starting policy, whose weights stand in for the current ones meanwhile."""
         assert self._reference is not None
         current = {name: p.detach().clone() for name, p in self.optimizer.parameters.items()}
         for name, parameter in self.optimizer.parameters.items():
             parameter.copy_(self._reference[name])
-        out = []
         for batch in batches:
-            logp = self.logprobs([sample.rollout for sample in batch])
-            out.append([replace(sample, ref_logp=value) for sample, value in zip(batch, logp, strict=True)])
+            batch.passes = [replace(one, pack=replace(one.pack, ref_logp_T=self._logprobs(one)[0])) for one in batch.passes]
         for name, parameter in self.optimizer.parameters.items():
             parameter.copy_(current[name])
-        return out
 
-    def _step(self, every: Sequence[Sample], run: Sequence[Sample], index: int, check: Callable[[], None]) -> UpdateStats:
-        n_acc = sum(sample.rollout.num_sampled for sample in every)
-        n_tool = sum(sample.rollout.num_sampled for sample in every if sample.score.in_tool_denominator)
-        sums, lr = _Sums(), self.optimizer.lr
+    def _step(self, batch: _MiniBatch, index: int, check: Callable[[], None]) -> UpdateStats:
+        lr = self.optimizer.lr
         self.optimizer.start()
-        for pack in self._packs(run, self._config.train.tokens_per_micro_batch):
+        rows: list[Tensor] = []
+        for one in batch.passes:
             check()
+            n_acc, n_tool = float(batch.n_acc), float(batch.n_tool)
             if self._config.loss.normalization == "reference":
                 # the public recipe: a mean over the micro-batch's own tokens, weighted by its share of the rows
-                share = len(pack.samples) / len(every)
-                in_tool = sum(s.rollout.num_sampled for s in pack.samples if s.score.in_tool_denominator)
-                own_acc, own_tool = len(pack.targets_T) / share, in_tool / share
-            else:
-                own_acc, own_tool = float(n_acc), float(n_tool)
-            total = self._micro_loss(pack, own_acc, own_tool, sums)
-            if not bool(torch.isfinite(total)):
-                names = ", ".join(f"{s.rollout.prompt_uid}#{s.rollout.index}" for s in pack.samples[:4])
-                raise NonFiniteError(
-                    f"loss is {float(total.detach())} in mini-batch {index} (rollouts {names}, …); the step was not applied"
-                )
-            total.backward()
+                share = len(one.pack.samples) / batch.num_rollouts
+                in_tool = sum(s.rollout.num_sampled for s in one.pack.samples if s.score.in_tool_denominator)
+                n_acc, n_tool = int(one.pack.sampled_T.sum()) / max(share, 1e-30), in_tool / max(share, 1e-30)
+            loss, metrics = self._loss(one, n_acc, n_tool)
+            loss.backward()
             self.optimizer.accumulate()
+            rows.append(metrics)
+        # the one wait for the device before the optimizer's step
+        values = torch.stack(rows).tolist() if rows else []
+        own = list(zip(values, [one.names for one in batch.passes], strict=True))
+        table = [row for part in gather_objects(own, self._group) for row in part]
+        for values, names in table:
+            if not math.isfinite(values[0]):
+                raise NonFiniteError(
+                    f"loss is {values[0]} in mini-batch {index} (rollouts {names}, …); the step was not applied"
+                )
         norm = self.optimizer.step()
         if not math.isfinite(norm):
             raise NonFiniteError(f"gradient norm is {norm} in mini-batch {index}; the step was not applied")
-        count, loss = max(1.0, sums.live), self._config.loss
+        return self._stats(batch, [values for values, _ in table], norm, lr)
+
+    def _stats(self, batch: _MiniBatch, table: Sequence[Sequence[float]], norm: float, lr: float) -> UpdateStats:
+        """table: a row of `_loss`'s metrics for every pack, of all ranks."""
+        config = self._config.loss
+        columns = list(zip(*table, strict=True)) if table else [()] * (3 + len(_SUMS))
+        sums = {name: sum(column) for name, column in zip(_SUMS, columns[3:], strict=True)}
+        live = [row for row in table if row[-1]]
+        count = max(1.0, sums["num_live"])
         return UpdateStats(
-            loss=sums.loss,
-            loss_acc=sums.loss_acc / loss.w_acc if loss.w_acc else 0.0,
-            loss_tool=sums.loss_tool / loss.w_tool if loss.w_tool else 0.0,
+            loss=sum(columns[0]),
+            loss_acc=sums["loss_acc"] / config.w_acc if config.w_acc else 0.0,
+            loss_tool=sums["loss_tool"] / config.w_tool if config.w_tool else 0.0,
             grad_norm=norm,
             lr=lr,
-            clip_acc=sums.clipped_acc / max(1, sums.live_acc),
-            clip_tool=sums.clipped_tool / max(1, sums.live_tool),
-            kl=sums.kl / count,
-            ratio_max=sums.ratio_max,
-            ratio_min=sums.ratio_min,
-            entropy=sums.entropy / count,
-            engine_gap=sums.engine_gap / count,
-            num_tokens=sums.tokens,
-            num_shared=sums.shared,
-            num_skipped=sum(len(s.rollout.tokens) for s in every) - sums.tokens - sums.shared,
-            n_acc=n_acc,
-            n_tool=n_tool,
-            skipped_step=not run,
+            clip_acc=sums["num_clipped_acc"] / max(1, sums["num_acc"]),
+            clip_tool=sums["num_clipped_tool"] / max(1, sums["num_tool"]),
+            kl=sums["sum_kl"] / count,
+            ratio_max=max((row[1] for row in live), default=1.0),
+            ratio_min=min((row[2] for row in live), default=1.0),
+            entropy=sums["sum_entropy"] / count,
+            engine_gap=sums["sum_engine_gap"] / count,
+            num_tokens=batch.num_tokens,
+            flops=batch.flops,
+            avoided=batch.avoided,
+            n_acc=batch.n_acc,
+            n_tool=batch.n_tool,
+            skipped_step=not batch.num_run,
         )
 
-    def _micro_loss(self, pack: Pack, n_acc: float, n_tool: float, sums: _Sums) -> Tensor:
-        config, device = self._config.loss, self.policy.head.device
+    def _loss(self, one: _Pass, n_acc: float, n_tool: float) -> tuple[Tensor, Tensor]:
+        """The pack's share of the loss, and a row of numbers on the device: loss, largest and smallest ratio, `_SUMS`."""
+        config, train, pack = self._config.loss, self._config.train, one.pack
 
-        def there(value: Tensor | None) -> Tensor | None:
-            return None if value is None else value.to(device)
+        def run(hidden_TH: Tensor, head_VH: Tensor) -> tuple[Tensor, Tensor]:
+            device = hidden_TH.device
 
-        out = hdpo_loss(
-            self._hidden(pack),
-            self.policy.head,
-            pack.targets_T.to(device),
-            there(pack.old_logp_T),
-            pack.adv_acc_T.to(device),
-            pack.adv_tool_T.to(device),
-            None,
-            n_acc,
-            n_tool,
-            w_acc=config.w_acc,
-            w_tool=config.w_tool,
-            eps_low=config.eps_low,
-            eps_high=config.eps_high,
-            dual_clip=config.dual_clip,
-            temperature=self._config.rollout.temperature,
-            entropy_coef=config.entropy_coef,
-            with_entropy=True,
-            kl_coef=config.kl_coef,
-            ref_logp_T=there(pack.ref_logp_T),
-            tis_cap=config.tis_cap,
-            engine_logp_T=there(pack.engine_logp_T),
-            anchor_T=there(pack.anchor_T),
-            live_L=None if self._config.train.skip_zero_advantage else torch.arange(len(pack.targets_T), device=device),
-            chunk=config.token_chunk or None,
-            impl=config.impl,
-        )
-        sums.add(out, pack)
-        return out.loss
+            def there(value: Tensor | None) -> Tensor | None:
+                return None if value is None else value.to(device)
+
+            out = hdpo_loss(
+                hidden_TH,
+                head_VH,
+                pack.targets_T.to(device),
+                there(pack.old_logp_T),
+                # tokens that carry no loss are given no advantage either: NaN times 0 is none
+                (pack.adv_acc_T * pack.sampled_T).to(device),
+                (pack.adv_tool_T * pack.sampled_T).to(device),
+                pack.sampled_T.to(device),
+                n_acc,
+                n_tool,
+                w_acc=config.w_acc,
+                w_tool=config.w_tool,
+                eps_low=config.eps_low,
+                eps_high=config.eps_high,
+                dual_clip=config.dual_clip,
+                temperature=self._config.rollout.temperature,
+                entropy_coef=config.entropy_coef,
+                with_entropy=True,
+                kl_coef=config.kl_coef,
+                ref_logp_T=there(pack.ref_logp_T),
+                tis_cap=config.tis_cap,
+                engine_logp_T=there(pack.engine_logp_T),
+                anchor_T=there(pack.anchor_T),
+                live_L=None if train.skip_head_rows else torch.arange(len(pack.targets_T), device=device),
+                chunk=config.token_chunk or None,
+                impl=config.impl,
+            )
+            m = out.metrics
+            numbers = [out.loss.detach().double(), m.ratio_max, m.ratio_min, *(getattr(m, name) for name in _SUMS)]
+            return out.loss, torch.stack(numbers)
+
+        return self._forward(pack, one.tower, run)
 
     # -- SFT ----------------------------------------------------------------------------------------------------------
 
@@ -320,37 +399,59 @@ class TorchTrainer:
         Returns loss and gradient norm.
 
         Raises:
+            DataError: a rollout does not fit into a pass; it is named, and nothing was run.
             NonFiniteError: loss or gradient is NaN or Inf; the step was not applied.
         """
         count = sum(rollout.num_sampled for rollout in rollouts)
         blank = Score(None, rollouts[0].outcome)
+        passes = self._passes(self._split([Sample(r, blank) for r in rollouts], self._config.sft.tokens_per_micro_batch))
         self.optimizer.start()
-        total = 0.0
-        samples = [Sample(rollout, blank) for rollout in rollouts]
-        for pack in self._packs(samples, self._config.sft.tokens_per_micro_batch):
-            hidden = self._hidden(pack)
-            targets, ones = pack.targets_T.to(hidden.device), torch.ones(len(hidden), device=hidden.device)
+        sums: list[Tensor] = []
+        for one in passes:
+            loss, total = self._likelihood(one, count)
+            loss.backward()
+            self.optimizer.accumulate()
+            sums.append(total)
+        own = float(torch.stack(sums).sum())
+        total = -sum(gather_objects(own, self._group)) / count
+        norm = self.optimizer.step() if math.isfinite(total) else math.nan
+        if not (math.isfinite(total) and math.isfinite(norm)):
+            raise NonFiniteError(f"SFT loss is {total} with gradient norm {norm}; lower sft.optim.lr or check the trajectories")
+        return total, norm
+
+    def _likelihood(self, one: _Pass, count: int) -> tuple[Tensor, Tensor]:
+        """A loss with the gradient of the mean negative log-likelihood, and the sum of the pack's log-likelihoods."""
+        pack = one.pack
+
+        def run(hidden_TH: Tensor, head_VH: Tensor) -> tuple[Tensor, Tensor]:
+            device = hidden_TH.device
             # with advantage 1 and ratio 1 the gradient of the surrogate is that of the log-likelihood
+            ones = torch.ones(len(hidden_TH), device=device)
             out = hdpo_loss(
-                hidden,
-                self.policy.head,
-                targets,
+                hidden_TH,
+                head_VH,
+                pack.targets_T.to(device),
                 None,
                 ones,
                 ones,
-                None,
+                pack.sampled_T.to(device),
                 count,
                 0,
                 w_tool=0.0,
                 temperature=self._config.rollout.temperature,
-                engine_logp_T=None,
                 chunk=self._config.loss.token_chunk or None,
                 impl=self._config.loss.impl,
             )
-            out.loss.backward()
-            self.optimizer.accumulate()
-            total -= float(out.logp_L.double().sum()) / count
-        norm = self.optimizer.step()
-        if not (math.isfinite(total) and math.isfinite(norm)):
-            raise NonFiniteError(f"SFT loss is {total} with gradient norm {norm}; lower sft.optim.lr or check the trajectories")
-        return total, norm
+            return out.loss, out.logp_L.double().sum()
+
+        return self._forward(pack, one.tower, run)
+
+
+def _needs_every_rollout(config: Config) -> str:
+    """Which setting makes a rollout without an advantage count; "" if none does."""
+    loss = config.loss
+    if loss.entropy_coef:
+        return "loss.entropy_coef"
+    if loss.kl_coef:
+        return "loss.kl_coef"
+    return "loss.normalization=reference" if loss.normalization == "reference" else ""

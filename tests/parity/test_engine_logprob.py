@@ -196,7 +196,7 @@ def gap(load_tiny, make_prompt, picture):
         rollouts = asyncio.run(run())
         config = Config.model_validate(
             {
-                "rollout": {"temperature": temperature},
+                "rollout": {"temperature": temperature, "max_prompt_tokens": 200, "max_response_tokens": 200},
                 "train": {"tokens_per_micro_batch": 400, "attention": attention},
             }
         )

@@ -28,7 +28,7 @@ def settings_of(tokens_per_micro_batch, **loss):
         {
             "loss": {"normalization": "reference"} | loss,
             "model": {"dtype": "float32"},
-            "rollout": {"prompts_per_step": 6, "rollouts_per_prompt": 4},
+            "rollout": {"prompts_per_step": 6, "rollouts_per_prompt": 4, "max_prompt_tokens": 1, "max_response_tokens": 1},
             "train": {
                 "prompts_per_mini_batch": 3,
                 "tokens_per_micro_batch": tokens_per_micro_batch,

@@ -27,7 +27,7 @@ def config(loss=None, train=None, model=None, **optim) -> Config:
         {
             "loss": loss or {},
             "model": {"dtype": "float32"} | (model or {}),
-            "rollout": {"prompts_per_step": 4, "rollouts_per_prompt": 3},
+            "rollout": {"prompts_per_step": 4, "rollouts_per_prompt": 3, "max_prompt_tokens": 1, "max_response_tokens": 1},
             "train": {"prompts_per_mini_batch": 2}
             | (train or {})
             | {"optim": {"lr": 1e-3, "grad_clip": 1e9, "weight_decay": 0.0} | optim},
@@ -137,9 +137,10 @@ def test_stats_do_not_depend_on_packs_and_shared_prompts(load_tiny, groups):
         values = [getattr(one, field) for one in stats]
         np.testing.assert_allclose(values, values[0], rtol=3e-6, atol=1e-7, err_msg=field)
     every = sum(len(r.tokens) for g in groups for r in g.rollouts)
-    assert [one.num_tokens + one.num_shared for one in stats] == [every] * 3
+    assert [one.num_tokens + one.avoided.prompts.tokens for one in stats] == [every] * 3
     prompts = sum((len(g.rollouts) - 1) * g.rollouts[0].prompt_len for g in groups)
-    assert stats[0].num_shared == 0 < stats[1].num_shared <= stats[2].num_shared == prompts
+    shared = [one.avoided.prompts.tokens for one in stats]
+    assert shared[0] == 0 < shared[1] <= shared[2] == prompts
 
 
 def test_a_rollout_that_fits_into_no_pack_is_named_before_anything_runs(load_tiny, groups):
@@ -188,7 +189,8 @@ def test_a_mini_batch_without_any_gradient_is_still_a_step_and_the_same_one_unsk
         (stats,) = trainer.update(blank)
         assert stats.skipped_step is skip and stats.loss == 0 and stats.grad_norm == 0
         every = sum(len(r.tokens) for g in groups for r in g.rollouts)
-        assert (stats.num_tokens + stats.num_shared, stats.num_skipped) == ((0, every) if skip else (every, 0))
+        run, avoided = stats.num_tokens + stats.avoided.prompts.tokens, stats.avoided.rollouts.tokens
+        assert (run, avoided) == ((0, every) if skip else (every, 0))
         assert trainer.optimizer.num_steps == 2
         assert any(not torch.equal(before[name], w) for name, w in weights(trainer).items())  # decay and momentum go on
         runs.append(trainer)
@@ -237,7 +239,7 @@ def test_freezing_a_part_leaves_the_gradients_of_the_others(trained, groups):
 
 def test_old_log_probabilities_are_those_before_the_first_step(load_tiny, groups):
     """The second mini-batch holds the first one's groups again; its ratio is new policy over the one before both steps."""
-    settings = config(train={"skip_zero_advantage": False}, lr=3e-3)
+    settings = config(train={"skip_zero_advantage": False, "skip_head_rows": False}, lr=3e-3)
     trainer = TorchTrainer(load_tiny(), settings, settings.train.optim, 10)
     rollouts = [r for g in groups for r in g.rollouts]
     old = trainer.logprobs(rollouts)

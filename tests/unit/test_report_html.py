@@ -24,12 +24,14 @@ from metis_fast.report.summary import write_summary
 from metis_fast.rollout.store import RolloutStore
 from metis_fast.types import (
     Ability,
+    Avoided,
     ImageBlob,
     ImageSpan,
     Message,
     Outcome,
     Prompt,
     Rollout,
+    Savings,
     Score,
     ScoredGroup,
     Slice,
@@ -153,8 +155,8 @@ def write_run(folder: Path, num_steps: int) -> None:
                 entropy=0.9 - 0.5 * progress,
                 engine_gap=0.004,
                 num_tokens=9000,
-                num_shared=120,
-                num_skipped=3000,
+                flops=9e12,
+                avoided=Savings(rollouts=Avoided(30, 2e12), prompts=Avoided(120, 5e11)),
                 n_acc=5000,
                 n_tool=2500,
             )
@@ -243,6 +245,7 @@ def test_report_has_every_section_and_every_curve(page: Page):
         "Engine gap and KL",
         "Response length",
         "Outcomes",
+        "FLOPs of the update",
         "Time by stage",
         "Step 0",
         "Step 10",

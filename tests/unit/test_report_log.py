@@ -13,7 +13,7 @@ from metis_fast.config import LogConfig
 from metis_fast.errors import DataError
 from metis_fast.report.log import Evaluation, RunLog, read_evaluations, read_steps, step_scalars
 from metis_fast.report.progress import progress
-from metis_fast.types import Slice, StepStats, UpdateStats
+from metis_fast.types import Avoided, Savings, Slice, StepStats, UpdateStats
 
 QUIET = LogConfig(tensorboard=False)
 UPDATE = UpdateStats(
@@ -30,8 +30,8 @@ UPDATE = UpdateStats(
     entropy=1.0,
     engine_gap=0.1,
     num_tokens=100,
-    num_shared=10,
-    num_skipped=5,
+    flops=9e12,
+    avoided=Savings(rollouts=Avoided(30, 2e12), prompts=Avoided(120, 5e11)),
     n_acc=60,
     n_tool=30,
 )
@@ -136,6 +136,7 @@ def test_several_updates_become_means_sums_and_extremes():
     assert math.isclose(scalars["loss/total"], 0.3)
     assert (scalars["policy/ratio_max"], scalars["policy/ratio_min"]) == (4.0, 0.5)
     assert scalars["tokens/run"] == 157
+    assert (scalars["flops/run"], scalars["tokens_avoided/prompts"], scalars["flops_avoided/rollouts"]) == (27e12, 360, 6e12)
 
 
 def test_the_live_line_has_its_columns_under_its_headings(tmp_path: Path, capsys):

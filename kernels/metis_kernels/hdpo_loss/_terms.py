@@ -166,25 +166,31 @@ def loss_and_metrics(
     if entropy_coef:
         assert entropy_L is not None
         entropy = -(entropy_coef * tokens.scaled_one_L * entropy_L.double()).sum()
-    gap = zero
+    gap = torch.zeros_like(logp)
     if tokens.engine_logp_L is not None:
         old = logp if tokens.old_logp_L is None else tokens.old_logp_L
-        gap = (old - tokens.engine_logp_L).abs().sum().double()
+        gap = (old - tokens.engine_logp_L).abs().double()
+    # a row outside of the mask, which a caller may list as live, counts nowhere
+    inside = tokens.scaled_one_L != 0
+
+    def total(value_L: Tensor) -> Tensor:
+        return value_L.where(inside, 0).sum()
+
     some = logp.numel() > 0
     metrics = HdpoMetrics(
         loss_acc=losses[0],
         loss_tool=losses[1],
         loss_kl=kl,
         loss_entropy=entropy,
-        num_live=zero + logp.numel(),
+        num_live=inside.sum().double(),
         num_acc=nums[0],
         num_tool=nums[1],
         num_clipped_acc=clipped[0],
         num_clipped_tool=clipped[1],
-        sum_kl=-difference.sum(),
-        sum_entropy=zero if entropy_L is None else entropy_L.double().sum(),
-        sum_engine_gap=gap,
-        ratio_min=ratio.min() if some else zero + 1,
-        ratio_max=ratio.max() if some else zero + 1,
+        sum_kl=-total(difference),
+        sum_entropy=zero if entropy_L is None else total(entropy_L.double()),
+        sum_engine_gap=total(gap),
+        ratio_min=ratio.where(inside, torch.inf).min().where(inside.any(), 1) if some else zero + 1,
+        ratio_max=ratio.where(inside, -torch.inf).max().where(inside.any(), 1) if some else zero + 1,
     )
     return losses[0] + losses[1] + kl + entropy, metrics
