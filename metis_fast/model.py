@@ -152,11 +152,6 @@ class Policy:
         )
 
     @property
-    def tied(self) -> bool:
-        """Whether the LM head is the embedding."""
-        return self.head is self.decoder.embed_tokens.weight
-
-    @property
     def vision_blocks(self) -> Iterable[nn.Module]:
         """Of the vision tower; none in a model that reads text only."""
         return () if isinstance(self.model, Qwen3ForCausalLM) else self.model.model.visual.blocks

@@ -16,6 +16,7 @@ Shape letters: S tokens of one rollout (prompt included), G rollouts of a prompt
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -266,6 +267,12 @@ class Score:
     qualifies: bool = False
     in_tool_denominator: bool = False
     needs_gradient: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("r_acc", "r_tool", "adv_acc", "adv_tool"):
+            value = getattr(self, name)
+            if not math.isfinite(value):
+                raise ValueError(f"{name}: expected a finite number, got {value}; check the judge and the rewards")
 
 
 @dataclass(frozen=True, slots=True)

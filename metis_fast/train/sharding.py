@@ -33,6 +33,7 @@ def shard(forward: PackPass, policy: Policy, group: dist.ProcessGroup) -> None:
     for module in forward.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
 
 
 def whole(value: Tensor) -> Tensor:
