@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from metis_fast.checkpoint.export import export_model
+from metis_fast.checkpoint.export import export_policy
 from metis_fast.checkpoint.resume import CheckpointStore, ResumeState
 from metis_fast.checkpoint.rng import capture_rng
 from metis_fast.config import Config, SftPhase
@@ -76,6 +76,15 @@ def _trajectories(phase: SftPhase) -> list[Rollout]:
     return rollouts
 
 
+def _check_lengths(config: Config, data: Sequence[Sequence[Rollout]]) -> None:
+    longest = max((rollout for part in data for rollout in part), key=lambda rollout: len(rollout.tokens))
+    if len(longest.tokens) > config.sft.tokens_per_micro_batch:
+        raise DataError(
+            f"trajectory {longest.prompt_uid}#{longest.index} has {len(longest.tokens)} tokens, more than "
+            f"sft.tokens_per_micro_batch={config.sft.tokens_per_micro_batch}; raise that"
+        )
+
+
 @lru_cache(maxsize=2)
 def _order(seed: int, phase: int, epoch: int, size: int) -> np.ndarray:
     bits = np.random.PCG64(np.random.SeedSequence(seed % 2**64, spawn_key=(phase, epoch)))
@@ -100,6 +109,7 @@ def sft(config: Config, out: Path) -> None:
     if not config.sft.phases:
         raise ConfigError("sft.phases is empty; name at least one folder of trajectories and its steps")
     data = [_trajectories(phase) for phase in config.sft.phases]
+    _check_lengths(config, data)
     schedule = [(i, step) for i, phase in enumerate(config.sft.phases) for step in range(phase.steps)]
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
@@ -139,4 +149,4 @@ def sft(config: Config, out: Path) -> None:
     save(len(schedule))
     lines = [json.dumps({"step": i, "loss": loss, "grad_norm": norm}) for i, (loss, norm) in enumerate(losses)]
     (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    export_model(policy.model, policy.folder, policy.folder, out)
+    export_policy(policy, out)

@@ -152,6 +152,11 @@ class Policy:
         )
 
     @property
+    def reads_images(self) -> bool:
+        """False for a text-only Qwen3."""
+        return not isinstance(self.model, Qwen3ForCausalLM)
+
+    @property
     def vision_blocks(self) -> Iterable[nn.Module]:
         """Of the vision tower; none in a model that reads text only."""
         return () if isinstance(self.model, Qwen3ForCausalLM) else self.model.model.visual.blocks

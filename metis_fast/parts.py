@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import time
 from collections.abc import Iterator
@@ -191,6 +192,11 @@ def open_parts(config: Config, interrupts: Interrupts, training: bool = True) ->
         raise ConfigError("rollout.engine=vllm is not in this release; set rollout.engine=native")
     if config.train.backend != "torch":
         raise ConfigError("train.backend=megatron is not in this release; set train.backend=torch")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError(
+            "this release runs rollouts in one process, but WORLD_SIZE="
+            f"{os.environ['WORLD_SIZE']} (torchrun?); start `metis-fast` directly"
+        )
     if training and not config.data.train:
         raise ConfigError("no training prompts; set data.train to Parquet files")
     if config.run.threads:

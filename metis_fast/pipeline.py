@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
 
-from metis_fast.checkpoint.export import export_model
+from metis_fast.checkpoint.export import export_policy
 from metis_fast.config import Config
 from metis_fast.errors import CheckpointError, Interrupted, MetisError, NonFiniteError
 from metis_fast.interrupt import Interrupts
@@ -55,7 +55,7 @@ def train(config: Config, seconds_before: float = 0.0) -> Summary | None:
                 clock("store", _store(parts, scored, step))
                 parts.log.step(_step_stats(parts, step, scored, updates, clock.seconds))
                 parts.finished(step)
-        export_model(parts.policy.model, parts.policy.folder, parts.policy.folder, config.run.dir / "trained")
+        export_policy(parts.policy, config.run.dir / "trained")
         return _summarise(parts, seconds_before)
 
 

@@ -17,6 +17,7 @@ from transformers.image_processing_base import ImageProcessingMixin
 
 from metis_fast.checkpoint.atomic import clean_leftovers, new_folder
 from metis_fast.errors import CheckpointError
+from metis_fast.model import Policy
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -36,7 +37,7 @@ Processor = ImageProcessingMixin | ProcessorMixin
 def export_model(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | Path,
-    processor: Processor | Path,
+    processor: Processor | Path | None,
     out: Path,
     *,
     max_shard_size: str = "5GB",
@@ -45,7 +46,8 @@ def export_model(
 
     The folder appears whole or not at all. An older export at `out` is replaced, and kept until the new one is complete.
 
-    tokenizer, processor: objects to save, or the model folder to copy their files from. max_shard_size: of a weight file.
+    tokenizer, processor: objects to save, or the model folder to copy their files from; a text-only model has no processor.
+    max_shard_size: of a weight file.
 
     Raises:
         CheckpointError: `out` is something else than an export, a source folder lacks a needed file, or the disk failed.
@@ -63,7 +65,7 @@ def export_model(
             model.save_pretrained(tmp, max_shard_size=max_shard_size)
             if isinstance(processor, Path):
                 _copy(processor, tmp, PROCESSOR_FILES, needed="preprocessor_config.json")
-            else:
+            elif processor is not None:
                 processor.save_pretrained(tmp)
             # after the processor: a ProcessorMixin saves a tokenizer, too
             if isinstance(tokenizer, Path):
@@ -75,6 +77,11 @@ def export_model(
             f"cannot export the model to {out}: {' '.join(str(error).split())}; an earlier export there is unchanged; "
             "free some space or choose another folder"
         ) from error
+
+
+def export_policy(policy: Policy, out: Path) -> None:
+    """`export_model` of a policy, with the tokenizer and the image processor of the folder that it was loaded from."""
+    export_model(policy.model, policy.folder, policy.folder if policy.reads_images else None, out)
 
 
 def _may_be_replaced(out: Path) -> bool:

@@ -81,7 +81,7 @@ class Chat:
         self._tokenizer = tokenizer
         self._images = images
         vocab = tokenizer.get_vocab()
-        ids = {token: vocab[token] for token in _CONTROL}
+        ids = {token: vocab[token] for token in _CONTROL if token in vocab}  # a text-only model may have none for images
         self._ids = ids
         self.im_end = ids["<|im_end|>"]
         self.stop_ids = (ids["</tool_call>"], self.im_end)

@@ -142,6 +142,8 @@ class NativeEngine:
         self._rows: list[_Session] = []  # session of each row in use, [live | idle]
         self._live = 0
         self._runner: asyncio.Task[None] | None = None
+        self._wide: Tensor | None = None  # the head in float32
+        self._wide_of = (0, 0)
         self._banned = torch.tensor(policy.placeholder_ids, dtype=torch.long, device=device)
         # state of the live rows, in row order
         self._logits = torch.zeros(0, policy.vocab_size, device=device)
@@ -310,7 +312,14 @@ class NativeEngine:
         return self._head(hidden[torch.arange(len(batch), device=device), last])
 
     def _head(self, hidden: Tensor) -> Tensor:
-        return F.linear(hidden, self._policy.head).float()
+        """Float32 logits. A bfloat16 product would round them, and with them the log-probabilities that the trainer is held to."""
+        head = self._policy.head
+        if head.dtype == torch.float32:
+            return F.linear(hidden, head)
+        state = (id(head), head._version)  # torch counts in-place changes; the trainer's steps are such
+        if self._wide is None or self._wide_of != state:
+            self._wide, self._wide_of = head.detach().float(), state
+        return F.linear(hidden.float(), self._wide)
 
     @torch.no_grad()
     def _decode(self) -> None:

@@ -222,4 +222,6 @@ def test_engine_log_probabilities_are_the_trainers_in_float32(gap, attention, de
 def test_engine_log_probabilities_are_the_trainers_in_bfloat16_to_its_rounding(gap, attention):
     difference = gap("bfloat16", attention)
     assert difference.mean() < 0.02
-    assert difference.max() < 0.25
+    # measured: mean 0.0076, max 0.084; logits of both are float32, activations are rounded at other places
+    assert difference.mean() < 0.012
+    assert difference.max() < 0.15

@@ -6,7 +6,7 @@ Gradients are read from AdamW: with `grad_clip` out of reach, after one step `ex
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
@@ -15,7 +15,7 @@ import torch
 from metis_fast.config import Config
 from metis_fast.errors import DataError, NonFiniteError
 from metis_fast.train.torch_backend import TorchTrainer
-from metis_fast.types import Observation, Outcome, Score, ScoredGroup, Verdict
+from metis_fast.types import Observation, Outcome, Savings, Score, ScoredGroup, Verdict
 
 CALL = '<tool_call>{"name": "python", "arguments": {"code": "%s"}}</tool_call>'
 ANSWER = "<reason>known</reason><answer>%s</answer><|im_end|>"
@@ -150,6 +150,73 @@ def test_a_rollout_that_fits_into_no_pack_is_named_before_anything_runs(load_tin
     with pytest.raises(DataError, match=rf"#\d has {longest(groups)} tokens, more than the {longest(groups) - 1} of a pack"):
         trainer.update(groups)
     assert_equal(weights(trainer), before)
+
+
+SWITCHES = ("share_packs", "share_prompt", "share_images", "skip_zero_advantage", "skip_head_rows", "skip_old_logprobs")
+
+
+@pytest.mark.parametrize("on", [(name,) for name in SWITCHES] + [SWITCHES])
+def test_every_saving_leaves_both_mini_batches_as_they_are(trained, groups, on):
+    """Two mini-batches, the second one with old log-probabilities, against the step that saves nothing."""
+    plain = {"prompts_per_mini_batch": 1} | dict.fromkeys(SWITCHES, False)
+    expected = trained(groups, config(train=plain))
+    got = trained(groups, config(train=plain | dict.fromkeys(on, True)))
+    assert_close(moments(got), moments(expected), share=1e-5)
+
+
+def moments(trainer):
+    """Linear in the gradients of all steps."""
+    return {name: trainer.optimizer.adamw.state[m]["exp_avg"] for name, m in trainer.optimizer.masters.items()}
+
+
+def test_stats_do_not_depend_on_what_is_saved(load_tiny, groups):
+    made = []
+    for on in (False, True):
+        settings = config(train={"prompts_per_mini_batch": 1} | dict.fromkeys(SWITCHES, on), lr=3e-3)
+        made.append(TorchTrainer(load_tiny(), settings, settings.train.optim, 10).update([*groups, *groups]))
+    for plain, saved in zip(*made, strict=True):
+        for field in ("loss", "loss_acc", "loss_tool", "grad_norm", "clip_acc", "clip_tool", "n_acc", "n_tool"):
+            np.testing.assert_allclose(getattr(saved, field), getattr(plain, field), rtol=1e-4, atol=1e-6, err_msg=field)
+        parts = [getattr(saved.avoided, one.name).flops for one in fields(Savings)]
+        assert saved.flops + sum(parts) == pytest.approx(plain.flops) and plain.avoided == Savings()
+        assert saved.flops < 0.7 * plain.flops
+
+
+@pytest.mark.parametrize(
+    ("loss", "named"),
+    [
+        ({"entropy_coef": 0.1}, "loss.entropy_coef"),
+        ({"kl_coef": 0.1}, "loss.kl_coef"),
+        ({"normalization": "reference"}, "loss.normalization=reference"),
+    ],
+)
+def test_pruning_that_would_not_be_exact_is_off_and_says_so(load_tiny, groups, caplog, loss, named):
+    settings = config(loss=loss)
+    (stats,) = TorchTrainer(load_tiny(), settings, settings.train.optim, 10).update(groups)
+    assert stats.avoided.rollouts.tokens == 0
+    (record,) = caplog.records
+    assert record.message == f"train.skip_zero_advantage is off in this run: {named} needs every rollout"
+
+
+def test_with_the_engine_as_proximal_policy_the_ratio_is_to_its_log_probabilities_and_no_pass_is_owed(load_tiny, groups):
+    settings = config(loss={"proximal": "engine"}, train={"prompts_per_mini_batch": 1, "skip_head_rows": False})
+    trainer = TorchTrainer(load_tiny(), settings, settings.train.optim, 10)
+    rng = np.random.default_rng(0)
+    moved = []
+    for g in groups:
+        logp = trainer.logprobs(g.rollouts)
+        noisy = [np.minimum(v + rng.normal(0, 0.3, len(v)), 0) * r.sampled for v, r in zip(logp, g.rollouts, strict=True)]
+        rollouts = tuple(replace(r, logp=m.astype(np.float32)) for r, m in zip(g.rollouts, noisy, strict=True))
+        moved.append(replace(g, rollouts=rollouts))
+    run = [(r, s) for r, s in zip(moved[0].rollouts, moved[0].scores, strict=True) if s.needs_gradient]
+    new = trainer.logprobs([r for r, _ in run])
+    ratio = np.concatenate([np.exp(v - r.logp)[r.sampled] for v, (r, _) in zip(new, run, strict=True)]).astype(np.float64)
+    first, second = trainer.update(moved)
+    assert first.kl == pytest.approx(-np.log(ratio).mean(), rel=1e-4)
+    assert (first.ratio_max, first.ratio_min) == pytest.approx((ratio.max(), ratio.min()), rel=1e-4)
+    assert first.clip_acc > 0.1 and first.engine_gap == 0.0
+    for one in (first, second):
+        assert one.avoided.old_logprobs.tokens > 0
 
 
 def test_loss_and_gradients_do_not_depend_on_the_order_of_rollouts(trained, groups):
