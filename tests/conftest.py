@@ -65,7 +65,7 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     build_tiny(folder, SHAPE, TEXTS * 5, seed=0)
     policy = load_policy(ModelConfig(path=folder, dtype="float32"))
     with torch.no_grad():
-        for name, weight in policy.model.model.language_model.named_parameters():
+        for name, weight in policy.decoder.named_parameters():
             if weight.ndim == 2:
                 weight.mul_(20.0 if "embed" in name else 8.0)
     policy.model.save_pretrained(folder)

@@ -312,7 +312,7 @@ class NativeEngine:
         return self._head(hidden[torch.arange(len(batch), device=device), last])
 
     def _head(self, hidden: Tensor) -> Tensor:
-        """Float32 logits. A bfloat16 product would round them, and with them the log-probabilities that the trainer is held to."""
+        """Float32 logits: a bfloat16 product would round them, and with them the log-probabilities."""
         head = self._policy.head
         if head.dtype == torch.float32:
             return F.linear(hidden, head)

@@ -33,7 +33,7 @@ _VARIANTS = {
     "everything trained": ["model.freeze=[]"],
     "recomputed activations": ["train.activation_checkpointing=true"],
     "nothing skipped": ["train.skip_zero_advantage=false"],
-    "small micro-batches": ["train.tokens_per_micro_batch=256"],
+    "small micro-batches": ["train.tokens_per_micro_batch=288"],
     "admission at any time": ["rollout.deterministic=false", "rollout.max_concurrent=5"],
     "small waves": ["rollout.max_concurrent=5"],
     "reference normalization": ["loss.normalization=reference"],

@@ -328,7 +328,7 @@ def test_nan_weights_stop_the_step_and_leave_everything_else_untouched(load_tiny
     trainer = TorchTrainer(load_tiny(dtype), settings, settings.train.optim, 10)
     trainer.update(groups)
     with torch.no_grad():
-        broken = trainer.policy.model.model.language_model.layers[1].mlp.up_proj.weight
+        broken = trainer.policy.decoder.get_parameter("layers.1.mlp.up_proj.weight")
         broken[3, 5] = torch.nan
     before, state = weights(trainer), {n: v.clone() for n, v in gradients(trainer).items()}
     with pytest.raises(NonFiniteError, match=r"mini-batch 0 .*a#1.*not applied"):
@@ -343,7 +343,7 @@ def test_nan_weights_stop_the_step_and_leave_everything_else_untouched(load_tiny
     clean = TorchTrainer(load_tiny(dtype), settings, settings.train.optim, 10)
     clean.update(groups)
     with torch.no_grad():
-        clean.policy.model.model.language_model.layers[1].mlp.up_proj.weight[3, 5] = 0.0
+        clean.policy.decoder.get_parameter("layers.1.mlp.up_proj.weight")[3, 5] = 0.0
     (expected,) = clean.update(groups)
     assert stats == expected
 

@@ -209,7 +209,7 @@ def test_a_wave_waits_for_every_open_session(policy, pieces, chat):
 def test_equal_prompts_are_run_once_and_their_images_too(policy, pieces, chat):
     widths, towers = [], []
     hooks = [
-        policy.model.model.language_model.embed_tokens.register_forward_hook(lambda _m, args, _o: widths.append(args[0].shape)),
+        policy.decoder.embed_tokens.register_forward_hook(lambda _m, args, _o: widths.append(args[0].shape)),
         policy.model.model.visual.register_forward_hook(lambda _m, args, _o: towers.append(args[0].shape[0])),
     ]
 
@@ -316,7 +316,7 @@ def test_placeholders_are_never_sampled_even_with_all_the_mass(load_tiny, pieces
     policy = load_tiny()
     with torch.no_grad():
         # The final norm lets one dimension through; half the placeholders want it positive, half negative, hugely.
-        policy.model.model.language_model.norm.weight.zero_()[0] = 1.0
+        policy.decoder.norm.weight.zero_()[0] = 1.0
         head = torch.zeros_like(policy.head)
         head[list(policy.placeholder_ids[:2]), 0] = 1e6
         head[list(policy.placeholder_ids[2:]), 0] = -1e6
