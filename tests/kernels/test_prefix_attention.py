@@ -20,6 +20,14 @@ PACKS = {
     "one token": Segments((0, 1), (-1,)),
 }
 HEADS = [(4, 4, 8), (4, 2, 34), (6, 1, 64), (2, 1, 128), (2, 2, 5)]
+CASES = [
+    *itertools.product(("cpu", "reference"), HEADS, PACKS),
+    # the interpreter takes its time: the other packs go through the same blocks
+    *itertools.product(
+        ("triton",), HEADS[1:], ("two groups, an empty rollout, a prompt alone", "rollouts away from their prompts")
+    ),
+    *itertools.product(("triton",), [(2, 1, 34), (1, 1, 128)], ("blocks and tails", "no sharing", "one token")),
+]
 LIMITS = {torch.float32: 2e-6, torch.bfloat16: 2**-7}
 """bfloat16: probabilities, their gradients and what is handed back are rounded to 2^-9 each, and the sum of
 d_out * out that the gradient of the scores takes away is of the rounded output."""
@@ -54,10 +62,8 @@ def results(attention: Sequence[Tensor], d_out: Tensor, out: Tensor) -> list[Ten
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("impl", ["cpu", "reference"])
-@pytest.mark.parametrize("heads", HEADS, ids=str)
-@pytest.mark.parametrize("pack", PACKS)
-def test_values_and_gradients_are_those_of_dense_attention(pack, heads, impl, dtype):
+@pytest.mark.parametrize(("impl", "heads", "pack"), CASES, ids=str)
+def test_values_and_gradients_are_those_of_dense_attention(impl, heads, pack, dtype):
     segments = PACKS[pack]
     *tensors, d_out = inputs(segments.num_tokens, heads, dtype)
     query, key, value = exact = [x.double().requires_grad_() for x in tensors]
@@ -81,7 +87,7 @@ def test_the_reference_is_exact_in_float64():
         torch.testing.assert_close(one, truth, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("impl", ["cpu", "reference"])
+@pytest.mark.parametrize("impl", ["cpu", "triton", "reference"])
 def test_heads_of_a_fused_projection_are_read_where_they_are(impl):
     segments = PACKS["one group"]
     fused = torch.randn(segments.num_tokens, 8, 16, generator=torch.Generator().manual_seed(0))
@@ -107,7 +113,7 @@ def test_the_number_of_threads_changes_no_bit():
         assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
 
 
-@pytest.mark.parametrize("impl", ["cpu", "reference"])
+@pytest.mark.parametrize("impl", ["cpu", "triton", "reference"])
 def test_a_rollout_with_nan_leaves_the_other_rollouts_outputs_alone(impl):
     segments = PACKS["blocks and tails"]
     query, key, value, _ = inputs(segments.num_tokens, (2, 1, 16), torch.float32)
@@ -119,7 +125,7 @@ def test_a_rollout_with_nan_leaves_the_other_rollouts_outputs_alone(impl):
     torch.testing.assert_close(others, torch.cat([clean[:150], clean[200:]]), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("impl", ["cpu", "reference"])
+@pytest.mark.parametrize("impl", ["cpu", "triton", "reference"])
 def test_it_traces_and_its_gradients_too(impl):
     segments = PACKS["one group"]
     *tensors, d_out = inputs(segments.num_tokens, (4, 2, 8), torch.float32)
@@ -144,7 +150,11 @@ BAD = [
     ({"query_NHD": torch.zeros(13, 4, 8, dtype=torch.int64)}, "query_NHD: expected dtype bfloat16 or .*, got int64"),
     ({"segments": Segments((0, 12), (-1,))}, "segments: expected 13 tokens, as query_NHD has, got 12"),
     ({"scale": 0.0}, "scale: expected a number > 0, got 0.0"),
-    ({"impl": "triton"}, "impl: expected one of auto, cpu, reference, got 'triton'"),
+    ({"impl": "fast"}, "impl: expected one of auto, flash, triton, cpu, reference, got 'fast'"),
+    (
+        {"impl": "flash"},
+        "impl='flash' cannot run here: it needs CUDA tensors of bfloat16 or float16, these are torch.float32 on cpu",
+    ),
 ]
 
 

@@ -1,9 +1,10 @@
-"""The launches of the shipped configurations: the LM head of Qwen3-VL-8B, split over 1, 2, 4 or 8 ranks.
+"""The launches of the shipped configurations: attention and LM head of Qwen3-VL-8B, split over 1, 2, 4 or 8 ranks.
 
 Found by running the ops' host code on meta tensors, which have shapes and addresses and no memory. Sizes of inputs differ
 only where a kernel could be specialised on them.
 
 Shape letters: T tokens, L live tokens, H hidden size, V rows of the head (of this rank's shard), N rollouts, P groups.
+`prefix_attention` has letters of its own.
 """
 
 from __future__ import annotations
@@ -17,6 +18,9 @@ from torch import Tensor
 
 HIDDEN = 4096
 VOCAB = 151936
+QUERY_HEADS = 32
+KEY_HEADS = 8
+HEAD_SIZE = 128
 TENSOR_PARALLEL = (1, 2, 4, 8)
 GROUP = 16
 
@@ -49,6 +53,8 @@ def configurations() -> Iterator[Configuration]:
             yield Configuration("hdpo_loss", f"{name}, on policy", partial(train, on_policy=True))
             yield Configuration("hdpo_loss", f"{name}, all terms", partial(train, all_terms=True))
             yield Configuration("hdpo_loss", f"{name}, no gradient", partial(train, gradient=False))
+    for dtype, name, ranks in _heads():
+        yield Configuration("prefix_attention", name, partial(prefix_attention_launches, dtype, ranks))
 
 
 def shipped_launches() -> None:
@@ -147,3 +153,16 @@ def hdpo_loss_launches(
         d_hidden_TH=_meta(NUM_TOKENS, HIDDEN, dtype=dtype) if gradient else None,
         head_grad_VH=_meta(*head_VH.shape) if gradient else None,
     )
+
+
+def prefix_attention_launches(dtype: torch.dtype, ranks: int) -> object:
+    """Forward and backward of a pack with a shared prompt and a prompt alone: N tokens, H query heads, K key heads, D head size."""
+    from metis_kernels.prefix_attention import triton
+    from metis_kernels.prefix_attention.segments import Segments
+
+    segments = Segments((0, 2000, 2500, 3000, 4000), (-1, 0, 0, -1))
+    heads = QUERY_HEADS // ranks, KEY_HEADS // ranks, KEY_HEADS // ranks
+    query_NHD, key_NKD, value_NKD = (_meta(segments.num_tokens, num, HEAD_SIZE, dtype=dtype) for num in heads)
+    scale = HEAD_SIZE**-0.5
+    out_NHD, lse_NH = triton.forward(query_NHD, key_NKD, value_NKD, segments, scale)
+    return triton.backward(out_NHD, query_NHD, key_NKD, value_NKD, out_NHD, lse_NH, segments, scale)

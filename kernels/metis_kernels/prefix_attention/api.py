@@ -112,7 +112,7 @@ def _(
     query: Tensor, key: Tensor, value: Tensor, offsets: list[int], prefix: list[int], scale: float, impl: str
 ) -> tuple[Tensor, Tensor]:
     wide = torch.float64 if query.dtype == torch.float64 else torch.float32
-    return torch.empty_like(query), query.new_empty(query.shape[:2], dtype=wide)
+    return query.new_empty(query.shape), query.new_empty(query.shape[:2], dtype=wide)
 
 
 @torch.library.custom_op("metis_kernels::prefix_attention_backward", mutates_args=())
@@ -145,7 +145,7 @@ def _(
     scale: float,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

@@ -41,7 +41,7 @@ def _scores(segment: Segment, query_KRQD: Tensor, key_KMD: Tensor, scale: float)
 
 def forward(query_NHD: Tensor, key_NKD: Tensor, value_NKD: Tensor, segments: Segments, scale: float) -> tuple[Tensor, Tensor]:
     """(out [N, H, D] in the inputs' dtype, lse [N, H] float32, float64 for float64 inputs)."""
-    out = torch.empty_like(query_NHD)
+    out = query_NHD.new_empty(query_NHD.shape)
     lse = query_NHD.new_empty(query_NHD.shape[:2], dtype=_wide(query_NHD.dtype))
     for segment in segments:
         rows = slice(segment.start, segment.stop)
@@ -63,8 +63,8 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dQuery, dKey, dValue) in the inputs' dtype. A prompt's keys collect from all its rollouts in float32."""
     num_kv, wide = key_NKD.shape[1], _wide(query_NHD.dtype)
-    d_query = torch.empty_like(query_NHD)
-    d_key, d_value = torch.zeros_like(key_NKD, dtype=wide), torch.zeros_like(value_NKD, dtype=wide)
+    d_query = query_NHD.new_empty(query_NHD.shape)
+    d_key, d_value = (x.new_zeros(x.shape, dtype=wide) for x in (key_NKD, value_NKD))
     for segment in segments:
         rows, prefix = slice(segment.start, segment.stop), slice(segment.prefix_start, segment.prefix_stop)
         query, key, value = _queries(segment, query_NHD, num_kv), _keys(segment, key_NKD), _keys(segment, value_NKD)
