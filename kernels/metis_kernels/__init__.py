@@ -1,4 +1,4 @@
-"""Kernels of HDPO training: grouped dual advantage, chunked log-prob, fused dual-surrogate loss.
+"""Kernels of HDPO training: grouped dual advantage, chunked log-prob, fused dual-surrogate loss, shared-prefix attention.
 
 Every op is a function with one contract and several implementations, chosen by `impl`:
 
@@ -6,6 +6,8 @@ Every op is a function with one contract and several implementations, chosen by 
     triton      Triton kernels (CUDA; on the CPU under TRITON_INTERPRET=1, for tests)
     cpu         C++ (OpenMP; AMX, AVX-512 or AVX2, chosen at run time)
     reference   plain PyTorch, written like the formulas; any device, float64 included
+
+`prefix_attention` has `flash` too, the kernels of the package flash-attn.
 """
 
 from metis_kernels._impl import Impl, available, cpu_library_status
@@ -14,10 +16,11 @@ from metis_kernels._shard import VocabShard
 from metis_kernels.group_advantage.api import GroupAdvantage, group_advantage
 from metis_kernels.hdpo_loss.api import HdpoLoss, HdpoMetrics, hdpo_loss
 from metis_kernels.linear_logprob.api import LinearLogprob, linear_logprob
-from metis_kernels.prefix_attention.api import prefix_attention
+from metis_kernels.prefix_attention.api import AttentionImpl, prefix_attention
 from metis_kernels.prefix_attention.segments import Segments
 
 __all__ = [
+    "AttentionImpl",
     "GroupAdvantage",
     "HdpoLoss",
     "HdpoMetrics",

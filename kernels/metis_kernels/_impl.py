@@ -14,6 +14,7 @@ Impl = Literal["auto", "triton", "cpu", "reference"]
 Chosen = Literal["triton", "cpu", "reference"]
 
 _LIBRARY = "libmetis_cpu.so"
+_NEWEST_OP = "attention_backward"
 
 
 @functools.cache
@@ -28,6 +29,8 @@ def cpu_library_status() -> str:
                 torch.ops.load_library(library)
             except OSError as error:
                 return f"{library} does not load: {error}"
+            if not hasattr(torch.ops.metis_kernels_cpu, _NEWEST_OP):  # of an editable install whose sources went on
+                return f"{library} is older than these sources; build it again with pip install --no-build-isolation -e ."
             if torch.ops.metis_kernels_cpu.isa():
                 return ""
             asked = os.environ.get("METIS_CPU_ISA")

@@ -24,6 +24,12 @@ SIZES = {
     "several chunks": (150, 96, 1031, 64),
     "one row of the head": (5, 32, 1, None),
 }
+# prompts and rollouts; heads and their sizes: neither blocks nor vectors are whole unless said
+PACKS = {
+    "tails": (mk.Segments((0, 130, 200, 335, 336), (-1, 0, 0, 0)), (4, 2, 34)),
+    "odd": (mk.Segments((0, 5, 8, 41), (-1, 0, -1)), (3, 1, 5)),
+    "whole blocks": (mk.Segments((0, 128, 256), (-1, 0)), (2, 1, 64)),
+}
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
     "entropy": {"entropy_coef": 0.02},
@@ -78,12 +84,30 @@ def compare(size: str, dtype: torch.dtype, option: str) -> dict[str, float]:
     }
 
 
+def compare_attention(pack: str, dtype: torch.dtype) -> dict[str, float]:
+    """Relative error of the output and of the gradients of `prefix_attention`."""
+    segments, (num_heads, num_kv, size) = PACKS[pack]
+    draw = torch.Generator().manual_seed(segments.num_tokens)
+    heads = num_heads, num_kv, num_kv, num_heads
+    *tensors, d_out = (torch.randn(segments.num_tokens, num, size, generator=draw).to(dtype) for num in heads)
+
+    def run(dtype: torch.dtype, impl: mk.AttentionImpl) -> list[Tensor]:
+        query, key, value = leaves = [x.to(dtype).requires_grad_() for x in tensors]
+        out = mk.prefix_attention(query, key, value, segments, impl=impl)
+        return [out.detach(), *torch.autograd.grad(out, leaves, d_out.to(dtype))]
+
+    pairs = zip(run(dtype, "cpu"), run(torch.float64, "reference"), strict=True)
+    return dict(zip(("out", "d_query", "d_key", "d_value"), (relative(found, truth) for found, truth in pairs), strict=True))
+
+
 if __name__ == "__main__":
     torch.set_num_threads(int(sys.argv[1]))
     status = mk.cpu_library_status()
-    rows = []
+    rows, attention = [], []
     if not status:
+        for pack, dtype in itertools.product(PACKS, (torch.float32, torch.bfloat16)):
+            attention.append({"case": f"{pack}, {dtype}", "bf16": dtype == torch.bfloat16, **compare_attention(pack, dtype)})
         for size, dtype, option in itertools.product(SIZES, (torch.float32, torch.bfloat16), OPTIONS):
             rows.append({"case": f"{size}, {dtype}, {option}", "bf16": dtype == torch.bfloat16, **compare(size, dtype, option)})
     name = "" if status else torch.ops.metis_kernels_cpu.isa()
-    print(json.dumps({"status": status, "isa": name, "rows": rows}))
+    print(json.dumps({"status": status, "isa": name, "rows": rows, "attention": attention}))

@@ -53,6 +53,9 @@ def test_an_instruction_set_computes_what_float64_computes(isa: str, num_threads
         limit = 2**-8 if row["bf16"] else 2e-6
         assert row["d_hidden"] < limit and row["d_head"] < limit, row
         assert row["no_gradient"] == 0, row
+    assert out["attention"]
+    for row in out["attention"]:
+        assert all(row[name] < (2**-7 if row["bf16"] else 2e-6) for name in ("out", "d_query", "d_key", "d_value")), row
 
 
 def test_the_best_instruction_set_of_the_processor_is_taken() -> None:

@@ -15,7 +15,8 @@ from contract.cases import SHAPES, Case, Options, make_case, run_loss
 from contract.compare import SAME, check_head, check_loss, relative
 from contract.truth import head_truth, loss_truth
 
-from metis_kernels import _impl, _launch, linear_logprob
+from metis_kernels import AttentionImpl, Segments, _impl, _launch, linear_logprob, prefix_attention
+from metis_kernels.prefix_attention import flash
 
 pytestmark = pytest.mark.gpu
 
@@ -111,6 +112,33 @@ def test_an_anchor_however_bad_changes_no_result(off_by: float | None, dtype: to
     want = loss_truth(case)
     anchor = None if off_by is None else (want.head.lse_T + off_by).float()
     check_loss(run_loss(case, "triton", anchor_T=anchor, chunk=64), want, case)
+
+
+ATTENTION_HEADS = {"shipped": (32, 8, 128), "tensor parallel": (4, 1, 128), "small": (4, 2, 24)}
+
+
+@pytest.mark.parametrize("impl", ["triton", "flash"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("heads", ATTENTION_HEADS.values(), ids=ATTENTION_HEADS)
+def test_attention_of_packs_equals_float64(compiled: str, heads: tuple[int, int, int], dtype: torch.dtype, impl: AttentionImpl):
+    if impl == "flash" and (why_not := flash.why_not(torch.device("cuda"), dtype, heads[2])):
+        pytest.skip(why_not)
+    # rollouts that are read in several parts, a prompt alone, tails everywhere
+    segments = Segments((0, 700, 1300, 1301, 2500, 2630), (-1, 0, 0, 0, -1))
+    random = torch.Generator("cuda").manual_seed(0)
+    counts = heads[0], heads[1], heads[1], heads[0]
+    *tensors, d_out = (torch.randn(2630, num, heads[2], generator=random, device="cuda").to(dtype) for num in counts)
+
+    def run(dtype: torch.dtype, impl: AttentionImpl) -> list[torch.Tensor]:
+        query, key, value = leaves = [x.to(dtype).requires_grad_() for x in tensors]
+        out = prefix_attention(query, key, value, segments, impl=impl)
+        return [out.detach(), *torch.autograd.grad(out, leaves, d_out.to(dtype))]
+
+    first = run(dtype, impl)
+    for got, want in zip(first, run(torch.float64, "reference"), strict=True):
+        assert relative(got.double(), want) <= (2e-6 if dtype == torch.float32 else 2**-7)
+    if impl == "triton":
+        assert all(torch.equal(a, b) for a, b in zip(first, run(dtype, impl), strict=True))
 
 
 def test_chunks_and_micro_batches_do_not_matter():

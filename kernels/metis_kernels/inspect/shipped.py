@@ -4,7 +4,6 @@ Found by running the ops' host code on meta tensors, which have shapes and addre
 only where a kernel could be specialised on them.
 
 Shape letters: T tokens, L live tokens, H hidden size, V rows of the head (of this rank's shard), N rollouts, P groups.
-`prefix_attention` has letters of its own.
 """
 
 from __future__ import annotations
@@ -156,7 +155,10 @@ def hdpo_loss_launches(
 
 
 def prefix_attention_launches(dtype: torch.dtype, ranks: int) -> object:
-    """Forward and backward of a pack with a shared prompt and a prompt alone: N tokens, H query heads, K key heads, D head size."""
+    """Forward and backward of a pack with a shared prompt and a prompt alone.
+
+    N tokens, H query heads, K key heads, D head size.
+    """
     from metis_kernels.prefix_attention import triton
     from metis_kernels.prefix_attention.segments import Segments
 

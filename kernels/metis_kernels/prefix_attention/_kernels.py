@@ -15,6 +15,9 @@ jobs. Q and M: queries and keys of a block.
 Scalars are annotated as tensors, which they are inside: Triton would read `int` and `float` as the types i32 and fp32.
 """
 
+# Constants are passed as plain values and pointers have an element_ty, which Triton's annotations do not say:
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportOperatorIssue=false
+
 from __future__ import annotations
 
 import triton
@@ -98,7 +101,7 @@ def _attend(
 
     WHOLE: all keys of all blocks are there and seen by all queries. One loop over both, for half the code and registers.
     """
-    for i in range(num_prefix + num_own):  # pyright: ignore[reportArgumentType]
+    for i in range(num_prefix + num_own):
         at = tl.where(i < num_prefix, prefix + i * BLOCK_M, own + (i - num_prefix) * BLOCK_M)
         stop = tl.where(i < num_prefix, prefix_stop, own_stop)
         key_MD = _tile(key, at, stop, key_stride, size, BLOCK_M, BLOCK_D, WHOLE)
@@ -221,7 +224,7 @@ def _query_gradient(
     WHOLE: tl.constexpr,
 ) -> tl.tensor:
     """Adds what the keys of these blocks give to the gradient of a block of queries, without the scale; see `_attend`."""
-    for i in range(num_prefix + num_own):  # pyright: ignore[reportArgumentType]
+    for i in range(num_prefix + num_own):
         at = tl.where(i < num_prefix, prefix + i * BLOCK_M, own + (i - num_prefix) * BLOCK_M)
         stop = tl.where(i < num_prefix, prefix_stop, own_stop)
         key_MD = _tile(key, at, stop, key_stride, size, BLOCK_M, BLOCK_D, WHOLE)

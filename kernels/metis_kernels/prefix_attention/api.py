@@ -39,8 +39,8 @@ def prefix_attention(
         key_NKD, value_NKD: same dtype; H is a multiple of K (grouped-query heads).
         segments: what each token sees; their tokens are the rows, in order.
         scale: factor of the scores. Default 1 / sqrt(D).
-        impl: flash, triton, cpu, reference, or auto: on a GPU flash where flash-attn is installed and takes the dtype, else
-            triton; on the CPU cpu where it can run, else reference.
+        impl: flash, triton, cpu, reference, or auto: on a GPU flash where flash-attn is installed and takes dtype and head
+            size, else triton; on the CPU cpu where it can run, else reference.
 
     Returns:
         [N, H, D] in the dtype of the inputs.
@@ -66,22 +66,27 @@ def prefix_attention(
         list(segments.offsets),
         list(segments.prefix),
         factor,
-        _choose(impl, query_NHD.device, query_NHD.dtype),
+        _choose(impl, query_NHD.device, query_NHD.dtype, size),
     )
     return out
 
 
 @torch.compiler.assume_constant_result  # Dynamo cannot follow the look-ups; they do not change within a process
-def _choose(impl: AttentionImpl, device: torch.device, dtype: torch.dtype) -> str:
+def _choose(impl: AttentionImpl, device: torch.device, dtype: torch.dtype, size: int) -> str:
     from metis_kernels.prefix_attention import flash
 
     if impl not in get_args(AttentionImpl):
         raise ValueError(f"impl: expected one of {', '.join(get_args(AttentionImpl))}, got {impl!r}")
-    if impl == "auto" and device.type == "cuda" and not flash.why_not(device, dtype):
+    if impl == "auto" and device.type == "cuda" and not flash.why_not(device, dtype, size):
         return "flash"
     if impl != "flash":
-        return choose(impl, device, dtype)
-    why_not = flash.why_not(device, dtype)
+        chosen = choose(impl, device, dtype)
+        if impl == "auto" and chosen == "triton":
+            from metis_kernels.prefix_attention.triton import LARGEST_HEAD
+
+            return chosen if size <= LARGEST_HEAD else "reference"
+        return chosen
+    why_not = flash.why_not(device, dtype, size)
     if why_not:
         raise ValueError(f"impl='flash' cannot run here: {why_not}")
     return impl

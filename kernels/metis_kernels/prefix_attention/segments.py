@@ -61,3 +61,17 @@ class Segments:
         for i, seen in enumerate(self.prefix):
             prefix = (0, 0) if seen < 0 else (self.offsets[seen], self.offsets[seen + 1])
             yield Segment(self.offsets[i], self.offsets[i + 1], *prefix)
+
+
+def readers(segments: Segments) -> dict[tuple[int, int], list[tuple[int, int]]]:
+    """By (start, stop) of a prefix: the ranges of tokens that see it whole, in order, neighbours joined; nothing empty."""
+    found: dict[tuple[int, int], list[tuple[int, int]]] = {}
+    for one in segments:
+        if one.prefix_start == one.prefix_stop or one.start == one.stop:
+            continue
+        ranges = found.setdefault((one.prefix_start, one.prefix_stop), [])
+        if ranges and ranges[-1][1] == one.start:
+            ranges[-1] = ranges[-1][0], one.stop
+        else:
+            ranges.append((one.start, one.stop))
+    return found

@@ -1,8 +1,8 @@
 """`prefix_attention` in Triton: jobs made of the segments on the host, kernels in `_kernels`.
 
 One launch forward. Backward: delta, dQuery, dKey and dValue of the segments themselves, and where prompts are shared, prompts
-against their rollouts and the sum of a prompt's slots. Memory beside the results: 8 bytes a token and head, and the slots, about
-`MOST_PARTS` float32 copies of the shared prompts' dKey and dValue.
+against their rollouts and the sum of a prompt's slots. Memory beside the results: 8 bytes a token and head, and the slots,
+about `MOST_PARTS` float32 copies of the shared prompts' dKey and dValue.
 
 Shape letters: N tokens of a pack, H query heads, K key heads, D head size, J jobs.
 """
@@ -19,7 +19,7 @@ from triton import cdiv, next_power_of_2
 
 from metis_kernels._launch import launch
 from metis_kernels.prefix_attention import _kernels
-from metis_kernels.prefix_attention.segments import Segments
+from metis_kernels.prefix_attention.segments import Segments, readers
 
 LARGEST_HEAD = 128
 """Head sizes above it would not fit into the registers of a block of these shapes."""
@@ -80,20 +80,6 @@ def _query_jobs(segments: Segments, block: int, device: torch.device) -> Tensor:
     return _table(jobs, 5, device)
 
 
-def _readers(segments: Segments) -> dict[int, list[tuple[int, int]]]:
-    """By the start of a prompt: the ranges of queries that see it whole, neighbours joined, cut into parts."""
-    ranges: dict[int, list[tuple[int, int]]] = {}
-    for one in segments:
-        if one.prefix_start == one.prefix_stop or one.start == one.stop:
-            continue
-        own = ranges.setdefault(one.prefix_start, [])
-        if own and own[-1][1] == one.start:
-            own[-1] = (own[-1][0], one.stop)
-        else:
-            own.append((one.start, one.stop))
-    return {prompt: _parts(own) for prompt, own in ranges.items()}
-
-
 def _parts(ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:
     """Ranges cut into pieces of about equal length, `MOST_PARTS` of them unless there are more ranges."""
     total = sum(stop - start for start, stop in ranges)
@@ -104,13 +90,13 @@ def _parts(ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:
 
 @functools.lru_cache(maxsize=16)
 def _key_jobs(segments: Segments, block: int, device: torch.device) -> _KeyJobs:
-    readers = _readers(segments)
+    parts_of = {prompt: _parts(ranges) for prompt, ranges in readers(segments).items()}
     own: list[tuple[int, ...]] = []
     shared: list[tuple[int, ...]] = []
     blocks: list[tuple[int, ...]] = []
     slot = 0
     for one in segments:
-        parts = readers.get(one.start, []) if one.prefix_start == one.prefix_stop else []
+        parts = parts_of.get((one.start, one.stop), [])
         for first in range(one.start, one.stop, block):
             stop = min(first + block, one.stop)
             own.append((first, stop, first, one.stop, slot if parts else -1))
@@ -132,7 +118,9 @@ def _rows(tensor: Tensor) -> Tensor:
 def _check(query_NHD: Tensor) -> None:
     size = query_NHD.shape[2]
     if size > LARGEST_HEAD:
-        raise ValueError(f"query_NHD: impl='triton' takes heads of up to {LARGEST_HEAD}, got {size}; use impl='flash'")
+        raise ValueError(
+            f"query_NHD: impl='triton' takes heads of up to {LARGEST_HEAD}, got {size}; impl='reference' takes any"
+        )
 
 
 def _block_d(size: int) -> int:
