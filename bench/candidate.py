@@ -42,13 +42,12 @@ class Request:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Outcome:
-    """What one run returns: values [T] or [N] (log-probabilities, advantages; None where an implementation does not hand
-    them out), and for the loss both gradients. handed_back: bytes of the gradients that were allocated by the run itself.
+    """What one run returns: values (log-probabilities, advantages, attention; None where an implementation does not hand
+    them out) and gradients, if it makes any. handed_back: bytes of the gradients that were allocated by the run itself.
     """
 
     values: Tensor | None = None
-    d_hidden_TH: Tensor | None = None
-    d_head_VH: Tensor | None = None
+    gradients: tuple[Tensor, ...] = ()
     handed_back: int = 0
 
 
@@ -57,23 +56,19 @@ Step = Callable[[], Outcome]
 
 @dataclass(frozen=True, slots=True)
 class Errors:
-    """Against float64. values: largest absolute error. d_hidden, d_head: relative, in the Frobenius norm. None: not given."""
+    """Against float64. values: largest absolute error, None: not given. gradients: relative, in the Frobenius norm."""
 
     values: float | None = None
-    d_hidden: float | None = None
-    d_head: float | None = None
+    gradients: tuple[float, ...] = ()
 
-    def above(self, limits: Errors) -> str:
-        """Names the errors that are over their limit, NaN included; "" if none is."""
-        pairs = (
-            ("error of the values", self.values, limits.values),
-            ("error of dHidden", self.d_hidden, limits.d_hidden),
-            ("error of dWeight", self.d_head, limits.d_head),
-        )
+    def above(self, limits: Errors, names: Sequence[str]) -> str:
+        """Those over their limit, NaN included, by the op's names for them; "" if none is."""
+        have = (self.values, *self.gradients)
+        most = (limits.values, *limits.gradients[: len(self.gradients)])
         over = []
-        for name, have, most in pairs:
-            if have is not None and most is not None and not have <= most:  # "not <=": a NaN is over any limit
-                over.append(f"{name} {have:.2g} > {most:.2g}")
+        for name, error, limit in zip(names, have, most, strict=False):
+            if error is not None and limit is not None and not error <= limit:  # "not <=": a NaN is over any limit
+                over.append(f"error of {name} {error:.2g} > {limit:.2g}")
         return ", ".join(over)
 
 
@@ -99,7 +94,7 @@ class Candidate:
 class Plan:
     """An op ready to be measured.
 
-    flop_formulas: of ops that the FLOP counter cannot look into. gemm_flops: 2 T H V; 0 where there are no products.
+    flop_formulas: of ops that the FLOP counter cannot look into. gemm_flops: of one product; 0 where there are none.
     least_bytes: inputs and outputs, each moved once, the base of GB/s. notes: for people, under the table.
     """
 
@@ -115,7 +110,8 @@ class Plan:
 class Op:
     """summary: one line. shape: default sizes. dtypes: what it can be asked for, the default first. peers: known names.
 
-    all_live: every token is work for it, so that there is no live fraction to choose.
+    all_live: every token is work for it, so that there is no live fraction to choose. errors: names of what is compared with
+    float64, values first.
     """
 
     summary: str
@@ -123,6 +119,7 @@ class Op:
     dtypes: tuple[str, ...]
     peers: tuple[str, ...]
     all_live: bool
+    errors: tuple[str, ...]
     plan: Callable[[Request], Plan]
 
 

@@ -8,12 +8,17 @@ import sys
 
 import torch
 
-from . import group_advantage, hdpo_loss, linear_logprob
+from . import group_advantage, hdpo_loss, linear_logprob, prefix_attention
 from .candidate import BenchError, Op, Request
 from .compare import compare
 from .table import notes, to_json, to_text
 
-OPS: dict[str, Op] = {"group_advantage": group_advantage.OP, "linear_logprob": linear_logprob.OP, "hdpo_loss": hdpo_loss.OP}
+OPS: dict[str, Op] = {
+    "group_advantage": group_advantage.OP,
+    "linear_logprob": linear_logprob.OP,
+    "hdpo_loss": hdpo_loss.OP,
+    "prefix_attention": prefix_attention.OP,
+}
 
 MIN_RUNS = 5
 """A spread of fewer says little."""

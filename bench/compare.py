@@ -16,10 +16,11 @@ from .candidate import Candidate, Errors, Missing, Op, PeerMissing, Plan, Reques
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """Of one op. shape, gemm_flops, least_bytes, notes: see Plan."""
+    """Of one op. shape, gemm_flops, least_bytes, notes: see Plan; error_names: see Op."""
 
     op: str
     dtype: str
+    error_names: tuple[str, ...]
     machine: machine.Machine
     rows: Sequence[Row]
     missing: Sequence[Missing]
@@ -79,7 +80,7 @@ def compare(name: str, op: Op, request: Request) -> Report:
                     errors[candidate.name] = candidate.check() if candidate.check else Errors()
                     bar.update()
                     if candidate.limits is not None:
-                        failed[candidate.name] = errors[candidate.name].above(candidate.limits)
+                        failed[candidate.name] = errors[candidate.name].above(candidate.limits, op.errors)
                     if not failed.get(candidate.name):
                         ready[candidate.name] = _ready(candidate, plan, request.device)
                     bar.update()
@@ -99,7 +100,9 @@ def compare(name: str, op: Op, request: Request) -> Report:
             if candidate.name not in absent
         ]
         described = machine.describe(request.device)
-    return Report(name, request.dtype, described, rows, missing, plan.shape, plan.gemm_flops, plan.least_bytes, plan.notes)
+    return Report(
+        name, request.dtype, op.errors, described, rows, missing, plan.shape, plan.gemm_flops, plan.least_bytes, plan.notes
+    )
 
 
 def _row(

@@ -25,6 +25,7 @@ from .compare import Report, compare
 from .table import machine_line, to_markdown
 
 _HEAD = "H=4096,V=151936"
+_ATTENTION = "H=32,K=8,D=128"
 RUNS: tuple[tuple[str, ...], ...] = (
     ("group_advantage", "--shape", "P=512,G=16"),
     ("group_advantage", "--shape", "P=4096,G=16"),
@@ -34,6 +35,9 @@ RUNS: tuple[tuple[str, ...], ...] = (
     ("hdpo_loss", "--shape", f"T=4096,{_HEAD}", "--live-fraction", "0.5"),
     ("hdpo_loss", "--shape", f"T=16384,{_HEAD}"),
     ("hdpo_loss", "--shape", f"T=16384,{_HEAD}", "--live-fraction", "0.5"),
+    ("prefix_attention", "--shape", f"P=4096,R=16,L=1024,{_ATTENTION}"),
+    ("prefix_attention", "--shape", f"P=2048,R=16,L=4096,{_ATTENTION}"),
+    ("prefix_attention", "--shape", f"P=1,R=1,L=16384,{_ATTENTION}"),
 )
 """Command lines of `metis-fast bench`: bf16 where the op has a dtype to choose, all peers."""
 

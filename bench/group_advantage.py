@@ -163,5 +163,6 @@ OP = Op(
     dtypes=("fp32",),
     peers=tuple(PEERS),
     all_live=True,
+    errors=("adv",),
     plan=_plan,
 )

@@ -102,5 +102,6 @@ OP = Op(
     dtypes=("bf16", "fp32"),
     peers=tuple(PEERS),
     all_live=True,
+    errors=("logp",),
     plan=_plan,
 )

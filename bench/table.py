@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from .candidate import Row, Spread
@@ -16,8 +17,8 @@ _MIB = 2**20
 def to_json(report: Report) -> dict[str, Any]:
     """machine, rows, missing.
 
-    Seconds are medians, spreads [least, most]. A row has tflops and gbytes_per_s on a GPU only; P, G and adv_err only for
-    group_advantage. null: does not apply, or withheld because the implementation is outside its limits.
+    Seconds are medians, spreads [least, most]. A row has tflops and gbytes_per_s on a GPU only; sizes and errors that only
+    one op has come after those of all. null: does not apply, or withheld because the implementation is outside its limits.
     """
     return {
         "machine": dataclasses.asdict(report.machine),
@@ -27,7 +28,6 @@ def to_json(report: Report) -> dict[str, Any]:
 
 
 def _json_row(row: Row, report: Report) -> dict[str, Any]:
-    groups = "P" in report.shape
     out: dict[str, Any] = {
         "impl": row.impl,
         "dtype": report.dtype,
@@ -39,15 +39,19 @@ def _json_row(row: Row, report: Report) -> dict[str, Any]:
         "wall_s_spread": [row.wall.least, row.wall.most] if row.wall else None,
         "gemms": row.gemms,
         "peak_bytes": row.peak_bytes,
-        "logp_err": None if groups else _finite(row.errors.values),
-        "dhidden_err": _finite(row.errors.d_hidden),
-        "dweight_err": _finite(row.errors.d_head),
+        "logp_err": None,
+        "dhidden_err": None,
+        "dweight_err": None,
     }
-    if groups:
-        out |= {"P": report.shape["P"], "G": report.shape["G"], "adv_err": _finite(row.errors.values)}
+    out |= report.shape | {f"{name.lower()}_err": _finite(error) for name, error in _errors(row, report)}
     if report.machine.gpu is not None:
         out |= {"tflops": _tflops(row, report), "gbytes_per_s": _gbytes_per_s(row, report)}
     return out
+
+
+def _errors(row: Row, report: Report) -> Iterator[tuple[str, float | None]]:
+    """(name, error) of all that the op has; None where this implementation has none."""
+    return itertools.zip_longest(report.error_names, (row.errors.values, *row.errors.gradients))
 
 
 def _finite(value: float | None) -> float | None:
@@ -67,9 +71,8 @@ def _gbytes_per_s(row: Row, report: Report) -> float | None:
 
 def _columns(report: Report) -> list[str]:
     gpu = ["TFLOP/s", "GB/s"] if report.machine.gpu is not None else []
-    gradients = ["dHidden err", "dWeight err"] if any(row.errors.d_head is not None for row in report.rows) else []
-    value = "adv err" if "P" in report.shape else "logp err"
-    return ["impl", "live", "CPU ms", "x floor", "wall ms", "x floor", *gpu, "GEMMs", "peak MiB", value, *gradients]
+    errors = [f"{name} err" for name in report.error_names]
+    return ["impl", "live", "CPU ms", "x floor", "wall ms", "x floor", *gpu, "GEMMs", "peak MiB", *errors]
 
 
 def _cells(row: Row, report: Report) -> list[str]:
@@ -79,7 +82,6 @@ def _cells(row: Row, report: Report) -> list[str]:
         return f"{mine.median / base.median:.2f}" if mine and base and base.median else "-"
 
     gpu = [_number(_tflops(row, report), ".0f"), _number(_gbytes_per_s(row, report), ".0f")] if report.machine.gpu else []
-    gradients = [_number(row.errors.d_hidden, ".1e"), _number(row.errors.d_head, ".1e")]
     return [
         row.impl,
         f"{row.live_fraction:.2g}",
@@ -90,8 +92,7 @@ def _cells(row: Row, report: Report) -> list[str]:
         *gpu,
         _number(row.gemms, ".2f"),
         _number(None if row.peak_bytes is None else row.peak_bytes / _MIB, ".1f"),
-        _number(row.errors.values, ".1e"),
-        *(gradients if "dWeight err" in _columns(report) else []),
+        *(_number(error, ".1e") for _, error in _errors(row, report)),
     ]
 
 

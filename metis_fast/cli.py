@@ -138,7 +138,7 @@ def _bench(args: argparse.Namespace) -> int:
 
 
 def _add_bench(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("op", nargs="?", metavar="OP", help="group_advantage, linear_logprob or hdpo_loss; none: list them")
+    parser.add_argument("op", nargs="?", metavar="OP", help="a kernel, or update_step; none: list them")
     parser.add_argument("--shape", default="", metavar="T=2048,H=1024,V=32768", help="sizes that differ from the op's own")
     parser.add_argument("--dtype", metavar="bf16|fp32", help="of hidden states and head")
     parser.add_argument("--live-fraction", type=float, default=1.0, metavar="F", help="share of the tokens with an advantage")

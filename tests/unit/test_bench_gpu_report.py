@@ -47,7 +47,7 @@ def test_on_a_gpu_a_row_has_the_rate_of_its_products_and_of_its_bytes(reports):
 
 
 def test_page_says_first_what_failed(reports):
-    wrong = Row("ours", 1.0, None, None, None, None, Errors(d_hidden=0.1), failed="error of dHidden 0.1 > 0.003")
+    wrong = Row("ours", 1.0, None, None, None, None, Errors(gradients=(0.1,)), failed="error of dHidden 0.1 > 0.003")
     page = render(SuiteResult(False, "1 failed"), [replace(reports[1], rows=[wrong, *reports[1].rows[1:]])])
     top, section = page.split("## ", 1)
     assert "FAILED" in top and "- hdpo_loss: ours: error of dHidden 0.1 > 0.003" in top

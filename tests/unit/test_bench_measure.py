@@ -28,7 +28,7 @@ def test_peak_is_the_most_that_lived_at_once_without_the_gradients_handed_back()
         del first
         third = second[: 8 * KIB].clone()  # 72 KiB
         del third
-        return Outcome(d_hidden_TH=gradient, handed_back=gradient.nbytes)
+        return Outcome(gradients=(gradient,), handed_back=gradient.nbytes)
 
     assert peak_bytes(step, CPU) == 128 * KIB
 

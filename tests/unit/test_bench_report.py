@@ -54,6 +54,17 @@ def test_json_has_exactly_the_documented_keys(bench):
     assert list(_rows(found)) == ["ours", "ours_param_grad", "ours_reference", "floor", "floor_live", "eager"]
 
 
+def test_attention_has_its_own_sizes_and_errors_and_costs_seven_products(bench):
+    code, found = bench("prefix_attention", "--shape", "P=96,R=3,L=64,H=4,K=2,D=16", "--threads", "1", "--dtype", "fp32")
+    rows = _rows(found)
+    assert code == 0 and list(rows) == ["ours", "ours_reference", "floor", "sdpa", "masked"]
+    assert set(rows["ours"]) == ROW | {"P", "R", "L", "K", "D", "out_err", "dquery_err", "dkey_err", "dvalue_err"}
+    assert (rows["ours"]["P"], rows["ours"]["H"], rows["ours"]["T"]) == (96, 4, None)
+    assert rows["ours"]["gemms"] == rows["ours_reference"]["gemms"] == 7
+    assert rows["floor"]["gemms"] == pytest.approx(7, rel=0.05)  # of odd rows there is no half
+    assert all(rows["sdpa"][f"{name}_err"] < 1e-5 for name in ("out", "dquery", "dkey", "dvalue"))
+
+
 def test_a_token_costs_eager_three_products_and_ours_three_only_if_live(bench):
     code, found = bench("hdpo_loss", *SHAPE, "--peers", "eager", "--live-fraction", "0.5")
     rows = _rows(found)
@@ -110,8 +121,8 @@ def _scaled(factor: float) -> Callable[[HeadCase], Step]:
 
         def wrong() -> Outcome:
             outcome = step()
-            assert outcome.d_hidden_TH is not None
-            return replace(outcome, d_hidden_TH=outcome.d_hidden_TH * factor)
+            d_hidden, d_head = outcome.gradients
+            return replace(outcome, gradients=(d_hidden * factor, d_head))
 
         return wrong
 
