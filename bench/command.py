@@ -12,6 +12,7 @@ from . import group_advantage, hdpo_loss, linear_logprob, prefix_attention
 from .candidate import BenchError, Op, Request
 from .compare import compare
 from .table import notes, to_json, to_text
+from .update_step import run as update_step
 
 OPS: dict[str, Op] = {
     "group_advantage": group_advantage.OP,
@@ -21,7 +22,7 @@ OPS: dict[str, Op] = {
 }
 
 MIN_RUNS = 5
-"""A spread of fewer says little."""
+"""The default. A spread of fewer says little."""
 
 
 def list_ops() -> str:
@@ -32,6 +33,7 @@ def list_ops() -> str:
         lines.append(
             f"{name:16} {op.summary}\n{'':16} shape {shape}; dtypes {', '.join(op.dtypes)}; peers {', '.join(op.peers)}"
         )
+    lines.append(f"{'update_step':16} {update_step.SUMMARY}\n{'':16} shapes {', '.join(update_step.SHAPES)}")
     return "\n".join(lines)
 
 
@@ -76,7 +78,8 @@ def request(args: argparse.Namespace, name: str, op: Op) -> Request:
         raise BenchError(f"--live-fraction: expected a number in (0, 1], got {args.live_fraction}")
     if op.all_live and args.live_fraction != 1:
         raise BenchError(f"--live-fraction: {name} has work for every token, so it can only be 1; got {args.live_fraction}")
-    if args.runs < MIN_RUNS:
+    runs = MIN_RUNS if args.runs is None else args.runs
+    if runs < MIN_RUNS:
         raise BenchError(f"--runs: expected {MIN_RUNS} or more, got {args.runs}")
     if args.threads < 1:
         raise BenchError(f"--threads: expected 1 or more, got {args.threads}")
@@ -85,7 +88,7 @@ def request(args: argparse.Namespace, name: str, op: Op) -> Request:
         dtype=dtype,
         live_fraction=args.live_fraction,
         peers=_peers(args.peers, name, op),
-        runs=args.runs,
+        runs=runs,
         threads=args.threads,
         device=_device(args.device),
         seed=args.seed,
@@ -95,10 +98,13 @@ def request(args: argparse.Namespace, name: str, op: Op) -> Request:
 def run(args: argparse.Namespace) -> int:
     """The verb `bench`, its options as `metis_fast.cli` declares them. Returns the exit code: 1 if one of ours is wrong."""
     if args.op is None:
-        print(json.dumps({name: op.summary for name, op in OPS.items()}) if args.json else list_ops())
+        summaries = {name: op.summary for name, op in OPS.items()} | {"update_step": update_step.SUMMARY}
+        print(json.dumps(summaries) if args.json else list_ops())
         return 0
+    if args.op == "update_step":
+        return update_step.run(args)
     if args.op not in OPS:
-        raise BenchError(f"unknown op {args.op!r}; expected one of {', '.join(OPS)}")
+        raise BenchError(f"unknown op {args.op!r}; expected one of {', '.join(OPS)}, update_step")
     op = OPS[args.op]
     report = compare(args.op, op, request(args, args.op, op))
     if args.json:

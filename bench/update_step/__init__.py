@@ -1,0 +1,1 @@
+"""`metis-fast bench update_step`: one optimizer step of the public recipe and of ours, saving by saving."""
