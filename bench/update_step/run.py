@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -136,8 +137,9 @@ def largest_error(found: dict[str, Tensor], truth: dict[str, Tensor]) -> tuple[f
     for name, value in truth.items():
         least = 1e-3 * largest[name.partition(".")[0]]
         error = float((found[name] - value).norm()) / max(float(value.norm()), least)
-        if not error <= worst[0]:  # NaN included
-            worst = (error, name)
+        if math.isnan(error):
+            return error, name
+        worst = max(worst, (error, name))
     return worst
 
 
@@ -159,9 +161,10 @@ def measure(wanted: Request, variants: Sequence[str] = VARIANTS) -> list[Row]:
         build_model(folder, wanted.seed)
         try:
             truth: dict[str, Tensor] = {}
+            for variant in variants:  # all at once: they take seconds to start
+                children[variant] = _Child(variant, folder, wanted)
             for variant in variants:
                 bar.set_postfix_str(f"gradients of {variant}")
-                children[variant] = _Child(variant, folder, wanted)
                 path = Path(scratch) / "gradients"
                 children[variant].ask(f"gradients {path}")
                 found = torch.load(path)

@@ -169,6 +169,27 @@ def moments(trainer):
     return {name: trainer.optimizer.adamw.state[m]["exp_avg"] for name, m in trainer.optimizer.masters.items()}
 
 
+def test_in_bfloat16_savings_are_within_the_noise_of_two_plain_runs(load_tiny, trained, groups):
+    """Two runs without savings, their rollouts in another order, and one with all, against float32 of the same weights."""
+    exact = config()
+    rounded = load_tiny("bfloat16")
+    rounded.model.float()
+    trainer = TorchTrainer(rounded, exact, exact.train.optim, 10)
+    trainer.update(groups)
+    truth = gradients(trainer)
+
+    def noise(batch, on):
+        settings = config(train=dict.fromkeys(SWITCHES, on), model={"dtype": "bfloat16"})
+        found = gradients(trained(batch, settings))
+        off = torch.stack([(found[name] - value).norm() for name, value in truth.items()]).norm()
+        return float(off / torch.stack([value.norm() for value in truth.values()]).norm())
+
+    turned = [ScoredGroup(g.prompt, g.rollouts[::-1], g.scores[::-1]) for g in reversed(groups)]
+    plain = [noise(groups, False), noise(turned, False)]
+    assert min(plain) > 1e-3 and max(plain) < 0.1  # bfloat16 it is
+    assert noise(groups, True) < 1.1 * max(plain)
+
+
 def test_stats_do_not_depend_on_what_is_saved(load_tiny, groups):
     made = []
     for on in (False, True):
