@@ -139,7 +139,8 @@ def largest_error(found: dict[str, Tensor], truth: dict[str, Tensor]) -> tuple[f
         error = float((found[name] - value).norm()) / max(float(value.norm()), least)
         if math.isnan(error):
             return error, name
-        worst = max(worst, (error, name))
+        if error > worst[0]:
+            worst = (error, name)
     return worst
 
 
