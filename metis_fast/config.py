@@ -234,6 +234,42 @@ class OptimConfig(_Section):
     """Learning rate at the last step as a share of `lr`, reached linearly after the warm-up; 1 is constant."""
 
 
+class MegatronConfig(_Section):
+    """The Megatron-core back end (`train.backend=megatron`): how model and batch are cut over ranks (docs/cluster.md)."""
+
+    tensor_parallel: Positive = 1
+    """Ranks that share every matrix; divides attention heads, key/value heads, MLP width and vocabulary."""
+    pipeline_parallel: Positive = 1
+    """Stages of layers, run one-forward-one-backward."""
+    virtual_pipeline: Positive = 1
+    """Chunks of layers a stage (interleaved schedule); needs passes in multiples of `pipeline_parallel`, which are filled up."""
+    data_parallel: Positive = 1
+    """Replicas, each with its share of the packs; weights' states are split over them."""
+    sequence_parallel: bool = False
+    """Split norms and residuals over the tensor-parallel ranks by tokens."""
+    first_stage_layers: NonNegative = 0
+    """Layers of the first stage, which has the vision tower and the embeddings; 0: as many as the others."""
+    last_stage_layers: NonNegative = 0
+    """Layers of the last stage, which has the LM head; 0: as many as the others."""
+    distributed_optimizer: bool = True
+    """Split masters and moments over the data-parallel ranks."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """Activations computed again in the backward pass. `selective`: of norms and MLPs; `full`: of whole layers."""
+    transformer_engine: Literal["auto", "off"] = "auto"
+    """`auto`: Transformer Engine's linear layers on a GPU where it is installed."""
+    launch: Literal["local", "join"] = "local"
+    """`local`: ranks are started on this machine. `join`: they are started elsewhere, by `metis-fast rank`."""
+    listen: str = "127.0.0.1:0"
+    """Address at which ranks find the run; port 0 takes a free one. For `join` one that other machines reach."""
+    timeout_s: PositiveFloat = 1800.0
+    """Longest silence of a rank or a collective operation before the job ends."""
+
+    @property
+    def num_ranks(self) -> int:
+        """Processes; one GPU each where there are some."""
+        return self.tensor_parallel * self.pipeline_parallel * self.data_parallel
+
+
 class TrainConfig(_Section):
     """The update."""
 
@@ -260,7 +296,8 @@ class TrainConfig(_Section):
     attention: Literal["auto", "flash", "triton", "cpu", "reference"] = "auto"
     """Implementation of the prefix-shared attention (docs/kernels.md)."""
     activation_checkpointing: bool = False
-    """Recompute activations in the backward pass."""
+    """Recompute activations in the backward pass (torch back end; for Megatron see `megatron.recompute`)."""
+    megatron: MegatronConfig = MegatronConfig()
     optim: OptimConfig = OptimConfig()
 
 

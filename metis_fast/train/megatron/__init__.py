@@ -1,0 +1,11 @@
+"""The Megatron-core back end: tensor, pipeline, sequence and data parallel. Only `rank` and what it runs import megatron.
+
+layout    which layers and slices a rank has; refuses what cannot work (no megatron)
+backend   the `Trainer` in the process of the run; talks to the ranks (no megatron)
+launch    starts ranks, or lets them join; notices when one dies (no megatron)
+rank      a rank's process
+step      passes and optimizer steps of a rank
+policy    Qwen3-VL and Qwen3 of Megatron-core modules
+names     Hugging Face names and shapes <-> Megatron's, both ways (no megatron)
+cpu       what stands in for CUDA where there is none
+"""
