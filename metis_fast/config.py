@@ -242,7 +242,7 @@ class MegatronConfig(_Section):
     pipeline_parallel: Positive = 1
     """Stages of layers, run one-forward-one-backward."""
     virtual_pipeline: Positive = 1
-    """Chunks of layers a stage (interleaved schedule); needs passes in multiples of `pipeline_parallel`, which are filled up."""
+    """Chunks of layers a stage (interleaved schedule). Passes are filled up to a multiple of `pipeline_parallel`."""
     data_parallel: Positive = 1
     """Replicas, each with its share of the packs; weights' states are split over them."""
     sequence_parallel: bool = False

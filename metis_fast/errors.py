@@ -35,6 +35,10 @@ class CheckpointError(MetisError):
     """A checkpoint that is damaged, or that belongs to another run."""
 
 
+class TrainerError(MetisError):
+    """A trainer rank that died, hung or could not start; the last checkpoint is as it was."""
+
+
 class NonFiniteError(MetisError):
     """A NaN or Inf in loss or gradients; the step was not applied and its rollouts were saved."""
 
