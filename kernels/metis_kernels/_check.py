@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -40,22 +41,26 @@ def tensor(
         raise ValueError(f"{name}: expected a tensor on {device} like the others, got one on {value.device}")
 
 
-def at_least(name: str, value: float, low: float, strictly: bool = False, finite: bool = True) -> None:
+def at_least(name: str, value: float, low: float, strictly: bool = False, finite: bool = True, whole: bool = False) -> None:
     """Check a number.
 
     Raises:
-        ValueError: it is below `low` (or equal to it, if `strictly`), NaN, or infinite where it has to be `finite`.
+        ValueError: it is none, below `low` (or equal to it, if `strictly`), NaN, infinite where it has to be `finite`, or
+            no int where it has to be `whole`.
     """
+    bound = f"{'>' if strictly else '>='} {low}"
+    if not isinstance(value, int if whole else Real):
+        raise ValueError(f"{name}: expected {'an int' if whole else 'a number'} {bound}, got {value!r}")
     if not (value > low if strictly else value >= low) or (finite and math.isinf(value)):
         kind = "a finite number" if math.isinf(value) else "a number"
-        raise ValueError(f"{name}: expected {kind} {'>' if strictly else '>='} {low}, got {value}")
+        raise ValueError(f"{name}: expected {kind} {bound}, got {value}")
 
 
-def indices(name: str, value: Tensor, size: int | None) -> None:
-    """Check the range of indices that are on the host, where looking costs nothing. size: None where it is not known.
+def indices(name: str, value: Tensor, size: int | None, ascending: bool = False) -> None:
+    """Check indices that are on the host, where looking costs nothing. size: None where it is not known.
 
     Raises:
-        ValueError: one is below 0, or not below `size`.
+        ValueError: one is below 0, not below `size`, or, if `ascending`, not above the one before it.
     """
     if value.device.type != "cpu" or not value.numel():
         return
@@ -63,3 +68,6 @@ def indices(name: str, value: Tensor, size: int | None) -> None:
     if low < 0 or (size is not None and high >= size):
         limit = ">= 0" if size is None else f"[0, {size})"
         raise ValueError(f"{name}: expected indices in {limit}, got {low if low < 0 else high}")
+    if ascending and len(value) > 1 and int(value.diff().min()) <= 0:
+        i = int(value.diff().argmin())
+        raise ValueError(f"{name}: expected ascending indices, got {int(value[i])} then {int(value[i + 1])}")

@@ -8,6 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from metis_kernels import _check
+
 
 @dataclass(frozen=True, slots=True)
 class VocabShard:
@@ -19,6 +21,25 @@ class VocabShard:
 
     start: int
     group: dist.ProcessGroup
+
+    def __post_init__(self) -> None:
+        """Raises ValueError: `start` is no row of a vocabulary, or `group` no process group."""
+        _check.at_least("VocabShard.start", self.start, 0, whole=True)
+        if not isinstance(self.group, dist.ProcessGroup):
+            raise ValueError(f"VocabShard.group: expected a process group, got {self.group!r}")
+
+
+def unpack(shard: VocabShard | None) -> tuple[int, str]:
+    """(first row, name of the group), what a `torch.library` op can carry of a shard; (0, "") for None.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    if shard is None:
+        return 0, ""
+    if not isinstance(shard, VocabShard):
+        raise ValueError(f"shard: expected a VocabShard or None, got {type(shard).__name__}")
+    return shard.start, shard.group.group_name
 
 
 def resolve(group_name: str) -> dist.ProcessGroup | None:

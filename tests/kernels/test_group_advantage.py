@@ -398,6 +398,7 @@ def test_refuses_a_group_above_the_largest(impl: Chosen):
         ({"estimator": "rloo"}, "estimator: expected one of hdpo, grpo, coupled, gdpo, got 'rloo'"),
         ({"alpha": -0.1}, "alpha: expected a number >= 0, got -0.1"),
         ({"alpha": math.nan}, "alpha: expected a number >= 0, got nan"),
+        ({"alpha": None}, "alpha: expected a number >= 0, got None"),
         ({"w_acc": -1.0}, "w_acc: expected a number >= 0, got -1.0"),
         ({"w_tool": -1.0}, "w_tool: expected a number >= 0, got -1.0"),
         ({"impl": "cuda"}, "impl: expected one of auto, triton, cpu, reference, got 'cuda'"),

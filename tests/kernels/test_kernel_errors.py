@@ -61,6 +61,7 @@ SHARED: list[tuple[str, object, str]] = [
     ("hidden_TH", torch.randn(1, T, H), r"hidden_TH: expected shape \[T, H\] = \[any, any\], got \[1, 4, 8\]"),
     ("hidden_TH", torch.zeros(T, H, dtype=torch.int64), r"hidden_TH: expected dtype bfloat16 or .* got int64"),
     ("hidden_TH", None, "hidden_TH: expected a tensor, got NoneType"),
+    ("hidden_TH", torch.randn(T, 0), r"hidden_TH: expected at least one column, got shape \[4, 0\]"),
     ("head_VH", torch.randn(V, H + 1), r"head_VH: expected shape \[V, H\] = \[any, 8\], got \[16, 9\]"),
     ("head_VH", torch.randn(H, V), r"head_VH: expected shape \[V, H\] = \[any, 8\], got \[8, 16\]"),
     ("head_VH", torch.randn(V), r"head_VH: expected shape \[V, H\] = \[any, 8\], got \[16\]"),
@@ -78,6 +79,10 @@ SHARED: list[tuple[str, object, str]] = [
     ("temperature", math.nan, "temperature: expected a number > 0, got nan"),
     ("chunk", 0, "chunk: expected a number >= 1, got 0"),
     ("chunk", -8, "chunk: expected a number >= 1, got -8"),
+    ("chunk", 2.5, "chunk: expected an int >= 1, got 2.5"),
+    ("temperature", None, "temperature: expected a number > 0, got None"),
+    ("temperature", "1", "temperature: expected a number > 0, got '1'"),
+    ("shard", 3, "shard: expected a VocabShard or None, got int"),
     ("impl", "cuda", "impl: expected one of auto, triton, cpu, reference, got 'cuda'"),
 ]
 
@@ -102,6 +107,8 @@ LOSS: list[tuple[str, object, str]] = [
     ("live_L", torch.arange(T, device="meta"), "live_L: expected a tensor on cpu like the others, got one on meta"),
     ("live_L", torch.tensor([0, T]), r"live_L: expected indices in \[0, 4\), got 4"),
     ("live_L", torch.tensor([-1, 0]), r"live_L: expected indices in \[0, 4\), got -1"),
+    ("live_L", torch.tensor([0, 2, 2]), "live_L: expected ascending indices, got 2 then 2"),
+    ("live_L", torch.tensor([0, 3, 1]), "live_L: expected ascending indices, got 3 then 1"),
     ("main_grad", torch.zeros(V, H + 1), r"main_grad: expected shape \[V, H\] = \[16, 8\], got \[16, 9\]"),
     ("main_grad", torch.zeros(V, H).bfloat16(), "main_grad: expected dtype float32, got bfloat16"),
     ("main_grad", torch.zeros(V, H).double(), "main_grad: expected dtype float32, got float64"),
@@ -112,6 +119,11 @@ LOSS: list[tuple[str, object, str]] = [
     ("num_tool", math.inf, "num_tool: expected a number of tokens >= 0, got inf"),
     ("num_acc", torch.ones(2), r"num_acc: expected one number, got a tensor of shape \[2\]"),
     ("num_tool", torch.ones(0), r"num_tool: expected one number, got a tensor of shape \[0\]"),
+    ("num_acc", torch.tensor(-1), "num_acc: expected a number of tokens >= 0, got -1"),
+    ("num_acc", torch.tensor(9.0).bfloat16(), "num_acc: expected dtype int64, int32, float32 or float64, got bfloat16"),
+    ("num_acc", torch.tensor(4, device="meta"), "num_acc: expected a tensor on cpu or another with data, got one on meta"),
+    ("num_acc", None, "num_acc: expected a number of tokens >= 0, got None"),
+    ("w_acc", None, "w_acc: expected a number >= 0, got None"),
     *[
         (name, bad, rf"{name}: expected a number >= 0, got {bad}")
         for name in ("w_acc", "w_tool", "eps_low", "eps_high", "entropy_coef", "kl_coef", "tis_cap")
@@ -180,8 +192,16 @@ def test_a_negative_target_is_refused_under_a_shard_too(tmp_path: Path):
         assert group is not None
         with pytest.raises(ValueError, match=r"^targets_T: expected indices in >= 0, got -1$"):
             hdpo_loss(**changed({"targets_T": torch.tensor([0, -1, 2, 3]), "shard": VocabShard(0, group)}))
+        with pytest.raises(ValueError, match=r"^VocabShard\.start: expected a number >= 0, got -1$"):
+            VocabShard(-1, group)
     finally:
         torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("group", [None, "tp"])
+def test_a_shard_without_a_process_group_is_refused(group: Any):
+    with pytest.raises(ValueError, match=rf"^VocabShard\.group: expected a process group, got {group!r}$"):
+        VocabShard(0, group)
 
 
 @pytest.mark.parametrize(

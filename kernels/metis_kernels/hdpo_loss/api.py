@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import torch
@@ -20,6 +21,8 @@ from metis_kernels.hdpo_loss._terms import HdpoMetrics
 from metis_kernels.linear_logprob.api import check_head
 
 _SCALARS = (torch.float32, torch.float64)
+_COUNTS = (torch.int64, torch.int32, torch.float32, torch.float64)
+"""Dtypes of a denominator: a number of tokens must not be rounded, as bfloat16 would."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -131,7 +134,7 @@ def hdpo_loss(
     if live_L is not None:
         _check.tensor("live_L", live_L, (None,), (torch.int64,), device, axes="[L]")
         if not torch.compiler.is_compiling():  # where values are not there to be looked at
-            _check.indices("live_L", live_L, num_tokens)
+            _check.indices("live_L", live_L, num_tokens, ascending=True)
     if main_grad is not None:
         wanted = torch.float64 if hidden_TH.dtype == torch.float64 else torch.float32
         _check.tensor("main_grad", main_grad, head_VH.shape, (wanted,), device, axes="[V, H]")
@@ -173,7 +176,7 @@ def hdpo_loss(
     if need_head:
         # contiguous, whatever the strides of the head: implementations rely on it
         head_grad = main_grad if main_grad is not None else torch.zeros(head_VH.shape, dtype=wide, device=device)
-    start, group = (shard.start, shard.group.group_name) if shard is not None else (0, "")
+    start, group = _shard.unpack(shard)
     anchor_L = take(anchor_T)
     if anchor_L is not None:  # any number may be off; what is none would go through the products with the head
         anchor_L = torch.nan_to_num(anchor_L, nan=0.0, posinf=0.0, neginf=0.0)
@@ -201,10 +204,18 @@ def _inverse(name: str, num: float | Tensor, device: torch.device) -> Tensor:
     if isinstance(num, Tensor):
         if num.numel() != 1:
             raise ValueError(f"{name}: expected one number, got a tensor of shape {list(num.shape)}")
+        if num.dtype not in _COUNTS:
+            got = str(num.dtype).removeprefix("torch.")
+            raise ValueError(f"{name}: expected dtype int64, int32, float32 or float64, got {got}")
+        if num.is_meta and device.type != "meta":
+            raise ValueError(f"{name}: expected a tensor on {device} or another with data, got one on {num.device}")
+        # looking costs nothing on the host; a graph under compilation has no values to look at
+        if num.device.type == "cpu" and not torch.compiler.is_compiling() and bool(num < 0):
+            raise ValueError(f"{name}: expected a number of tokens >= 0, got {num.item()}")
         value = num.detach().to(device, torch.float64).reshape(())
         return torch.where(value == 0, 0.0, 1 / value)
-    if not (num >= 0 and math.isfinite(num)):
-        raise ValueError(f"{name}: expected a number of tokens >= 0, got {num}")
+    if not (isinstance(num, Real) and num >= 0 and math.isfinite(num)):
+        raise ValueError(f"{name}: expected a number of tokens >= 0, got {num!r}")
     return torch.tensor(1 / num if num else 0.0, dtype=torch.float64, device=device)
 
 

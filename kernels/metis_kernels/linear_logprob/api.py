@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from metis_kernels import _check
+from metis_kernels import _check, _shard
 from metis_kernels._impl import Impl, choose
 from metis_kernels._shard import VocabShard
 
@@ -60,7 +60,7 @@ def linear_logprob(
     """
     check_head(hidden_TH, head_VH, targets_T, temperature, chunk)
     chosen = choose(impl, hidden_TH.device, hidden_TH.dtype)
-    start, group = (shard.start, shard.group.group_name) if shard is not None else (0, "")
+    start, group = _shard.unpack(shard)
     logp, entropy, lse = torch.ops.metis_kernels.linear_logprob(
         hidden_TH.detach(), head_VH.detach(), targets_T, temperature, start, group, chunk or 0, chosen
     )
@@ -75,13 +75,15 @@ def check_head(hidden_TH: Tensor, head_VH: Tensor, targets_T: Tensor, temperatur
     """
     _check.tensor("hidden_TH", hidden_TH, (None, None), FLOATS, axes="[T, H]")
     num_tokens, size = hidden_TH.shape
+    if size == 0:
+        raise ValueError(f"hidden_TH: expected at least one column, got shape {list(hidden_TH.shape)}")
     _check.tensor("head_VH", head_VH, (None, size), (hidden_TH.dtype,), hidden_TH.device, axes="[V, H]")
     _check.tensor("targets_T", targets_T, (num_tokens,), (torch.int64,), hidden_TH.device, axes="[T]")
     if len(head_VH) == 0:
         raise ValueError(f"head_VH: expected at least one row, got shape {list(head_VH.shape)}")
     _check.at_least("temperature", temperature, 0, strictly=True)
     if chunk is not None:
-        _check.at_least("chunk", chunk, 1)
+        _check.at_least("chunk", chunk, 1, whole=True)
 
 
 @torch.library.custom_op("metis_kernels::linear_logprob", mutates_args=())
