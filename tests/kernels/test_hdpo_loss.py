@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from contract.cases import IMPLS, SHAPES, Case, Chosen, Options, Result, call_loss, make_case, run_loss
+from contract.cases import CPU, IMPLS, SHAPES, Case, Chosen, Options, Result, call_loss, make_case, run_loss
 from contract.compare import SAME, check_gradient, check_loss, relative
 from contract.truth import loss_truth
 
@@ -135,7 +135,7 @@ def test_tokens_without_a_coefficient_get_exactly_no_gradient(impl: Chosen):
     clipped = still & case.live_T
     assert clipped.sum() > 5  # live, but both surrogates are clipped
     assert (still & ~case.live_T).sum() > 5  # masked, or no advantage
-    assert (got.d_hidden_TH[still] == 0).all()
+    assert (got.d_hidden_TH[still].view(torch.int16) == 0).all()  # every bit: not even -0
     assert (got.d_hidden_TH[~still] != 0).any(1).all()
 
 
@@ -181,6 +181,18 @@ def test_no_mask_means_every_token(impl: Chosen):
     assert torch.equal(call_loss(replace(case, mask_T=None), *args).loss, call_loss(case, *args).loss)  # pyright: ignore[reportArgumentType]
 
 
+# A Qwen3-VL vocabulary in the interpreter would take minutes; tests/kernels/test_gpu.py runs it on a GPU.
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("vast_impl", ["reference", CPU])
+def test_is_exact_at_the_real_vocabulary(vast_impl: Chosen, dtype: torch.dtype):
+    case = make_case(48, 64, 151936, dtype, scale=2.0)
+    want = loss_truth(case)
+    got = run_loss(case, vast_impl, main_grad=torch.zeros(151936, 64))
+    live = got.output.live_L
+    assert (got.output.logp_L.double() - want.head.logp_T[live]).abs().max() <= 1e-5
+    check_loss(got, want, case)
+
+
 @pytest.mark.parametrize("num_tokens", [0, 63])
 @pytest.mark.parametrize(
     "options", [Options(), Options(entropy_coef=0.1, kl_coef=0.1, tis_cap=1.0)], ids=["paper", "all_terms"]
@@ -210,6 +222,16 @@ def test_one_live_token_equals_float64(impl: Chosen, position: int):
 def test_the_chunk_does_not_matter(impl: Chosen, chunk: int):
     case = make_case(63, 32, 252)
     check_same(run_loss(case, impl, chunk=chunk), run_loss(case, impl))
+
+
+@pytest.mark.parametrize("impl", [CPU, "triton"])  # the reference leaves its sums to torch.mm
+def test_chunks_of_whole_panels_give_dhidden_the_same_bits(impl: Chosen):
+    case = make_case(96, 32, 252, masked=0.0, quiet=0.0)
+    whole = run_loss(case, impl, chunk=96)
+    for chunk in (32, 64):
+        parts = run_loss(case, impl, chunk=chunk)
+        assert torch.equal(parts.d_hidden_TH, whole.d_hidden_TH), chunk
+        assert torch.equal(parts.output.logp_L, whole.output.logp_L), chunk
 
 
 def test_the_order_of_tokens_does_not_matter(impl: Chosen):

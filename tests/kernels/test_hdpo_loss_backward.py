@@ -42,11 +42,16 @@ def test_a_non_finite_token_is_not_silently_dropped(impl: Chosen, bad: float, on
 
 # numpy, in which Triton's interpreter computes, warns of what a GPU does in silence
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
-@pytest.mark.parametrize("name", ["old_logp_T", "adv_acc_T"])
-def test_a_nan_in_a_token_vector_makes_the_loss_nan(impl: Chosen, name: str):
+@pytest.mark.parametrize("name", ["old_logp_T", "adv_acc_T", "adv_tool_T", "ref_logp_T", "engine_logp_T"])
+def test_a_nan_in_a_token_vector_makes_the_loss_and_the_gradient_of_that_token_nan(impl: Chosen, name: str):
     case = make_case(63, 32, 252)
-    getattr(case, name)[case.live_T.nonzero()[4]] = math.nan
-    assert run_loss(case, impl).output.loss.isnan()
+    position = int(case.live_T.nonzero()[4])
+    getattr(case, name)[position] = math.nan
+    got = run_loss(case, impl, Options(kl_coef=0.1, tis_cap=1.1))
+    assert got.output.loss.isnan()
+    assert got.d_hidden_TH[position].isnan().all()
+    assert got.d_hidden_TH[torch.arange(63) != position].isfinite().all()
+    assert got.d_head_VH.isnan().any()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
