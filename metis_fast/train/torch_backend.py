@@ -5,7 +5,6 @@ Shape letters: T tokens of the loss of a pack, H hidden size, V vocabulary.
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -22,48 +21,32 @@ from metis_fast.errors import CheckpointError, ConfigError, NonFiniteError
 from metis_fast.model import Policy
 from metis_fast.train.flops import FlopModel
 from metis_fast.train.forward import PackPass
+from metis_fast.train.minibatch import (
+    MiniBatch,
+    Trained,
+    denominators,
+    names,
+    pack_logprobs,
+    pack_loss,
+    plan,
+    prunes,
+    update_stats,
+)
 from metis_fast.train.optimizer import Optimizer, trainable
 from metis_fast.train.pack import Family, Pack, Sample, balance, build, filler, split
 from metis_fast.train.protocol import TrainerState
-from metis_fast.train.savings import Passes, account, forward_flops
+from metis_fast.train.savings import forward_flops
 from metis_fast.train.sharding import gather, gather_objects, shard, split_like
-from metis_fast.types import ImageBlob, Rollout, Savings, Score, ScoredGroup, UpdateStats
-from metis_kernels import hdpo_loss, linear_logprob
-
-_LOG = logging.getLogger(__name__)
-
-_SUMS = (
-    "loss_acc", "loss_tool", "num_clipped_acc", "num_acc", "num_clipped_tool", "num_tool", "sum_kl", "sum_entropy",
-    "sum_engine_gap", "num_live",
-)  # fmt: skip
-"""Metrics of the loss that add up over packs."""
+from metis_fast.types import ImageBlob, Rollout, Score, ScoredGroup, UpdateStats
+from metis_kernels import hdpo_loss
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Pass:
-    """A pack of this rank, and an image for the vision tower where only other ranks' packs have some (see `PackPass`).
-
-    names: of the pack's rollouts.
-    """
+    """A pack of this rank, and an image for the vision tower where only other ranks' packs have some (see `PackPass`)."""
 
     pack: Pack
     tower: ImageBlob | None
-    names: str
-
-
-@dataclass(slots=True, eq=False)
-class _MiniBatch:
-    """What one optimizer step runs, planned before anything does. owed: log-probabilities of the old policy are."""
-
-    passes: list[_Pass]
-    owed: bool
-    num_rollouts: int
-    num_run: int
-    n_acc: int
-    n_tool: int
-    num_tokens: int
-    flops: float
-    avoided: Savings
 
 
 class TorchTrainer:
@@ -83,24 +66,20 @@ class TorchTrainer:
         self.policy = policy
         self._config = config
         self._group = group
-        self._flops = FlopModel.of(policy.model.config)
-        self._vision_trained = "vision" not in config.model.freeze
-        self._forward = PackPass(policy, config.train.attention, self._vision_trained)
+        vision_trained = "vision" not in config.model.freeze
+        self._forward = PackPass(policy, config.train.attention, vision_trained)
         parameters = trainable(policy.model, config.model.freeze)
         if group is not None:
             if optim.muon_lr:
                 raise ConfigError("optim.muon_lr works on whole matrices, which FSDP splits over the ranks; set it to 0")
             shard(self._forward, policy, group)
             parameters = trainable(policy.model, config.model.freeze)
-        self._head_trained = policy.head.requires_grad
+        self._trained = Trained(FlopModel.of(policy.model.config), vision_trained, policy.head.requires_grad)
         self.optimizer = Optimizer(parameters, optim, total_steps)
         self._reference: dict[str, Tensor] | None = None
         if config.loss.kl_coef > 0:
             self._reference = {name: p.detach().clone() for name, p in self.optimizer.parameters.items()}
-        self._prunes = config.train.skip_zero_advantage
-        if self._prunes and (needed_by := _needs_every_rollout(config)):
-            self._prunes = False
-            _LOG.warning("train.skip_zero_advantage is off in this run: %s needs every rollout", needed_by)
+        self._prunes = prunes(config)
         if config.train.activation_checkpointing:
             policy.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
             policy.model.train()
@@ -149,7 +128,7 @@ class TorchTrainer:
         """This rank's share of the packs, by predicted cost. Every rank gets as many passes as the others, because the
         gathering of split weights goes in step: where it has fewer packs, with nothing in them."""
         size, rank = (1, 0) if self._group is None else (dist.get_world_size(self._group), dist.get_rank(self._group))
-        shares = balance([forward_flops(pack, self._flops) for pack in packs], size)
+        shares = balance([forward_flops(pack, self._trained.flops) for pack in packs], size)
         # those with images first, so that few towers idle
         with_images = [any(s.rollout.image_spans for family in pack for s in family.samples) for pack in packs]
         shares = [sorted(share, key=lambda i: (not with_images[i], i)) for share in shares]
@@ -162,8 +141,7 @@ class TorchTrainer:
             if turn < len(shares[rank]):
                 families = packs[shares[rank][turn]]
                 pack = build(families, self.policy.merge, self._config.train.share_images, every_row)
-            names = ", ".join(f"{s.rollout.prompt_uid}#{s.rollout.index}" for s in pack.samples[:4])
-            passes.append(_Pass(pack, tower if size > 1 and not pack.images else None, names))
+            passes.append(_Pass(pack, tower if size > 1 and not pack.images else None))
         return passes
 
     def _split(self, samples: Sequence[Sample], budget: int) -> list[list[Family]]:
@@ -175,18 +153,10 @@ class TorchTrainer:
         """Log-probability and log-sum-exp of every target of a pack, [T] float32, on the CPU."""
 
         def run(hidden_TH: Tensor, head_VH: Tensor) -> tuple[Tensor, Tensor]:
-            found = linear_logprob(
-                hidden_TH,
-                head_VH,
-                one.pack.targets_T.to(hidden_TH.device),
-                temperature=self._config.rollout.temperature,
-                chunk=self._config.loss.token_chunk or None,
-                impl=self._config.loss.impl,
-            )
-            return found.logp_T, found.lse_T
+            return pack_logprobs(hidden_TH, head_VH, one.pack, self._config)
 
         logp, lse = self._forward(one.pack, one.tower, run)
-        return logp.float().cpu(), lse.float().cpu()
+        return logp.cpu(), lse.cpu()
 
     def logprobs(self, rollouts: Sequence[Rollout]) -> list[np.ndarray]:
         """Log-probability of every sampled token under the current weights, [S] float32 a rollout, 0 elsewhere."""
@@ -217,59 +187,22 @@ class TorchTrainer:
             NonFiniteError: loss or gradient of a mini-batch is NaN or Inf; its step was not applied.
         """
         size = self._config.train.prompts_per_mini_batch
-        planned = [self._plan(groups[i : i + size], first=i == 0) for i in range(0, len(groups), size)]
-        for batch in planned:
-            if batch.owed:
-                batch.passes = [self._with_old(one, check) for one in batch.passes]
-        if self._reference is not None:
-            self._add_reference(planned)
-        return tuple(self._step(batch, i, check if i == 0 else lambda: None) for i, batch in enumerate(planned))
-
-    def _plan(self, groups: Sequence[ScoredGroup], first: bool) -> _MiniBatch:
-        config = self._config
-        # the others left their groups, denominators included
-        every = [
-            Sample(rollout, score)
-            for group in groups
-            for rollout, score in zip(group.rollouts, group.scores, strict=True)
-            if score.verdict is not None and rollout.num_sampled
+        batches = [
+            plan(groups[i : i + size], i == 0, self._config, self._prunes, self._trained) for i in range(0, len(groups), size)
         ]
-        run = [sample for sample in every if sample.score.needs_gradient] if self._prunes else every
-        packs = self._split(run, config.train.tokens_per_micro_batch)
-        owed = config.loss.proximal == "policy" and not (first and config.train.skip_old_logprobs)
-        references = int(config.loss.kl_coef > 0)
-        tokens, flops, avoided = account(
-            every,
-            run,
-            packs,
-            Passes(int(owed) + references, 1 + references, self._vision_trained, self._head_trained),
-            self._flops,
-            config.train.share_images,
-            (self._num_live(run), sum(s.rollout.num_sampled for s in run)) if config.train.skip_head_rows else None,
-        )
-        passes = self._passes(packs, every_row=not config.train.skip_head_rows) if run else []
-        if config.loss.proximal == "engine":
-            passes = [replace(one, pack=replace(one.pack, old_logp_T=one.pack.engine_logp_T)) for one in passes]
-        return _MiniBatch(
-            passes=passes,
-            owed=owed,
-            num_rollouts=len(every),
-            num_run=len(run),
-            n_acc=sum(sample.rollout.num_sampled for sample in every),
-            n_tool=sum(sample.rollout.num_sampled for sample in every if sample.score.in_tool_denominator),
-            num_tokens=tokens,
-            flops=flops,
-            avoided=avoided,
-        )
-
-    def _num_live(self, run: Sequence[Sample]) -> int:
-        """Tokens with a gradient coefficient."""
-        loss = self._config.loss
-        every = bool(loss.entropy_coef or loss.kl_coef)
-        return sum(
-            sample.rollout.num_sampled
-            for sample in run
-            if every or loss.w_acc * sample.score.adv_acc or loss.w_tool * sample.score.adv_tool
+        passes = [self._passes(batch.packs, batch.every_row) if batch.packs else [] for batch in batches]
+        if self._config.loss.proximal == "engine":
+            passes = [
+                [replace(one, pack=replace(one.pack, old_logp_T=one.pack.engine_logp_T)) for one in own] for own in passes
+            ]
+        for i, batch in enumerate(batches):
+            if batch.owed:
+                passes[i] = [self._with_old(one, check) for one in passes[i]]
+        if self._reference is not None:
+            passes = self._with_reference(passes)
+        return tuple(
+            self._step(batch, own, i, check if i == 0 else lambda: None)
+            for i, (batch, own) in enumerate(zip(batches, passes, strict=True))
         )
 
     def _with_old(self, one: _Pass, check: Callable[[], None]) -> _Pass:
@@ -278,118 +211,48 @@ class TorchTrainer:
         return replace(one, pack=replace(one.pack, old_logp_T=logp, anchor_T=lse))
 
     @torch.no_grad()
-    def _add_reference(self, batches: Sequence[_MiniBatch]) -> None:
+    def _with_reference(self, passes: Sequence[Sequence[_Pass]]) -> list[list[_Pass]]:
         """Log-probabilities under the starting policy, whose weights stand in for the current ones meanwhile."""
         assert self._reference is not None
         current = {name: p.detach().clone() for name, p in self.optimizer.parameters.items()}
         for name, parameter in self.optimizer.parameters.items():
             parameter.copy_(self._reference[name])
-        for batch in batches:
-            batch.passes = [replace(one, pack=replace(one.pack, ref_logp_T=self._logprobs(one)[0])) for one in batch.passes]
+        done = [[replace(one, pack=replace(one.pack, ref_logp_T=self._logprobs(one)[0])) for one in own] for own in passes]
         for name, parameter in self.optimizer.parameters.items():
             parameter.copy_(current[name])
+        return done
 
-    def _step(self, batch: _MiniBatch, index: int, check: Callable[[], None]) -> UpdateStats:
+    def _step(self, batch: MiniBatch, passes: Sequence[_Pass], index: int, check: Callable[[], None]) -> UpdateStats:
         lr = self.optimizer.lr
         self.optimizer.start()
         rows: list[Tensor] = []
-        for one in batch.passes:
+        for one in passes:
             check()
-            n_acc, n_tool = float(batch.n_acc), float(batch.n_tool)
-            if self._config.loss.normalization == "reference":
-                # the public recipe: a mean over the micro-batch's own tokens, weighted by its share of the rows
-                share = len(one.pack.samples) / batch.num_rollouts
-                in_tool = sum(s.rollout.num_sampled for s in one.pack.samples if s.score.in_tool_denominator)
-                n_acc, n_tool = int(one.pack.sampled_T.sum()) / max(share, 1e-30), in_tool / max(share, 1e-30)
-            loss, metrics = self._loss(one, n_acc, n_tool)
+            loss, metrics = self._loss(one, *denominators(batch, one.pack, self._config))
             loss.backward()
             self.optimizer.accumulate()
             rows.append(metrics)
         # the one wait for the device before the optimizer's step
         values = torch.stack(rows).tolist() if rows else []
-        own = list(zip(values, [one.names for one in batch.passes], strict=True))
+        own = list(zip(values, [names(one.pack) for one in passes], strict=True))
         table = [row for part in gather_objects(own, self._group) for row in part]
-        for values, names in table:
+        for values, which in table:
             if not math.isfinite(values[0]):
                 raise NonFiniteError(
-                    f"loss is {values[0]} in mini-batch {index} (rollouts {names}, …); the step was not applied"
+                    f"loss is {values[0]} in mini-batch {index} (rollouts {which}, …); the step was not applied"
                 )
         norm = self.optimizer.step()
         if not math.isfinite(norm):
             raise NonFiniteError(f"gradient norm is {norm} in mini-batch {index}; the step was not applied")
-        return self._stats(batch, [values for values, _ in table], norm, lr)
-
-    def _stats(self, batch: _MiniBatch, table: Sequence[Sequence[float]], norm: float, lr: float) -> UpdateStats:
-        """table: a row of `_loss`'s metrics for every pack, of all ranks."""
-        config = self._config.loss
-        columns = list(zip(*table, strict=True)) if table else [()] * (3 + len(_SUMS))
-        sums = {name: sum(column) for name, column in zip(_SUMS, columns[3:], strict=True)}
-        live = [row for row in table if row[-1]]
-        count = max(1.0, sums["num_live"])
-        return UpdateStats(
-            loss=sum(columns[0]),
-            loss_acc=sums["loss_acc"] / config.w_acc if config.w_acc else 0.0,
-            loss_tool=sums["loss_tool"] / config.w_tool if config.w_tool else 0.0,
-            grad_norm=norm,
-            lr=lr,
-            clip_acc=sums["num_clipped_acc"] / max(1, sums["num_acc"]),
-            clip_tool=sums["num_clipped_tool"] / max(1, sums["num_tool"]),
-            kl=sums["sum_kl"] / count,
-            ratio_max=max((row[1] for row in live), default=1.0),
-            ratio_min=min((row[2] for row in live), default=1.0),
-            entropy=sums["sum_entropy"] / count,
-            engine_gap=sums["sum_engine_gap"] / count,
-            num_tokens=batch.num_tokens,
-            flops=batch.flops,
-            avoided=batch.avoided,
-            n_acc=batch.n_acc,
-            n_tool=batch.n_tool,
-            skipped_step=not batch.num_run,
-        )
+        return update_stats(batch, [values for values, _ in table], norm, lr, self._config)
 
     def _loss(self, one: _Pass, n_acc: float, n_tool: float) -> tuple[Tensor, Tensor]:
-        """The pack's share of the loss, and a row of numbers on the device: loss, largest and smallest ratio, `_SUMS`."""
-        config, train, pack = self._config.loss, self._config.train, one.pack
+        """See `pack_loss`."""
 
         def run(hidden_TH: Tensor, head_VH: Tensor) -> tuple[Tensor, Tensor]:
-            device = hidden_TH.device
+            return pack_loss(hidden_TH, head_VH, one.pack, self._config, n_acc, n_tool)
 
-            def there(value: Tensor | None) -> Tensor | None:
-                return None if value is None else value.to(device)
-
-            out = hdpo_loss(
-                hidden_TH,
-                head_VH,
-                pack.targets_T.to(device),
-                there(pack.old_logp_T),
-                # tokens that carry no loss are given no advantage either: NaN times 0 is none
-                (pack.adv_acc_T * pack.sampled_T).to(device),
-                (pack.adv_tool_T * pack.sampled_T).to(device),
-                pack.sampled_T.to(device),
-                n_acc,
-                n_tool,
-                w_acc=config.w_acc,
-                w_tool=config.w_tool,
-                eps_low=config.eps_low,
-                eps_high=config.eps_high,
-                dual_clip=config.dual_clip,
-                temperature=self._config.rollout.temperature,
-                entropy_coef=config.entropy_coef,
-                with_entropy=True,
-                kl_coef=config.kl_coef,
-                ref_logp_T=there(pack.ref_logp_T),
-                tis_cap=config.tis_cap,
-                engine_logp_T=there(pack.engine_logp_T),
-                anchor_T=there(pack.anchor_T),
-                live_L=None if train.skip_head_rows else torch.arange(len(pack.targets_T), device=device),
-                chunk=config.token_chunk or None,
-                impl=config.impl,
-            )
-            m = out.metrics
-            numbers = [out.loss.detach().double(), m.ratio_max, m.ratio_min, *(getattr(m, name) for name in _SUMS)]
-            return out.loss, torch.stack(numbers)
-
-        return self._forward(pack, one.tower, run)
+        return self._forward(one.pack, one.tower, run)
 
     # -- SFT ----------------------------------------------------------------------------------------------------------
 
@@ -445,13 +308,3 @@ class TorchTrainer:
             return out.loss, out.logp_L.double().sum()
 
         return self._forward(pack, one.tower, run)
-
-
-def _needs_every_rollout(config: Config) -> str:
-    """Which setting makes a rollout without an advantage count; "" if none does."""
-    loss = config.loss
-    if loss.entropy_coef:
-        return "loss.entropy_coef"
-    if loss.kl_coef:
-        return "loss.kl_coef"
-    return "loss.normalization=reference" if loss.normalization == "reference" else ""
