@@ -26,6 +26,7 @@ _EPILOG = """examples:
   metis-fast data check data/*.parquet                  is my data fit for training?
   metis-fast train my.yaml loss.w_tool=0.2              train, with one setting changed; again: resume
   metis-fast report runs/demo                           what happened?
+  metis-fast plan my.yaml --gpus 64                     which layout fits, and how long would a step take?
 Settings are read from a YAML file that holds only what differs from the defaults; `metis-fast config` lists them all."""
 
 
@@ -152,6 +153,31 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
 
 
+def _plan(args: argparse.Namespace) -> int:
+    from metis_fast.plan import command
+
+    return command.run(args)
+
+
+def _add_plan(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", type=Path, help="YAML file with what differs from the defaults")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that go before the file's")
+    parser.add_argument("--gpus", type=int, metavar="N", help="GPUs in all; default: those of train.megatron, else 8")
+    parser.add_argument("--gpu", choices=["h100", "h200", "b200"], default="h100")
+    parser.add_argument("--model", type=Path, metavar="FILE_OR_FOLDER", help="config.json; default: model.path, model.config")
+    parser.add_argument(
+        "--engine-share", type=float, default=0.3, metavar="F",
+        help="share of every GPU's memory that a rollout engine keeps (default 0.3); 0: it has other GPUs, or sleeps",
+    )  # fmt: skip
+    parser.add_argument("--prompt-tokens", type=int, metavar="N", help="mean; default: an eighth of rollout.max_prompt_tokens")
+    parser.add_argument("--response-tokens", type=int, metavar="N", help="mean, observations included; default: an eighth")
+    parser.add_argument("--sampled", type=float, default=0.5, metavar="F", help="share of the response that is sampled")
+    parser.add_argument("--images", type=int, default=1, metavar="N", help="of a prompt (default 1)")
+    parser.add_argument("--image-tokens", type=int, default=1024, metavar="N", help="of an image (default 1024)")
+    parser.add_argument("--uniform", type=float, default=0.2, metavar="F", help="share of groups without any advantage")
+    parser.add_argument("--json", action="store_true", help="print all layouts as one JSON object")
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The whole command line."""
     parser = argparse.ArgumentParser(
@@ -197,6 +223,7 @@ def build_parser() -> argparse.ArgumentParser:
     sub = verb(verbs, "report", _report, "Write report.html of a run folder.")
     sub.add_argument("run_dir", type=Path, metavar="RUN_DIR")
     sub.add_argument("--json", action="store_true")
+    _add_plan(verb(verbs, "plan", _plan, "Memory and step time of every Megatron layout, predicted; exit code 1 if none fits."))
     _add_bench(verb(verbs, "bench", _bench, "Time a kernel or the update step beside its peers; exit code 1 if it is wrong."))
     return parser
 

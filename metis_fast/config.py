@@ -58,6 +58,8 @@ class ModelConfig(_Section):
 
     path: Path = Path("models/Metis-8B-ColdStart")
     """Folder with config.json, *.safetensors, tokenizer and processor."""
+    config: Path | None = None
+    """A config.json that describes the model where `path` is not there yet, for `metis-fast plan`."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Type of weights and activations. With bfloat16 the optimizer keeps float32 masters."""
     freeze: tuple[Literal["vision", "embeddings"], ...] = ()
@@ -253,6 +255,8 @@ class MegatronConfig(_Section):
     """Layers of the last stage, which has the LM head; 0: as many as the others."""
     distributed_optimizer: bool = True
     """Split masters and moments over the data-parallel ranks."""
+    overlap_reduction: Literal["auto", "on", "off"] = "auto"
+    """Sum gradients over replicas while the backward pass goes on; `auto`: on GPUs."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Activations computed again in the backward pass. `selective`: of norms and MLPs; `full`: of whole layers."""
     transformer_engine: Literal["auto", "off"] = "auto"

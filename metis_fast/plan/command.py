@@ -1,0 +1,200 @@
+"""The command `metis-fast plan`: settings read, layouts compared, a table or JSON printed."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+
+from metis_fast import config as config_module
+from metis_fast.config import Config, MegatronConfig
+from metis_fast.errors import ConfigError
+from metis_fast.plan.candidates import Candidate, candidates
+from metis_fast.plan.duration import Setting, engine_tokens
+from metis_fast.plan.gpus import GIB, GPUS, NODE
+from metis_fast.plan.shape import Shape, read_model_config
+from metis_fast.plan.workload import Workload
+from metis_fast.train.flops import FlopModel
+from metis_fast.train.megatron.layout import check
+
+_ROWS = 12
+"""Layouts in the table; --json has all."""
+
+
+def run(args: argparse.Namespace) -> int:
+    """The command. Exit code 1: the config's own layout does not fit, or no layout does.
+
+    Raises:
+        ConfigError: what cannot be planned, and what to change.
+    """
+    config = config_module.load(args.config, args.overrides)
+    model_config = read_model_config(config, args.model)
+    own = config.train.megatron if config.train.backend == "megatron" else None
+    gpus = args.gpus if args.gpus is not None else own.num_ranks if own is not None else NODE
+    if gpus < 1 or (gpus > NODE and gpus % NODE):
+        raise ConfigError(
+            f"--gpus: expected at most {NODE}, or a multiple of {NODE} (whole nodes), got {gpus}; "
+            "set --gpus, or the sizes in train.megatron"
+        )
+    if not 0 <= args.engine_share < 1:
+        raise ConfigError(f"--engine-share: expected a share from 0 to below 1, got {args.engine_share}")
+    if own is not None and own.num_ranks != gpus:
+        own = None
+    if own is not None:
+        check(own, model_config)
+    load = Workload.of(
+        config,
+        args.prompt_tokens,
+        args.response_tokens,
+        sampled=args.sampled,
+        images=args.images if getattr(model_config, "vision_config", None) is not None else 0,
+        image_tokens=args.image_tokens,
+        uniform=args.uniform,
+    )
+    shape, gpu = Shape.of(model_config), GPUS[args.gpu]
+    setting = Setting(config, shape, FlopModel.of(model_config), load, gpu, gpus, args.engine_share)
+    longest = config.rollout.max_prompt_tokens + config.rollout.max_response_tokens
+    if engine_tokens(setting) < longest:
+        needed = (2 * shape.num_parameters + longest * shape.kv_bytes) / gpu.memory
+        raise ConfigError(
+            f"an engine with {args.engine_share:.2f} of a GPU's memory cannot hold the weights and one rollout of {longest} "
+            f"tokens; set --engine-share to {needed:.2f} or more, or to 0 where it has GPUs of its own"
+        )
+    found = candidates(setting, model_config, own)
+    print(json.dumps(to_json(setting, args.gpu, found)) if args.json else to_text(setting, args.gpu, found))
+    return exit_code(found)
+
+
+def exit_code(found: Sequence[Candidate]) -> int:
+    """0 if the config's own layout fits, or, where it is not among them, any does; else 1."""
+    own = [one for one in found if one.own]
+    return 0 if any(one.fits for one in own or found) else 1
+
+
+def _layout(layout: MegatronConfig) -> dict[str, object]:
+    names = (
+        "tensor_parallel", "pipeline_parallel", "virtual_pipeline", "data_parallel", "sequence_parallel",
+        "first_stage_layers", "last_stage_layers", "distributed_optimizer", "recompute",
+    )  # fmt: skip
+    return {name: getattr(layout, name) for name in names}
+
+
+def to_json(setting: Setting, gpu: str, found: Sequence[Candidate]) -> dict[str, object]:
+    """For machines. What is predicted stands under `predicted`."""
+    return {
+        "gpu": gpu,
+        "num_gpus": setting.num_gpus,
+        "engine_share": setting.engine_share,
+        "workload": asdict(setting.load),
+        "efficiency": asdict(setting.reached),
+        "gpu_memory_bytes": setting.gpu.memory,
+        "num_parameters": setting.shape.num_parameters,
+        "layouts": [
+            {
+                "layout": _layout(one.layout),
+                "own": one.own,
+                "predicted": {
+                    "fits": one.fits,
+                    "worst_stage": one.stage,
+                    "memory_bytes": {**asdict(one.memory), "total": one.memory.total},
+                    "seconds": {**asdict(one.seconds), "total": one.seconds.total},
+                },
+            }
+            for one in found
+        ],
+    }
+
+
+def to_text(setting: Setting, gpu: str, found: Sequence[Candidate]) -> str:
+    """For people."""
+    shown = list(found[:_ROWS])
+    shown += [one for one in found[_ROWS:] if one.own]
+    rank = {id(one): i + 1 for i, one in enumerate(found)}
+    labels = [f"{rank[id(one)]:>3}{'*' if one.own else ' '} {_name(one.layout)}" for one in shown]
+    width = max(map(len, labels))
+    memory = [
+        f"{label:{width}} {'yes' if one.fits else 'NO':>4} {one.memory.total / GIB:6.1f} "
+        + " ".join(f"{getattr(one.memory, name) / GIB:>{size}.1f}" for name, size in _MEMORY)
+        for label, one in zip(labels, shown, strict=True)
+    ]
+    seconds = [
+        f"{label:{width}} {one.seconds.total:7.1f} " + " ".join(f"{getattr(one.seconds, n):>{size}.1f}" for n, size in _SECONDS)
+        for label, one in zip(labels, shown, strict=True)
+    ]
+    head = f"{'':{width}} {'fits':>4} {'GiB':>6} " + " ".join(f"{_SHORT.get(n, n):>{size}}" for n, size in _MEMORY)
+    split = f"{'':{width}} {'s':>7} " + " ".join(f"{_SHORT.get(n, n):>{size}}" for n, size in _SECONDS)
+    fitting = sum(one.fits for one in found)
+    return "\n".join(
+        [
+            _assumed(setting, gpu),
+            "",
+            f"{fitting} of {len(found)} layouts fit. {_advice(setting.config, found)}",
+            "",
+            f"PREDICTED memory of the worst rank, GiB of {setting.gpu.memory / GIB:.1f} (* the config's layout)",
+            head,
+            *memory,
+            "",
+            "PREDICTED seconds of a step",
+            split,
+            *seconds,
+        ]
+    )
+
+
+_SHORT = {
+    "gradients": "grads", "optimizer": "optim", "activations": "activ", "communication": "comm", "rollout": "roll",
+    "old_logprobs": "old", "attention": "attn", "tensor_parallel": "tp comm", "data_parallel": "dp comm", "weight_sync": "sync",
+}  # fmt: skip
+_MEMORY = [
+    ("weights", 7), ("gradients", 6), ("optimizer", 6), ("activations", 6), ("head", 5), ("vision", 6), ("communication", 5),
+    ("reserve", 7), ("engine", 6),
+]  # fmt: skip
+_SECONDS = [
+    ("rollout", 6), ("old_logprobs", 6), ("dense", 6), ("attention", 6), ("head", 5), ("vision", 6), ("tensor_parallel", 7),
+    ("bubble", 6), ("data_parallel", 7), ("optimizer", 5), ("weight_sync", 5),
+]  # fmt: skip
+
+
+def _name(layout: MegatronConfig) -> str:
+    stages = f"pp{layout.pipeline_parallel}"
+    if layout.virtual_pipeline > 1:
+        stages += f" x{layout.virtual_pipeline}"
+    if layout.first_stage_layers or layout.last_stage_layers:
+        stages += f" ({layout.first_stage_layers or '='}..{layout.last_stage_layers or '='})"
+    sequence = "+sp" if layout.sequence_parallel else ""
+    return f"tp{layout.tensor_parallel}{sequence:3} {stages:14} dp{layout.data_parallel:<4} {layout.recompute:9}"
+
+
+def _assumed(setting: Setting, gpu: str) -> str:
+    config, load = setting.config, setting.load
+    engine = (
+        f"a rollout engine keeps {setting.engine_share:.0%} of every GPU"
+        if setting.engine_share
+        else "the rollout engine keeps nothing of these GPUs while the update runs (--engine-share 0)"
+    )
+    return (
+        f"PREDICTED, nothing here was measured: {setting.num_gpus} x {gpu}, a model of "
+        f"{setting.shape.num_parameters / 1e9:.2f} B parameters in {config.model.dtype}; {config.rollout.prompts_per_step} prompts x {config.rollout.rollouts_per_prompt} "
+        f"rollouts a step, on average {load.prompt} prompt tokens ({load.images} x {load.image_tokens} of images), "
+        f"{load.response} response tokens, {load.sampled:.0%} of them sampled; {load.uniform:.0%} of the groups have no "
+        f"advantage. Memory is that of a full pass of {config.train.tokens_per_micro_batch} tokens, "
+        f"{config.rollout.max_prompt_tokens} of them images where there is a tower; {engine}. Tools and judge are assumed "
+        "not to hold up the rollouts. Formulas and shares of peak: docs/plan.md."
+    )
+
+
+def _advice(config: Config, found: Sequence[Candidate]) -> str:
+    own = next((one for one in found if one.own), None)
+    if not any(one.fits for one in found):
+        part = max(("activations", "vision", "engine", "optimizer", "gradients"), key=lambda n: getattr(found[0].memory, n))
+        least = config.rollout.max_prompt_tokens + config.rollout.max_response_tokens
+        return (
+            f"The nearest needs most for {part}. Take more GPUs (--gpus), lower --engine-share, or lower "
+            f"train.tokens_per_micro_batch (here at least {least}: the longest rollout), or model.freeze=[vision]."
+        )
+    if own is None:
+        return "The config has no layout for this many GPUs; set train.backend=megatron and train.megatron to one of these."
+    if own.fits:
+        return ""
+    return f"The config's own layout (*) does NOT fit; the best that does is {' '.join(_name(found[0].layout).split())}."
