@@ -195,6 +195,27 @@ def balance(costs: Sequence[float], num_ranks: int) -> list[list[int]]:
     return ranks
 
 
+def _check_images(rollout: Rollout, merge: int) -> None:
+    """What a rollout cannot know of itself: how the tower merges, and that its prompt will stand apart from the rest.
+
+    Raises:
+        DataError: an image has another number of tokens than its grid makes, or lies across the end of the prompt.
+    """
+    name = f"rollout {rollout.prompt_uid}#{rollout.index}"
+    for span in rollout.image_spans:
+        t, h, w = span.grid
+        if h % merge or w % merge or t * h * w != (span.stop - span.start) * merge**2:
+            raise DataError(
+                f"{name}: the image at tokens {span.start} to {span.stop} has a grid of {t} x {h} x {w} patches, which the "
+                f"model merges {merge} x {merge} to a token; encode the rollout with the model's own image processor"
+            )
+        if span.start < rollout.prompt_len < span.stop:
+            raise DataError(
+                f"{name}: the image at tokens {span.start} to {span.stop} lies across the end of the prompt at "
+                f"{rollout.prompt_len}; an image belongs to the prompt or to an observation, whole"
+            )
+
+
 class _Builder:
     """A pack while it is filled, segment by segment."""
 
@@ -227,6 +248,8 @@ class _Builder:
 
     def add(self, family: Family) -> None:
         """The prompt, then its rollouts. One rollout alone is one segment: nothing is shared."""
+        for sample in family.samples:
+            _check_images(sample.rollout, self._merge)
         prompt_len = family.prompt_len
         shared = len(family.samples) > 1
         prompt = self._segment(family.samples[0].rollout, 0, prompt_len, -1) if shared else -1
@@ -250,6 +273,9 @@ def build(pack: Sequence[Family], merge: int, share_images: bool = True, every_r
 
     merge: the vision tower's spatial merge size. share_images: the tower runs once for each distinct image. every_row: a row of
     the loss for every token, also for those that carry none.
+
+    Raises:
+        DataError: an image of a rollout does not fit its tokens; the rollout is named.
     """
     builder = _Builder(merge, share_images, every_row)
     for family in pack:

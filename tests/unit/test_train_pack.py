@@ -10,7 +10,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
+from metis_fast.config import Config
 from metis_fast.errors import DataError
 from metis_fast.model import rope_positions
 from metis_fast.train.pack import Family, Sample, _first_fit, balance, build, cut, families, split
@@ -203,6 +205,41 @@ def test_a_rank_gets_few_long_packs_or_many_short_ones():
 def test_a_rollout_that_contradicts_itself_cannot_be_made(change, message):
     with pytest.raises(ValueError, match=rf"^rollout p#0: .*{message}"):
         replace(GROUP[0].rollout, **change)
+
+
+@pytest.mark.parametrize(
+    ("span", "message"),
+    [
+        (
+            ImageSpan(PICTURES[0].sha256, 2, 6, (1, 4, 8)),
+            r"2 to 6 has a grid of 1 x 4 x 8 patches, which the model merges 2 x 2",
+        ),
+        (ImageSpan(PICTURES[0].sha256, 2, 6, (1, 16, 1)), "2 to 6 has a grid of 1 x 16 x 1 patches"),
+        (ImageSpan(PICTURES[0].sha256, 6, 10, (1, 4, 4)), "6 to 10 lies across the end of the prompt at 8"),
+    ],
+)
+@pytest.mark.parametrize("share", [True, False])
+def test_an_image_that_does_not_fit_its_tokens_is_named(span, message, share):
+    none = {"sampled": np.zeros(11, bool), "logp": np.zeros(11, np.float32), "weight_version": np.full(11, -1, np.int32)}
+    rollout = replace(GROUP[1].rollout, image_spans=(span,), **none)
+    (packed,) = split([GROUP[0], replace(GROUP[1], rollout=rollout)], 1000, share)
+    with pytest.raises(DataError, match=rf"^rollout p#1: the image at tokens {message}"):
+        build(packed, MERGE)
+
+
+@pytest.mark.parametrize("prompt", [8, 19, 20, 40])
+def test_a_prompt_longer_than_the_budget_is_named_with_its_rollout(prompt):
+    group = [sample(index=i, prompt=prompt, response=20 - min(prompt, 19)) for i in range(3)]
+    with pytest.raises(DataError, match=rf"^rollout p#0 has {len(group[0].rollout.tokens)} tokens, more than the 19 of a pack"):
+        split(group, 19)
+
+
+def test_limits_that_fit_into_no_pack_are_refused_when_settings_are_read():
+    rollout = {"max_prompt_tokens": 3000, "max_response_tokens": 1097, "max_turn_tokens": 500}
+    tree = {"rollout": rollout, "train": {"tokens_per_micro_batch": 4096}}
+    with pytest.raises(ValidationError, match=r"= 4097 tokens, more than train\.tokens_per_micro_batch=4096; raise the latter"):
+        Config.model_validate(tree)
+    Config.model_validate(tree | {"rollout": rollout | {"max_response_tokens": 1096}})
 
 
 @pytest.mark.parametrize("name", ["adv_acc", "adv_tool", "r_acc", "r_tool"])

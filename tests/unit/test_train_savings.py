@@ -11,8 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import Qwen3VLForConditionalGeneration
 
 from metis_fast.train.flops import FlopModel
-from metis_fast.train.pack import split
-from metis_fast.train.savings import Passes, account, layout
+from metis_fast.train.pack import balance, split
+from metis_fast.train.savings import Passes, account, forward_flops, layout
 from metis_fast.types import Savings
 
 FLOPS = FlopModel(token=1000, pair=8, row=300, patch=50, patch_pair=2, merged=70, merge=2)
@@ -107,3 +107,17 @@ def test_a_layout_counts_the_pairs_that_see_each_other():
     prompt, responses = 8, (9, 3, 12)
     pairs = prompt * 9 // 2 + sum(n * prompt + n * (n + 1) // 2 for n in responses)
     assert layout(packs, FLOPS, share_images=True).pairs == pairs
+
+
+def test_packs_of_equal_tokens_differ_in_cost_by_what_they_attend_to_and_by_their_images():
+    alone = [sample("long", 0, 5, 35)]  # 40 tokens that all see each other
+    short = [sample("short", i, 2, 6) for i in range(5)]  # 40 tokens in five rollouts without a shared prompt
+    shown = [sample("shown", 0, 6, 34, images=[(1, 0), (10, 1)])]
+    again = [sample("again", 0, 6, 34, images=[(1, 0), (10, 0)])]  # the same picture twice
+    (long,), (few,), (two,), (one,) = (split(part, 1000, share_prompt=False) for part in (alone, short, shown, again))
+    cost = {name: forward_flops(pack, FLOPS) for name, pack in (("few", few), ("long", long), ("one", one), ("two", two))}
+    assert list(cost) == sorted(cost, key=lambda name: cost[name])
+    assert cost["long"] - cost["few"] == 8 * (40 * 41 // 2 - 5 * (8 * 9 // 2))
+    assert cost["two"] - cost["one"] == FLOPS.image((1, 4, 4))
+    # by tokens alone each rank would get two packs
+    assert balance([10 * cost["few"], *[cost[name] for name in ("few", "long", "one")]], 2) == [[0], [3, 2, 1]]
