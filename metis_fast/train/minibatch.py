@@ -95,7 +95,7 @@ def plan(groups: Sequence[ScoredGroup], first: bool, config: Config, prune: bool
         for rollout, score in zip(group.rollouts, group.scores, strict=True)
         if score.verdict is not None and rollout.num_sampled
     ]
-    run = [sample for sample in every if sample.score.needs_gradient] if prune else every
+    run = [sample for sample in every if _has_coefficient(sample, config)] if prune else every
     packs = split(run, train.tokens_per_micro_batch, train.share_prompt, train.share_packs)
     owed = config.loss.proximal == "policy" and not (first and train.skip_old_logprobs)
     references = int(config.loss.kl_coef > 0)
@@ -122,15 +122,16 @@ def plan(groups: Sequence[ScoredGroup], first: bool, config: Config, prune: bool
     )
 
 
+def _has_coefficient(sample: Sample, config: Config) -> bool:
+    """Whether an advantage that has a weight is not 0: with w_tool = 0 (GRPO) one in the tool channel moves nothing."""
+    score, loss = sample.score, config.loss
+    return score.needs_gradient and bool(loss.w_acc * score.adv_acc or loss.w_tool * score.adv_tool)
+
+
 def _num_live(run: Sequence[Sample], config: Config) -> int:
     """Tokens with a gradient coefficient."""
-    loss = config.loss
-    every = bool(loss.entropy_coef or loss.kl_coef)
-    return sum(
-        sample.rollout.num_sampled
-        for sample in run
-        if every or loss.w_acc * sample.score.adv_acc or loss.w_tool * sample.score.adv_tool
-    )
+    every = bool(config.loss.entropy_coef or config.loss.kl_coef)
+    return sum(sample.rollout.num_sampled for sample in run if every or _has_coefficient(sample, config))
 
 
 def denominators(batch: MiniBatch, pack: Pack, config: Config) -> tuple[float, float]:

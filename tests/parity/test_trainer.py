@@ -6,14 +6,17 @@ Gradients are read from AdamW: with `grad_clip` out of reach, after one step `ex
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import contextmanager
 from dataclasses import fields, replace
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 
 from metis_fast.config import Config
 from metis_fast.errors import DataError, NonFiniteError
+from metis_fast.train.minibatch import plan
 from metis_fast.train.torch_backend import TorchTrainer
 from metis_fast.types import Observation, Outcome, Savings, Score, ScoredGroup, Verdict
 
@@ -147,9 +150,37 @@ def test_a_rollout_that_fits_into_no_pack_is_named_before_anything_runs(load_tin
     settings = config(train={"tokens_per_micro_batch": longest(groups) - 1})
     trainer = TorchTrainer(load_tiny(), settings, settings.train.optim, 10)
     before = weights(trainer)
-    with pytest.raises(DataError, match=rf"#\d has {longest(groups)} tokens, more than the {longest(groups) - 1} of a pack"):
+    with (
+        no_pass(trainer),
+        pytest.raises(DataError, match=rf"#\d has {longest(groups)} tokens, more than the {longest(groups) - 1} of a pack"),
+    ):
         trainer.update(groups)
     assert_equal(weights(trainer), before)
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_what_is_wrong_in_any_mini_batch_is_named_before_anything_runs(load_tiny, groups, first):
+    settings = config(train={"prompts_per_mini_batch": 1})
+    trainer = TorchTrainer(load_tiny(), settings, settings.train.optim, 10)
+    rollout = groups[1].rollouts[2]
+    span = rollout.image_spans[0]
+    torn = replace(rollout, image_spans=(replace(span, grid=(1, span.grid[1] + 1, span.grid[2])), *rollout.image_spans[1:]))
+    bad = replace(groups[1], rollouts=(*groups[1].rollouts[:2], torn))
+    with no_pass(trainer), pytest.raises(DataError, match=r"^rollout b#2: the image at tokens \d+ to \d+ has a grid of"):
+        trainer.update([bad, groups[0]] if first else [groups[0], bad])
+
+
+@contextmanager
+def no_pass(trainer):
+    """Fails where the model is run."""
+
+    def run(*_):
+        pytest.fail("a forward pass")
+
+    hooks = [part.register_forward_pre_hook(run) for part in trainer.policy.model.modules()]
+    yield
+    for hook in hooks:
+        hook.remove()
 
 
 SWITCHES = ("share_packs", "share_prompt", "share_images", "skip_zero_advantage", "skip_head_rows", "skip_old_logprobs")
@@ -162,6 +193,18 @@ def test_every_saving_leaves_both_mini_batches_as_they_are(trained, groups, on):
     expected = trained(groups, config(train=plain))
     got = trained(groups, config(train=plain | dict.fromkeys(on, True)))
     assert_close(moments(got), moments(expected), share=1e-5)
+
+
+def test_every_parameter_has_the_gradient_of_the_plain_run_to_1e_5_of_its_own_norm(trained, groups):
+    """No parameter is excused: text, tower, merger, deepstack, with images in prompts and from tools."""
+    plain, ours = (
+        gradients(trained(groups, config(train={"tokens_per_micro_batch": 100_000} | dict.fromkeys(SWITCHES, on))))
+        for on in (False, True)
+    )
+    for part in ("language_model", "visual.blocks", "visual.merger", "visual.deepstack_merger_list", "embed_tokens"):
+        assert any(part in name and value.norm() > 0 for name, value in plain.items()), part
+    off = {name: float((ours[name] - value).norm() / value.norm()) for name, value in plain.items()}
+    assert max(off.values()) <= 1e-5, max(off, key=lambda name: off[name])
 
 
 def moments(trainer):
@@ -240,6 +283,39 @@ def test_with_the_engine_as_proximal_policy_the_ratio_is_to_its_log_probabilitie
         assert one.avoided.old_logprobs.tokens > 0
 
 
+def test_with_the_engine_as_proximal_policy_the_importance_weight_is_truncated(load_tiny, groups):
+    """To its log-probabilities: 1 + eps_high where the advantage is positive, the dual clip where it is negative."""
+    settings = config(loss={"proximal": "engine", "dual_clip": 1.5})
+    trainer = TorchTrainer(load_tiny(), settings, settings.train.optim, 10)
+    rng = np.random.default_rng(1)
+    moved = []
+    for g in groups:
+        noisy = [np.minimum(v + rng.normal(0, 0.5, len(v)), 0) for v in trainer.logprobs(g.rollouts)]
+        rollouts = tuple(replace(r, logp=(n * r.sampled).astype(np.float32)) for r, n in zip(g.rollouts, noisy, strict=True))
+        moved.append(replace(g, rollouts=rollouts))
+    rows = [(r, s) for g in moved for r, s in zip(g.rollouts, g.scores, strict=True)]
+    n_acc = sum(r.num_sampled for r, _ in rows)
+    n_tool = sum(r.num_sampled for r, s in rows if s.in_tool_denominator)
+    policy = load_tiny()
+    policy.model.double()
+    total, truncated = torch.zeros((), dtype=torch.float64), 0
+    for rollout, one in rows:
+        where = torch.from_numpy(np.flatnonzero(rollout.sampled))
+        tokens = torch.from_numpy(rollout.tokens.astype(np.int64))
+        logp = forward(policy, rollout).log_softmax(-1)[where - 1, tokens[where]]
+        ratio = (logp - torch.from_numpy(rollout.logp).double()[where]).exp()
+        for weight, advantage in ((1 / n_acc, one.adv_acc), (0.15 / n_tool, one.adv_tool)):
+            bounded = ratio.clamp(max=1.2) if advantage > 0 else ratio.clamp(0.8, 1.5)
+            total = total - weight * (advantage * bounded).sum()
+            truncated += int((bounded < ratio).sum()) if advantage else 0
+    assert truncated > 20
+    (stats,) = trainer.update(moved)
+    assert stats.loss == pytest.approx(float(total.detach()), rel=1e-5, abs=3e-7)
+    named = dict(policy.model.named_parameters())
+    expected = dict(zip(named, torch.autograd.grad(total, list(named.values())), strict=True))
+    assert_close({name: g.double() for name, g in gradients(trainer).items()}, expected, share=5e-5)
+
+
 def test_loss_and_gradients_do_not_depend_on_the_order_of_rollouts(trained, groups):
     turned = [ScoredGroup(g.prompt, g.rollouts[::-1], g.scores[::-1]) for g in reversed(groups)]
     settings = config(train={"tokens_per_micro_batch": longest(groups) + 100})
@@ -265,6 +341,43 @@ def test_skipping_what_has_no_advantage_changes_nothing(trained, groups, freeze)
     ]
     got, expected = (trained(groups, one) for one in settings)
     assert_close(gradients(got), gradients(expected))
+
+
+@pytest.mark.parametrize("weights_of", [{"w_tool": 0.0}, {"w_acc": 0.0}])
+def test_rollouts_whose_only_advantages_have_no_weight_are_not_run_either(trained, load_tiny, groups, weights_of):
+    economy = replace(groups[0], scores=(score(0.0, 0.9), score(0.0, -0.4), score(0.5, 0.0)))
+    runs = []
+    for skip in (True, False):
+        settings = config(loss=weights_of, train={"skip_zero_advantage": skip})
+        trainer = TorchTrainer(load_tiny(), settings, settings.train.optim, 10)
+        (stats,) = trainer.update([economy])
+        runs.append((stats, gradients(trainer)))
+    (stats, got), (plain, expected) = runs
+    without = [
+        r
+        for r, s in zip(economy.rollouts, economy.scores, strict=True)
+        if not (s.adv_acc if "w_tool" in weights_of else s.adv_tool)
+    ]
+    assert stats.avoided.rollouts.tokens == sum(len(r.tokens) for r in without) > 0
+    assert (stats.loss, stats.n_acc, stats.n_tool) == (pytest.approx(plain.loss), plain.n_acc, plain.n_tool)
+    assert_close(got, expected)
+
+
+def test_ranks_are_balanced_over_what_is_left_after_pruning(load_tiny, groups, monkeypatch):
+    """One group's rollouts have no advantage. Shares that were dealt out before would leave a rank with nothing."""
+    settings = config(train={"tokens_per_micro_batch": longest(groups), "share_packs": False})
+    trainer = TorchTrainer(load_tiny(), settings, settings.train.optim, 10)
+    blank = replace(groups[1], scores=tuple(score(0.0, 0.0) for _ in groups[1].scores))
+    alive = replace(groups[0], scores=tuple(score(0.5, 0.0) for _ in groups[0].scores))
+    batch = plan([blank, alive], True, settings, True, trainer._trained)
+    monkeypatch.setattr(trainer, "_group", object())
+    monkeypatch.setattr(dist, "get_world_size", lambda _: 2)
+    shares = []
+    for rank in range(2):
+        monkeypatch.setattr(dist, "get_rank", lambda _, rank=rank: rank)
+        shares.append([s.rollout for one in trainer._passes(batch.packs) for s in one.pack.samples])
+    assert all(shares) and {r.prompt_uid for share in shares for r in share} == {"a"}
+    assert sorted(r.index for share in shares for r in share) == [0, 1, 2]
 
 
 def test_a_mini_batch_without_any_gradient_is_still_a_step_and_the_same_one_unskipped(trained, groups):
