@@ -175,7 +175,8 @@ def _assumed(setting: Setting, gpu: str) -> str:
     )
     return (
         f"PREDICTED, nothing here was measured: {setting.num_gpus} x {gpu}, a model of "
-        f"{setting.shape.num_parameters / 1e9:.2f} B parameters in {config.model.dtype}; {config.rollout.prompts_per_step} prompts x {config.rollout.rollouts_per_prompt} "
+        f"{setting.shape.num_parameters / 1e9:.2f} B parameters in {config.model.dtype}; "
+        f"{config.rollout.prompts_per_step} prompts x {config.rollout.rollouts_per_prompt} "
         f"rollouts a step, on average {load.prompt} prompt tokens ({load.images} x {load.image_tokens} of images), "
         f"{load.response} response tokens, {load.sampled:.0%} of them sampled; {load.uniform:.0%} of the groups have no "
         f"advantage. Memory is that of a full pass of {config.train.tokens_per_micro_batch} tokens, "

@@ -23,7 +23,8 @@ RESERVE = 4 * GIB
 _HEAD_ROWS = 2048
 """Live tokens whose logits hdpo_loss holds at once on a GPU (docs/kernels.md)."""
 
-_BYTES = {"bfloat16": 2, "float32": 4}
+ELEMENT = {"bfloat16": 2, "float32": 4}
+"""Bytes of a weight."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,8 +106,10 @@ def stage_memory(
 ) -> RankMemory:
     """See `memory`. Ranks of a stage hold the same."""
     own = chunks(layout, shape.layers)[at.stage]
-    held = [_elements(shape, layout, chunk, config.model.freeze) for chunk in own]
-    element = _BYTES[config.model.dtype]
+    # Megatron-core aligns each parameter to 64 elements, and the end to equal shares of whole 128
+    aligned = math.lcm(layout.data_parallel, 128) if layout.distributed_optimizer else 0
+    held = [_elements(shape, layout.tensor_parallel, aligned, chunk, config.model.freeze) for chunk in own]
+    element = ELEMENT[config.model.dtype]
     # a float32 weight is its own master
     states = 8 + (4 if config.model.dtype == "bfloat16" else 0)
     split = layout.data_parallel if layout.distributed_optimizer else 1
@@ -115,7 +118,7 @@ def stage_memory(
     return RankMemory(
         weights=sum(e.buffer + e.frozen for e in held) * element,
         gradients=sum(e.buffer for e in held) * 4,
-        optimizer=math.ceil(sum(e.buffer if split > 1 else e.trained for e in held) * states / split),
+        optimizer=math.ceil(sum(e.buffer if aligned else e.trained for e in held) * states / split),
         activations=count.decoder(own, at.stage),
         head=count.head(config.loss.token_chunk or _HEAD_ROWS) if last else 0,
         vision=count.vision() if first else 0,
@@ -130,8 +133,7 @@ def _up(number: int, multiple: int) -> int:
 
 
 @lru_cache(maxsize=65536)
-def _elements(shape: Shape, layout: MegatronConfig, chunk: Chunk, freeze: tuple[str, ...]) -> _Elements:
-    tensor = layout.tensor_parallel
+def _elements(shape: Shape, tensor: int, aligned: int, chunk: Chunk, freeze: tuple[str, ...]) -> _Elements:
     trained = list(shape.layer_parameters(tensor)) * (chunk.stop - chunk.start)
     frozen: list[int] = []
     embedding = shape.vocab * shape.hidden // tensor
@@ -145,9 +147,8 @@ def _elements(shape: Shape, layout: MegatronConfig, chunk: Chunk, freeze: tuple[
         if not (shape.tied and chunk.first):  # a tied head has a copy of its own where the embeddings are elsewhere
             (frozen if still and shape.tied else trained).append(embedding)
     buffer = sum(trained)
-    if layout.distributed_optimizer:
-        # Megatron-core aligns each parameter to 64 elements, and the end to equal shares of whole 128
-        buffer = _up(sum(_up(number, 64) for number in trained), math.lcm(layout.data_parallel, 128))
+    if aligned:
+        buffer = _up(sum(_up(number, 64) for number in trained), aligned)
     return _Elements(sum(trained), sum(frozen), buffer)
 
 
