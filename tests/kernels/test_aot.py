@@ -255,6 +255,7 @@ def test_a_library_that_does_not_load_is_named_and_left_out(tmp_path: Path, monk
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.skipif(
     torch.cuda.is_available() and torch.cuda.get_device_capability() not in ((8, 0), (9, 0)),
     reason="the library of this test is for sm_80 and sm_90",
