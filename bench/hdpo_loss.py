@@ -20,7 +20,7 @@ from .candidate import Candidate, Errors, Op, Outcome, PeerMissing, Plan, Reques
 from .head_case import DUAL_CLIP, EPS_HIGH, EPS_LOW, W_ACC, W_TOOL, HeadCase, dual_loss, eager_logp
 from .peers import LogpOf, cce_logp, need_compiler, verl_logp
 
-LIMITS = {"bf16": Errors(1.2e-5, (3e-3, 3e-3)), "fp32": Errors(1.2e-5, (1e-5, 1e-5))}
+LIMITS = {"bf16": Errors(1e-5, (3e-3, 3e-3)), "fp32": Errors(1e-5, (1e-5, 1e-5))}
 
 
 def _leaves(case: HeadCase) -> tuple[Tensor, Tensor]:

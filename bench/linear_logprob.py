@@ -16,7 +16,7 @@ from .candidate import Candidate, Errors, Op, Outcome, Plan, Request, Step, larg
 from .head_case import HeadCase, eager_logp
 from .peers import LogpOf, cce_logp, need_compiler, verl_logp
 
-LIMITS = Errors(values=1.2e-5)
+LIMITS = Errors(values=1e-5)
 
 
 def _ours(case: HeadCase, impl: Impl) -> Step:
