@@ -33,13 +33,14 @@ RUNS: tuple[tuple[str, ...], ...] = (
     ("linear_logprob", "--shape", f"T=16384,{_HEAD}"),
     ("hdpo_loss", "--shape", f"T=4096,{_HEAD}"),
     ("hdpo_loss", "--shape", f"T=4096,{_HEAD}", "--live-fraction", "0.5"),
+    ("hdpo_loss", "--shape", f"T=4096,{_HEAD}", "--dtype", "fp32"),
     ("hdpo_loss", "--shape", f"T=16384,{_HEAD}"),
     ("hdpo_loss", "--shape", f"T=16384,{_HEAD}", "--live-fraction", "0.5"),
     ("prefix_attention", "--shape", f"P=4096,R=16,L=1024,{_ATTENTION}"),
     ("prefix_attention", "--shape", f"P=2048,R=16,L=4096,{_ATTENTION}"),
     ("prefix_attention", "--shape", f"P=1,R=1,L=16384,{_ATTENTION}"),
 )
-"""Command lines of `metis-fast bench`: bf16 where the op has a dtype to choose, all peers."""
+"""Command lines of `metis-fast bench`: bf16 where the op has a dtype to choose, and the loss in float32 too; all peers."""
 
 _NO_TESTS = 5
 """Exit code of pytest where nothing has the mark."""

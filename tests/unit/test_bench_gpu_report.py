@@ -59,6 +59,7 @@ def test_every_op_runs_at_the_shapes_of_the_model():
     head = [words for words in RUNS if words[0] == "hdpo_loss"]
     shapes = {(words[2], "0.5" in words) for words in head}
     assert shapes == {(f"T={tokens},H=4096,V=151936", half) for tokens in (4096, 16384) for half in (False, True)}
+    assert any("fp32" in words for words in head)
 
 
 def test_without_a_gpu_it_says_so_fails_and_writes_nothing(tmp_path, monkeypatch, capsys):
