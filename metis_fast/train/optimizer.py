@@ -25,6 +25,25 @@ def trainable(model: nn.Module, freeze: Iterable[str]) -> dict[str, nn.Parameter
     return out
 
 
+class Schedule:
+    """AdamW's learning rate: linear warm-up, then linear to `final_lr` at the last of `total_steps` optimizer steps."""
+
+    def __init__(self, config: OptimConfig, total_steps: int) -> None:
+        self._config, self._total = config, total_steps
+
+    def share(self, step: int) -> float:
+        """At an optimizer step (from 0), as a share of the configured one."""
+        config = self._config
+        if step < config.warmup_steps:
+            return (step + 1) / config.warmup_steps
+        span = max(1, self._total - 1 - config.warmup_steps)  # the last step has index total - 1
+        return 1 - (1 - config.final_lr) * min(1.0, (step - config.warmup_steps) / span)
+
+    def lr(self, step: int) -> float:
+        """At an optimizer step (from 0)."""
+        return self._config.lr * self.share(step)
+
+
 class Optimizer:
     """Gradient clipping, learning-rate schedule, and the step, on float32 masters.
 
@@ -33,7 +52,7 @@ class Optimizer:
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], config: OptimConfig, total_steps: int) -> None:
         self._config = config
-        self._total = total_steps
+        self._schedule = Schedule(config, total_steps)
         self.parameters = dict(parameters)
         self.masters: dict[str, Tensor] = {
             name: p if p.dtype == torch.float32 else nn.Parameter(p.detach().float().clone())
@@ -68,14 +87,6 @@ class Optimizer:
         if self.muon is not None:
             yield "muon", self.muon
 
-    def schedule(self, step: int) -> float:
-        """Learning rate at an optimizer step (from 0) as a share of the configured one."""
-        config = self._config
-        if step < config.warmup_steps:
-            return (step + 1) / config.warmup_steps
-        span = max(1, self._total - 1 - config.warmup_steps)  # the last step has index total - 1
-        return 1 - (1 - config.final_lr) * min(1.0, (step - config.warmup_steps) / span)
-
     def start(self) -> None:
         """Begin a step with zero gradients for every trained parameter.
 
@@ -105,7 +116,7 @@ class Optimizer:
         """
         norm = float(whole(nn.utils.clip_grad_norm_(self.masters.values(), self._config.grad_clip)))
         if math.isfinite(norm):
-            share = self.schedule(self.num_steps)
+            share = self._schedule.share(self.num_steps)
             for optimizer, lr in ((self.adamw, self._config.lr), (self.muon, self._config.muon_lr)):
                 if optimizer is not None:
                     for group in optimizer.param_groups:
@@ -127,4 +138,4 @@ class Optimizer:
     @property
     def lr(self) -> float:
         """AdamW's learning rate of the next step."""
-        return self._config.lr * self.schedule(self.num_steps)
+        return self._schedule.lr(self.num_steps)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from metis_fast.config import OptimConfig
-from metis_fast.train.optimizer import Optimizer, trainable
+from metis_fast.train.optimizer import Optimizer, Schedule, trainable
 
 
 class Inner(nn.Module):
@@ -161,13 +161,13 @@ def test_a_parameter_without_a_gradient_decays_and_keeps_its_average_like_one_wh
     ],
 )
 def test_the_learning_rate_reaches_its_final_share_at_the_last_step(settings, shares):
-    optimizer = optimizer_of(Small(), total_steps=6, lr=0.01, **settings)
-    assert [optimizer.schedule(step) for step in range(6)] == pytest.approx(shares)
+    schedule = Schedule(OptimConfig(lr=0.01, **settings), total_steps=6)
+    assert [schedule.share(step) for step in range(6)] == pytest.approx(shares)
 
 
 def test_the_learning_rate_stays_at_its_final_share_in_a_run_that_was_prolonged():
-    optimizer = optimizer_of(Small(), total_steps=6, final_lr=0.25)
-    assert [optimizer.schedule(step) for step in (5, 6, 100)] == [0.25] * 3
+    schedule = Schedule(OptimConfig(final_lr=0.25), total_steps=6)
+    assert [schedule.share(step) for step in (5, 6, 100)] == [0.25] * 3
 
 
 def test_the_rate_that_is_announced_is_the_one_that_is_used():

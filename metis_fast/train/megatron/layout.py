@@ -98,7 +98,7 @@ def check(layout: MegatronConfig, config: PretrainedConfig) -> None:
     deepstack: Sequence[int] = tuple(vision.deepstack_visual_indexes) if vision is not None else ()
     for what, size in (
         ("attention heads", text.num_attention_heads),
-        ("key/value heads", text.num_key_value_heads),
+        ("key/value heads", text.num_key_value_heads or text.num_attention_heads),
         ("MLP columns", text.intermediate_size),
         # Megatron would pad the vocabulary; the LM head would then hold rows that no checkpoint has
         ("rows of vocabulary", text.vocab_size),

@@ -1,0 +1,467 @@
+"""What one rank runs: passes through its stages, the optimizer's steps, weights in and out.
+
+Every rank is given the same scored groups and plans the same packs; a data-parallel replica runs its share of them by
+Megatron-core's schedule. Gradients are sums over the whole mini-batch, since the loss has its denominators in it.
+
+Shape letters: N tokens of a pack, T tokens of its loss, B = 1, H hidden size, V rows of the LM head.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
+from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+from torch import Tensor
+from transformers import AutoConfig
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+from metis_fast.checkpoint.safetensors_folder import FolderReader
+from metis_fast.config import Config, OptimConfig
+from metis_fast.errors import NonFiniteError
+from metis_fast.model import ImagePreparer
+from metis_fast.train.flops import FlopModel
+from metis_fast.train.megatron import cpu, groups, layout
+from metis_fast.train.megatron import names as hf_names
+from metis_fast.train.megatron.policy import MegatronPolicy, PassInput, megatron_config
+from metis_fast.train.megatron.rank import Aborted
+from metis_fast.train.minibatch import MiniBatch, Trained, denominators, names, pack_logprobs, pack_loss, plan, prunes
+from metis_fast.train.optimizer import Schedule
+from metis_fast.train.pack import Family, Pack, Sample, balance, build, filler, split
+from metis_fast.train.savings import forward_flops
+from metis_fast.types import Rollout, Score, ScoredGroup
+from metis_kernels import Segments
+from metis_kernels._shard import VocabShard
+
+
+class Context(Protocol):
+    """What a rank knows of where it runs (see `rank`)."""
+
+    rank: int
+    device: torch.device
+    control: dist.ProcessGroup
+
+    def aborted(self) -> bool:
+        """Whether the run asked to leave what is being done; all ranks ask together and hear the same."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """What ranks are started with. folder: the model's; total_steps: optimizer steps of the run, for the schedule."""
+
+    config: Config
+    folder: Path
+    optim: OptimConfig
+    total_steps: int
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """One optimizer step. table: a row of `pack_loss` for every pack of all replicas, with the rollouts it is of."""
+
+    table: list[tuple[list[float], str]]
+    norm: float
+    lr: float
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Pass:
+    """A pack, and what of it goes through the model."""
+
+    pack: Pack
+    given: PassInput
+
+
+class Worker:
+    """A rank of the trainer. Methods are called on all ranks together."""
+
+    def __init__(self, context: Context, task: Task) -> None:
+        cpu.install()
+        self._context, self._config = context, task.config
+        self._layout = task.config.train.megatron
+        self._place = layout.place(context.rank, self._layout)
+        config = task.config
+        if config.run.threads and context.device.type == "cpu":
+            torch.set_num_threads(max(1, config.run.threads // self._layout.num_ranks))
+        self._hf = AutoConfig.from_pretrained(task.folder)
+        self._groups = groups.build(self._layout, timedelta(seconds=self._layout.timeout_s))
+        # nothing draws random numbers; Megatron asks for the tracker under sequence parallelism and recomputation
+        model_parallel_cuda_manual_seed(
+            config.run.seed, tp_rank=self._place.tensor, ep_rank=0, etp_rank=0, force_reset_rng=True
+        )
+        dtype = getattr(torch, config.model.dtype)
+        self._megatron = megatron_config(self._layout, self._hf, dtype)
+        self._chunks = layout.chunks(self._layout, layout.parts(self._hf)[0].num_hidden_layers)[self._place.stage]
+        frozen = config.model.freeze
+        self._policies = [
+            MegatronPolicy(
+                self._megatron,
+                self._hf,
+                chunk,
+                self._groups,
+                with_transformer_engine=self._layout.transformer_engine == "auto",
+                attention=config.train.attention,
+                vision_trained="vision" not in frozen,
+                vp_stage=i if len(self._chunks) > 1 else None,
+            )
+            for i, chunk in enumerate(self._chunks)
+        ]
+        self._load_weights(task.folder)
+        head_trained = "embeddings" not in frozen
+        for policy in self._policies:
+            for name, parameter in policy.named_parameters():
+                is_embedding = name.startswith(("embedding.", "output_layer."))
+                if (name.startswith("visual.") and "vision" in frozen) or (is_embedding and not head_trained):
+                    parameter.requires_grad_(False)
+        _, vision = layout.parts(self._hf)
+        self._images: ImagePreparer | None = None
+        self._merge = 1
+        if vision is not None:
+            self._merge = vision.spatial_merge_size
+            if self._place.stage == 0:
+                self._images = ImagePreparer(Qwen2VLImageProcessorPil.from_pretrained(task.folder))
+        overlap = self._layout.overlap_reduction
+        self._overlap = overlap == "on" or (overlap == "auto" and context.device.type == "cuda")
+        self._models = [self._wrap(policy) for policy in self._policies]
+        self._optimizer = self._make_optimizer(task.optim)
+        self._optim, self._schedule = task.optim, Schedule(task.optim, task.total_steps)
+        self._prunes = prunes(config)
+        self._trained = Trained(FlopModel.of(self._hf), "vision" not in frozen, head_trained)
+        self._megatron.finalize_model_grads_func = self._finalize
+        if self._overlap:
+            syncs = [model.no_sync for model in self._models]
+            self._megatron.no_sync_func = cast(Any, syncs if len(syncs) > 1 else syncs[0])
+        self._communicator = P2PCommunicator(pp_group=self._groups.pp, config=self._megatron)
+        self._run_schedule = get_forward_backward_func(
+            pp_size=self._layout.pipeline_parallel,
+            vp_size=self._layout.virtual_pipeline if self._layout.virtual_pipeline > 1 else None,
+        )
+        self._reference = self._copy_of_weights() if config.loss.kl_coef > 0 else []
+        self.num_updates = 0
+
+    # -- set-up -------------------------------------------------------------------------------------------------------
+
+    def _load_weights(self, folder: Path) -> None:
+        """Read what this rank holds from a Hugging Face folder, slice by slice."""
+        with FolderReader(folder) as reader, torch.no_grad():
+            for policy, chunk in zip(self._policies, self._chunks, strict=True):
+                own = dict(policy.named_parameters())
+                for param in hf_names.params(self._layout, self._hf, chunk):
+                    value = hf_names.local(param, self._place.tensor, self._layout, self._hf, reader.read)
+                    own.pop(param.name).copy_(value)
+                assert not own, f"no source for {sorted(own)}"
+
+    def _wrap(self, policy: MegatronPolicy) -> DistributedDataParallel:
+        settings = DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True,
+            use_distributed_optimizer=self._layout.distributed_optimizer,
+            overlap_grad_reduce=self._overlap,
+            check_for_nan_in_grad=False,  # the norm says it, and the step is not applied then
+        )
+        return DistributedDataParallel(
+            config=self._megatron,
+            ddp_config=settings,
+            module=policy,
+            # as Megatron's own training loop does it: later chunks are reduced when all of them are done
+            disable_bucketing=bool(policy.vp_stage),
+            pg_collection=self._groups,
+        )
+
+    def _make_optimizer(self, optim: OptimConfig) -> Any:
+        dtype = self._megatron.params_dtype
+        settings = OptimizerConfig(
+            optimizer="adam",
+            lr=optim.lr,
+            min_lr=0.0,
+            weight_decay=optim.weight_decay,
+            adam_beta1=optim.betas[0],
+            adam_beta2=optim.betas[1],
+            adam_eps=optim.eps,
+            clip_grad=optim.grad_clip,
+            bf16=dtype == torch.bfloat16,
+            params_dtype=dtype,
+            use_distributed_optimizer=self._layout.distributed_optimizer,
+        )
+        return get_megatron_optimizer(
+            settings, cast(Any, self._models), use_gloo_process_groups=False, pg_collection=self._groups
+        )
+
+    def _finalize(self, models: list[Any], num_tokens: object = None, **options: Any) -> None:
+        """Sum gradients over replicas, and over what splits tokens. Nothing is divided: the loss has its denominators."""
+        finalize_model_grads(models, None, **options)
+
+    # -- passes -------------------------------------------------------------------------------------------------------
+
+    @property
+    def _last(self) -> bool:
+        return self._place.stage == self._layout.pipeline_parallel - 1
+
+    def _passes(self, packs: Sequence[Sequence[Family]], every_row: bool = False) -> list[_Pass]:
+        """This replica's share of the packs, by predicted cost; as many passes on every replica, the rest with nothing in
+        them, and a multiple of the stages where chunks are interleaved."""
+        if not packs:
+            return []
+        shares = balance([forward_flops(pack, self._trained.flops) for pack in packs], self._layout.data_parallel)
+        share = shares[self._place.data]
+        count = max(map(len, shares))
+        if self._layout.virtual_pipeline > 1:
+            count = -(-count // self._layout.pipeline_parallel) * self._layout.pipeline_parallel
+        share_images = self._config.train.share_images
+        built = [build(packs[i], self._merge, share_images, every_row) for i in share]
+        return [self._prepare(pack) for pack in (*built, *(filler() for _ in range(count - len(built))))]
+
+    def _prepare(self, pack: Pack) -> _Pass:
+        device = self._context.device
+        # sequence parallelism gives every rank the same number of tokens; what fills up sees itself only
+        extra = -len(pack.tokens_N) % (self._layout.tensor_parallel if self._layout.sequence_parallel else 1)
+        segments = pack.segments
+        if extra:
+            offsets = (*segments.offsets, segments.num_tokens + extra)
+            segments = Segments(offsets, (*segments.prefix, -1))
+        images = () if self._images is None else tuple(self._images(image) for image in pack.images)
+        given = PassInput(
+            torch.nn.functional.pad(pack.tokens_N, (0, extra)).to(device),
+            torch.nn.functional.pad(pack.positions_3N, (0, extra)).to(device),
+            segments,
+            images,
+            pack.image_order,
+        )
+        return _Pass(pack, given)
+
+    def _run(self, passes: Sequence[_Pass], then: Any, forward_only: bool) -> list[Any]:
+        """All passes through all stages. then(pass, hidden_NBH, policy) -> (loss, result) on the last stage, where the
+        results are returned, in order."""
+
+        def step(source: Iterator[tuple[int, _Pass]], model: DistributedDataParallel) -> tuple[Tensor, Any]:
+            number, one = next(source)
+            policy = cast(MegatronPolicy, model.module)
+            # overlapped reduction waits for a gradient of every parameter in the last pass
+            complete = self._overlap and not forward_only and number == len(passes) - 1
+            hidden_NBH = model(one.given, complete)
+
+            def finish(hidden_NBH: Tensor) -> tuple[Tensor, Tensor, Any]:
+                loss, result = then(one, hidden_NBH, policy)
+                return loss, torch.zeros((), dtype=torch.int, device=loss.device), result
+
+            return hidden_NBH, finish
+
+        sources = [enumerate(passes) for _ in self._models]
+        several = len(self._models) > 1
+        return self._run_schedule(
+            forward_step_func=step,
+            data_iterator=sources if several else sources[0],
+            model=self._models if several else self._models[0],
+            num_microbatches=len(passes),
+            seq_length=0,  # lengths vary, stages tell each other
+            micro_batch_size=1,
+            forward_only=forward_only,
+            p2p_communicator=self._communicator,
+            pg_collection=self._groups,
+        )
+
+    def _head_input(self, one: _Pass, hidden_NBH: Tensor, policy: MegatronPolicy) -> tuple[Tensor, Tensor, VocabShard | None]:
+        """Hidden states that predict the pack's targets, [T, H]; this rank's rows of the head; where they stand."""
+        hidden_TH = policy.whole_hidden(hidden_NBH)[one.pack.select_T.to(hidden_NBH.device)]
+        head = policy.head
+        if self._layout.tensor_parallel == 1:
+            return hidden_TH, head, None
+        return hidden_TH, head, VocabShard(self._place.tensor * len(head), self._groups.tp)
+
+    def _logprob_passes(self, passes: Sequence[_Pass]) -> list[tuple[Tensor, Tensor]]:
+        """Log-probability and log-sum-exp of the passes' targets, on the CPU of the last stage; nothing elsewhere."""
+
+        def then(one: _Pass, hidden_NBH: Tensor, policy: MegatronPolicy) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+            hidden_TH, head, shard = self._head_input(one, hidden_NBH, policy)
+            logp, lse = pack_logprobs(hidden_TH, head, one.pack, self._config, shard)
+            return logp.sum(), (logp.cpu(), lse.cpu())
+
+        for model in self._models:
+            model.eval()
+        with torch.no_grad():
+            found = self._run(passes, then, forward_only=True)
+        for model in self._models:
+            model.train()
+        return found
+
+    def logprobs(self, rollouts: Sequence[Rollout]) -> dict[int, np.ndarray]:
+        """Of this replica's share of the rollouts, by their place; empty but on the first rank of the last stage."""
+        samples = [Sample(rollout, Score(None, rollout.outcome)) for rollout in rollouts]
+        where = {id(sample): i for i, sample in enumerate(samples)}
+        train = self._config.train
+        packs = split(samples, train.tokens_per_micro_batch, train.share_prompt, train.share_packs)
+        passes = self._passes(packs)
+        found = self._logprob_passes(passes)
+        own: dict[int, np.ndarray] = {}
+        if self._last and self._place.tensor == 0:
+            for one, (logp, _) in zip(passes, found, strict=True):
+                which = one.pack.sample_T.numpy()
+                for i, sample in enumerate(one.pack.samples):
+                    full = np.zeros(len(sample.rollout.tokens), np.float32)
+                    full[sample.rollout.sampled] = logp.numpy()[which == i]
+                    own[where[id(sample)]] = full
+        return own
+
+    # -- HDPO ---------------------------------------------------------------------------------------------------------
+
+    def update(self, groups: Sequence[ScoredGroup]) -> list[StepResult]:
+        """See `Trainer.update`; an abort before the first optimizer step leaves weights and state as they were.
+
+        Raises:
+            DataError, NonFiniteError: as there, on every rank.
+            Aborted: the run asked for it.
+        """
+        size = self._config.train.prompts_per_mini_batch
+        batches = [
+            plan(groups[i : i + size], i == 0, self._config, self._prunes, self._trained) for i in range(0, len(groups), size)
+        ]
+        passes = [self._passes(batch.packs, batch.every_row) for batch in batches]
+        if self._config.loss.proximal == "engine":
+            passes = [[_with(one, old_logp_T=one.pack.engine_logp_T) for one in own] for own in passes]
+        for i, batch in enumerate(batches):
+            if batch.owed and passes[i]:
+                self._check()
+                passes[i] = self._with_old(passes[i])
+        if self._reference:
+            passes = self._with_reference(passes)
+        return [self._step(batch, own, i) for i, (batch, own) in enumerate(zip(batches, passes, strict=True))]
+
+    def _check(self) -> None:
+        if self._context.aborted():
+            raise Aborted
+
+    @torch.no_grad()
+    def _with_reference(self, passes: list[list[_Pass]]) -> list[list[_Pass]]:
+        """Log-probabilities under the starting policy, whose weights stand in for the current ones meanwhile."""
+        current = self._copy_of_weights()
+        self._put_weights(self._reference)
+        found = [self._logprob_passes(own) if own else [] for own in passes]
+        self._put_weights(current)
+        if not self._last:
+            return passes
+        return [
+            [_with(one, ref_logp_T=logp) for one, (logp, _) in zip(own, values, strict=True)]
+            for own, values in zip(passes, found, strict=True)
+        ]
+
+    def _copy_of_weights(self) -> list[Tensor]:
+        return [p.detach().clone() for policy in self._policies for p in policy.parameters()]
+
+    def _put_weights(self, values: Sequence[Tensor]) -> None:
+        for parameter, value in zip((p for policy in self._policies for p in policy.parameters()), values, strict=True):
+            parameter.detach().copy_(value)
+
+    def _with_old(self, passes: list[_Pass]) -> list[_Pass]:
+        found = self._logprob_passes(passes)
+        if not self._last:  # only the last stage has a loss
+            return passes
+        return [_with(one, old_logp_T=logp, anchor_T=lse) for one, (logp, lse) in zip(passes, found, strict=True)]
+
+    def _step(self, batch: MiniBatch, passes: Sequence[_Pass], index: int) -> StepResult:
+        for model in self._models:
+            model.zero_grad_buffer()
+        self._optimizer.zero_grad()
+
+        def then(one: _Pass, hidden_NBH: Tensor, policy: MegatronPolicy) -> tuple[Tensor, Tensor]:
+            hidden_TH, head, shard = self._head_input(one, hidden_NBH, policy)
+            loss, metrics = pack_loss(
+                hidden_TH,
+                head,
+                one.pack,
+                self._config,
+                *denominators(batch, one.pack, self._config),
+                shard=shard,
+                reduce_hidden=False,  # where the hidden states come from sums their gradients (`whole_hidden`)
+                main_grad=head.main_grad if head.requires_grad else None,  # pyright: ignore[reportAttributeAccessIssue]
+            )
+            if self._overlap and head.requires_grad:
+                loss = cast(Tensor, _HeadReady.apply(loss, head))
+            return loss, metrics
+
+        rows: list[Tensor] = []
+        if passes:
+            if index == 0:
+                self._check()
+            rows = self._run(passes, then, forward_only=False)
+        table = self._table(rows, passes)
+        for values, which in table:
+            if not math.isfinite(values[0]):
+                raise NonFiniteError(
+                    f"loss is {values[0]} in mini-batch {index} (rollouts {which}, …); the step was not applied"
+                )
+        if index == 0:
+            self._check()
+        lr = self._schedule.lr(self.num_updates)
+        norm = self._apply(lr)
+        if not math.isfinite(norm):
+            raise NonFiniteError(f"gradient norm is {norm} in mini-batch {index}; the step was not applied")
+        return StepResult(table, norm, lr)
+
+    def _table(self, rows: Sequence[Tensor], passes: Sequence[_Pass]) -> list[tuple[list[float], str]]:
+        """The rows of all replicas, on every rank."""
+        own: list[tuple[list[float], str]] = []
+        if self._last and self._place.tensor == 0 and rows:
+            values = torch.stack(list(rows)).tolist()
+            own = [(row, names(one.pack)) for row, one in zip(values, passes, strict=True) if one.pack.samples]
+        out: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(out, own, group=self._context.control)
+        return [row for part in out for row in part]
+
+    def _apply(self, lr: float) -> float:
+        """Clip and step; the gradient norm before clipping. One that is not finite leaves weights and state as they were."""
+        optimizer = self._optimizer
+        for group in optimizer.param_groups:
+            group["lr"], group["weight_decay"] = lr, self._optim.weight_decay * group["wd_mult"]
+        optimizer.prepare_grads()
+        norm = float(optimizer.get_grad_norm())
+        if math.isfinite(norm):
+            for one in optimizer.chained_optimizers:
+                if parameters := one.get_parameters():
+                    clip_grad_by_total_norm_fp32(parameters, self._optim.grad_clip, norm)
+            optimizer.step_with_ready_grads()
+            self.num_updates += 1
+        return norm
+
+    # -- weights ------------------------------------------------------------------------------------------------------
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Whole tensors by Hugging Face names, of this stage's chunks; from the first tensor rank of the first replica."""
+        tensor = self._groups.tp
+        for policy, chunk in zip(self._policies, self._chunks, strict=True):
+            own = dict(policy.named_parameters())
+            for param in hf_names.params(self._layout, self._hf, chunk):
+                value = own[param.name].detach()
+                shards = [torch.empty_like(value) for _ in range(self._layout.tensor_parallel)]
+                dist.all_gather(shards, value.contiguous(), group=tensor)
+                if self._place.tensor == 0 and self._place.data == 0:
+                    yield from hf_names.whole(param, shards, self._hf).items()
+
+
+class _HeadReady(torch.autograd.Function):
+    """The loss; backward says that a gradient of the head came, which is in its `main_grad` by then: overlapped reduction
+    waits for one of every parameter."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, head: Tensor) -> Tensor:
+        ctx.nothing = head.new_zeros(()).expand_as(head)
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return grad, ctx.nothing
+
+
+def _with(one: _Pass, **values: Tensor) -> _Pass:
+    return replace(one, pack=replace(one.pack, **cast(Mapping[str, Any], values)))
