@@ -24,14 +24,26 @@ def main(folder: Path) -> None:
     trainer = TorchTrainer(policy, config, config.train.optim, 10, dist.group.WORLD)
     before = trainer.logprobs([rollout for group in steps[0] for rollout in group.rollouts])
     held = sum(p.to_local().numel() for p in trainer.optimizer.masters.values())  # pyright: ignore[reportAttributeAccessIssue]
-    stats = [trainer.update(groups) for groups in steps]
+    stats, moments = [], []
+    for groups in steps:
+        stats.append(trainer.update(groups))
+        moments.append({name: v.clone() for name, v in trainer.state().tensors.items() if name.endswith("exp_avg")})
     state = trainer.state()
     trainer.load(state)  # what was gathered goes back where it came from
     same = all(torch.equal(value, state.tensors[name]) for name, value in trainer.state().tensors.items())
     if dist.get_rank() == 0:
         torch.save(
-            {"tensors": dict(state.tensors), "stats": stats, "logp": before, "held": held, "same": same}, folder / "out.pt"
+            {
+                "tensors": dict(state.tensors),
+                "stats": stats,
+                "moments": moments,
+                "logp": before,
+                "held": held,
+                "same": same,
+            },
+            folder / "out.pt",
         )
+    dist.barrier()  # a rank that leaves first would close the connections of one that still works
     dist.destroy_process_group()
 
 

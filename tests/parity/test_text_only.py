@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 from test_engine_logprob import sample_rollout
-from test_trainer import assert_close, config, gradients, score
+from test_trainer import assert_close, config, gradients, longest, score
+from test_trainer_fsdp import LINEAR, assert_trains_alike, ranks  # noqa: F401
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from metis_fast.checkpoint.export import export_policy
@@ -99,6 +100,13 @@ def test_every_gradient_equals_the_derivation_over_transformers_own_forward_pass
     named = dict(model.named_parameters())
     expected = dict(zip(named, torch.autograd.grad(total, list(named.values())), strict=True))
     assert_close({name: g.double() for name, g in gradients(trainer).items()}, expected, share=2e-5)
+
+
+def test_two_ranks_with_activation_checkpointing_train_as_one_process_does(ranks, load, folder, groups):  # noqa: F811
+    train = {"prompts_per_mini_batch": 1, "activation_checkpointing": True, "tokens_per_micro_batch": longest(groups) + 10}
+    settings = config(train=train, **LINEAR)
+    alone = TorchTrainer(load(), settings, settings.train.optim, 10)
+    assert_trains_alike(ranks(settings, [groups, groups], folder=folder), alone, [groups, groups], share=1e-5)
 
 
 def test_an_export_loads_again_and_has_the_trained_weights(load, groups, tmp_path):

@@ -6,12 +6,13 @@ import os
 import pickle
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from test_trainer import assert_close, config, groups, longest  # noqa: F401
+from test_trainer import assert_close, config, groups, longest, score  # noqa: F401
 
 from metis_fast.errors import ConfigError
 from metis_fast.train.torch_backend import TorchTrainer
@@ -21,12 +22,12 @@ HERE = Path(__file__).parent
 
 @pytest.fixture
 def ranks(tmp_path, tiny_folder):
-    """Runs two ranks on steps of groups; returns what rank 0 wrote."""
+    """Runs two ranks on steps of groups; returns what rank 0 wrote. folder: of another policy than the tiny one."""
 
-    def run(settings, steps, num_ranks=2):
+    def run(settings, steps, num_ranks=2, folder=tiny_folder):
         tree = settings.model_dump(mode="json", include={"loss", "model", "rollout", "train"})
-        tree |= {"model": {"dtype": settings.model.dtype}}
-        (tmp_path / "task.pickle").write_bytes(pickle.dumps((tree, tiny_folder, steps)))
+        tree |= {"model": {"dtype": settings.model.dtype, "freeze": settings.model.freeze}}
+        (tmp_path / "task.pickle").write_bytes(pickle.dumps((tree, folder, steps)))
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_ranks}"]
         done = subprocess.run(
             [*command, HERE / "fsdp_process.py", tmp_path],
@@ -35,46 +36,59 @@ def ranks(tmp_path, tiny_folder):
             timeout=300,
             env=os.environ | {"OMP_NUM_THREADS": "1"},
         )
-        assert done.returncode == 0, done.stderr[-3000:]
+        assert done.returncode == 0, done.stderr[:3000] + done.stderr[-1000:]  # a rank's own words, then torchrun's
         return torch.load(tmp_path / "out.pt", weights_only=False)
 
     return run
 
 
+LINEAR = {"lr": 3.0, "eps": 100.0}
+"""An epsilon far above the gradients: AdamW moves a weight by its gradient, and rounding stays rounding."""
+
+
 @pytest.mark.parametrize(
-    "train",
+    ("train", "model", "optim", "share"),
     [
         # many packs: ranks run different numbers of them, with and without images
-        {"prompts_per_mini_batch": 2, "activation_checkpointing": False},
-        # mini-batches of one prompt: old log-probs are owed, and one rank has the text, the other the images
-        {"prompts_per_mini_batch": 1, "activation_checkpointing": True, "skip_zero_advantage": False},
+        ({"prompts_per_mini_batch": 2}, {}, LINEAR, 1e-5),
+        # mini-batches of one prompt: old log-probs are owed, and one rank has the text, the other the images; Adam's division
+        # magnifies rounding
+        ({"prompts_per_mini_batch": 1, "activation_checkpointing": True, "skip_zero_advantage": False}, {}, {}, 2e-4),
+        ({"prompts_per_mini_batch": 1}, {"dtype": "bfloat16", "freeze": ["vision"]}, LINEAR, 0.05),
     ],
-    ids=["one mini-batch", "several, recomputed"],
+    ids=["one mini-batch", "several, recomputed", "bfloat16, tower frozen"],
 )
-def test_two_ranks_train_as_one_process_does(ranks, load_tiny, groups, train):  # noqa: F811
-    settings = config(train={"tokens_per_micro_batch": longest(groups) + 10} | train)
-    steps = [groups, groups[::-1], groups]
-    alone = TorchTrainer(load_tiny(), settings, settings.train.optim, 10)
-    logp = alone.logprobs([r for g in groups for r in g.rollouts])
-    stats = [alone.update(step) for step in steps]
+def test_two_ranks_train_as_one_process_does(ranks, load_tiny, groups, train, model, optim, share):  # noqa: F811
+    settings = config(train={"tokens_per_micro_batch": longest(groups) + 10} | train, model=model, **optim)
+    blank = [replace(g, scores=tuple(score(0.0, 0.0) for _ in g.scores)) for g in groups]  # nothing left on any rank
+    steps = [groups, blank, groups[::-1], groups]
+    alone = TorchTrainer(load_tiny(settings.model.dtype), settings, settings.train.optim, 10)
     got = ranks(settings, steps)
-    expected = dict(alone.state().tensors)
-    assert got["same"]
-    for one, other in zip(got["logp"], logp, strict=True):
-        np.testing.assert_allclose(one, other, rtol=0, atol=2e-5)
-    # moments are linear in the gradients of all steps; weights went through Adam's division, which magnifies rounding
-    moments = [name for name in expected if name.endswith("exp_avg")]
-    assert moments
-    assert_close({n: got["tensors"][n] for n in moments}, {n: expected[n] for n in moments}, share=2e-4)
-    weights = [name for name in expected if name.startswith("weight.")]
-    assert_close({n: got["tensors"][n] for n in weights}, {n: expected[n] for n in weights}, share=2e-4)
-    for ours, theirs in zip(got["stats"], stats, strict=True):
-        for one, other in zip(ours, theirs, strict=True):
-            assert (one.num_tokens, one.flops, one.avoided) == (other.num_tokens, other.flops, other.avoided)
-            for name in ("loss", "grad_norm", "entropy", "kl", "ratio_max"):
-                np.testing.assert_allclose(getattr(one, name), getattr(other, name), rtol=2e-3, atol=2e-5, err_msg=name)
+    assert_trains_alike(got, alone, steps, share)
+    skipped = settings.train.skip_zero_advantage
+    assert [one.skipped_step for one in got["stats"][1]] == [skipped] * (2 // settings.train.prompts_per_mini_batch)
     whole = sum(p.numel() for p in alone.optimizer.masters.values())
     assert got["held"] < 0.56 * whole  # a rank holds its half
+
+
+def assert_trains_alike(got, alone, steps, share):
+    """What ranks wrote, against one process on the same steps: gradients of each step, weights, and what was counted."""
+    logp = alone.logprobs([r for g in steps[0] for r in g.rollouts])
+    rough = alone.policy.head.dtype == torch.bfloat16
+    for one, other in zip(got["logp"], logp, strict=True):
+        np.testing.assert_allclose(one, other, rtol=0, atol=0.1 if rough else 2e-5)
+    for step, moments, stats in zip(steps, got["moments"], got["stats"], strict=True):
+        expected = alone.update(step)
+        # linear in the gradients of all steps
+        assert_close(moments, {n: v for n, v in alone.state().tensors.items() if n.endswith("exp_avg")}, share)
+        for one, other in zip(stats, expected, strict=True):
+            assert (one.num_tokens, one.flops, one.avoided) == (other.num_tokens, other.flops, other.avoided)
+            for name in ("loss", "grad_norm", "entropy", "kl", "ratio_max"):
+                tolerance = {"rtol": 0.05, "atol": 0.02} if rough else {"rtol": 2e-3, "atol": 2e-5}
+                np.testing.assert_allclose(getattr(one, name), getattr(other, name), err_msg=name, **tolerance)
+    assert got["same"]
+    weights = {n: v for n, v in alone.state().tensors.items() if n.startswith("weight.")}
+    assert_close({n: got["tensors"][n] for n in weights}, weights, max(share, 2e-4))
 
 
 def test_muon_is_refused_because_it_needs_whole_matrices(policy):
