@@ -178,6 +178,32 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print all layouts as one JSON object")
 
 
+def _rank(args: argparse.Namespace) -> int:
+    from metis_fast.train.megatron import rank
+
+    return rank.run(args.join, args.rank, args.wait)
+
+
+_RANK = """One process of the Megatron back end, for a run with train.megatron.launch=join: it joins the run and serves it until
+the run ends. Start one for every GPU of the layout, in any order, before or after the run; they need the same metis-fast and,
+in METIS_RANK_KEY, the same secret as the run. With launch=local the run starts its ranks itself."""
+_RANK_EPILOG = """example, on a cluster with Slurm (docs/cluster.md):
+  export METIS_RANK_KEY=$(openssl rand -hex 16)         before both; never on a command line
+  metis-fast train my.yaml train.megatron.launch=join train.megatron.listen=$(hostname):29400 &
+  srun --ntasks-per-node=8 metis-fast rank --join $(hostname):29400
+Ctrl-C and SIGTERM are for the run, which then stops at a safe point and ends its ranks; a rank that has joined ignores both."""
+
+
+def _add_rank(parser: argparse.ArgumentParser) -> None:
+    parser.formatter_class, parser.description = argparse.RawDescriptionHelpFormatter, _RANK
+    parser.epilog = _RANK_EPILOG
+    parser.add_argument("--join", required=True, metavar="HOST:PORT", help="where the run listens (train.megatron.listen)")
+    parser.add_argument("--rank", type=int, metavar="N", help="number of this rank, from 0; default: SLURM_PROCID, else RANK")
+    parser.add_argument(
+        "--wait", type=float, default=600.0, metavar="SECONDS", help="for a run that does not listen yet (default 600)"
+    )
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The whole command line."""
     parser = argparse.ArgumentParser(
@@ -224,6 +250,7 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("run_dir", type=Path, metavar="RUN_DIR")
     sub.add_argument("--json", action="store_true")
     _add_plan(verb(verbs, "plan", _plan, "Memory and step time of every Megatron layout, predicted; exit code 1 if none fits."))
+    _add_rank(verb(verbs, "rank", _rank, "A process of the Megatron back end: joins a run on a cluster."))
     _add_bench(verb(verbs, "bench", _bench, "Time a kernel or the update step beside its peers; exit code 1 if it is wrong."))
     return parser
 

@@ -1,0 +1,529 @@
+"""The run's side of the ranks: starts them or lets them join, calls their worker, and notices when one dies or hangs.
+
+Whatever ends a call out of step kills all ranks: collective operations that some of them have left never end. A rank on
+another machine is killed by hanging up (`rank`). Needs torch, not megatron.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import queue
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from multiprocessing import AuthenticationError
+from multiprocessing.connection import Connection, answer_challenge, deliver_challenge, wait
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple, Self
+
+import torch.distributed as dist
+
+from metis_fast import __version__
+from metis_fast.config import MegatronConfig
+from metis_fast.errors import ConfigError, Interrupted, TrainerError
+from metis_fast.train.megatron.wire import (
+    KEY,
+    PARENT,
+    Call,
+    Channel,
+    Died,
+    Hello,
+    Kind,
+    Message,
+    Welcome,
+    parse_address,
+    watch_peer,
+)
+
+_POLL_S = 0.1
+_PING_S = 2.0
+# A live rank answers a ping in milliseconds; what may keep its thread from it is a long call that holds the interpreter lock.
+_SILENCE_S = 45.0
+_START_S = 50.0  # until a rank on this machine connects: a cold interpreter on a busy machine, with room
+_NEWS_S = 5.0  # between two lines that say who is missing
+_HANDSHAKE_S = 10.0
+_AGREE_S = 10.0  # after the first rank has left a call by an exception: the others do so at the same place, or hang
+_SETTLE_S = 1.0  # after a rank died of a broken collective operation: that of the rank which broke it follows
+_LEAVE_S = 30.0  # for ranks told to stop
+_GONE_S = 5.0  # for killed ones
+_AGAIN = "run the same command again: it resumes from the last checkpoint"
+
+
+def _nothing() -> None:
+    pass
+
+
+@dataclass(slots=True)
+class _Rank:
+    """process, log: None if it was started elsewhere. channel: None until it has joined. pinged: when, if unanswered."""
+
+    process: subprocess.Popen[bytes] | None = None
+    log: Path | None = None
+    channel: Channel | None = None
+    host: str = ""
+    pinged: float | None = None
+
+
+class _Arrival(NamedTuple):
+    """What came of a connection. problem: why it is not let in."""
+
+    connection: Connection
+    hello: Hello | None
+    problem: str
+
+
+class Ranks:
+    """All ranks of a layout, each with a worker built. Close it, or use it in a `with`."""
+
+    def __init__(
+        self, layout: MegatronConfig, worker: str, arguments: object, logs: Path, check: Callable[[], None] = _nothing
+    ) -> None:
+        """Start the ranks, or wait for them to join, and build `Class(context, arguments)` on each.
+
+        worker: "module:Class". logs: folder for the output of ranks started here. check: called while waiting; what it raises
+        ends the ranks and goes on.
+
+        Raises:
+            ConfigError: an address, key or rank number that cannot work.
+            TrainerError: a rank died, hung, or never came.
+            MetisError: what a worker raised.
+        """
+        self._layout = layout
+        self._ranks = [_Rank() for _ in range(layout.num_ranks)]
+        self._number = 0
+        self._pinged = 0.0
+        self._ready = False  # before, ranks import libraries, which may hold their interpreter locks for long
+        self._open = self._in_step = True
+        with self._kept():
+            with _listen(layout) as server, _store_socket(server) as store_socket:
+                port = store_socket.getsockname()[1]
+                # detached: the store owns the descriptor and closes it
+                self._store = dist.TCPStore(  # pyright: ignore[reportPrivateImportUsage]
+                    server.getsockname()[0],
+                    port,
+                    is_master=True,
+                    wait_for_workers=False,
+                    master_listen_fd=store_socket.detach(),
+                    timeout=timedelta(seconds=layout.timeout_s),
+                )
+                self._gather(server, Welcome(layout.num_ranks, worker, port, layout.timeout_s), logs, check)
+            for _ in self._run(Call("", (arguments,), streams=False), check, stoppable=False):
+                raise AssertionError("a worker's constructor yields nothing")
+        self._ready = True
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if error is None or isinstance(error, Exception):
+            self.close()
+        else:
+            self._kill()  # somebody is in a hurry
+
+    def call(self, method: str, *arguments: object, check: Callable[[], None] = _nothing) -> list[Any]:
+        """Run a method of the worker on all ranks; returns what it returned, by rank.
+
+        check: called while waiting. If it raises Interrupted, ranks are asked to leave the call (`Context.aborted`), and it is
+        raised here once they have; if they end the call instead (past the point of no return), its results are returned, and
+        the caller's next check raises again.
+
+        Raises:
+            Interrupted: as said; the ranks can be used on.
+            MetisError: what a worker raised; the ranks can be used on if all of them raised.
+            TrainerError: a rank died or hung; all are killed.
+        """
+        with self._kept():
+            results = self._run(Call(method, arguments, streams=False), check)
+            while True:
+                try:
+                    next(results)
+                except StopIteration as end:
+                    return end.value
+
+    def stream(self, method: str, *arguments: object) -> Iterator[tuple[int, Any]]:
+        """Run a generator method on all ranks; yields (rank, item) as they come, in order within a rank.
+
+        A rank is a few items ahead at most. Take all items: leaving earlier kills the ranks.
+
+        Raises:
+            As `call`.
+        """
+        with self._kept():
+            yield from self._run(Call(method, arguments, streams=True), _nothing)
+
+    def close(self) -> None:
+        """Let the ranks end by themselves, kill those that do not within half a minute, and wait until all are gone."""
+        try:
+            if self._open:
+                self._dismiss()
+        finally:
+            self._kill()
+
+    # -- joining --------------------------------------------------------------------------------------------------------
+
+    def _gather(self, server: socket.socket, welcome: Welcome, logs: Path, check: Callable[[], None]) -> None:
+        local = self._layout.launch == "local"
+        key = secrets.token_hex(32) if local else os.environ.get(KEY, "")
+        if not key:
+            raise ConfigError(
+                f"{KEY} is not set; give the run and all its ranks the same secret, for example {KEY}=$(openssl rand -hex 16)"
+            )
+        host, port = server.getsockname()
+        where = f"{socket.gethostname() if host == '0.0.0.0' else host}:{port}"
+        if local:
+            for number in range(len(self._ranks)):
+                self._ranks[number] = _start(number, len(self._ranks), where, key, logs)
+        arrivals: queue.SimpleQueue[_Arrival] = queue.SimpleQueue()
+        limit_s = min(_START_S, self._layout.timeout_s) if local else self._layout.timeout_s
+        started = time.monotonic()
+        news = started if not local else started + _NEWS_S
+        turned_away = ""
+        while missing := [i for i, rank in enumerate(self._ranks) if rank.channel is None]:
+            check()
+            for _, message in self._read(server):
+                assert message.kind is Kind.FAILED, message.kind
+                raise message.value()
+            for number in missing:
+                self._look_at(number)
+            if wait([server], 0):
+                connection = Connection(server.accept()[0].detach())
+                threading.Thread(target=_shake_hands, args=(connection, key.encode(), arrivals), daemon=True).start()
+            while not arrivals.empty():
+                arrival = arrivals.get()
+                turned_away = self._admit(arrival, welcome) or turned_away
+            now = time.monotonic()
+            if now > started + limit_s:
+                raise TrainerError(
+                    f"{_names(missing)} did not join at {where} within {limit_s:g} s{turned_away}; "
+                    + (f"see the logs in {logs}" if local else f"start each with: metis-fast rank --join {where} --rank N")
+                )
+            if now > news:
+                news = now + _NEWS_S
+                print(
+                    f"waiting for {_names(missing)} of {len(self._ranks)} to join at {where}{turned_away}",
+                    file=sys.stderr,
+                    flush=True,
+                )
+
+    def _admit(self, arrival: _Arrival, welcome: Welcome) -> str:
+        """Let a rank in; returns what to tell about one that is not."""
+        connection, hello, problem = arrival
+        if hello is None:
+            connection.close()
+            return f" ({problem})"
+        number = hello.rank
+        if hello.version != __version__:
+            problem = f"rank {number} on {hello.host} runs metis-fast {hello.version}, the run {__version__}; install one"
+        elif not 0 <= number < len(self._ranks):
+            problem = (
+                f"rank {number} of {hello.host} is not one of the layout's {len(self._ranks)} (0 to {len(self._ranks) - 1}); "
+                "start as many ranks as tensor_parallel x pipeline_parallel x data_parallel (train.megatron)"
+            )
+        elif self._ranks[number].channel is not None:
+            problem = (
+                f"two ranks with number {number}, on {self._ranks[number].host} and on {hello.host}; give each its own "
+                "(--rank, or one srun task a rank)"
+            )
+        channel = Channel(connection)
+        with contextlib.suppress(OSError):  # it is gone again: the next look at it says so
+            channel.send(*((Kind.REFUSED, 0, problem) if problem else (Kind.WELCOME, 0, welcome)))
+        if problem:
+            connection.close()
+            raise ConfigError(problem)
+        watch_peer(connection, self._silence_s)
+        rank = self._ranks[number]
+        rank.channel, rank.host = channel, hello.host
+        return ""
+
+    def _look_at(self, number: int) -> None:
+        """Of a rank that has not connected: has its process ended?"""
+        process = self._ranks[number].process
+        if process is not None and _ended(process, 0) is not None:
+            raise self._obituary({number: None})
+
+    # -- calls ----------------------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def _kept(self) -> Iterator[None]:
+        """Kills the ranks if they are out of step when the block ends: still in a call, or not all out of it the same way."""
+        if not self._open:
+            raise TrainerError(f"the ranks have ended; {_AGAIN}")
+        assert self._in_step, "take all items of a stream before the next call"
+        self._in_step = False
+        try:
+            yield
+        finally:
+            if not self._in_step:
+                self._kill()
+
+    def _run(self, call: Call, check: Callable[[], None], stoppable: bool = True) -> Iterator[tuple[int, Any]]:
+        """Yields the items of a call until every rank has ended it; returns the results."""
+        number = self._number = self._number + 1
+        # rank 0's first: what cannot be pickled then leaves the others where they are
+        for i in range(len(self._ranks)):
+            self._send(i, Kind.CALL, number, call if i == 0 else None)
+        ended: dict[int, Message] = {}
+        agree = float("inf")
+        interrupted: Interrupted | None = None
+        while len(ended) < len(self._ranks):
+            for i, message in self._read():
+                if message.kind is Kind.ITEM:
+                    yield i, message.value()
+                    self._send(i, Kind.MORE)
+                    continue
+                ended[i] = message
+                if message.kind is not Kind.DONE:
+                    agree = min(agree, time.monotonic() + _AGREE_S)
+            if time.monotonic() > agree:
+                break
+            if interrupted is None:
+                try:
+                    check()
+                except Interrupted as asked:
+                    if not stoppable:
+                        raise
+                    interrupted = asked
+                    self._send(0, Kind.ABORT, number)
+        kinds = {message.kind for message in ended.values()}
+        self._in_step = len(ended) == len(self._ranks) and len(kinds) == 1
+        if self._in_step and Kind.DONE in kinds:
+            return [ended[i].value() for i in range(len(self._ranks))]
+        for _, message in sorted(ended.items()):
+            if message.kind is Kind.FAILED:
+                raise message.value()
+        assert interrupted is not None, "a worker raised Aborted without being asked"
+        raise interrupted
+
+    def _send(self, number: int, kind: Kind, about: int = 0, value: object = None) -> None:
+        channel = self._ranks[number].channel
+        assert channel is not None
+        try:
+            channel.send(kind, about, value)
+        except OSError as error:
+            raise self._lost(number, error) from None
+
+    def _receive(self, number: int) -> Message:
+        channel = self._ranks[number].channel
+        assert channel is not None
+        try:
+            return channel.receive()
+        except (EOFError, OSError) as error:
+            raise self._lost(number, error) from None
+
+    def _joined(self) -> dict[int, int]:
+        """Descriptor of its connection -> number, of all ranks that have one."""
+        return {rank.channel.fileno(): i for i, rank in enumerate(self._ranks) if rank.channel is not None}
+
+    def _lost(self, number: int, error: OSError | EOFError) -> TrainerError:
+        # EAGAIN: the time-out of `watch_peer`
+        return self._silent(number) if isinstance(error, BlockingIOError) else self._obituary({number: None})
+
+    @property
+    def _silence_s(self) -> float:
+        return min(_SILENCE_S, self._layout.timeout_s)
+
+    def _read(self, *others: socket.socket) -> list[tuple[int, Message]]:
+        """What ranks have sent, up to one message a rank, waiting a moment for it. Pings them from time to time.
+
+        others: what else ends the wait.
+        """
+        now = time.monotonic()
+        joined = self._joined()
+        if now > self._pinged + min(_PING_S, self._silence_s / 5):
+            self._pinged = now
+            for i in joined.values():
+                if self._ranks[i].pinged is None:
+                    self._ranks[i].pinged = now
+                    self._send(i, Kind.PING)
+        messages = []
+        for descriptor in wait([*joined, *others], _POLL_S):
+            if not isinstance(descriptor, int):
+                continue
+            i = joined.pop(descriptor)
+            message = self._receive(i)
+            self._ranks[i].pinged = None
+            if message.kind is Kind.DIED:
+                raise self._obituary({i: message.value()})
+            if message.kind is not Kind.PONG:
+                messages.append((i, message))
+        limit_s = self._silence_s if self._ready else max(self._silence_s, self._layout.timeout_s)
+        for i in joined.values():  # those that had nothing to read: an answer that waits in the socket counts
+            pinged = self._ranks[i].pinged
+            if pinged is not None and time.monotonic() > pinged + limit_s:
+                raise self._silent(i)
+        return messages
+
+    # -- ends -----------------------------------------------------------------------------------------------------------
+
+    def _silent(self, number: int) -> TrainerError:
+        return TrainerError(
+            f"{self._name(number)} has not answered for {self._silence_s:g} s, so it hangs or its machine is gone"
+            f"{self._log(number)}; {_AGAIN}"
+        )
+
+    def _obituary(self, lost: dict[int, Died | None]) -> TrainerError:
+        """Why the job ends: of the ranks that died, the one whose death is not another's echo."""
+        deadline = time.monotonic() + _SETTLE_S
+        while all(died is not None and died.echo for died in lost.values()) and time.monotonic() < deadline:
+            for i in self._readable(lost):
+                message = _last_word(self._ranks[i])
+                if message is None or message.kind is Kind.DIED:
+                    lost[i] = None if message is None else message.value()
+        number, died = next(((i, died) for i, died in lost.items() if died is None or not died.echo), next(iter(lost.items())))
+        rank = self._ranks[number]
+        status = None if rank.process is None else _ended(rank.process, _GONE_S)
+        if status is None:
+            how = "ended" if died is not None else "ended without a word (killed?)"
+        elif status >= 0:
+            how = f"ended with exit code {status}"
+        else:
+            how = f"was killed by {signal.Signals(-status).name}"
+            how += " (by the kernel, if memory ran out)" if status == -signal.SIGKILL else ""
+        last = died.error if died is not None else _tail(rank.log)
+        return TrainerError(f"{self._name(number)} {how}{f': {last}' if last else ''}{self._log(number)}; {_AGAIN}")
+
+    def _name(self, number: int) -> str:
+        rank = self._ranks[number]
+        return f"rank {number}" + (f" on {rank.host}" if rank.process is None else "")
+
+    def _log(self, number: int) -> str:
+        log = self._ranks[number].log
+        return " (its output is where its launcher puts it)" if log is None else f" (log: {log})"
+
+    def _dismiss(self) -> None:
+        """Tell all ranks to end; wait until they have."""
+        left: set[int] = set()
+        for i, rank in enumerate(self._ranks):
+            assert rank.channel is not None
+            try:
+                rank.channel.send(Kind.STOP)
+            except OSError:
+                left.add(i)
+        deadline = time.monotonic() + _LEAVE_S
+        while len(left) < len(self._ranks) and time.monotonic() < deadline:
+            left |= {i for i in self._readable(left) if _last_word(self._ranks[i]) is None}
+
+    def _readable(self, without: Collection[int]) -> list[int]:
+        """Ranks that have sent something or hung up, after waiting a moment for it."""
+        joined = {descriptor: i for descriptor, i in self._joined().items() if i not in without}
+        return [joined[descriptor] for descriptor in wait(joined, _POLL_S) if isinstance(descriptor, int)]
+
+    def _kill(self) -> None:
+        """End all ranks and what they forked, now: those of this machine by signal, all by hanging up."""
+        self._open = False
+        for rank in self._ranks:
+            if rank.process is not None and rank.process.returncode is None:
+                # not reaped yet, so the number is still its group's
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(rank.process.pid, signal.SIGKILL)
+            if rank.channel is not None:
+                rank.channel.close()
+                rank.channel = None
+        for rank in self._ranks:
+            if rank.process is not None:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    rank.process.wait(_GONE_S)
+
+
+def _listen(layout: MegatronConfig) -> socket.socket:
+    host, port = parse_address(layout.listen, "train.megatron.listen")
+    try:
+        return socket.create_server((host, port), backlog=layout.num_ranks)
+    except OSError as error:
+        raise ConfigError(
+            f"cannot listen at train.megatron.listen={layout.listen} ({error.strerror or error}); give an address of this "
+            "machine and a free port (0: any)"
+        ) from None
+
+
+def _store_socket(server: socket.socket) -> socket.socket:
+    return socket.create_server((server.getsockname()[0], 0), backlog=512)
+
+
+def _start(number: int, num_ranks: int, where: str, key: str, logs: Path) -> _Rank:
+    logs.mkdir(parents=True, exist_ok=True)
+    log = logs / f"rank-{number}.log"
+    cores = len(os.sched_getaffinity(0))
+    environment = {
+        "OMP_NUM_THREADS": str(max(1, cores // num_ranks)),
+        "GLOO_SOCKET_IFNAME": "lo",
+        **os.environ,
+        "LOCAL_RANK": str(number),
+        KEY: key,
+        PARENT: str(os.getpid()),
+    }
+    with log.open("wb") as output:  # a file: a pipe that nobody reads would stop the rank
+        process = subprocess.Popen(
+            [sys.executable, "-P", "-m", "metis_fast", "rank", "--join", where, "--rank", str(number)],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            start_new_session=True,  # Ctrl-C in the terminal is for the run alone
+        )
+    return _Rank(process, log)
+
+
+def _shake_hands(connection: Connection, key: bytes, arrivals: queue.SimpleQueue[_Arrival]) -> None:
+    """In a thread of its own, since whoever connected may say nothing."""
+    try:
+        watch_peer(connection, _HANDSHAKE_S)
+        deliver_challenge(connection, key)
+        answer_challenge(connection, key)
+        hello = Channel(connection).receive().value()
+    except AuthenticationError:
+        arrivals.put(_Arrival(connection, None, f"a process with another {KEY} was turned away"))
+    except (EOFError, OSError):
+        arrivals.put(_Arrival(connection, None, "a connection that is not a rank's was turned away"))
+    else:
+        arrivals.put(_Arrival(connection, hello, ""))
+
+
+def _last_word(rank: _Rank) -> Message | None:
+    """What it has sent; None if it has hung up."""
+    assert rank.channel is not None
+    try:
+        return rank.channel.receive()
+    except (EOFError, OSError):
+        return None
+
+
+def _ended(process: subprocess.Popen[bytes], limit_s: float) -> int | None:
+    """Exit code, or minus the signal, of a process that has ended within the limit; it is left for `wait` to reap."""
+    deadline = time.monotonic() + limit_s
+    while True:
+        status = os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        if status is not None:
+            return status.si_status if status.si_code == os.CLD_EXITED else -status.si_status
+        if time.monotonic() >= deadline:
+            return None
+        time.sleep(0.01)
+
+
+def _tail(log: Path | None) -> str:
+    """The last lines of a log, as one."""
+    if log is None:
+        return ""
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    return " | ".join(line.strip() for line in [line for line in lines if line.strip()][-3:])[-500:]
+
+
+def _names(numbers: Sequence[int]) -> str:
+    """ "rank 3" or "ranks 0-2, 5"."""
+    spans: list[list[int]] = []
+    for number in numbers:
+        if spans and spans[-1][1] == number - 1:
+            spans[-1][1] = number
+        else:
+            spans.append([number, number])
+    text = ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in spans)
+    return f"rank{'s' if len(numbers) > 1 else ''} {text}"
