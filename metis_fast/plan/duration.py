@@ -80,6 +80,7 @@ def step_seconds(setting: Setting, layout: MegatronConfig) -> StepSeconds:
     train = _pass(setting, layout, batch, backward=True)
     forward = _pass(setting, layout, batch, backward=False)
     owed = 0 if config.loss.proximal == "engine" else steps - 1 if config.train.skip_old_logprobs else steps
+    owed += steps if config.loss.kl_coef else 0  # under the reference policy
     per_rank = batch.passes / data
     busy, whole = per_rank / stages, _waves(layout, batch) * train.bottleneck
     used = (train.dense + train.attention + train.head + train.vision + train.tensor_parallel) * busy
@@ -118,7 +119,7 @@ def _pass(setting: Setting, layout: MegatronConfig, batch: MiniBatch, backward: 
     dense = flops.token * batch.tokens / layers * ((3 if backward else 1) + more) / t / (peak * reached.dense)
     times = 1 + (2.5 if backward else 0) + (1 if again == "full" else 0)
     attention = flops.pair * batch.pairs / layers * times / t / (peak * reached.attention)
-    products = 1 if not backward else 2 if shape.tied and "embeddings" in freeze else 3
+    products = 1 if not backward else 2 if "embeddings" in freeze else 3
     head = flops.row * batch.rows * products / t / (peak * reached.head)
     trained = backward and "vision" not in freeze
     runs = 1 + (2 if trained else 0) + (1 if trained and again != "none" else 0)

@@ -35,8 +35,9 @@ GPUS: dict[str, Gpu] = {
 
 @dataclass(frozen=True, slots=True)
 class Efficiency:
-    """Shares of the peaks. Assumptions, not measurements: products of cuBLAS reach 0.75 of the data sheet's peak on Hopper,
-    flash-attention 0.5 to 0.65 (KERNELS sections in docs/kernels.md); the rest is launches, norms and small shapes."""
+    """Shares of the peaks that are reached. Assumptions, not measurements: bare products of cuBLAS run at about 0.75 of a
+    Hopper's data sheet, FlashAttention-3 at about 0.63 forward and less backward as published; norms, launches and small
+    shapes take the rest."""
 
     dense: float = 0.60
     attention: float = 0.50

@@ -47,7 +47,8 @@ class Pass:
 class RankMemory:
     """Bytes at the worst moment of an update.
 
-    weights, gradients, optimizer: held all the time, the vision tower's included. activations: of the decoder, all passes in
+    weights, gradients, optimizer: held all the time, the vision tower's included; weights with those of a reference policy
+    where `loss.kl_coef` asks for one. activations: of the decoder, all passes in
     flight, and the working set of a layer in the backward pass. head: of hdpo_loss. vision: activations of the tower.
     communication: buffers between ranks. reserve: see `RESERVE`. engine: what a rollout engine on the same GPU keeps.
     """
@@ -116,7 +117,7 @@ def stage_memory(
     count = _Activations(shape, layout, size, element, fused, "vision" not in config.model.freeze)
     first, last = own[0].first, own[-1].last
     return RankMemory(
-        weights=sum(e.buffer + e.frozen for e in held) * element,
+        weights=sum(e.buffer + e.frozen + (e.trained + e.frozen if config.loss.kl_coef else 0) for e in held) * element,
         gradients=sum(e.buffer for e in held) * 4,
         optimizer=math.ceil(sum(e.buffer if aligned else e.trained for e in held) * states / split),
         activations=count.decoder(own, at.stage),
@@ -145,7 +146,7 @@ def _elements(shape: Shape, tensor: int, aligned: int, chunk: Chunk, freeze: tup
     if chunk.last:
         trained.append(shape.hidden)
         if not (shape.tied and chunk.first):  # a tied head has a copy of its own where the embeddings are elsewhere
-            (frozen if still and shape.tied else trained).append(embedding)
+            (frozen if still else trained).append(embedding)
     buffer = sum(trained)
     if aligned:
         buffer = _up(sum(_up(number, 64) for number in trained), aligned)

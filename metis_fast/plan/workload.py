@@ -73,7 +73,8 @@ def mini_batch(config: Config, load: Workload, flops: FlopModel) -> MiniBatch:
     """As `train.pack` cuts groups of equal rollouts: whole rollouts, the prompt once a part of a group."""
     train, group, budget = config.train, config.rollout.rollouts_per_prompt, config.train.tokens_per_micro_batch
     p, r = load.prompt, load.response
-    uniform = load.uniform if train.skip_zero_advantage else 0.0
+    every = config.loss.kl_coef or config.loss.entropy_coef or config.loss.normalization == "reference"
+    uniform = load.uniform if train.skip_zero_advantage and not every else 0.0
     groups = train.prompts_per_mini_batch * (1 - uniform)
     most = max(1, (budget - p) // r) if train.share_prompt else 1
     parts = -(-group // most)
