@@ -8,7 +8,8 @@ for byte, wherever the caller names its folder. That is also the one way that al
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -52,9 +53,31 @@ def export_model(
     Raises:
         CheckpointError: `out` is something else than an export, a source folder lacks a needed file, or the disk failed.
     """
+    sources = [part for part in (tokenizer, processor) if isinstance(part, Path)]
+    with new_export(out, sources) as tmp:
+        model.save_pretrained(tmp, max_shard_size=max_shard_size)
+        if isinstance(processor, Path):
+            copy_files(processor, tmp, PROCESSOR_FILES, needed="preprocessor_config.json")
+        elif processor is not None:
+            processor.save_pretrained(tmp)
+        # after the processor: a ProcessorMixin saves a tokenizer, too
+        if isinstance(tokenizer, Path):
+            copy_files(tokenizer, tmp, TOKENIZER_FILES, needed="tokenizer.json")
+        else:
+            tokenizer.save_pretrained(tmp)
+
+
+@contextmanager
+def new_export(out: Path, sources: Iterable[Path]) -> Iterator[Path]:
+    """Yield an empty folder to fill; when the block ends it becomes `out`, in place of an older export.
+
+    sources: model folders that `out` must not be.
+
+    Raises:
+        CheckpointError: `out` is something else than an export, or the disk failed.
+    """
     out = out.resolve()  # a link is followed, not replaced
-    sources = {part.resolve() for part in (tokenizer, processor) if isinstance(part, Path)}
-    if out in sources:
+    if out in {source.resolve() for source in sources}:
         raise CheckpointError(f"cannot export to {out}: it is the folder of the model that was trained; choose another one")
     if out.exists() and not _may_be_replaced(out):
         raise CheckpointError(f"cannot export to {out}: it exists and holds no exported model; choose another folder")
@@ -62,16 +85,7 @@ def export_model(
         out.parent.mkdir(parents=True, exist_ok=True)
         clean_leftovers(out.parent, out.name)
         with new_folder(out) as tmp:
-            model.save_pretrained(tmp, max_shard_size=max_shard_size)
-            if isinstance(processor, Path):
-                _copy(processor, tmp, PROCESSOR_FILES, needed="preprocessor_config.json")
-            elif processor is not None:
-                processor.save_pretrained(tmp)
-            # after the processor: a ProcessorMixin saves a tokenizer, too
-            if isinstance(tokenizer, Path):
-                _copy(tokenizer, tmp, TOKENIZER_FILES, needed="tokenizer.json")
-            else:
-                tokenizer.save_pretrained(tmp)
+            yield tmp
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
             f"cannot export the model to {out}: {' '.join(str(error).split())}; an earlier export there is unchanged; "
@@ -91,7 +105,12 @@ def _may_be_replaced(out: Path) -> bool:
     return not any(out.iterdir()) or ((out / "config.json").is_file() and any(out.glob("*.safetensors")))
 
 
-def _copy(source: Path, target: Path, names: Iterable[str], *, needed: str) -> None:
+def copy_files(source: Path, target: Path, names: Iterable[str], *, needed: str) -> None:
+    """Copy those of the named files that there are.
+
+    Raises:
+        CheckpointError: `needed` is not there.
+    """
     if not (source / needed).is_file():
         raise CheckpointError(f"cannot export: {source} lacks {needed}; give the folder of the model that was trained")
     for name in names:
