@@ -119,7 +119,7 @@ def stage_memory(
     return RankMemory(
         weights=sum(e.buffer + e.frozen + (e.trained + e.frozen if config.loss.kl_coef else 0) for e in held) * element,
         gradients=sum(e.buffer for e in held) * 4,
-        optimizer=math.ceil(sum(e.buffer if aligned else e.trained for e in held) * states / split),
+        optimizer=math.ceil(sum(e.trained for e in held) * states / split),
         activations=count.decoder(own, at.stage),
         head=count.head(config.loss.token_chunk or _HEAD_ROWS) if last else 0,
         vision=count.vision() if first else 0,

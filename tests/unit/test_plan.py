@@ -123,7 +123,8 @@ def test_its_buffers_align_every_parameter():
     flat = [n for size in sizes for n in (size if isinstance(size, list) else [size])]
     elements = -(-sum(-(-n // 64) * 64 for n in flat) // 384) * 384  # 3 ranks: whole 128 each
     held = memory(config(dtype="float32"), model, layout(data_parallel=3), 0)
-    assert (held.weights, held.gradients, held.optimizer) == (4 * elements, 4 * elements, 8 * elements // 3)
+    assert (held.weights, held.gradients) == (4 * elements, 4 * elements)
+    assert held.optimizer == -(-8 * sum(flat) // 3)  # states are made without the gaps
 
 
 def test_frozen_parts_have_weights_only():
