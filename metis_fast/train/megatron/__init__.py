@@ -4,6 +4,7 @@ layout    which layers and slices a rank has; refuses what cannot work (no megat
 backend   the `Trainer` in the process of the run; talks to the ranks (no megatron)
 launch    starts ranks, or lets them join; notices when one dies (no megatron)
 rank      a rank's process
+wire      what the two say to each other (no megatron)
 step      passes and optimizer steps of a rank
 policy    Qwen3-VL and Qwen3 of Megatron-core modules
 names     Hugging Face names and shapes <-> Megatron's, both ways (no megatron)

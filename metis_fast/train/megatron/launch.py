@@ -103,22 +103,24 @@ class Ranks:
         self._pinged = 0.0
         self._ready = False  # before, ranks import libraries, which may hold their interpreter locks for long
         self._open = self._in_step = True
-        with self._kept():
+        try:
             with _listen(layout) as server, _store_socket(server) as store_socket:
-                port = store_socket.getsockname()[1]
-                # detached: the store owns the descriptor and closes it
+                host, port = store_socket.getsockname()
                 self._store = dist.TCPStore(  # pyright: ignore[reportPrivateImportUsage]
-                    server.getsockname()[0],
+                    host,
                     port,
                     is_master=True,
                     wait_for_workers=False,
-                    master_listen_fd=store_socket.detach(),
+                    master_listen_fd=store_socket.detach(),  # the store closes it
                     timeout=timedelta(seconds=layout.timeout_s),
                 )
                 self._gather(server, Welcome(layout.num_ranks, worker, port, layout.timeout_s), logs, check)
             for _ in self._run(Call("", (arguments,), streams=False), check, stoppable=False):
                 raise AssertionError("a worker's constructor yields nothing")
-        self._ready = True
+            self._ready = True
+        finally:
+            if not self._ready:
+                self._kill()
 
     def __enter__(self) -> Self:
         return self

@@ -2,7 +2,8 @@
 
 It connects before it imports torch, so that the run knows at once who is there. A thread answers the run's pings and reads
 EOF when the run is gone, however it went: then the rank kills its whole process group, and with it every process that it
-forked (checkpoint writers). The group is its own (`_own_group`); a worker must not fork processes that leave it.
+forked (checkpoint writers). The group is its own (`_own_group`); a worker must not fork processes that leave it. When the rank
+itself is killed, the run kills the group on its own machine; on another one that is for Slurm or whatever started the rank.
 """
 
 from __future__ import annotations
@@ -156,7 +157,7 @@ def run(address: str, number: int | None, wait_s: float) -> int:
         _serve(number, host, answer.value(), bool(parent), channel, mailbox)
     except BaseException as error:
         # The end of this process: whatever it was, the run hears of it, and no exit handler waits for other ranks.
-        _die(error, channel)
+        _die(error, channel, bool(parent))
     return 0
 
 
@@ -293,7 +294,7 @@ def _share(message: Message, context: Context) -> Call:
     return Message(message.kind, message.number, memoryview(data)).value()
 
 
-def _die(error: BaseException, channel: Channel) -> NoReturn:
+def _die(error: BaseException, channel: Channel, started: bool) -> NoReturn:
     import torch.distributed as dist
 
     traceback.print_exception(error)
@@ -304,4 +305,6 @@ def _die(error: BaseException, channel: Channel) -> NoReturn:
     try:
         channel.send(Kind.DIED, 0, Died(last, echo))
     finally:
+        if not started:  # the run cannot kill the group of a process on another machine
+            os.killpg(0, signal.SIGKILL)
         os._exit(1)
