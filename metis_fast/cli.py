@@ -204,6 +204,22 @@ def _add_rank(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _weights_map(args: argparse.Namespace) -> int:
+    from metis_fast.train.megatron import weights_map
+
+    return weights_map.run(args)
+
+
+def _add_weights_map(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", type=Path, metavar="MODEL", help="a model folder, or a config.json alone")
+    parser.add_argument("--tp", type=int, metavar="N", help="tensor-parallel ranks; no size given: all layouts up to 8 x 8")
+    parser.add_argument("--pp", type=int, metavar="N", help="pipeline stages")
+    parser.add_argument("--vpp", type=int, metavar="N", help="chunks a stage (interleaved schedule)")
+    parser.add_argument("--first", type=int, metavar="N", help="layers of the first stage; default: as many as the others")
+    parser.add_argument("--last", type=int, metavar="N", help="layers of the last stage; default: as many as the others")
+    parser.add_argument("--json", action="store_true")
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The whole command line."""
     parser = argparse.ArgumentParser(
@@ -249,6 +265,13 @@ def build_parser() -> argparse.ArgumentParser:
     sub = verb(verbs, "report", _report, "Write report.html of a run folder.")
     sub.add_argument("run_dir", type=Path, metavar="RUN_DIR")
     sub.add_argument("--json", action="store_true")
+    weights = verbs.add_parser("weights", help="Which rank of a layout holds which weights.").add_subparsers(
+        required=True, metavar="VERB"
+    )
+    text = (
+        "Names, shapes and bytes of a model's weights on every rank, checked both ways; exit code 1 if no layout can hold it."
+    )
+    _add_weights_map(verb(weights, "map", _weights_map, text))
     _add_plan(verb(verbs, "plan", _plan, "Memory and step time of every Megatron layout, predicted; exit code 1 if none fits."))
     _add_rank(verb(verbs, "rank", _rank, "A process of the Megatron back end: joins a run on a cluster."))
     _add_bench(verb(verbs, "bench", _bench, "Time a kernel or the update step beside its peers; exit code 1 if it is wrong."))
