@@ -269,7 +269,7 @@ def build_parser() -> argparse.ArgumentParser:
         required=True, metavar="VERB"
     )
     text = (
-        "Names, shapes and bytes of a model's weights on every rank, checked both ways; exit code 1 if no layout can hold it."
+        "Names, shapes and bytes of a model's weights on every rank, checked both ways; exit code 1 if no layout can hold them."
     )
     _add_weights_map(verb(weights, "map", _weights_map, text))
     _add_plan(verb(verbs, "plan", _plan, "Memory and step time of every Megatron layout, predicted; exit code 1 if none fits."))

@@ -34,8 +34,9 @@ def run(args: argparse.Namespace) -> int:
     """
     config = read_model_config(Config(), args.model)
     weights = _check_weights(args.model, config)
-    if any(value is not None for value in (args.tp, args.pp, args.vpp, args.first, args.last)):
-        layout = _layout(args.tp or 1, args.pp or 1, args.vpp or 1, args.first or 0, args.last or 0)
+    asked = (args.tp, args.pp, args.vpp, args.first, args.last)
+    if any(size is not None for size in asked):
+        layout = _layout(*(default if size is None else size for size, default in zip(asked, (1, 1, 1, 0, 0), strict=True)))
         check(layout, config)
         number = verify(layout, config)
         print(_one_json(layout, config, number) if args.json else "\n".join([*weights, *_one_text(layout, config, number)]))
@@ -129,7 +130,7 @@ def _title(layout: MegatronConfig) -> str:
 
 
 def _ranks(stage: int, layout: MegatronConfig) -> list[int]:
-    """Of one replica."""
+    """As numbered where there is one replica."""
     return [stage * layout.tensor_parallel + tensor for tensor in range(layout.tensor_parallel)]
 
 
@@ -158,8 +159,8 @@ def _one_text(layout: MegatronConfig, config: PretrainedConfig, number: int) -> 
     for at, stage in enumerate(_stages(layout, config)):
         ranks, total = _ranks(at, layout), sum(num_bytes(held, dtype) for _, held in stage)
         yield ""
-        which = f"ranks {ranks[0]} to {ranks[-1]}, each" if len(ranks) > 1 else f"rank {ranks[0]}"
-        yield f"stage {at}: {which} {total / 1e9:.3f} GB (of the first replica)"
+        which = f"ranks {ranks[0]} to {ranks[-1]}, each" if len(ranks) > 1 else f"rank {ranks[0]},"
+        yield f"stage {at}: {which} {total / 1e9:.3f} GB"
         for chunk, held in stage:
             yield f"  layers {chunk.start} to {chunk.stop - 1}"
             yield from _rows(held, dtype)
