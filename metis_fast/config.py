@@ -258,7 +258,7 @@ class MegatronConfig(_Section):
     overlap_reduction: Literal["auto", "on", "off"] = "auto"
     """Sum gradients over replicas while the backward pass goes on; `auto`: on GPUs."""
     recompute: Literal["none", "selective", "full"] = "none"
-    """Activations computed again in the backward pass. `selective`: of norms and MLPs; `full`: of whole layers."""
+    """Activations computed again in the backward pass. `selective`: of MLPs; `full`: of whole layers."""
     transformer_engine: Literal["auto", "off"] = "auto"
     """`auto`: Transformer Engine's linear layers on a GPU where it is installed."""
     launch: Literal["local", "join"] = "local"

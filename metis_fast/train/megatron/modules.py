@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from megatron.core.extensions import transformer_engine
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
@@ -80,6 +81,10 @@ class SwiGlu(nn.Module):
             return cast(Tensor, LigerSiLUMulFunction.apply(gate, up))
         return F.silu(gate) * up
 
+    def sharded_state_dict(self, *_: object) -> dict[str, object]:
+        """Nothing; Megatron-core asks every part of an MLP."""
+        return {}
+
 
 @dataclass
 class PackParams(PackedSeqParams):
@@ -125,9 +130,12 @@ class PackedAttention(MegatronModule):
         attn_mask_type: AttnMaskType,
         attention_type: str,
         softmax_scale: float | None = None,
+        *,
+        pg_collection: ProcessGroupCollection,
         **_: object,
     ) -> None:
         super().__init__(config=config)
+        self.tp_group = pg_collection.tp  # asked for where a checkpoint is made
         assert config.kv_channels is not None
         self._scale = softmax_scale or config.kv_channels**-0.5
 

@@ -99,8 +99,9 @@ def megatron_config(layout: MegatronConfig, config: PretrainedConfig, dtype: tor
         recompute_granularity=None if layout.recompute == "none" else layout.recompute,
         recompute_method="uniform" if layout.recompute == "full" else None,
         recompute_num_layers=1 if layout.recompute == "full" else None,
-        # attention keeps its output and log-sum-exps only; norms and MLPs are what is worth computing again
-        recompute_modules=["layernorm", "mlp"] if layout.recompute == "selective" else None,
+        # attention keeps its output and log-sum-exps only; the MLP is what is worth computing again (Megatron-core 0.16 cannot
+        # do so with norms without Transformer Engine)
+        recompute_modules=["mlp"] if layout.recompute == "selective" else None,
         variable_seq_lengths=True,
         moe_token_dispatcher_type="alltoall",  # asked for by variable_seq_lengths, also where there are no experts
         deallocate_pipeline_outputs=True,

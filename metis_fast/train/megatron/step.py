@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -30,10 +31,10 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from metis_fast.checkpoint.safetensors_folder import FolderReader
 from metis_fast.config import Config, OptimConfig
-from metis_fast.errors import NonFiniteError
+from metis_fast.errors import CheckpointError, NonFiniteError
 from metis_fast.model import ImagePreparer
 from metis_fast.train.flops import FlopModel
-from metis_fast.train.megatron import cpu, groups, layout
+from metis_fast.train.megatron import cpu, groups, layout, shards
 from metis_fast.train.megatron import names as hf_names
 from metis_fast.train.megatron.policy import MegatronPolicy, PassInput, megatron_config
 from metis_fast.train.megatron.rank import Aborted
@@ -149,6 +150,9 @@ class Worker:
             pp_size=self._layout.pipeline_parallel,
             vp_size=self._layout.virtual_pipeline if self._layout.virtual_pipeline > 1 else None,
         )
+        # of its own: a checkpoint is written while training goes on
+        self._writers = cast(dist.ProcessGroup, dist.new_group(backend="gloo"))
+        self._writing: tuple[Future[Any], Path] | None = None
         self._reference = self._copy_of_weights() if config.loss.kl_coef > 0 else []
         self.num_updates = 0
 
@@ -195,9 +199,19 @@ class Worker:
             params_dtype=dtype,
             use_distributed_optimizer=self._layout.distributed_optimizer,
         )
-        return get_megatron_optimizer(
+        optimizer = get_megatron_optimizer(
             settings, cast(Any, self._models), use_gloo_process_groups=False, pg_collection=self._groups
         )
+        (one,) = cast(Any, optimizer).chained_optimizers  # a second one would be of experts
+        if self._context.device.type == "cpu":
+            one.data_parallel_group_gloo = self._groups.dp  # which is gloo; the way that checkpoints take there
+        if isinstance(one.optimizer, torch.optim.AdamW):
+            # moments from the start: Megatron-core cannot load a checkpoint into a torch optimizer that never stepped
+            for group in one.optimizer.param_groups:
+                for master in group["params"]:
+                    moments = {name: torch.zeros_like(master) for name in ("exp_avg", "exp_avg_sq")}
+                    one.optimizer.state[master] = {"step": torch.tensor(0.0), **moments}
+        return one
 
     def _finalize(self, models: list[Any], num_tokens: object = None, **options: Any) -> None:
         """Sum gradients over replicas, and over what splits tokens. Nothing is divided: the loss has its denominators."""
@@ -427,9 +441,8 @@ class Worker:
         optimizer.prepare_grads()
         norm = float(optimizer.get_grad_norm())
         if math.isfinite(norm):
-            for one in optimizer.chained_optimizers:
-                if parameters := one.get_parameters():
-                    clip_grad_by_total_norm_fp32(parameters, self._optim.grad_clip, norm)
+            if parameters := optimizer.get_parameters():
+                clip_grad_by_total_norm_fp32(parameters, self._optim.grad_clip, norm)
             optimizer.step_with_ready_grads()
             self.num_updates += 1
         return norm
@@ -447,6 +460,65 @@ class Worker:
                 dist.all_gather(shards, value.contiguous(), group=tensor)
                 if self._place.tensor == 0 and self._place.data == 0:
                     yield from hf_names.whole(param, shards, self._hf).items()
+
+    # -- checkpoints --------------------------------------------------------------------------------------------------
+
+    def _sharded_state(self, loading: bool) -> dict[str, Any]:
+        """What a checkpoint holds, by names and places in the whole model: any other layout finds its parts in it."""
+        metadata = {
+            "distrib_optim_sharding_type": "fully_reshardable",
+            # over gloo on the CPU, over NCCL on GPUs
+            "distrib_optim_fully_reshardable_mem_efficient": self._context.device.type == "cpu",
+            "dp_cp_group": self._groups.dp_cp,
+        }
+        state: dict[str, Any] = {
+            f"model{i}": policy.sharded_state_dict(metadata=metadata) for i, policy in enumerate(self._policies)
+        }
+        state["optimizer"] = self._optimizer.sharded_state_dict(dict(state), is_loading=loading, metadata=metadata)
+        return state
+
+    def save(self, folder: Path) -> None:
+        """Begin to write weights, masters and moments, each rank its own; `saved` waits for the end. Training may go on."""
+        self._writing = (shards.save(self._sharded_state(loading=False), folder, self._writers), folder)
+
+    def saved(self) -> None:
+        """Wait for the end of `save`.
+
+        Raises:
+            CheckpointError: the disk is full or failed; on every rank.
+        """
+        assert self._writing is not None
+        (writing, folder), self._writing = self._writing, None
+        problem = None
+        try:
+            shards.finish(writing, folder)
+        except CheckpointError as error:
+            problem = error
+        found: list[CheckpointError | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(found, problem, group=self._context.control)
+        if first := next((error for error in found if error is not None), None):
+            raise first
+
+    def load(self, folder: Path, num_updates: int) -> None:
+        """Take over what `save` wrote, under this layout or another.
+
+        Raises:
+            CheckpointError: it is of another model or optimizer.
+        """
+        state = shards.load(self._sharded_state(loading=True), folder)
+        for i, policy in enumerate(self._policies):
+            policy.load_state_dict(state[f"model{i}"])
+        inner = self._optimizer.optimizer
+        if self._layout.distributed_optimizer and isinstance(inner, torch.optim.AdamW):
+            # Megatron-core 0.16 looks for a source of every entry of a torch optimizer's state, and has none for its step
+            for moments in inner.state.values():
+                del moments["step"]
+            self._optimizer.load_parameter_state_from_fully_reshardable(state["optimizer"]["param_state"])
+            for moments in inner.state.values():
+                moments["step"] = torch.tensor(float(num_updates))
+        else:
+            self._optimizer.load_state_dict(state["optimizer"])
+        self.num_updates = num_updates
 
 
 class _HeadReady(torch.autograd.Function):
