@@ -59,13 +59,21 @@ def own(tmp_path):
 
 
 def alive(pids, limit_s=2.0):
-    """Those that still run after the limit; zombies do not."""
+    """Those that still run after the limit."""
     deadline = time.monotonic() + limit_s
     while True:
-        left = [pid for pid in pids if psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE]
+        left = [pid for pid in pids if runs(pid)]
         if not left or time.monotonic() > deadline:
             return left
         time.sleep(0.02)
+
+
+def runs(pid):
+    """Zombies do not."""
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def when(path, action):

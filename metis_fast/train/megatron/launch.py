@@ -12,6 +12,7 @@ import queue
 import secrets
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -40,8 +41,8 @@ from metis_fast.train.megatron.wire import (
     Kind,
     Message,
     Welcome,
+    pack,
     parse_address,
-    watch_peer,
 )
 
 _POLL_S = 0.1
@@ -50,7 +51,7 @@ _PING_S = 2.0
 _SILENCE_S = 45.0
 _START_S = 50.0  # until a rank on this machine connects: a cold interpreter on a busy machine, with room
 _NEWS_S = 5.0  # between two lines that say who is missing
-_HANDSHAKE_S = 10.0
+_HANDSHAKE_S = 10
 _AGREE_S = 10.0  # after the first rank has left a call by an exception: the others do so at the same place, or hang
 _SETTLE_S = 1.0  # after a rank died of a broken collective operation: that of the rank which broke it follows
 _LEAVE_S = 30.0  # for ranks told to stop
@@ -76,7 +77,7 @@ class _Rank:
 class _Arrival(NamedTuple):
     """What came of a connection. problem: why it is not let in."""
 
-    connection: Connection
+    channel: Channel | None
     hello: Hello | None
     problem: str
 
@@ -197,8 +198,8 @@ class Ranks:
             for number in missing:
                 self._look_at(number)
             if wait([server], 0):
-                connection = Connection(server.accept()[0].detach())
-                threading.Thread(target=_shake_hands, args=(connection, key.encode(), arrivals), daemon=True).start()
+                sock = server.accept()[0]
+                threading.Thread(target=_shake_hands, args=(sock, key.encode(), arrivals), daemon=True).start()
             while not arrivals.empty():
                 arrival = arrivals.get()
                 turned_away = self._admit(arrival, welcome) or turned_away
@@ -218,9 +219,8 @@ class Ranks:
 
     def _admit(self, arrival: _Arrival, welcome: Welcome) -> str:
         """Let a rank in; returns what to tell about one that is not."""
-        connection, hello, problem = arrival
-        if hello is None:
-            connection.close()
+        channel, hello, problem = arrival
+        if channel is None or hello is None:
             return f" ({problem})"
         number = hello.rank
         if hello.version != __version__:
@@ -235,13 +235,12 @@ class Ranks:
                 f"two ranks with number {number}, on {self._ranks[number].host} and on {hello.host}; give each its own "
                 "(--rank, or one srun task a rank)"
             )
-        channel = Channel(connection)
         with contextlib.suppress(OSError):  # it is gone again: the next look at it says so
             channel.send(*((Kind.REFUSED, 0, problem) if problem else (Kind.WELCOME, 0, welcome)))
         if problem:
-            connection.close()
+            channel.close()
             raise ConfigError(problem)
-        watch_peer(connection, self._silence_s)
+        channel.limit(self._silence_s)
         rank = self._ranks[number]
         rank.channel, rank.host = channel, hello.host
         return ""
@@ -272,7 +271,7 @@ class Ranks:
         number = self._number = self._number + 1
         # rank 0's first: what cannot be pickled then leaves the others where they are
         for i in range(len(self._ranks)):
-            self._send(i, Kind.CALL, number, call if i == 0 else None)
+            self._send(i, Kind.CALL, number, pack(call) if i == 0 else None)
         ended: dict[int, Message] = {}
         agree = float("inf")
         interrupted: Interrupted | None = None
@@ -326,8 +325,7 @@ class Ranks:
         return {rank.channel.fileno(): i for i, rank in enumerate(self._ranks) if rank.channel is not None}
 
     def _lost(self, number: int, error: OSError | EOFError) -> TrainerError:
-        # EAGAIN: the time-out of `watch_peer`
-        return self._silent(number) if isinstance(error, BlockingIOError) else self._obituary({number: None})
+        return self._silent(number) if isinstance(error, TimeoutError) else self._obituary({number: None})
 
     @property
     def _silence_s(self) -> float:
@@ -475,19 +473,22 @@ def _start(number: int, num_ranks: int, where: str, key: str, logs: Path) -> _Ra
     return _Rank(process, log)
 
 
-def _shake_hands(connection: Connection, key: bytes, arrivals: queue.SimpleQueue[_Arrival]) -> None:
+def _shake_hands(sock: socket.socket, key: bytes, arrivals: queue.SimpleQueue[_Arrival]) -> None:
     """In a thread of its own, since whoever connected may say nothing."""
-    try:
-        watch_peer(connection, _HANDSHAKE_S)
-        deliver_challenge(connection, key)
-        answer_challenge(connection, key)
-        hello = Channel(connection).receive().value()
-    except AuthenticationError:
-        arrivals.put(_Arrival(connection, None, f"a process with another {KEY} was turned away"))
-    except (EOFError, OSError):
-        arrivals.put(_Arrival(connection, None, "a connection that is not a rank's was turned away"))
-    else:
-        arrivals.put(_Arrival(connection, hello, ""))
+    limit = struct.pack("ll", _HANDSHAKE_S, 0)  # the kernel's: Python's makes the descriptor one that does not block
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
+    with Connection(sock.detach()) as connection:
+        try:
+            deliver_challenge(connection, key)
+            answer_challenge(connection, key)
+            channel = Channel(connection, _HANDSHAKE_S)
+            hello = channel.receive().value()
+        except AuthenticationError:
+            arrivals.put(_Arrival(None, None, f"a process with another {KEY} was turned away"))
+        except (EOFError, OSError):
+            arrivals.put(_Arrival(None, None, "a connection that is not a rank's was turned away"))
+        else:
+            arrivals.put(_Arrival(channel, hello, ""))
 
 
 def _last_word(rank: _Rank) -> Message | None:

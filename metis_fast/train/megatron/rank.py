@@ -39,7 +39,7 @@ from metis_fast.train.megatron.wire import (
     Message,
     Welcome,
     parse_address,
-    watch_peer,
+    unpack,
 )
 
 if TYPE_CHECKING:
@@ -137,10 +137,9 @@ def run(address: str, number: int | None, wait_s: float) -> int:
         _follow(parent)
     faulthandler.enable()
     connection = _connect((host, port), key, 0.0 if parent else wait_s)
-    watch_peer(connection)
-    # a forked process that held it open would hide the death of this one
-    os.register_at_fork(after_in_child=connection.close)
     channel = Channel(connection)
+    # a forked process that held it open would hide the death of this one
+    os.register_at_fork(after_in_child=channel.close)
     try:
         channel.send(Kind.HELLO, 0, Hello(number, __version__, socket.gethostname(), os.getpid()))
         answer = channel.receive()
@@ -287,11 +286,12 @@ def _share(message: Message, context: Context) -> Call:
     import torch
     import torch.distributed as dist
 
-    size = torch.tensor([len(message.body)])
+    data = message.value() or bytearray()
+    size = torch.tensor([len(data)])
     dist.broadcast(size, group=context.control, group_src=0)
-    data = bytearray(message.body if context.rank == 0 else int(size))
+    data = data or bytearray(int(size))
     dist.broadcast(torch.frombuffer(data, dtype=torch.uint8), group=context.control, group_src=0)
-    return Message(message.kind, message.number, memoryview(data)).value()
+    return unpack(data)
 
 
 def _die(error: BaseException, channel: Channel, started: bool) -> NoReturn:
