@@ -32,6 +32,7 @@ from metis_fast.score.protocol import Judge
 from metis_fast.sync import push_weights
 from metis_fast.tools import open_toolbox
 from metis_fast.tools.protocol import Toolbox
+from metis_fast.train.megatron.backend import MegatronTrainer
 from metis_fast.train.protocol import Trainer, TrainerState
 from metis_fast.train.torch_backend import TorchTrainer
 from metis_fast.types import Prompt
@@ -103,21 +104,27 @@ class Parts:
             self.log.truncate(0)
             return 0
         state = loaded.state
-        self.trainer.load(TrainerState(state.tensors, state.scalars["trainer"]))
+        self.trainer.load(TrainerState(state.tensors, state.scalars["trainer"]), loaded.path)
         self.cursor.restore(CursorState(**state.scalars["cursor"]))
         self._wall_before = float(state.scalars["wall_s"])
         self._saved = state.step
-        push_weights(self.engine, state.step)
+        self.sync(state.step)
         self.log.truncate(state.step)
         restore_rng(state.rng)
         self._boundary = self._here()
         return state.step
 
+    def sync(self, version: int) -> None:
+        """Let the engine sample with the trainer's weights. version: training steps done."""
+        push_weights(self.engine, self.policy, self.trainer.weights(), version)
+
     def _here(self) -> _Boundary:
         return _Boundary(self.cursor.state(), self.trainer.num_updates, capture_rng())
 
     def finished(self, step: int) -> None:
-        """A step is whole: from here on, `step + 1` is what a checkpoint holds."""
+        """A step is whole: from here on, `step + 1` is what a checkpoint holds. One that was being written meanwhile is put in
+        place."""
+        self.checkpoints.finish()
         self._boundary = self._here()
 
     def save(self, step: int, score: tuple[float, ...] | None) -> None:
@@ -126,11 +133,12 @@ class Parts:
         assert at.num_updates == self.trainer.num_updates
         trainer = self.trainer.state()
         scalars = {"cursor": asdict(at.cursor), "wall_s": self.wall_s, "trainer": trainer.scalars}
-        self.checkpoints.save(step, ResumeState(step, trainer.tensors, scalars, at.rng), score)
+        self.checkpoints.save(step, ResumeState(step, trainer.tensors, scalars, at.rng, trainer.shards), score)
         self._saved = step
 
     def save_boundary(self, step: int) -> None:
         """Checkpoint the last whole step, unless that is done or an optimizer step of the next one was already taken."""
+        self.checkpoints.finish()
         if self._saved != step and step > 0 and self._boundary.num_updates == self.trainer.num_updates:
             self.save(step, None)
 
@@ -146,8 +154,8 @@ def save_config(config: Config) -> None:
     text = config_module.to_yaml(config)
     if path.exists():
         old = config_module.load(path)
-        # what may change between resumptions: where the folder lies, how long to train, what to watch
-        free = {"run": {"dir"}, "train": {"steps"}, "log": True, "checkpoint": True, "eval": {"every"}}
+        # what may change between resumptions: where the folder lies, how long to train, how the model is cut, what to watch
+        free = {"run": {"dir"}, "train": {"steps", "megatron"}, "log": True, "checkpoint": True, "eval": {"every"}}
         if _fixed(old, free) != _fixed(config, free):
             changed = _first_difference(_fixed(old, free), _fixed(config, free))
             raise ConfigError(
@@ -181,6 +189,12 @@ def _first_difference(old: dict[str, object], new: dict[str, object]) -> str:
     return f"{key} ({then.get(key)!r}, now {value!r})"
 
 
+def _open_trainer(config: Config, policy: Policy, total_steps: int, interrupts: Interrupts) -> Trainer:
+    if config.train.backend == "torch":
+        return TorchTrainer(policy, config, config.train.optim, total_steps)
+    return MegatronTrainer(config, config.train.optim, total_steps, policy.folder, policy.model.config, interrupts.check)
+
+
 @contextmanager
 def open_parts(config: Config, interrupts: Interrupts, training: bool = True) -> Iterator[Parts]:
     """Open everything that a run needs, cheapest checks first, and close it in reverse order.
@@ -190,8 +204,6 @@ def open_parts(config: Config, interrupts: Interrupts, training: bool = True) ->
     """
     if config.rollout.engine != "native":
         raise ConfigError("rollout.engine=vllm is not in this release; set rollout.engine=native")
-    if config.train.backend != "torch":
-        raise ConfigError("train.backend=megatron is not in this release; set train.backend=torch")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError(
             "this release runs rollouts in one process, but WORLD_SIZE="
@@ -221,7 +233,8 @@ def open_parts(config: Config, interrupts: Interrupts, training: bool = True) ->
         if training:
             save_config(config)
             updates = config.train.steps * config.rollout.prompts_per_step // config.train.prompts_per_mini_batch
-            trainer = TorchTrainer(policy, config, config.train.optim, updates)
+            trainer = _open_trainer(config, policy, updates, interrupts)
+            stack.callback(trainer.close)
         parts = Parts(config, interrupts, policy, engine, toolbox, judge, trainer, files, heldout)
         if training:
             stack.callback(parts.log.close)

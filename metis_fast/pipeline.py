@@ -10,7 +10,7 @@ from typing import TypeVar
 
 from metis_fast.checkpoint.export import export_policy
 from metis_fast.config import Config
-from metis_fast.errors import CheckpointError, Interrupted, MetisError, NonFiniteError
+from metis_fast.errors import CheckpointError, Interrupted, MetisError, NonFiniteError, TrainerError
 from metis_fast.interrupt import Interrupts
 from metis_fast.parts import Parts, open_parts
 from metis_fast.report.html import write_report
@@ -21,7 +21,6 @@ from metis_fast.report.summary import Summary, write_summary
 from metis_fast.rollout.episode import collect
 from metis_fast.rollout.store import RolloutStore
 from metis_fast.score.scoring import score_groups
-from metis_fast.sync import push_weights
 from metis_fast.types import Group, Outcome, Prompt, ScoredGroup, Slice, StepStats, UpdateStats
 
 T = TypeVar("T")
@@ -51,10 +50,11 @@ def train(config: Config, seconds_before: float = 0.0) -> Summary | None:
                 groups = clock("rollout", _rollout(parts, prompts, f"train/{step}"))
                 scored = clock("score", _score(parts, groups))
                 updates = clock("update", _update(parts, scored, step))
-                clock("sync", push_weights(parts.engine, step + 1))
+                clock("sync", parts.sync(step + 1))
                 clock("store", _store(parts, scored, step))
                 parts.log.step(_step_stats(parts, step, scored, updates, clock.seconds))
                 parts.finished(step)
+        parts.checkpoints.finish()
         export_policy(parts.policy, config.run.dir / "trained")
         return _summarise(parts, seconds_before)
 
@@ -84,7 +84,7 @@ def _saved_on_failure(parts: Parts, step: int) -> Iterator[None]:
     try:
         yield
     except (Interrupted, MetisError) as error:
-        if not isinstance(error, CheckpointError):
+        if not isinstance(error, CheckpointError | TrainerError):  # after these there is nothing that could be saved
             parts.save_boundary(step)
         raise
 

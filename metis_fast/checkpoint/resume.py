@@ -2,6 +2,7 @@
 
     checkpoints/
       step-000010/               one folder a checkpoint; only whole ones have such a name
+        trainer/                 what the Megatron back end's ranks wrote
         manifest.json            step, score, size and SHA-256 of every file
         state.json               scalars, random state, names of tensors that share memory
         tensors-00000.safetensors, ...
@@ -16,7 +17,7 @@ import json
 import logging
 import math
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,11 +33,24 @@ from metis_fast.checkpoint.rng import RngState
 from metis_fast.errors import CheckpointError
 
 _STATE = "state.json"
+_TENSORS = "tensors-"
 _STEP = "step-"
 _SHARD_BYTES = 1 << 30  # a file is copied to host memory at a time; small enough to hash several in parallel
 _HEADER_BYTES = 512  # safetensors header and manifest entry of one tensor or file, generously
 
 _log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Shards:
+    """Files that a trainer writes into a checkpoint by itself, while the run goes on.
+
+    begin: start writing into the checkpoint's folder, from a copy; finish: wait until all is there. num_bytes: about how much.
+    """
+
+    begin: Callable[[Path], None]
+    finish: Callable[[], None]
+    num_bytes: int
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -47,13 +61,14 @@ class ResumeState:
     tensors: flat dotted names -> weights, masters, optimizer moments (names: `params.py`), any device and layout; loaded ones
     are contiguous and on the CPU. Names that shared one tensor when saved share one when loaded.
     scalars: data cursor, counters, metrics; JSON values only (tuples come back as lists).
-    rng: from `capture_rng`.
+    rng: from `capture_rng`. shards: what is written beside the tensors; it is not read back here.
     """
 
     step: int
     tensors: Mapping[str, torch.Tensor] = field(repr=False)
     scalars: Mapping[str, Any]
     rng: RngState = field(repr=False)
+    shards: Shards | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -86,6 +101,7 @@ class CheckpointStore:
         self._folder = folder
         self._keep_last = keep_last
         self._free_bytes = free_bytes
+        self._writing: Iterator[None] | None = None
         try:
             folder.mkdir(parents=True, exist_ok=True)
             clean_leftovers(folder)
@@ -95,7 +111,8 @@ class CheckpointStore:
     def save(self, step: int, state: ResumeState, score: tuple[float, ...] | None) -> Path:
         """Write a checkpoint, then delete those that are neither among the newest nor the best.
 
-        A checkpoint of the same step is replaced. Until the new one is flushed to disk and in place, no other is touched.
+        A checkpoint of the same step is replaced. Until the new one is flushed to disk and in place, no other is touched. One
+        with `state.shards` is there only after `finish`, which the next `save` calls too; a run may go on in between.
 
         score: compared as a tuple, larger is better (accuracy, then minus tool calls); None if the step was not evaluated.
 
@@ -111,7 +128,36 @@ class CheckpointStore:
         document = json.dumps({"scalars": state.scalars, "rng": state.rng.to_json(), "aliases": aliases})
         shards = _shards(tensors)
         needed = sum(map(_num_bytes, tensors.values())) + len(document) + _HEADER_BYTES * (len(tensors) + len(shards) + 4)
+        needed += state.shards.num_bytes if state.shards is not None else 0
+        self.finish()
         target = self._folder / f"{_STEP}{step:06d}"
+        self._writing = self._write(target, document, shards, state.shards, needed, step, score)
+        next(self._writing, None)
+        if state.shards is None:
+            self.finish()
+        return target
+
+    def finish(self) -> None:
+        """Wait for the checkpoint that is being written, if there is one, and put it in place.
+
+        Raises:
+            CheckpointError: as `save`.
+        """
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            next(writing, None)
+
+    def _write(
+        self,
+        target: Path,
+        document: str,
+        shards: list[dict[str, torch.Tensor]],
+        others: Shards | None,
+        needed: int,
+        step: int,
+        score: tuple[float, ...] | None,
+    ) -> Iterator[None]:
+        """Yields once where the run may go on."""
         known = self._manifests()
         sequence = 1 + max((manifest.sequence for manifest in known.values()), default=0)
         free: int | None = None
@@ -122,11 +168,15 @@ class CheckpointStore:
             with new_folder(target) as tmp:
                 (tmp / _STATE).write_text(document, encoding="utf-8")
                 files = {_STATE: entry_of(tmp / _STATE)} | _write_shards(tmp, shards)
+                if others is not None:
+                    others.begin(tmp)
+                    yield
+                    others.finish()
+                    files |= _entries(tmp, files)
                 write_manifest(tmp, Manifest(step=step, sequence=sequence, score=score, files=files))
         except (OSError, SafetensorError) as error:
             raise self._failure(target, str(error), needed, free) from error
         self._prune()
-        return target
 
     def latest(self) -> LoadedCheckpoint | None:
         """The checkpoint that was saved last; if it is damaged, the one before it, with a warning. None if there is none.
@@ -290,12 +340,20 @@ def _shards(tensors: Mapping[str, torch.Tensor]) -> list[dict[str, torch.Tensor]
 
 def _write_shards(folder: Path, shards: list[dict[str, torch.Tensor]]) -> dict[str, Entry]:
     def write(index: int) -> tuple[str, Entry]:
-        path = folder / f"tensors-{index:05d}.safetensors"
+        path = folder / f"{_TENSORS}{index:05d}.safetensors"
         save_file({name: _own_memory(tensor) for name, tensor in shards[index].items()}, path)
         return path.name, entry_of(path)
 
     with ThreadPoolExecutor(THREADS) as pool:
         return dict(pool.map(write, range(len(shards))))
+
+
+def _entries(folder: Path, known: Collection[str]) -> dict[str, Entry]:
+    """Of all files below a folder that are not known yet."""
+    names = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file()]
+    new = [name for name in names if name not in known]
+    with ThreadPoolExecutor(THREADS) as pool:
+        return dict(zip(new, pool.map(lambda name: entry_of(folder / name), new), strict=True))
 
 
 def _own_memory(tensor: torch.Tensor) -> torch.Tensor:
@@ -311,7 +369,7 @@ def _read(path: Path) -> LoadedCheckpoint:
         verify(path, manifest)
         document = json.loads((path / _STATE).read_text(encoding="utf-8"))
         for name in manifest.files:
-            if name != _STATE:
+            if name.startswith(_TENSORS):
                 # Cloned out of the file mapping, which would keep the space of a deleted checkpoint in use.
                 tensors |= {key: tensor.clone() for key, tensor in load_file(path / name).items()}
     except (OSError, SafetensorError) as error:

@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from metis_fast.model import Policy
 from metis_fast.rollout.native import NativeEngine
 
 
-def push_weights(engine: NativeEngine, version: int) -> None:
-    """The native engine runs the trainer's own module: nothing is copied, only the version moves.
+@torch.no_grad()
+def push_weights(engine: NativeEngine, policy: Policy, weights: Iterator[tuple[str, Tensor]], version: int) -> None:
+    """Copy a trainer's weights into the policy that the engine runs; nothing where the trainer's own module is that policy.
 
-    version: optimizer-visible training steps done; `Rollout.weight_version` of what is sampled from here on.
+    weights: by Hugging Face names, all of them or none. version: optimizer-visible training steps done;
+    `Rollout.weight_version` of what is sampled from here on.
     """
+    live = dict(policy.model.named_parameters())  # a tied LM head is in it once
+    left = set(live)
+    for name, tensor in weights:
+        live[name].copy_(tensor)
+        left.discard(name)
+    assert not left or len(left) == len(live), f"the trainer sent no {sorted(left)[:3]}"
     engine.weight_version = version

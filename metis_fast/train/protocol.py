@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 from torch import Tensor
 
+from metis_fast.checkpoint.resume import Shards
 from metis_fast.types import Rollout, ScoredGroup, UpdateStats
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TrainerState:
-    """What a trainer needs to go on as if it had never stopped: flat dotted names -> tensors, and JSON values."""
+    """What a trainer needs to go on as if it had never stopped: flat dotted names -> tensors, and JSON values.
+
+    shards: what it writes by itself, from processes of its own.
+    """
 
     tensors: Mapping[str, Tensor]
     scalars: Mapping[str, Any]
+    shards: Shards | None = None
 
 
 class Trainer(Protocol):
@@ -46,8 +52,16 @@ class Trainer(Protocol):
         """Weights, float32 masters, optimizer moments, counters; tensors may share memory with the trainer."""
         ...
 
-    def load(self, state: TrainerState) -> None:
-        """Take over a saved state, in place.
+    def close(self) -> None:
+        """End what it has started."""
+        ...
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Every weight by its Hugging Face name, one after the other; nothing from a trainer whose module the engine runs."""
+        ...
+
+    def load(self, state: TrainerState, folder: Path) -> None:
+        """Take over a saved state, in place. folder: of the checkpoint, where `shards` were written.
 
         Raises:
             CheckpointError: it belongs to another model, another `model.freeze` or another optimizer.

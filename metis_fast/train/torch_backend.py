@@ -6,8 +6,9 @@ Shape letters: T tokens of the loss of a pack, H hidden size, V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -106,7 +107,14 @@ class TorchTrainer:
             scalars[name] = flat.scalars
         return TrainerState(tensors, scalars)
 
-    def load(self, state: TrainerState) -> None:
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """See `Trainer`: the engine runs this module."""
+        return iter(())
+
+    def close(self) -> None:
+        """See `Trainer`."""
+
+    def load(self, state: TrainerState, folder: Path | None = None) -> None:
         """See `Trainer`."""
         for name, _ in self.optimizer.named():
             if name not in state.scalars:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from datetime import timedelta
 from itertools import product
+from typing import Any, cast
 
 import torch.distributed as dist
 from megatron.core import parallel_state
@@ -27,7 +28,8 @@ def build(layout: MegatronConfig, timeout: timedelta) -> ProcessGroupCollection:
             for stage, data, tensor in product(stages, datas, tensors)
         )
         if ranks not in made:
-            made[ranks] = dist.new_group(list(ranks), timeout=timeout, use_local_synchronization=True)
+            new = dist.new_group(list(ranks), timeout=timeout, use_local_synchronization=True)
+            made[ranks] = cast(dist.ProcessGroup, new)  # this rank is in it
         return made[ranks]
 
     def only(index: int) -> range:
@@ -39,7 +41,7 @@ def build(layout: MegatronConfig, timeout: timedelta) -> ProcessGroupCollection:
     last = layout.pipeline_parallel - 1
     # scratch memory of sequence parallelism, the one global of Megatron-core that cannot be passed
     parallel_state._set_global_memory_buffer()
-    groups = ProcessGroupCollection()
+    groups: Any = ProcessGroupCollection()  # its annotations leave out that a group may be None
     groups.tp = group(tensors, data, stage)
     groups.pp = group(tensor, data, stages)
     groups.dp = groups.dp_cp = groups.intra_dp_cp = group(tensor, datas, stage)

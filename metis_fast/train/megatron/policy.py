@@ -195,6 +195,8 @@ class MegatronPolicy(LanguageModule):
             if vision is not None:
                 vision._attn_implementation = "sdpa"
                 self.visual = cast(Qwen3VLVisionModel, Qwen3VLVisionModel._from_config(vision, dtype=transformer.params_dtype))
+                if transformer.recompute_granularity is not None and vision_trained:
+                    self.visual.gradient_checkpointing_enable({"use_reentrant": False})
         num_layers = chunk.stop - chunk.start
         spec = layer_spec(with_transformer_engine and has_transformer_engine())
         self.decoder = Decoder(

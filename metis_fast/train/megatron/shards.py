@@ -22,8 +22,9 @@ from megatron.core.dist_checkpointing.strategies.torch import (
     _replace_state_dict_keys_with_sharded_keys,
     mcore_to_pyt_state_dict,
 )
-from torch.distributed import checkpoint
+from torch.distributed.checkpoint import state_dict_saver as dcp
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
 from metis_fast.errors import CheckpointError
 
@@ -39,7 +40,7 @@ class _Strategy(SaveShardedStrategy):
         self.writing: Future[Any] | None = None
 
     @property
-    def can_handle_sharded_objects(self) -> bool:
+    def can_handle_sharded_objects(self) -> bool:  # pyright: ignore[reportIncompatibleMethodOverride] (annotated as False)
         return True
 
     def save(self, sharded_state_dict: ShardedStateDict, checkpoint_dir: str | Path) -> None:
@@ -51,9 +52,9 @@ class _Strategy(SaveShardedStrategy):
                 part.data = part.data.detach().to("cpu", copy=True)
         thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self.writing = thread.submit(
-            checkpoint.save,
+            dcp.save,
             mcore_to_pyt_state_dict(named, False),
-            storage_writer=checkpoint.FileSystemWriter(checkpoint_dir, thread_count=_THREADS),
+            storage_writer=FileSystemWriter(checkpoint_dir, thread_count=_THREADS),
             # Megatron-core decides who writes what several ranks have
             planner=MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
             process_group=self._group,

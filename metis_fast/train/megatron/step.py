@@ -30,7 +30,7 @@ from transformers import AutoConfig
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from metis_fast.checkpoint.safetensors_folder import FolderReader
-from metis_fast.config import Config, OptimConfig
+from metis_fast.config import OptimConfig
 from metis_fast.errors import CheckpointError, NonFiniteError
 from metis_fast.model import ImagePreparer
 from metis_fast.train.flops import FlopModel
@@ -38,6 +38,7 @@ from metis_fast.train.megatron import cpu, groups, layout, shards
 from metis_fast.train.megatron import names as hf_names
 from metis_fast.train.megatron.policy import MegatronPolicy, PassInput, megatron_config
 from metis_fast.train.megatron.rank import Aborted
+from metis_fast.train.megatron.task import StepResult, Task
 from metis_fast.train.minibatch import MiniBatch, Trained, denominators, names, pack_logprobs, pack_loss, plan, prunes
 from metis_fast.train.optimizer import Schedule
 from metis_fast.train.pack import Family, Pack, Sample, balance, build, filler, split
@@ -57,25 +58,6 @@ class Context(Protocol):
     def aborted(self) -> bool:
         """Whether the run asked to leave what is being done; all ranks ask together and hear the same."""
         ...
-
-
-@dataclass(frozen=True, slots=True)
-class Task:
-    """What ranks are started with. folder: the model's; total_steps: optimizer steps of the run, for the schedule."""
-
-    config: Config
-    folder: Path
-    optim: OptimConfig
-    total_steps: int
-
-
-@dataclass(frozen=True, slots=True)
-class StepResult:
-    """One optimizer step. table: a row of `pack_loss` for every pack of all replicas, with the rollouts it is of."""
-
-    table: list[tuple[list[float], str]]
-    norm: float
-    lr: float
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -161,6 +143,7 @@ class Worker:
     def _load_weights(self, folder: Path) -> None:
         """Read what this rank holds from a Hugging Face folder, slice by slice."""
         with FolderReader(folder) as reader, torch.no_grad():
+            reader.check(hf_names.hf_shapes(self._hf), hf_names.may_have(self._hf))
             for policy, chunk in zip(self._policies, self._chunks, strict=True):
                 own = dict(policy.named_parameters())
                 for param in hf_names.params(self._layout, self._hf, chunk):
@@ -276,8 +259,8 @@ class Worker:
         several = len(self._models) > 1
         return self._run_schedule(
             forward_step_func=step,
-            data_iterator=sources if several else sources[0],
-            model=self._models if several else self._models[0],
+            data_iterator=cast(Any, sources if several else sources[0]),
+            model=cast(Any, self._models if several else self._models[0]),
             num_microbatches=len(passes),
             seq_length=0,  # lengths vary, stages tell each other
             micro_batch_size=1,

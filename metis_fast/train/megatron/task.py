@@ -1,0 +1,27 @@
+"""What the run and its ranks hand each other. Needs no megatron."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from metis_fast.config import Config, OptimConfig
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """What ranks are started with. folder: the model's; total_steps: optimizer steps of the run, for the schedule."""
+
+    config: Config
+    folder: Path
+    optim: OptimConfig
+    total_steps: int
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """One optimizer step. table: a row of `pack_loss` for every pack of all replicas, with the rollouts it is of."""
+
+    table: list[tuple[list[float], str]]
+    norm: float
+    lr: float
