@@ -17,7 +17,18 @@ from metis_fast import config as config_module
 from metis_fast.report.log import read_evaluations
 
 _CONFIGS = sorted((HERE.parents[1] / "configs").glob("*.yaml"))
-_VERBS = (["demo"], ["train"], ["sft"], ["eval"], ["config"], ["data", "check"], ["data", "demo"], ["report"], ["bench"])
+_VERBS = (
+    ["demo"],
+    ["train"],
+    ["sft"],
+    ["eval"],
+    ["config"],
+    ["data", "check"],
+    ["data", "demo"],
+    ["report"],
+    ["rank"],
+    ["bench"],
+)
 
 
 @pytest.mark.parametrize("verb", _VERBS, ids=" ".join)

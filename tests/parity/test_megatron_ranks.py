@@ -236,11 +236,13 @@ def test_a_second_interrupt_kills_the_ranks(own, tmp_path):
     assert not alive(pids)
 
 
-def test_a_stream_left_early_ends_the_ranks(own):
+def test_an_error_amid_a_stream_ends_the_ranks_at_once(own):
     ranks, pids = own
-    stream = ranks.stream("items", 30)
-    next(stream)
-    stream.close()
+    started = time.monotonic()
+    with pytest.raises(OSError, match="disk full"), ranks:
+        for _ in ranks.stream("items", 30):
+            raise OSError("disk full")
+    assert time.monotonic() - started < 5
     assert not alive(pids)
 
 

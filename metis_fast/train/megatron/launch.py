@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import queue
+import resource
 import secrets
 import signal
 import socket
@@ -49,6 +50,7 @@ _POLL_S = 0.1
 _PING_S = 2.0
 # A live rank answers a ping in milliseconds; what may keep its thread from it is a long call that holds the interpreter lock.
 _SILENCE_S = 45.0
+_START_SILENCE_S = 300.0  # before it is ready: loading CUDA's libraries from a cold network disk is such a call
 _START_S = 50.0  # until a rank on this machine connects: a cold interpreter on a busy machine, with room
 _NEWS_S = 5.0  # between two lines that say who is missing
 _HANDSHAKE_S = 10
@@ -102,8 +104,9 @@ class Ranks:
         self._ranks = [_Rank() for _ in range(layout.num_ranks)]
         self._number = 0
         self._pinged = 0.0
-        self._ready = False  # before, ranks import libraries, which may hold their interpreter locks for long
+        self._ready = False
         self._open = self._in_step = True
+        _allow_files(layout.num_ranks)
         try:
             with _listen(layout) as server, _store_socket(server) as store_socket:
                 host, port = store_socket.getsockname()
@@ -166,7 +169,7 @@ class Ranks:
     def close(self) -> None:
         """Let the ranks end by themselves, kill those that do not within half a minute, and wait until all are gone."""
         try:
-            if self._open:
+            if self._open and self._in_step:
                 self._dismiss()
         finally:
             self._kill()
@@ -325,7 +328,14 @@ class Ranks:
         return {rank.channel.fileno(): i for i, rank in enumerate(self._ranks) if rank.channel is not None}
 
     def _lost(self, number: int, error: OSError | EOFError) -> TrainerError:
-        return self._silent(number) if isinstance(error, TimeoutError) else self._obituary({number: None})
+        """Why the job ends, of a rank that could not be read or written to."""
+        if isinstance(error, TimeoutError):
+            return self._silent(number, self._silence_s)
+        message: Message | None
+        while (message := _last_word(self._ranks[number])) is not None:  # a write fails before its last words are read
+            if message.kind is Kind.DIED:
+                return self._obituary({number: message.value()})
+        return self._obituary({number: None})
 
     @property
     def _silence_s(self) -> float:
@@ -355,18 +365,18 @@ class Ranks:
                 raise self._obituary({i: message.value()})
             if message.kind is not Kind.PONG:
                 messages.append((i, message))
-        limit_s = self._silence_s if self._ready else max(self._silence_s, self._layout.timeout_s)
+        limit_s = self._silence_s if self._ready else min(_START_SILENCE_S, self._layout.timeout_s)
         for i in joined.values():  # those that had nothing to read: an answer that waits in the socket counts
             pinged = self._ranks[i].pinged
             if pinged is not None and time.monotonic() > pinged + limit_s:
-                raise self._silent(i)
+                raise self._silent(i, limit_s)
         return messages
 
     # -- ends -----------------------------------------------------------------------------------------------------------
 
-    def _silent(self, number: int) -> TrainerError:
+    def _silent(self, number: int, limit_s: float) -> TrainerError:
         return TrainerError(
-            f"{self._name(number)} has not answered for {self._silence_s:g} s, so it hangs or its machine is gone"
+            f"{self._name(number)} has not answered for {limit_s:g} s, so it hangs or its machine is gone"
             f"{self._log(number)}; {_AGAIN}"
         )
 
@@ -443,6 +453,15 @@ def _listen(layout: MegatronConfig) -> socket.socket:
             f"cannot listen at train.megatron.listen={layout.listen} ({error.strerror or error}); give an address of this "
             "machine and a free port (0: any)"
         ) from None
+
+
+def _allow_files(num_ranks: int) -> None:
+    """A rank takes a descriptor here and several in the store (one a process group); 1024 is a usual limit."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 1024 + 64 * num_ranks
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        allowed = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
 
 
 def _store_socket(server: socket.socket) -> socket.socket:
