@@ -29,7 +29,8 @@ from metis_fast.train.megatron import names
 from metis_fast.train.megatron.layout import check, chunks
 from metis_fast.train.megatron.names import Param, fuse, hf_shapes, local, params, split, verify, whole
 
-CONFIG_8B = Path(__file__).parents[2] / "configs" / "qwen3vl_8b.json"
+ROOT = Path(__file__).parents[2]
+CONFIG_8B = ROOT / "configs" / "qwen3vl_8b.json"
 TEXT: dict[str, Any] = {
     "vocab_size": 40, "hidden_size": 24, "intermediate_size": 20, "num_hidden_layers": 4, "num_attention_heads": 8,
     "num_key_value_heads": 4, "head_dim": 6,
@@ -388,3 +389,13 @@ def test_weights_that_are_there_are_compared_with_the_config(tmp_path, capsys):
     (tmp_path / "config.json").unlink()
     assert cli.main(["weights", "map", str(tmp_path)]) == 2
     assert "config.json" in capsys.readouterr().err
+
+
+def test_the_commands_of_the_documentation_run_as_they_stand(monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    page = (ROOT / "docs" / "checkpoints.md").read_text(encoding="utf-8")
+    commands = [line.split()[1:] for line in page.splitlines() if line.startswith("    metis-fast weights ")]
+    assert len(commands) == 3
+    for command in commands:
+        assert cli.main(command) == 0
+        assert "750" in capsys.readouterr().out
