@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +29,7 @@ from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.transformer_block import TransformerBlock, TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
-from megatron.core.utils import make_viewless_tensor
+from megatron.core.utils import make_tp_sharded_tensor_for_checkpoint, make_viewless_tensor
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
@@ -310,6 +310,28 @@ class MegatronPolicy(LanguageModule):
             return torch.cat([parts[i] for i in order])
 
         return ordered(out.pooler_output), [ordered(layer) for layer in out.deepstack_features]
+
+    def tie_embeddings_and_output_weights_state_dict(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        sharded_state_dict: dict[str, Any],
+        output_layer_weight_key: str,
+        first_stage_word_emb_key: str,
+        metadata: dict[str, Any],
+    ) -> None:
+        """In a checkpoint the last stage's copy of a tied embedding is that of the first one.
+
+        Megatron-core's own asks its globals for the data-parallel rank.
+        """
+        if self.pre_process or not self.post_process:
+            return
+        sharded_state_dict[output_layer_weight_key] = make_tp_sharded_tensor_for_checkpoint(
+            tensor=self.output_layer.weight,
+            key=first_stage_word_emb_key,
+            replica_id=(1, 0, metadata["dp_cp_group"].rank()),
+            allow_shape_mismatch=True,
+            tp_group=self.pg_collection.tp,
+            dp_cp_group=metadata["dp_cp_group"],
+        )
 
     def whole_hidden(self, hidden_NBH: Tensor) -> Tensor:
         """The last chunk's output as the LM head takes it, [N, H] on every rank; its gradients are summed over the ranks."""
