@@ -244,7 +244,8 @@ class MegatronConfig(_Section):
     pipeline_parallel: Positive = 1
     """Stages of layers, run one-forward-one-backward."""
     virtual_pipeline: Positive = 1
-    """Chunks of layers a stage (interleaved schedule). Passes are filled up to a multiple of `pipeline_parallel`."""
+    """Chunks of layers a stage (interleaved schedule). Passes are padded to one length, and their number is filled up to a
+    multiple of `pipeline_parallel`."""
     data_parallel: Positive = 1
     """Replicas, each with its share of the packs; weights' states are split over them."""
     sequence_parallel: bool = False

@@ -515,16 +515,16 @@ def test_a_signal_before_the_first_step_leaves_weights_and_state(load_tiny, grou
 # -- the loss it computes -------------------------------------------------------------------------------------------------
 
 
-def derived_gradient(load_tiny, groups, settings, reference=None):
-    """Gradient of section 4 in float64: autograd through the float64 model, the loss written out over whole logits."""
+def derived_gradient(load_tiny, groups, settings, reference=None, dtype=torch.float64):
+    """Gradient of section 4: autograd through transformers' model, in float64, the loss written out over whole logits."""
     policy = load_tiny()
-    policy.model.double()
+    policy.model.to(dtype)
     trainer = TorchTrainer(policy, settings, settings.train.optim, 10)  # for its attention and packing only
     loss_config = settings.loss
     rows = [(r, s) for g in groups for r, s in zip(g.rollouts, g.scores, strict=True) if s.verdict is not None]
     n_acc = sum(r.num_sampled for r, _ in rows)
     n_tool = sum(r.num_sampled for r, s in rows if s.in_tool_denominator)
-    total = torch.zeros((), dtype=torch.float64)
+    total = torch.zeros((), dtype=dtype)
     for i, (rollout, one) in enumerate(rows):
         logits = forward(policy, rollout) / settings.rollout.temperature
         all_logp = logits.log_softmax(-1)
@@ -535,13 +535,13 @@ def derived_gradient(load_tiny, groups, settings, reference=None):
         ratio = (logp - logp.detach()).exp()  # first mini-batch: the proximal policy is the current one
         weight = torch.ones_like(logp)
         if loss_config.tis_cap:
-            engine = torch.from_numpy(rollout.logp[rollout.sampled]).double()
+            engine = torch.from_numpy(rollout.logp[rollout.sampled]).to(dtype)
             weight = (logp.detach() - engine).exp().clamp(max=loss_config.tis_cap)
         total = total - loss_config.w_acc * (weight * one.adv_acc * ratio).sum() / n_acc
         total = total - loss_config.w_tool * (weight * one.adv_tool * ratio).sum() / max(1, n_tool)
         total = total + loss_config.entropy_coef * (rows_logp.exp() * rows_logp).sum() / n_acc
         if reference is not None:
-            d = torch.from_numpy(reference[i][rollout.sampled]).double() - logp
+            d = torch.from_numpy(reference[i][rollout.sampled]).to(dtype) - logp
             total = total + loss_config.kl_coef * (d.exp() - d - 1).sum() / n_acc
     named = trainer.optimizer.parameters
     return dict(zip(named, torch.autograd.grad(total, list(named.values())), strict=True)), float(total.detach())
@@ -554,7 +554,7 @@ def forward(policy, rollout):
     images = {}
     if patches:
         images = {
-            "pixel_values": torch.cat([p.pixels for p in patches]).double(),
+            "pixel_values": torch.cat([p.pixels for p in patches]).to(policy.head.dtype),
             "image_grid_thw": torch.tensor([p.grid for p in patches]),
             "mm_token_type_ids": (tokens == policy.image_token_id).int(),
         }

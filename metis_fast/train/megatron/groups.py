@@ -40,7 +40,8 @@ def build(layout: MegatronConfig, timeout: timedelta) -> ProcessGroupCollection:
     alone = group(tensor, data, stage)
     last = layout.pipeline_parallel - 1
     # scratch memory of sequence parallelism, the one global of Megatron-core that cannot be passed
-    parallel_state._set_global_memory_buffer()
+    if parallel_state._GLOBAL_MEMORY_BUFFER is None:
+        parallel_state._set_global_memory_buffer()
     groups: Any = ProcessGroupCollection()  # its annotations leave out that a group may be None
     groups.tp = group(tensors, data, stage)
     groups.pp = group(tensor, data, stages)

@@ -102,7 +102,7 @@ def megatron_config(layout: MegatronConfig, config: PretrainedConfig, dtype: tor
         # attention keeps its output and log-sum-exps only; the MLP is what is worth computing again (Megatron-core 0.16 cannot
         # do so with norms without Transformer Engine)
         recompute_modules=["mlp"] if layout.recompute == "selective" else None,
-        variable_seq_lengths=True,
+        variable_seq_lengths=layout.virtual_pipeline == 1,
         moe_token_dispatcher_type="alltoall",  # asked for by variable_seq_lengths, also where there are no experts
         deallocate_pipeline_outputs=True,
         # the loss divides by its own denominators: Megatron's schedule must not divide by the number of micro-batches

@@ -218,12 +218,17 @@ class Worker:
             count = -(-count // self._layout.pipeline_parallel) * self._layout.pipeline_parallel
         share_images = self._config.train.share_images
         built = [build(packs[i], self._merge, share_images, every_row) for i in share]
-        return [self._prepare(pack) for pack in (*built, *(filler() for _ in range(count - len(built))))]
+        every = (*built, *(filler() for _ in range(count - len(built))))
+        # Megatron's interleaved schedule, told of every pass's length as it comes, waits for ever: there they are made equal
+        shortest = max(len(pack.tokens_N) for pack in every) if self._layout.virtual_pipeline > 1 else 0
+        return [self._prepare(pack, shortest) for pack in every]
 
-    def _prepare(self, pack: Pack) -> _Pass:
+    def _prepare(self, pack: Pack, shortest: int) -> _Pass:
         device = self._context.device
+        num_tokens = max(len(pack.tokens_N), shortest)
         # sequence parallelism gives every rank the same number of tokens; what fills up sees itself only
-        extra = -len(pack.tokens_N) % (self._layout.tensor_parallel if self._layout.sequence_parallel else 1)
+        num_tokens += -num_tokens % (self._layout.tensor_parallel if self._layout.sequence_parallel else 1)
+        extra = num_tokens - len(pack.tokens_N)
         segments = pack.segments
         if extra:
             offsets = (*segments.offsets, segments.num_tokens + extra)
@@ -262,7 +267,7 @@ class Worker:
             data_iterator=cast(Any, sources if several else sources[0]),
             model=cast(Any, self._models if several else self._models[0]),
             num_microbatches=len(passes),
-            seq_length=0,  # lengths vary, stages tell each other
+            seq_length=len(passes[0].given.tokens_N),  # read only where all are equal; else stages tell each other
             micro_batch_size=1,
             forward_only=forward_only,
             p2p_communicator=self._communicator,

@@ -1,0 +1,297 @@
+"""The Megatron back end under every layout: real ranks over gloo, against transformers and the torch back end, in float32."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import SHAPE, TEXTS
+from test_trainer import ANSWER, CALL, SWITCHES, config, derived_gradient, forward, groups, longest, score  # noqa: F401
+from transformers import AutoConfig, Qwen3Config, Qwen3ForCausalLM
+
+from metis_fast.config import Config, ModelConfig
+from metis_fast.errors import NonFiniteError
+from metis_fast.model import load_policy
+from metis_fast.testing.tiny import TinyShape, build_tiny
+from metis_fast.train.megatron.launch import Ranks
+from metis_fast.train.megatron.layout import check
+from metis_fast.train.megatron.task import Task
+from metis_fast.train.torch_backend import TorchTrainer
+from metis_fast.types import Observation, ScoredGroup
+
+HERE = Path(__file__).parent
+STEP = 1e6  # of the probe's linear optimizer, lr / eps
+
+
+def scaled_up(folder, embeddings=20.0):
+    """Fresh weights of a narrow model predict the same for every context; norms of 1 hide a norm that is left out."""
+    policy = load_policy(ModelConfig(path=folder, dtype="float32"))
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, weight in policy.model.named_parameters():
+            if weight.ndim == 2 and "visual" not in name:
+                weight.mul_(embeddings if "embed" in name else 8.0)
+            elif "norm" in name:
+                weight.add_(torch.randn(weight.shape, generator=generator) * 0.1)
+    policy.model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory, policy):
+    """Qwen3-VL of 4 layers, 2 of them fed by deepstack, with tied and with untied embeddings, and of 8; a text-only Qwen3."""
+    out = {}
+    for name, tied, num_layers in (("tied", True, 4), ("untied", False, 4), ("deep", False, 8)):
+        folder = tmp_path_factory.mktemp(name)
+        text = SHAPE.text_config | {"num_hidden_layers": num_layers, "tie_word_embeddings": tied}
+        vision = SHAPE.vision_config | {"depth": 3, "deepstack_visual_indexes": [0, 1]}
+        build_tiny(folder, TinyShape(SHAPE.vocab_size, SHAPE.image_px, text, vision), TEXTS * 5, seed=0)
+        out[name] = scaled_up(folder, 10.0 if tied else 20.0)
+    folder = tmp_path_factory.mktemp("text")
+    torch.manual_seed(0)
+    shape = {name: SHAPE.text_config[name] for name in ("hidden_size", "intermediate_size", "num_attention_heads", "head_dim")}
+    heads = {"num_key_value_heads": 2, "num_hidden_layers": 4, "max_position_embeddings": 4096, "tie_word_embeddings": False}
+    Qwen3ForCausalLM(Qwen3Config(vocab_size=len(policy.tokenizer), **shape, **heads)).save_pretrained(folder)
+    policy.tokenizer.save_pretrained(folder)
+    out["text"] = scaled_up(folder)
+    return out
+
+
+@pytest.fixture(scope="module")
+def text_groups(play, make_prompt):
+    """Two groups without images."""
+    one, two = make_prompt("Which city?", uid="a"), make_prompt("And the other?", uid="b")
+    said = [Observation("nothing to see"), Observation("4")]
+    scores = ((score(0.7, 0.9), score(-1.1, -0.4)), (score(0.0, 0.3), score(1.0, 0.0)))
+    return [
+        ScoredGroup(
+            prompt,
+            (play(prompt, [ANSWER % "Paris"]), play(prompt, [CALL % "1", CALL % "2 + 2", ANSWER % "Lyon"], said, 1)),
+            scored,
+        )
+        for prompt, scored in zip((one, two), scores, strict=True)
+    ]
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+    """Ranks by their number, started once."""
+    patch, started = pytest.MonkeyPatch(), {}
+    patch.setenv("PYTHONPATH", str(HERE))
+
+    def ranks(layout):
+        number = layout.num_ranks
+        if number not in started:
+            started[number] = Ranks(layout, "megatron_probe:Probe", None, tmp_path_factory.mktemp("logs"))
+        return started[number]
+
+    yield ranks
+    for one in started.values():
+        one.close()
+    patch.undo()
+
+
+def settings_of(data, layout=None, model=None, **optim):
+    """Mini-batches of one prompt, so that old log-probabilities are owed, and packs that hold little.
+
+    Adam's epsilon is above the rounding of gradients that are 0, such as those of a key's bias, which would become whole steps.
+    """
+    optim = {"eps": 1e-4} | optim
+    train = {"tokens_per_micro_batch": longest(data) + 10, "prompts_per_mini_batch": 1, "megatron": layout or {}}
+    return config(train=train, model=model, **optim)
+
+
+def joined(parts):
+    out: dict = {}
+    for part in parts:
+        assert not out.keys() & part.keys()
+        out |= part
+    return out
+
+
+@pytest.fixture(scope="module")
+def truth(models, groups, text_groups):  # noqa: F811
+    """What each model gives in one process: gradients by transformers, rollout by rollout, the rest by the torch back end."""
+    out = {}
+    for name, folder in models.items():
+        data = text_groups if name == "text" else groups
+        load = lambda folder=folder: load_policy(ModelConfig(path=folder, dtype="float32"))  # noqa: E731
+        settings = settings_of(data)
+        trainer = TorchTrainer(load(), settings, settings.train.optim, 10)
+        logp = trainer.logprobs([r for g in data for r in g.rollouts])
+        stats = [trainer.update(step) for step in (data, data[::-1])]
+        weights = {n: p.detach().clone() for n, p in trainer.policy.model.named_parameters()}
+        with torch.no_grad():
+            largest = max(float(forward(trainer.policy, r).abs().max()) for g in data for r in g.rollouts)
+        gradient, loss = derived_gradient(load, data[-1:], settings, dtype=torch.float32)
+        out[name] = (data, logp, largest, stats, weights, gradient, loss)
+    return out
+
+
+TP, PP, DP = ({name: 2} for name in ("tensor_parallel", "pipeline_parallel", "data_parallel"))
+LAYOUTS = {
+    "tp2": TP,
+    "tp2 sp": TP | {"sequence_parallel": True},
+    "pp2": PP,
+    "pp2 uneven": PP | {"first_stage_layers": 3},
+    "dp2": DP,
+    "dp2 overlapped": DP | {"overlap_reduction": "on"},
+    "dp2 whole optimizer": DP | {"distributed_optimizer": False},
+    "pp2 interleaved": PP | {"virtual_pipeline": 2},
+    "pp2 full recompute": PP | {"recompute": "full"},
+    "tp2 sp selective recompute": TP | {"sequence_parallel": True, "recompute": "selective"},
+    "tp2 pp2": TP | PP,
+    "tp2 sp pp2 interleaved": TP | PP | {"virtual_pipeline": 2, "sequence_parallel": True},
+    "tp2 sp pp2 full recompute": TP | PP | {"sequence_parallel": True, "recompute": "full"},
+    "tp2 dp2 overlapped": TP | DP | {"overlap_reduction": "on"},
+    "pp2 dp2": PP | DP,
+}
+CASES = [(name, "deep" if "interleaved" in name else "untied") for name in LAYOUTS] + [
+    (name, model) for name in ("pp2", "tp2 sp", "tp2 pp2", "dp2") for model in ("tied", "text")
+]
+
+
+@pytest.mark.parametrize(("layout", "model"), CASES, ids=[" ".join(case) for case in CASES])
+def test_a_layout_computes_what_one_process_does(start, truth, models, layout, model):
+    data, logp, largest, stats, weights, gradient, loss = truth[model]
+    settings = settings_of(data, LAYOUTS[layout])
+    task = Task(settings, models[model], settings.train.optim, 10)
+    ranks = start(settings.train.megatron)
+    check(settings.train.megatron, AutoConfig.from_pretrained(models[model]))
+
+    # one step of the loss of a mini-batch: every gradient, vision tower included, to 1e-5 of its own norm
+    before = {
+        n: p.detach().double()
+        for n, p in load_policy(settings.model.model_copy(update={"path": models[model]})).model.named_parameters()
+    }
+    found = ranks.call("linear", task, data[-1:])
+    after = joined(part for _, part in found)
+    assert after.keys() == before.keys()
+    for name, expected in gradient.items():
+        got = (before[name] - after[name].double()) / STEP
+        assert float((got - expected).norm()) <= 1e-5 * float(expected.norm()) + 1e-12, name
+    (result,) = found[0][0]
+    assert sum(values[0] for values, _ in result.table) == pytest.approx(loss, rel=1e-5, abs=3e-7)
+    norm = float(torch.stack([g.norm() for g in gradient.values()]).norm())
+    assert result.norm == pytest.approx(norm, rel=1e-5)
+
+    # log-probabilities, two training steps of two mini-batches each by AdamW, and the weights after
+    found = ranks.call("run", task, [data, data[::-1]], [r for g in data for r in g.rollouts], None, None)
+    got_logp = joined(part for part, _, _ in found)
+    for i, expected in enumerate(logp):
+        # logits are sums of that size: 2e-6 for those of a real model
+        np.testing.assert_allclose(got_logp[i], expected, rtol=0, atol=2e-6 * max(1, largest / 16))
+    for got, expected in zip(found[0][1], stats, strict=True):
+        for one, other in zip(got, expected, strict=True):
+            assert one.norm == pytest.approx(other.grad_norm, rel=1e-5)
+            assert sum(values[0] for values, _ in one.table) == pytest.approx(other.loss, rel=1e-5, abs=1e-6)
+            assert one.lr == other.lr
+    after = joined(part for _, _, part in found)
+    for name, expected in weights.items():
+        assert float((after[name] - expected).norm()) <= 1e-5 * float(expected.norm()), name
+
+
+def same_step(got, expected, rel=1e-6):
+    for one, other in zip(got, expected, strict=True):
+        assert one.norm == pytest.approx(other.norm, rel=rel)
+        assert one.lr == other.lr
+        mine, theirs = (sum(values[0] for values, _ in step.table) for step in (one, other))
+        assert mine == pytest.approx(theirs, rel=rel, abs=1e-7)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_checkpoint_is_found_by_any_other_layout(start, truth, models, tmp_path, dtype):
+    """Weights, masters and moments of a tied and an untied model, saved under one layout and resumed under others."""
+    for model, written, read in (
+        ("tied", "tp2 pp2", ["dp2", "pp2", "tp2 sp", "pp2 dp2"]),
+        ("untied", "dp2", ["tp2", "tp2 pp2"]),
+        ("untied", "dp2 whole optimizer", ["pp2"]),
+        ("deep", "pp2 interleaved", ["tp2"]),
+    ):
+        data = truth[model][0]
+        folder = tmp_path / f"{model} {written}"
+        folder.mkdir()
+
+        def run(layout, steps, save=None, load=None, data=data, model=model):
+            settings = settings_of(data, LAYOUTS[layout], {"dtype": dtype})
+            task = Task(settings, models[model], settings.train.optim, 10)
+            return start(settings.train.megatron).call("run", task, steps, [], save, load)
+
+        saved = run(written, [data, data[::-1]], save=folder)
+        whole = joined(part for _, _, part in saved)
+        for layout in read:
+            back = run(layout, [data[::-1]], load=folder)
+            # bfloat16 products are rounded in another order
+            same_step(back[0][1][0], saved[0][1][1], 1e-5 if dtype == "float32" else 2e-2)
+            after = joined(part for _, _, part in back)
+            share = 1e-5 if dtype == "float32" else 1e-2
+            assert after.keys() == whole.keys()
+            for name, expected in whole.items():
+                assert after[name].dtype == expected.dtype
+                assert float((after[name] - expected).float().norm()) <= share * float(expected.float().norm()), (layout, name)
+
+
+OPTIONS = {
+    "kl": ({"loss": {"kl_coef": 0.3}}, {}),
+    "entropy": ({"loss": {"entropy_coef": 0.05}}, {}),
+    "truncated": ({"loss": {"tis_cap": 2.0}}, {}),
+    "engine": ({"loss": {"proximal": "engine"}}, {}),
+    "tower frozen": ({}, {"freeze": ["vision"]}),
+    "embeddings frozen": ({}, {"freeze": ["vision", "embeddings"]}),
+    "plain": ({"train": dict.fromkeys(SWITCHES, False)}, {}),
+}
+
+
+@pytest.mark.parametrize("layout", ["tp2 sp", "pp2"])
+@pytest.mark.parametrize("option", OPTIONS)
+def test_every_option_is_that_of_the_torch_back_end(start, models, groups, layout, option):  # noqa: F811
+    model, (changes, part) = "tied", OPTIONS[option]
+    near = [
+        replace(g, rollouts=tuple(replace(r, logp=(r.sampled * -4.6).astype(np.float32)) for r in g.rollouts)) for g in groups
+    ]
+    steps = [near, near[::-1]]
+    tree = settings_of(near, LAYOUTS[layout], {"dtype": "float32"} | part).model_dump(mode="json")
+    for section, values in changes.items():
+        tree[section] |= values
+    settings = Config.model_validate(tree)
+    alone = TorchTrainer(
+        load_policy(settings.model.model_copy(update={"path": models[model]})), settings, settings.train.optim, 10
+    )
+    stats = [alone.update(step) for step in steps]
+    expected = {n: p.detach() for n, p in alone.policy.model.named_parameters()}
+    task = Task(settings, models[model], settings.train.optim, 10)
+    found = start(settings.train.megatron).call("run", task, steps, [], None, None)
+    for got, ours in zip(found[0][1], stats, strict=True):
+        for one, other in zip(got, ours, strict=True):
+            assert one.norm == pytest.approx(other.grad_norm, rel=1e-5)
+            assert sum(values[0] for values, _ in one.table) == pytest.approx(other.loss, rel=1e-5, abs=1e-6)
+    after = joined(part for _, _, part in found)
+    for name, value in expected.items():
+        assert float((after[name] - value).norm()) <= 1e-5 * float(value.norm()), name
+
+
+def test_a_mini_batch_with_nothing_left_takes_the_step_of_an_unpruned_one(start, models, groups):  # noqa: F811
+    blank = [replace(g, scores=tuple(score(0.0, 0.0) for _ in g.scores)) for g in groups]
+    after = []
+    for skip in (True, False):
+        settings = settings_of(groups, PP, weight_decay=0.1)
+        settings = settings.model_copy(update={"train": settings.train.model_copy(update={"skip_zero_advantage": skip})})
+        task = Task(settings, models["untied"], settings.train.optim, 10)
+        found = start(settings.train.megatron).call("run", task, [groups, blank, groups], [], None, None)
+        assert [step.norm for step in found[0][1][1]] == [0.0, 0.0]
+        after.append(joined(part for _, _, part in found))
+    for name, value in after[0].items():
+        assert float((value - after[1][name]).norm()) <= 1e-6 * float(value.norm()), name
+
+
+def test_nan_stops_the_step_on_every_rank_and_the_ranks_go_on(start, models, groups):  # noqa: F811
+    settings = settings_of(groups, TP, eps=1e-8, lr=1e30)  # the first step leaves nothing finite
+    task = Task(settings, models["untied"], settings.train.optim, 10)
+    ranks = start(settings.train.megatron)
+    with pytest.raises(NonFiniteError, match=r"(loss|gradient norm) is (nan|inf).* the step was not applied"):
+        ranks.call("run", task, [groups, groups], [], None, None)
+    fine = settings_of(groups, TP)
+    ranks.call("run", Task(fine, models["untied"], fine.train.optim, 10), [groups], [], None, None)
