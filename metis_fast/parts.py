@@ -32,7 +32,7 @@ from metis_fast.score.protocol import Judge
 from metis_fast.sync import push_weights
 from metis_fast.tools import open_toolbox
 from metis_fast.tools.protocol import Toolbox
-from metis_fast.train.megatron.backend import MegatronTrainer
+from metis_fast.train.megatron.backend import MegatronTrainer, check_settings
 from metis_fast.train.protocol import Trainer, TrainerState
 from metis_fast.train.torch_backend import TorchTrainer
 from metis_fast.types import Prompt
@@ -231,6 +231,8 @@ def open_parts(config: Config, interrupts: Interrupts, training: bool = True) ->
         stack.callback(engine.close)
         trainer = None
         if training:
+            if config.train.backend == "megatron":
+                check_settings(config, policy.model.config)
             save_config(config)
             updates = config.train.steps * config.rollout.prompts_per_step // config.train.prompts_per_mini_batch
             trainer = _open_trainer(config, policy, updates, interrupts)

@@ -36,7 +36,6 @@ def _rows(demo: Path, out: Path, change: Callable[[list[dict]], object]) -> Path
         (["loss.w_tool=much"], "loss.w_tool: input should be a valid number"),
         (["train.prompts_per_mini_batch=3"], "choose a divisor"),
         (["rollout.engine=vllm"], "rollout.engine=vllm is not in this release; set rollout.engine=native"),
-        (["train.backend=megatron"], "train.backend=megatron is not in this release; set train.backend=torch"),
         (["data.train=[]"], "no training prompts; set data.train"),
         (["data.train=[/nowhere/train.parquet]"], "/nowhere/train.parquet: no such file"),
         (["data.heldout=[/nowhere/heldout.parquet]"], "/nowhere/heldout.parquet: no such file"),

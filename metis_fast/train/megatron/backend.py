@@ -17,6 +17,7 @@ from metis_fast.train.flops import FlopModel
 from metis_fast.train.megatron import layout, names
 from metis_fast.train.megatron.launch import Ranks
 from metis_fast.train.megatron.task import StepResult, Task
+from metis_fast.train.megatron.wire import parse_address
 from metis_fast.train.minibatch import Trained, plan, prunes, update_stats
 from metis_fast.train.protocol import TrainerState
 from metis_fast.types import Rollout, ScoredGroup, UpdateStats
@@ -26,6 +27,24 @@ _FOLDER = "trainer"
 
 def _nothing() -> None:
     pass
+
+
+def check_settings(config: Config, model: PretrainedConfig) -> None:
+    """Whether a run of these settings could start. model: transformers' config.
+
+    Raises:
+        ConfigError: a layout or an option that cannot work.
+    """
+    layout.check(config.train.megatron, model)
+    parse_address(config.train.megatron.listen, "train.megatron.listen")
+    if config.train.optim.muon_lr:
+        raise ConfigError("train.optim.muon_lr works on whole matrices, which Megatron splits over the ranks; set it to 0")
+    if config.train.activation_checkpointing:
+        raise ConfigError(
+            "train.activation_checkpointing is the torch back end's; set it to false and train.megatron.recompute instead"
+        )
+    if config.loss.normalization == "reference":
+        raise ConfigError("loss.normalization=reference is for parity runs of the torch back end; set it to global")
 
 
 class MegatronTrainer:
@@ -48,16 +67,7 @@ class MegatronTrainer:
         model: PretrainedConfig,
         check: Callable[[], None] = _nothing,
     ) -> None:
-        megatron = config.train.megatron
-        layout.check(megatron, model)
-        if optim.muon_lr:
-            raise ConfigError("optim.muon_lr works on whole matrices, which Megatron splits over the ranks; set it to 0")
-        if config.train.activation_checkpointing:
-            raise ConfigError(
-                "train.activation_checkpointing is the torch back end's; set it to false and train.megatron.recompute instead"
-            )
-        if config.loss.normalization == "reference":
-            raise ConfigError("loss.normalization=reference is for parity runs of the torch back end; set it to global")
+        check_settings(config, model)
         self._config = config
         self._prunes = prunes(config)
         frozen = config.model.freeze
@@ -65,7 +75,7 @@ class MegatronTrainer:
         self._num_weights = sum(math.prod(shape) for shape in names.hf_shapes(model).values())
         self._num_updates = 0
         self._ranks = Ranks(
-            megatron,
+            config.train.megatron,
             "metis_fast.train.megatron.step:Worker",
             Task(config, folder.resolve(), optim, total_steps),
             config.run.dir / "ranks",
