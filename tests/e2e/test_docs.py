@@ -11,6 +11,9 @@ import pytest
 
 from metis_fast import cli
 from metis_fast import config as config_module
+from metis_fast.plan.gpus import NODE
+from metis_fast.plan.shape import read_model_config
+from metis_fast.train.megatron import layout
 
 _ROOT = Path(__file__).parents[2]
 _PAGES = [path for path in (_ROOT / "README.md", *sorted((_ROOT / "docs").glob("*.md"))) if path.exists()]
@@ -54,6 +57,52 @@ def test_a_documented_make_target_exists(page: str, line: str) -> None:
     assert set(targets) <= set(rules), f"{page}: {line}"
 
 
+_LAUNCHES = [(page, line) for program in ("sbatch", "python") for page, line in _commands(program) if "configs/launch/" in line]
+
+
+@pytest.mark.parametrize(("page", "line"), _LAUNCHES)
+def test_a_documented_launch_has_a_layout_that_works_on_the_nodes_it_asks_for(
+    page: str, line: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(_ROOT)
+    program, *words = shlex.split(line, comments=True)
+    at = next(i for i, word in enumerate(words) if word.startswith("configs/launch/"))
+    options, (script, path, *overrides) = words[:at], words[at:]
+    assert Path(script).is_file(), f"{page}: {line}"
+    if _READERS_OWN.match(path):
+        assert config_module.load(None, overrides).train.backend == "megatron"
+        return
+    config = config_module.load(Path(path), overrides)
+    assert config.train.backend == "megatron"
+    layout.check(config.train.megatron, read_model_config(config, None))
+    if program == "sbatch":
+        given = dict(option.split("=", 1) for option in options)
+        assert given.keys() <= {"--nodes", "--time", "--dependency"}, f"{page}: {line}"
+        assert int(given["--nodes"]) * NODE == config.train.megatron.num_ranks, f"{page}: {line}"
+
+
+@pytest.mark.parametrize(("page", "line"), [(page, line) for page, line in _commands("metis-fast") if page == "cluster.md"])
+def test_what_the_cluster_page_does_before_it_needs_a_cluster_works(
+    page: str, line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = shlex.split(line, comments=True)[1:]
+    if words[0] not in ("plan", "weights", "config"):
+        return
+    monkeypatch.chdir(_ROOT)
+    assert cli.main(words) == 0
+    assert capsys.readouterr().out
+
+
+def test_documented_ray_commands_parse() -> None:
+    scripts = pytest.importorskip("ray.scripts.scripts")
+    lines = [line for page in _PAGES for line in re.findall(r"`ray ([^`]+)`", page.read_text(encoding="utf-8"))]
+    assert len(lines) >= 3
+    for line in lines:
+        verb, *words = shlex.split(line)
+        scripts.cli.commands[verb].make_context(verb, words)
+
+
 def test_the_pages_show_commands_at_all() -> None:
+    assert len(_LAUNCHES) >= 5
     assert {page for page, _ in _commands("metis-fast")} >= {"configuration.md", "report.md"}
     assert {shlex.split(line, comments=True)[1] for _, line in _commands("metis-fast")} >= {"config", "demo", "report"}
