@@ -14,7 +14,7 @@ from transformers import PretrainedConfig
 
 from metis_fast.config import Config, MegatronConfig
 from metis_fast.plan.gpus import GIB
-from metis_fast.plan.shape import Shape
+from metis_fast.plan.shape import Shape, TowerShape
 from metis_fast.train.megatron.layout import Chunk, Place, chunks, place
 
 RESERVE = 4 * GIB
@@ -100,6 +100,19 @@ def memory(
     """
     shape = Shape.of(model_config)
     return stage_memory(config, shape, layout, place(rank, layout), size or Pass.largest(config, shape), engine, fused)
+
+
+def waiting(
+    config: Config, model_config: PretrainedConfig, layout: MegatronConfig, rank: int, size: Pass, fused: bool = True
+) -> tuple[int, int]:
+    """Bytes of one pass through one of a rank's chunks that wait for its backward pass: of the decoder with the final norm, and
+    of the tower. Arguments as for `memory`."""
+    at = place(rank, layout)
+    chunk = chunks(layout, Shape.of(model_config).layers)[at.stage][-1]
+    element, trained = ELEMENT[config.model.dtype], "vision" not in config.model.freeze
+    count = _Activations(Shape.of(model_config), layout, size, element, fused, trained)
+    decoder = count.waiting(chunk) + (count.final_norm() if chunk.last else 0)
+    return math.ceil(decoder * size.tokens), math.ceil(count.tower_waiting()) if chunk.first and trained else 0
 
 
 def stage_memory(
@@ -195,16 +208,23 @@ class _Activations:
         attention += self._norm(query + key, heads + kv_heads)
         if not self.fused and b == 4:
             attention -= (key if kv_heads > 1 else query + key) * b
-        if recompute == "selective":
-            return 2 * hidden * b + attention
         norms = 2 * (self._norm(hidden, 1 / s) + hidden * b)
+        if recompute == "selective":
+            return norms + attention
         return norms + attention + (3 if self.fused else 4) * mlp * b
+
+    def waiting(self, chunk: Chunk) -> float:
+        """Bytes of a pass through a chunk's layers that wait for its backward pass, a token."""
+        rotary = 2 * self.shape.head_size * self.element
+        return (chunk.stop - chunk.start) * self.layer(self.layout.recompute) + rotary
+
+    def final_norm(self) -> float:
+        """Bytes that it keeps, a token; its result is the head's."""
+        return self._norm(self.shape.hidden / self._split, 1 / self._split)
 
     def decoder(self, own: list[Chunk], stage: int) -> int:
         shape, b = self.shape, self.element
-        layers = own[0].stop - own[0].start  # chunks of a stage are equal
-        rotary = 2 * shape.head_size * b
-        held = in_flight(self.layout, stage) * (layers * self.layer(self.layout.recompute) + rotary)
+        held = in_flight(self.layout, stage) * self.waiting(own[0])  # chunks of a stage are equal
         again = self.layer("none") - self.layer(self.layout.recompute)
         # gradients of the MLP's product and of fc1's output, of the layer, and fc1's whole input with its gradient
         gradients = (3 * shape.intermediate / self.layout.tensor_parallel + 3 * shape.hidden) * b
@@ -213,12 +233,29 @@ class _Activations:
     def head(self, chunk: int) -> int:
         shape, s, b = self.shape, self._split, self.element
         tokens, rows = self.size.tokens, self.size.rows
-        norm = (self._norm(shape.hidden / s, 1 / s) + shape.hidden / s * b) * tokens
+        norm = (self.final_norm() + shape.hidden / s * b) * tokens
         gathered = shape.hidden * b * tokens if s > 1 else 0
         selected = 2 * shape.hidden * b * rows  # and its gradient
         live = min(chunk, rows)
         logits = live * shape.vocab / self.layout.tensor_parallel * (4 + (b if b < 4 else 0))
         return math.ceil(norm + gathered + selected + logits + live * shape.hidden * (4 + b))
+
+    def _block(self, tower: TowerShape) -> int:
+        """Bytes that a block of the tower keeps a patch: both norms' inputs and outputs, the product, rotated query and key,
+        output and its copy, fc1's output, the MLP's."""
+        return (11 * tower.hidden + 2 * tower.intermediate) * self.element + 16
+
+    def tower_waiting(self) -> int:
+        """Bytes of a pass through a trained tower that wait for its backward pass."""
+        tower, b = self.shape.tower, self.element
+        if tower is None:
+            return 0
+        patches = self.size.image_tokens * tower.merge**2
+        again = self.layout.recompute != "none"
+        blocks = tower.depth * (tower.hidden * b if again else self._block(tower))
+        # pixels, and what the last block gives
+        kept = (blocks + (tower.pixels + tower.hidden) * b) * patches
+        return kept + (1 + tower.deepstack) * 3 * tower.wide * b * self.size.image_tokens
 
     def vision(self) -> int:
         tower, b = self.shape.tower, self.element
@@ -227,19 +264,15 @@ class _Activations:
         images = self.size.image_tokens
         patches = images * tower.merge**2
         h, i = tower.hidden, tower.intermediate
-        # both norms' inputs and outputs, the product, rotated query and key, output and its copy, fc1's output, the MLP's
-        block = (11 * h + 2 * i) * b + 16
         outputs = (1 + tower.deepstack) * tower.out * b * images
         # deepstack addends are as long as the pack
         addends = tower.deepstack * self.shape.hidden * b * self.size.tokens
         if not self.trained:
             return math.ceil((4 * h + 2 * i) * b * patches + 2 * outputs + addends)
         again = self.layout.recompute != "none"
-        kept = tower.depth * (h * b if again else block) * patches + tower.pixels * b * patches
-        kept += (1 + tower.deepstack) * 3 * tower.wide * b * images
         # of one block: what is computed again, and the gradients of its MLP and residual
-        working = ((block if again else 0) + (2 * i + 2 * h) * b) * patches
-        return math.ceil(self._tower_passes() * kept + max(working, 2 * outputs + addends))
+        working = ((self._block(tower) if again else 0) + (2 * i + 2 * h) * b) * patches
+        return math.ceil(self._tower_passes() * self.tower_waiting() + max(working, 2 * outputs + addends))
 
     def _tower_passes(self) -> int:
         stages = self.layout.pipeline_parallel

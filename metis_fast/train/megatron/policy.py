@@ -288,7 +288,8 @@ class MegatronPolicy(LanguageModule):
         if self.config.sequence_parallel:
             # backward gathers: embeddings and tower see the gradients of all tokens on every rank
             group = self.pg_collection.tp
-            embeds_NBH = scatter_to_sequence_parallel_region(embeds_NBH, group=group)
+            # cloned: the part is a slice, which would keep all tokens in memory until the backward pass
+            embeds_NBH = scatter_to_sequence_parallel_region(embeds_NBH, group=group).clone()
             deepstack = [scatter_to_sequence_parallel_region(part, group=group) for part in deepstack]
         return embeds_NBH, deepstack
 
