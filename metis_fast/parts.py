@@ -15,8 +15,10 @@ import numpy as np
 import torch
 
 from metis_fast import config as config_module
+from metis_fast.checkpoint.export import export_policy
 from metis_fast.checkpoint.resume import CheckpointStore, ResumeState
 from metis_fast.checkpoint.rng import RngState, capture_rng, restore_rng
+from metis_fast.checkpoint.safetensors_folder import write_folder
 from metis_fast.config import Config
 from metis_fast.data.cursor import CursorState, PromptCursor
 from metis_fast.data.parquet import PromptFiles
@@ -118,13 +120,22 @@ class Parts:
         """Let the engine sample with the trainer's weights. version: training steps done."""
         push_weights(self.engine, self.policy, self.trainer.weights(), version)
 
+    def export(self, out: Path) -> None:
+        """Write the trained model as a Hugging Face folder; a back end that holds the weights elsewhere sends them one by one.
+
+        Raises:
+            CheckpointError: the disk failed; an older export is as it was.
+        """
+        if self.config.train.backend == "torch":
+            export_policy(self.policy, out)
+        else:
+            write_folder(self.trainer.weights(), hf_shapes(self.policy.model.config), self.policy.folder, out)
+
     def _here(self) -> _Boundary:
         return _Boundary(self.cursor.state(), self.trainer.num_updates, capture_rng())
 
     def finished(self, step: int) -> None:
-        """A step is whole: from here on, `step + 1` is what a checkpoint holds. One that was being written meanwhile is put in
-        place."""
-        self.checkpoints.finish()
+        """A step is whole: from here on, `step + 1` is what a checkpoint holds."""
         self._boundary = self._here()
 
     def save(self, step: int, score: tuple[float, ...] | None) -> None:
@@ -141,6 +152,7 @@ class Parts:
         self.checkpoints.finish()
         if self._saved != step and step > 0 and self._boundary.num_updates == self.trainer.num_updates:
             self.save(step, None)
+            self.checkpoints.finish()
 
 
 def save_config(config: Config) -> None:

@@ -8,7 +8,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
 
-from metis_fast.checkpoint.export import export_policy
 from metis_fast.config import Config
 from metis_fast.errors import CheckpointError, Interrupted, MetisError, NonFiniteError, TrainerError
 from metis_fast.interrupt import Interrupts
@@ -55,7 +54,7 @@ def train(config: Config, seconds_before: float = 0.0) -> Summary | None:
                 parts.log.step(_step_stats(parts, step, scored, updates, clock.seconds))
                 parts.finished(step)
         parts.checkpoints.finish()
-        export_policy(parts.policy, config.run.dir / "trained")
+        parts.export(config.run.dir / "trained")
         return _summarise(parts, seconds_before)
 
 
@@ -112,6 +111,7 @@ def _score(parts: Parts, groups: Sequence[Group]) -> list[ScoredGroup]:
 def _update(parts: Parts, scored: Sequence[ScoredGroup], step: int) -> tuple[UpdateStats, ...]:
     parts.interrupts.check()
     assert parts.trainer is not None
+    parts.checkpoints.finish()  # written while the rollouts were sampled; whatever ends the update, it is there
     try:
         return parts.trainer.update(scored, parts.interrupts.check)
     except NonFiniteError as error:

@@ -36,7 +36,7 @@ PROGRAM = Path(sys.executable).with_name("metis-fast")
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["metis_fast.demo", "metis_fast.report.html", "metis_fast.score.llm", "metis_fast.cli"])
 _POLL_S = 0.0002
-_LIMIT_S = 120.0  # of a command, on a machine that does other things too
+_LIMIT_S = 240.0  # of a command, on a machine that does other things too
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,12 +44,14 @@ class Moment:
     """When a process sends itself a signal: `delay_s` after its main thread entered a function, the `entry`-th time.
 
     stage: "<file stem>.<function>". The signal is sent only while the function still runs; otherwise at its next entry.
+    rank: the one that is sent the signal instead.
     """
 
     stage: str
     number: signal.Signals
     entry: int = 1
     delay_s: float = 0.0
+    rank: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +82,12 @@ def _frame(stage: str, thread: int) -> FrameType | None:
     return None
 
 
+def rank_pid(run: int, number: int) -> int:
+    """The process of one of a run's Megatron ranks."""
+    ending = ["--rank", str(number)]
+    return next(child.pid for child in psutil.Process(run).children() if child.cmdline()[-2:] == ending)
+
+
 def _strike(moment: Moment, thread: int, mark: Path) -> None:
     sys.setswitchinterval(_POLL_S)  # calls may last less than the usual 5 ms
     entries, last = 0, None
@@ -91,8 +99,9 @@ def _strike(moment: Moment, thread: int, mark: Path) -> None:
             if entries >= moment.entry:
                 time.sleep(moment.delay_s)
                 if moment.delay_s == 0 or _frame(moment.stage, thread) is call:
+                    pid = os.getpid() if moment.rank is None else rank_pid(os.getpid(), moment.rank)
                     mark.write_text(str(time.time()))
-                    os.kill(os.getpid(), moment.number)
+                    os.kill(pid, moment.number)
                     return
         time.sleep(_POLL_S)
 
