@@ -35,6 +35,7 @@ from metis_fast.sync import push_weights
 from metis_fast.tools import open_toolbox
 from metis_fast.tools.protocol import Toolbox
 from metis_fast.train.megatron.backend import MegatronTrainer, check_settings
+from metis_fast.train.megatron.names import hf_shapes
 from metis_fast.train.protocol import Trainer, TrainerState
 from metis_fast.train.torch_backend import TorchTrainer
 from metis_fast.types import Prompt

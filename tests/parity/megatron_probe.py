@@ -22,7 +22,7 @@ class Probe:
         """Log-probabilities before, the results of the steps, and what this rank sends of its weights afterwards."""
         worker = Worker(self.context, task)
         if load is not None:
-            worker.load(load, 1)
+            worker.load(load, 2)
         logp = worker.logprobs(rollouts)
         results = []
         for i, groups in enumerate(steps):
@@ -31,6 +31,13 @@ class Probe:
                 worker.save(save)
                 worker.saved()
         return logp, results, dict(worker.weights())
+
+    def move(self, task: Task, load: Path, save: Path):
+        """A checkpoint, loaded and saved."""
+        worker = Worker(self.context, task)
+        worker.load(load, 2)
+        worker.save(save)
+        worker.saved()
 
     def linear(self, task: Task, groups):
         """Weights after one step of an optimizer whose step is the gradient, as `run` returns them.

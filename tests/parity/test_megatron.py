@@ -13,7 +13,7 @@ from test_trainer import ANSWER, CALL, SWITCHES, config, derived_gradient, forwa
 from transformers import AutoConfig, Qwen3Config, Qwen3ForCausalLM
 
 from metis_fast.config import Config, ModelConfig
-from metis_fast.errors import NonFiniteError
+from metis_fast.errors import CheckpointError, NonFiniteError
 from metis_fast.model import load_policy
 from metis_fast.testing.tiny import TinyShape, build_tiny
 from metis_fast.train.megatron.launch import Ranks
@@ -194,44 +194,52 @@ def test_a_layout_computes_what_one_process_does(start, truth, models, layout, m
         assert float((after[name] - expected).norm()) <= 1e-5 * float(expected.norm()), name
 
 
-def same_step(got, expected, rel=1e-6):
-    for one, other in zip(got, expected, strict=True):
-        assert one.norm == pytest.approx(other.norm, rel=rel)
-        assert one.lr == other.lr
-        mine, theirs = (sum(values[0] for values, _ in step.table) for step in (one, other))
-        assert mine == pytest.approx(theirs, rel=rel, abs=1e-7)
-
-
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_checkpoint_is_found_by_any_other_layout(start, truth, models, tmp_path, dtype):
-    """Weights, masters and moments of a tied and an untied model, saved under one layout and resumed under others."""
-    for model, written, read in (
-        ("tied", "tp2 pp2", ["dp2", "pp2", "tp2 sp", "pp2 dp2"]),
-        ("untied", "dp2", ["tp2", "tp2 pp2"]),
-        ("untied", "dp2 whole optimizer", ["pp2"]),
-        ("deep", "pp2 interleaved", ["tp2"]),
-    ):
-        data = truth[model][0]
-        folder = tmp_path / f"{model} {written}"
+@pytest.mark.parametrize(
+    ("model", "written", "others"),
+    [
+        ("tied", "tp2 pp2", ["dp2", "pp2 dp2"]),
+        ("tied", "pp2", ["tp2 sp", "dp2 whole optimizer"]),
+        ("untied", "dp2 overlapped", ["tp2 pp2"]),
+        ("untied", "dp2 whole optimizer", ["pp2 uneven"]),
+        ("deep", "pp2 interleaved", ["tp2 dp2 overlapped"]),
+    ],
+)
+def test_a_checkpoint_goes_from_layout_to_layout_without_losing_a_bit(
+    start, truth, models, tmp_path, dtype, model, written, others
+):
+    """Saved under one layout, loaded and saved by others in turn, and resumed under the first one: the step that follows is the
+    one that would have followed, so weights, masters and moments are what they were."""
+    data = truth[model][0]
+
+    def ask(layout, method, *arguments):
+        settings = settings_of(data, LAYOUTS[layout], {"dtype": dtype})
+        task = Task(settings, models[model], settings.train.optim, 10)
+        return start(settings.train.megatron).call(method, task, *arguments)
+
+    folders = [tmp_path / str(i) for i in range(len(others) + 1)]
+    for folder in folders:
         folder.mkdir()
+    saved = ask(written, "run", [data, data[::-1]], [], folders[0], None)
+    for layout, load, save in zip(others, folders[:-1], folders[1:], strict=True):
+        ask(layout, "move", load, save)
+    back = ask(written, "run", [data[::-1]], [], None, folders[-1])
+    assert back[0][1][0] == saved[0][1][1]
+    whole, after = (joined(part for _, _, part in found) for found in (saved, back))
+    assert after.keys() == whole.keys()
+    for name, value in whole.items():
+        assert torch.equal(after[name], value), name
 
-        def run(layout, steps, save=None, load=None, data=data, model=model):
-            settings = settings_of(data, LAYOUTS[layout], {"dtype": dtype})
-            task = Task(settings, models[model], settings.train.optim, 10)
-            return start(settings.train.megatron).call("run", task, steps, [], save, load)
 
-        saved = run(written, [data, data[::-1]], save=folder)
-        whole = joined(part for _, _, part in saved)
-        for layout in read:
-            back = run(layout, [data[::-1]], load=folder)
-            # bfloat16 products are rounded in another order
-            same_step(back[0][1][0], saved[0][1][1], 1e-5 if dtype == "float32" else 2e-2)
-            after = joined(part for _, _, part in back)
-            share = 1e-5 if dtype == "float32" else 1e-2
-            assert after.keys() == whole.keys()
-            for name, expected in whole.items():
-                assert after[name].dtype == expected.dtype
-                assert float((after[name] - expected).float().norm()) <= share * float(expected.float().norm()), (layout, name)
+def test_a_checkpoint_of_another_model_is_refused(start, models, tmp_path, truth):
+    settings = settings_of(truth["tied"][0], PP)
+    ranks = start(settings.train.megatron)
+    task = Task(settings, models["tied"], settings.train.optim, 10)
+    ranks.call("run", task, [truth["tied"][0]], [], tmp_path, None)
+    for model in ("deep", "text"):
+        other = Task(settings, models[model], settings.train.optim, 10)
+        with pytest.raises(CheckpointError, match=r"does not fit this run \(.*resume with the model, model.freeze and"):
+            ranks.call("move", other, tmp_path, tmp_path / model)
 
 
 OPTIONS = {
@@ -284,7 +292,7 @@ def test_a_mini_batch_with_nothing_left_takes_the_step_of_an_unpruned_one(start,
         assert [step.norm for step in found[0][1][1]] == [0.0, 0.0]
         after.append(joined(part for _, _, part in found))
     for name, value in after[0].items():
-        assert float((value - after[1][name]).norm()) <= 1e-6 * float(value.norm()), name
+        assert float((value - after[1][name]).norm()) <= 1e-5 * float(value.norm()), name
 
 
 def test_nan_stops_the_step_on_every_rank_and_the_ranks_go_on(start, models, groups):  # noqa: F811

@@ -47,6 +47,8 @@ from metis_fast.types import Rollout, Score, ScoredGroup
 from metis_kernels import Segments
 from metis_kernels._shard import VocabShard
 
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+
 
 class Context(Protocol):
     """What a rank knows of where it runs (see `rank`)."""
@@ -186,14 +188,12 @@ class Worker:
             settings, cast(Any, self._models), use_gloo_process_groups=False, pg_collection=self._groups
         )
         (one,) = cast(Any, optimizer).chained_optimizers  # a second one would be of experts
-        if self._context.device.type == "cpu":
-            one.data_parallel_group_gloo = self._groups.dp  # which is gloo; the way that checkpoints take there
-        if isinstance(one.optimizer, torch.optim.AdamW):
-            # moments from the start: Megatron-core cannot load a checkpoint into a torch optimizer that never stepped
-            for group in one.optimizer.param_groups:
-                for master in group["params"]:
-                    moments = {name: torch.zeros_like(master) for name in ("exp_avg", "exp_avg_sq")}
-                    one.optimizer.state[master] = {"step": torch.tensor(0.0), **moments}
+        for group in one.optimizer.param_groups:
+            for master in group["params"]:
+                # from the start, so that a checkpoint has a place to be read into
+                one.optimizer.state[master] = {name: torch.zeros_like(master) for name in _MOMENTS}
+                if isinstance(one.optimizer, torch.optim.AdamW):
+                    one.optimizer.state[master]["step"] = torch.tensor(0.0)
         return one
 
     def _finalize(self, models: list[Any], num_tokens: object = None, **options: Any) -> None:
@@ -246,6 +246,8 @@ class Worker:
     def _run(self, passes: Sequence[_Pass], then: Any, forward_only: bool) -> list[Any]:
         """All passes through all stages. then(pass, hidden_NBH, policy) -> (loss, result) on the last stage, where the
         results are returned, in order."""
+        if not passes:
+            return []
 
         def step(source: Iterator[tuple[int, _Pass]], model: DistributedDataParallel) -> tuple[Tensor, Any]:
             number, one = next(source)
@@ -451,23 +453,52 @@ class Worker:
 
     # -- checkpoints --------------------------------------------------------------------------------------------------
 
-    def _sharded_state(self, loading: bool) -> dict[str, Any]:
-        """What a checkpoint holds, by names and places in the whole model: any other layout finds its parts in it."""
-        metadata = {
-            "distrib_optim_sharding_type": "fully_reshardable",
-            # over gloo on the CPU, over NCCL on GPUs
-            "distrib_optim_fully_reshardable_mem_efficient": self._context.device.type == "cpu",
-            "dp_cp_group": self._groups.dp_cp,
-        }
-        state: dict[str, Any] = {
-            f"model{i}": policy.sharded_state_dict(metadata=metadata) for i, policy in enumerate(self._policies)
-        }
-        state["optimizer"] = self._optimizer.sharded_state_dict(dict(state), is_loading=loading, metadata=metadata)
-        return state
+    def _weights_state(self) -> dict[str, Any]:
+        """Weights by names and places in the whole model, where any other layout finds its parts."""
+        metadata = {"dp_cp_group": self._groups.dp}
+        return {f"model{i}": policy.sharded_state_dict(metadata=metadata) for i, policy in enumerate(self._policies)}
+
+    def _pieces(self, weights: Mapping[str, Any]) -> list[shards.Piece]:
+        """The optimizer's state of every trained parameter, in the same order on all replicas."""
+        out: list[shards.Piece] = []
+        for i, policy in enumerate(self._policies):
+            for name, parameter in policy.named_parameters():
+                if parameter.requires_grad:
+                    copy = name == "output_layer.weight" and policy.share_embeddings_and_output_weights
+                    start, stop, states = self._states(parameter)
+                    place = weights[f"model{i}"][name]
+                    out.append(shards.Piece(place, parameter.numel(), start, stop, states, copy))
+        return out
+
+    def _states(self, parameter: torch.nn.Parameter) -> tuple[int, int, dict[str, Tensor]]:
+        """This replica's elements [start, stop) of a parameter, and its masters and moments for them, flat."""
+        optimizer, master = self._optimizer, parameter
+        start, stop = 0, parameter.numel()
+        if self._layout.distributed_optimizer:
+            where = optimizer.model_param_group_index_map.get(parameter)
+            if where is None:
+                return 0, 0, {name: torch.empty(0, device=parameter.device) for name in self._state_names}
+            group, index = where
+            master = optimizer.optimizer.param_groups[group]["params"][index]
+            own = optimizer._get_model_param_range_map(parameter)["param"]
+            start, stop = own.start, own.end
+        elif parameter.dtype != torch.float32:
+            master = parameter.main_param  # pyright: ignore[reportAttributeAccessIssue]
+        states = {name: optimizer.optimizer.state[master][name].view(-1) for name in _MOMENTS}
+        if parameter.dtype != torch.float32:
+            states["master"] = master.detach().view(-1)
+        return start, stop, states
+
+    @property
+    def _state_names(self) -> tuple[str, ...]:
+        return _MOMENTS if self._megatron.params_dtype == torch.float32 else (*_MOMENTS, "master")
 
     def save(self, folder: Path) -> None:
         """Begin to write weights, masters and moments, each rank its own; `saved` waits for the end. Training may go on."""
-        self._writing = (shards.save(self._sharded_state(loading=False), folder, self._writers), folder)
+        weights = self._weights_state()
+        split = self._layout.distributed_optimizer
+        state = {"weights": weights, "optimizer": shards.optimizer_state(self._pieces(weights), self._groups.dp, split)}
+        self._writing = (shards.save(state, folder, self._writers), folder)
 
     def saved(self) -> None:
         """Wait for the end of `save`.
@@ -493,19 +524,18 @@ class Worker:
         Raises:
             CheckpointError: it is of another model or optimizer.
         """
-        state = shards.load(self._sharded_state(loading=True), folder)
+        pieces = self._pieces(self._weights_state())
+        state = shards.load({"weights": self._weights_state()}, folder)
         for i, policy in enumerate(self._policies):
-            policy.load_state_dict(state[f"model{i}"])
+            policy.load_state_dict(state["weights"][f"model{i}"])
+        shards.load_optimizer_state(pieces, folder)
         inner = self._optimizer.optimizer
-        if self._layout.distributed_optimizer and isinstance(inner, torch.optim.AdamW):
-            # Megatron-core 0.16 looks for a source of every entry of a torch optimizer's state, and has none for its step
-            for moments in inner.state.values():
-                del moments["step"]
-            self._optimizer.load_parameter_state_from_fully_reshardable(state["optimizer"]["param_state"])
-            for moments in inner.state.values():
-                moments["step"] = torch.tensor(float(num_updates))
-        else:
-            self._optimizer.load_state_dict(state["optimizer"])
+        for group in inner.param_groups:
+            if isinstance(inner, torch.optim.AdamW):
+                for master in group["params"]:
+                    inner.state[master]["step"] = torch.tensor(float(num_updates))
+            else:  # Transformer Engine's counts by groups
+                group["step"] = num_updates
         self.num_updates = num_updates
 
 
