@@ -45,7 +45,8 @@ _log = logging.getLogger(__name__)
 class Shards:
     """Files that a trainer writes into a checkpoint by itself, while the run goes on.
 
-    begin: start writing into the checkpoint's folder, from a copy; finish: wait until all is there. num_bytes: about how much.
+    begin: start writing into the checkpoint's folder, from a copy; finish: wait until all is there, OSError if it cannot be.
+    num_bytes: about how much.
     """
 
     begin: Callable[[Path], None]

@@ -141,4 +141,7 @@ class MegatronTrainer:
         self._ranks.call("save", where)
 
     def _finish(self) -> None:
-        self._ranks.call("saved")
+        try:
+            self._ranks.call("saved")
+        except CheckpointError as error:  # the store says which checkpoints are safe
+            raise OSError(str(error)) from None
