@@ -4,7 +4,7 @@ Megatron-core 0.16 puts tensors on `torch.cuda.current_device()`, keeps CUDA ran
 the names of CUDA tensor types. None of that needs a GPU to be right, and without it every parallel layout runs over gloo, in
 tests and on laptops, by the code that runs on GPUs. torch itself is left alone: only the modules of megatron see the stand-in.
 
-`test_megatron_cpu.py` fails when one of these is no longer needed.
+`test_megatron_parts.py` fails when one of these is no longer needed.
 """
 
 from __future__ import annotations
