@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from transformers import Qwen3VLConfig
 
 from metis_fast import cli
 from metis_fast import config as config_module
@@ -58,6 +60,14 @@ def test_a_documented_make_target_exists(page: str, line: str) -> None:
 
 
 _LAUNCHES = [(page, line) for program in ("sbatch", "python") for page, line in _commands(program) if "configs/launch/" in line]
+_REHEARSALS = [(page, line) for page, line in _commands("metis-fast") if "train.backend=megatron" in line]
+
+
+def _demo_model() -> Qwen3VLConfig:
+    shape = json.loads((_ROOT / "configs/demo_model.json").read_text(encoding="utf-8"))
+    return Qwen3VLConfig(
+        text_config=shape["text_config"] | {"vocab_size": shape["vocab_size"]}, vision_config=shape["vision_config"]
+    )
 
 
 @pytest.mark.parametrize(("page", "line"), _LAUNCHES)
@@ -69,16 +79,21 @@ def test_a_documented_launch_has_a_layout_that_works_on_the_nodes_it_asks_for(
     at = next(i for i, word in enumerate(words) if word.startswith("configs/launch/"))
     options, (script, path, *overrides) = words[:at], words[at:]
     assert Path(script).is_file(), f"{page}: {line}"
-    if _READERS_OWN.match(path):
-        assert config_module.load(None, overrides).train.backend == "megatron"
-        return
-    config = config_module.load(Path(path), overrides)
+    demos = path == "runs/demo/config.yaml"  # what `make train` leaves
+    config = config_module.load(None if demos else Path(path), overrides)
     assert config.train.backend == "megatron"
-    layout.check(config.train.megatron, read_model_config(config, None))
+    layout.check(config.train.megatron, _demo_model() if demos else read_model_config(config, None))
     if program == "sbatch":
         given = dict(option.split("=", 1) for option in options)
         assert given.keys() <= {"--nodes", "--time", "--dependency"}, f"{page}: {line}"
         assert int(given["--nodes"]) * NODE == config.train.megatron.num_ranks, f"{page}: {line}"
+
+
+@pytest.mark.parametrize(("page", "line"), _REHEARSALS)
+def test_a_documented_rehearsal_has_a_layout_for_the_demos_model(page: str, line: str) -> None:
+    args = cli.parse(shlex.split(line, comments=True)[1:])
+    assert str(args.config) == "runs/demo/config.yaml", f"{page}: {line}"
+    layout.check(config_module.load(None, args.overrides).train.megatron, _demo_model())
 
 
 @pytest.mark.parametrize(("page", "line"), [(page, line) for page, line in _commands("metis-fast") if page == "cluster.md"])
@@ -104,5 +119,6 @@ def test_documented_ray_commands_parse() -> None:
 
 def test_the_pages_show_commands_at_all() -> None:
     assert len(_LAUNCHES) >= 5
+    assert _REHEARSALS
     assert {page for page, _ in _commands("metis-fast")} >= {"configuration.md", "report.md"}
     assert {shlex.split(line, comments=True)[1] for _, line in _commands("metis-fast")} >= {"config", "demo", "report"}
