@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -60,7 +60,7 @@ class Probe:
         for groups in steps:
             worker.update(groups)
         weights, known = weigh(p for policy in worker._policies for p in policy.parameters())
-        buffers = [buffer for model in worker._models for buffer in model.buffers]
+        buffers = [buffer for model in worker._models for buffer in cast(Any, model).buffers]
         gradients, more = weigh([buffer.grad_data for buffer in buffers], known)
         optimizer = worker._optimizer
         states = [value for state in optimizer.optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
