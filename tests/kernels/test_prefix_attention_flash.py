@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import emulated_flash
 import pytest
@@ -19,17 +19,46 @@ from metis_kernels.prefix_attention.segments import readers
 CUDA = torch.device("cuda")
 
 
+LIBRARIES = {"2": None, "3": emulated_flash.FUNCTIONS_3, "3, operators": emulated_flash.OPERATORS_3}
+
+
+def forget() -> None:
+    for found in (flash._library, flash._library_3, flash._build_flags_3):
+        found.cache_clear()
+
+
 @pytest.fixture
-def library(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
-    """A flash-attn that can be imported, of the newest version."""
+def package(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    """A flash-attn that can be imported, of the newest version; no FlashAttention-3, no Hopper."""
     package = ModuleType("flash_attn")
     package.__version__ = "2.8.3"  # pyright: ignore[reportAttributeAccessIssue]
     monkeypatch.setitem(sys.modules, "flash_attn", package)
     monkeypatch.setitem(sys.modules, "flash_attn.flash_attn_interface", emulated_flash)
-    flash._library.cache_clear()
+    monkeypatch.setitem(sys.modules, "flash_attn_interface", None)
+    monkeypatch.setitem(sys.modules, "flash_attn_config", None)
+    monkeypatch.setattr(flash, "_is_hopper", lambda device: False)
+    forget()
     emulated_flash.calls.clear()
     yield package
-    flash._library.cache_clear()
+    forget()
+
+
+def add_flash_3(monkeypatch: pytest.MonkeyPatch, interface: ModuleType | None, **without: bool) -> None:
+    """A GPU of the Hopper kind, and FlashAttention-3 beside flash-attn."""
+    monkeypatch.setattr(flash, "_is_hopper", lambda device: True)
+    monkeypatch.setitem(sys.modules, "flash_attn_interface", interface)
+    flags = {f"FLASHATTENTION_DISABLE_{name}": value for name, value in without.items()}
+    monkeypatch.setitem(sys.modules, "flash_attn_config", SimpleNamespace(CONFIG={"build_flags": flags}))
+    forget()
+
+
+@pytest.fixture(params=LIBRARIES)
+def library(request: pytest.FixtureRequest, package: ModuleType, monkeypatch: pytest.MonkeyPatch) -> str:
+    """What is called: "2" or "3"."""
+    interface = LIBRARIES[request.param]
+    if interface is not None:
+        add_flash_3(monkeypatch, interface)
+    return request.param[0]
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, segments: Segments) -> Tensor:
@@ -40,8 +69,7 @@ def attention(query: Tensor, key: Tensor, value: Tensor, segments: Segments) -> 
 
 @pytest.mark.parametrize("heads", [(4, 2, 16), (3, 1, 8)], ids=str)
 @pytest.mark.parametrize("pack", PACKS)
-@pytest.mark.usefixtures("library")
-def test_values_and_gradients_are_those_of_dense_attention(pack, heads):
+def test_values_and_gradients_are_those_of_dense_attention(pack, heads, library: str):
     segments = PACKS[pack]
     *tensors, d_out = inputs(segments.num_tokens, heads, torch.float64)
     query, key, value = leaves = [x.requires_grad_() for x in tensors]
@@ -49,7 +77,8 @@ def test_values_and_gradients_are_those_of_dense_attention(pack, heads):
     got = results(leaves, d_out, attention(query, key, value, segments))
     for one, truth in zip(got, want, strict=True):
         torch.testing.assert_close(one, truth, rtol=0, atol=1e-12)
-    assert emulated_flash.calls == ["forward", "backward"] if not readers(segments) else ["forward"] * 2 + ["backward"] * 2
+    times = 2 if readers(segments) else 1
+    assert emulated_flash.calls == [f"{library} forward"] * times + [f"{library} backward"] * times
 
 
 @pytest.mark.usefixtures("library")
@@ -74,7 +103,8 @@ def test_deterministic_backward_where_torch_is_asked_for_it():
         results(leaves, d_out, attention(query, key, value, segments))
     finally:
         torch.use_deterministic_algorithms(False)
-    assert emulated_flash.calls == ["forward"] * 2 + ["deterministic backward"] * 2
+    # FlashAttention-3 is there and left alone
+    assert emulated_flash.calls == ["2 forward"] * 2 + ["2 deterministic backward"] * 2
 
 
 @pytest.mark.usefixtures("library")
@@ -85,7 +115,24 @@ def test_a_pack_without_tokens_is_no_call():
     assert not emulated_flash.calls
 
 
-def test_where_it_runs(library: ModuleType):
+@pytest.mark.usefixtures("library")
+def test_determinism_that_is_asked_for_after_the_forward_call_is_given():
+    segments = PACKS["one group"]
+    *tensors, d_out = inputs(segments.num_tokens, (2, 1, 8), torch.float64)
+    query, key, value = leaves = [x.requires_grad_() for x in tensors]
+    want = results(leaves, d_out, dense(query, key, value, visible(segments), 0.3))
+    out = attention(query, key, value, segments)
+    torch.use_deterministic_algorithms(True)
+    try:
+        got = results(leaves, d_out, out)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for one, truth in zip(got, want, strict=True):
+        torch.testing.assert_close(one, truth, rtol=0, atol=1e-12)
+    assert emulated_flash.calls[2:] == ["2 deterministic backward"] * 2
+
+
+def test_where_it_runs(package: ModuleType):
     assert flash.why_not(CUDA, torch.bfloat16, 128) == ""
     assert flash.why_not(CUDA, torch.float16, 256) == ""
     assert flash.why_not(CUDA, torch.float32, 128) == "it takes CUDA tensors of bfloat16 or float16, got float32 on cuda"
@@ -96,13 +143,87 @@ def test_where_it_runs(library: ModuleType):
         assert (
             flash.why_not(CUDA, torch.bfloat16, size) == f"it takes head sizes that are multiples of 8, up to 256, got {size}"
         )
-    library.__version__ = "2.6.3.post1"  # pyright: ignore[reportAttributeAccessIssue]
-    flash._library.cache_clear()
+    package.__version__ = "2.6.3.post1"  # pyright: ignore[reportAttributeAccessIssue]
+    forget()
     assert flash.why_not(CUDA, torch.bfloat16, 128) == "flash-attn 2.6.3.post1 is too old; install 2.7 or later"
 
 
+@pytest.mark.usefixtures("package")
 def test_a_library_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "flash_attn", None)
-    flash._library.cache_clear()
+    forget()
+    missing = flash.why_not(CUDA, torch.bfloat16, 128)
+    assert missing.startswith("flash-attn cannot be imported (") and missing.endswith("); pip install flash-attn")
+    add_flash_3(monkeypatch, None)
+    assert flash.why_not(CUDA, torch.bfloat16, 128).startswith(f"{missing}; FlashAttention-3 cannot be imported (")
+
+
+@pytest.mark.parametrize("interface", [emulated_flash.FUNCTIONS_3, emulated_flash.OPERATORS_3], ids=["functions", "operators"])
+@pytest.mark.usefixtures("package")
+def test_flash_3_alone_is_enough_on_hopper_unless_torch_is_to_be_deterministic(
+    monkeypatch: pytest.MonkeyPatch, interface: ModuleType
+):
+    add_flash_3(monkeypatch, interface)
+    monkeypatch.setitem(sys.modules, "flash_attn", None)
+    assert flash.why_not(CUDA, torch.bfloat16, 128) == "" == flash.why_not(CUDA, torch.float16, 256)
+    says = "FlashAttention-3 is not taken where torch.use_deterministic_algorithms is on"
+    query = torch.zeros(9, 2, 8)
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert flash.why_not(CUDA, torch.bfloat16, 128).endswith(says)
+        with pytest.raises(ValueError, match=says):
+            attention(query, query, query, PACKS["one group"])
+    finally:
+        torch.use_deterministic_algorithms(False)
+    monkeypatch.setattr(flash, "_is_hopper", lambda device: False)
+    assert "FlashAttention-3" not in flash.why_not(CUDA, torch.bfloat16, 128)
     assert flash.why_not(CUDA, torch.bfloat16, 128).startswith("flash-attn cannot be imported (")
+
+
+@pytest.mark.parametrize(
+    ("without", "dtype", "size", "says"),
+    [
+        ({"FP16": True, "HDIM64": True}, torch.bfloat16, 64, ""),  # larger heads take it
+        ({"FP16": True}, torch.float16, 64, "without FP16"),
+        ({"VARLEN": True, "BACKWARD": True, "HDIM64": True}, torch.bfloat16, 128, "without BACKWARD, VARLEN"),
+        ({"HDIM192": True, "HDIM256": True}, torch.bfloat16, 128, ""),
+        ({"HDIM192": True, "HDIM256": True}, torch.bfloat16, 136, "without HDIM192, HDIM256"),
+        ({"HDIM192": False, "HDIM256": True}, torch.bfloat16, 136, ""),
+    ],
+)
+@pytest.mark.usefixtures("package")
+def test_what_flash_3_was_built_without_is_left_to_flash_2(
+    monkeypatch: pytest.MonkeyPatch, without, dtype, size: int, says: str
+):
+    add_flash_3(monkeypatch, emulated_flash.OPERATORS_3, **without)
+    assert flash._kernels(CUDA, dtype, size) is (flash._FLASH_2 if says else flash._FLASH_3)
+    monkeypatch.setitem(sys.modules, "flash_attn", None)
     flash._library.cache_clear()
+    assert flash.why_not(CUDA, dtype, size).endswith(f"FlashAttention-3 was built {says}" if says else "")
+    assert bool(flash.why_not(CUDA, dtype, size)) is bool(says)
+
+
+def of_2024(q, k, v, softmax_scale, causal, q_descale=None): ...
+
+
+def of_tomorrow(dout, q, k, v, softmax_lse, out): ...
+
+
+@pytest.mark.parametrize(
+    ("changed", "says"),
+    [
+        ({"forward": of_2024}, "_flash_attn_forward takes (q, k, v, softmax_scale, causal, q_descale), which"),
+        ({"backward": of_tomorrow}, "_flash_attn_backward takes (dout, q, k, v, softmax_lse, out), which"),
+        ({"backward": None}, "_flash_attn_backward takes (), which"),
+    ],
+)
+@pytest.mark.usefixtures("package")
+def test_a_flash_3_of_other_arguments_is_not_called_and_named(monkeypatch: pytest.MonkeyPatch, changed, says: str):
+    add_flash_3(
+        monkeypatch,
+        emulated_flash.interface_3(**{"forward": emulated_flash._forward_3, "backward": emulated_flash._backward_3, **changed}),
+    )
+    assert flash._kernels(CUDA, torch.bfloat16, 128) is flash._FLASH_2
+    monkeypatch.setitem(sys.modules, "flash_attn", None)
+    flash._library.cache_clear()
+    assert f"FlashAttention-3's {says} is not known here; build" in flash.why_not(CUDA, torch.bfloat16, 128)

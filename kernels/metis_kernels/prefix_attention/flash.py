@@ -1,4 +1,5 @@
-"""`prefix_attention` by flash-attention's kernels (Dao, 2023; the package flash-attn, from 2.7 on).
+"""`prefix_attention` by flash-attention's kernels: FlashAttention-3 on Hopper (Shah et al., 2024; the module
+flash_attn_interface, built from hopper/), else FlashAttention-2 (Dao, 2023; the package flash-attn, from 2.7 on).
 
 Each segment with itself, causally, is one varlen call; rollouts with their prompts, without a mask, are another one. Both see
 a part of a rollout's keys, and are merged by their log-sum-exps:
@@ -16,7 +17,9 @@ from __future__ import annotations
 
 import functools
 import importlib
+import inspect
 import itertools
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -30,6 +33,20 @@ OLDEST = (2, 7)
 
 LARGEST_HEAD = 256
 
+_ARGUMENTS_3 = {
+    "_flash_attn_forward": (
+        "q k v k_new v_new qv out cu_seqlens_q cu_seqlens_k cu_seqlens_k_new seqused_q seqused_k max_seqlen_q max_seqlen_k "
+        "page_table kv_batch_idx leftpad_k rotary_cos rotary_sin seqlens_rotary q_descale k_descale v_descale softmax_scale "
+        "causal"
+    ),
+    "_flash_attn_backward": (
+        "dout q k v out softmax_lse cu_seqlens_q cu_seqlens_k sequed_q sequed_k max_seqlen_q max_seqlen_k dq dk dv "
+        "softmax_scale causal"
+    ),
+}
+"""What FlashAttention-3's functions begin with, both as functions with `window_size` and as custom operators with
+`window_size_left` and `window_size_right`; the rest is left to its defaults: no window, no softcap, one split."""
+
 
 def why_not(device: torch.device, dtype: torch.dtype, size: int) -> str:
     """Returns "" if it can run on tensors of this device, dtype and head size, else why it cannot."""
@@ -37,7 +54,7 @@ def why_not(device: torch.device, dtype: torch.dtype, size: int) -> str:
         return f"it takes CUDA tensors of bfloat16 or float16, got {str(dtype).removeprefix('torch.')} on {device.type}"
     if size % 8 or size > LARGEST_HEAD:
         return f"it takes head sizes that are multiples of 8, up to {LARGEST_HEAD}, got {size}"
-    found = _library()
+    found = _kernels(device, dtype, size)
     return found if isinstance(found, str) else ""
 
 
@@ -55,9 +72,78 @@ def _library() -> ModuleType | str:
     return interface
 
 
-def _interface() -> ModuleType:
+@functools.cache
+def _library_3() -> ModuleType | str:
+    """FlashAttention-3's flash_attn_interface, or why there is none. It is built from sources of any day, so that arguments are
+    looked at and not a version."""
+    try:
+        interface = importlib.import_module("flash_attn_interface")
+    except ImportError as error:
+        return f"FlashAttention-3 cannot be imported ({error})"
+    for name, known in _ARGUMENTS_3.items():
+        function = getattr(interface, name, None)
+        function = getattr(function, "_init_fn", function)  # what a custom operator was made of; itself it takes anything
+        names = [one.rstrip("_").removeprefix("is_") for one in inspect.signature(function).parameters] if function else []
+        if not f"{' '.join(names)} ".startswith(f"{known} "):
+            return (
+                f"FlashAttention-3's {name} takes ({', '.join(names)}), which is not known here; build hopper/ of a later one"
+            )
+    return interface
+
+
+@functools.cache
+def _build_flags_3() -> Mapping[str, bool]:
+    """What FlashAttention-3 was built without; nothing where the build did not write it down."""
+    try:
+        return importlib.import_module("flash_attn_config").CONFIG["build_flags"]
+    except ImportError:
+        return {}
+
+
+def _why_not_3(dtype: torch.dtype, size: int) -> str:
+    """As `why_not`, of FlashAttention-3 on a GPU that it is made for."""
+    # Its deterministic backward takes heads up to 192 only, and older builds leave semaphores of grouped heads uninitialised.
+    if torch.are_deterministic_algorithms_enabled():
+        return "FlashAttention-3 is not taken where torch.use_deterministic_algorithms is on"
+    found = _library_3()
+    if isinstance(found, str):
+        return found
+    without = {name.removeprefix("FLASHATTENTION_DISABLE_") for name, value in _build_flags_3().items() if value}
+    needs = {"VARLEN", "BACKWARD"} | ({"FP16"} if dtype == torch.float16 else set())
+    heads = {f"HDIM{largest}" for largest in (64, 96, 128, 192, LARGEST_HEAD) if largest >= size}  # smaller ones are padded
+    if heads <= without:
+        needs |= heads
+    missing = sorted(needs & without)
+    return f"FlashAttention-3 was built without {', '.join(missing)}" if missing else ""
+
+
+def _is_hopper(device: torch.device) -> bool:
+    return torch.cuda.is_available() and torch.cuda.get_device_capability(device) == (9, 0)
+
+
+def _kernels(device: torch.device, dtype: torch.dtype, size: int) -> _Kernels | str:
+    """What runs tensors like these, or why nothing does."""
+    why_not_3 = ""
+    if _is_hopper(device):
+        why_not_3 = _why_not_3(dtype, size)
+        if not why_not_3:
+            return _FLASH_3
     found = _library()
-    assert isinstance(found, ModuleType)  # `why_not` was asked before
+    if isinstance(found, str):
+        return f"{found}; {why_not_3}" if why_not_3 else found
+    return _FLASH_2
+
+
+def _kernels_of(query: Tensor) -> _Kernels:
+    """Forward and backward ask anew: both libraries agree in what they keep, and only one of them may be deterministic."""
+    found = _kernels(query.device, query.dtype, query.shape[-1])
+    if isinstance(found, str):  # `why_not` was asked before: what torch is asked for has changed since
+        raise ValueError(f"impl='flash' cannot run here: {found}")
+    return found
+
+
+def _module(found: ModuleType | str) -> ModuleType:
+    assert isinstance(found, ModuleType)  # `_kernels` looked
     return found
 
 
@@ -107,9 +193,8 @@ def _calls(segments: Segments, device: torch.device) -> _Calls:
     )
 
 
-def _varlen_forward(query: Tensor, key: Tensor, value: Tensor, call: _Call, scale: float) -> tuple[Tensor, Tensor]:
-    """(out [.., H, D], lse [H, ..] float32)."""
-    out, lse, *_ = _interface()._flash_attn_varlen_forward(
+def _forward_2(query: Tensor, key: Tensor, value: Tensor, call: _Call, scale: float) -> tuple[Tensor, Tensor]:
+    out, lse, *_ = _module(_library())._flash_attn_varlen_forward(
         query,
         key,
         value,
@@ -130,20 +215,25 @@ def _varlen_forward(query: Tensor, key: Tensor, value: Tensor, call: _Call, scal
     return out, lse
 
 
-def _varlen_backward(
-    d_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, call: _Call, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    d_query, d_key, d_value = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (query, key, value))
-    _interface()._flash_attn_varlen_backward(
+def _backward_2(
+    d_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    gradients: tuple[Tensor, Tensor, Tensor],
+    call: _Call,
+    scale: float,
+) -> None:
+    _module(_library())._flash_attn_varlen_backward(
         d_out,
         query,
         key,
         value,
         out,
         lse,
-        d_query,
-        d_key,
-        d_value,
+        *gradients,
         call.query_offsets,
         call.key_offsets,
         call.longest_query,
@@ -157,7 +247,81 @@ def _varlen_backward(
         alibi_slopes=None,
         deterministic=torch.are_deterministic_algorithms_enabled(),
     )
-    return d_query, d_key, d_value
+
+
+# By position, as the names differ between versions (`_ARGUMENTS_3`).
+
+
+def _forward_3(query: Tensor, key: Tensor, value: Tensor, call: _Call, scale: float) -> tuple[Tensor, Tensor]:
+    out, lse, *_ = _module(_library_3())._flash_attn_forward(
+        query,
+        key,
+        value,
+        *[None] * 4,  # new keys and values, a second part of the query, a place for out
+        call.query_offsets,
+        call.key_offsets,
+        *[None] * 3,  # lengths of new keys, lengths that are used
+        call.longest_query,
+        call.longest_key,
+        *[None] * 9,  # pages, padding, rotary positions, scales of 8-bit numbers
+        scale,
+        call.causal,
+    )
+    return out, lse
+
+
+def _backward_3(
+    d_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    gradients: tuple[Tensor, Tensor, Tensor],
+    call: _Call,
+    scale: float,
+) -> None:
+    _module(_library_3())._flash_attn_backward(
+        d_out,
+        query,
+        key,
+        value,
+        out,
+        lse,
+        call.query_offsets,
+        call.key_offsets,
+        *[None] * 2,  # lengths that are used
+        call.longest_query,
+        call.longest_key,
+        *gradients,
+        scale,
+        call.causal,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Kernels:
+    """A library's varlen calls.
+
+    forward: (out [.., H, D], lse [H, ..] float32) of query, key, value. backward: of d_out, query, key, value, out and lse,
+    written into the gradients (dQuery, dKey, dValue).
+    """
+
+    forward: Callable[[Tensor, Tensor, Tensor, _Call, float], tuple[Tensor, Tensor]]
+    backward: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, tuple[Tensor, Tensor, Tensor], _Call, float], None]
+
+
+_FLASH_2 = _Kernels(_forward_2, _backward_2)
+_FLASH_3 = _Kernels(_forward_3, _backward_3)
+
+
+def _backward(
+    d_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, call: _Call, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    new = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (query, key, value)]
+    gradients = new[0], new[1], new[2]
+    _kernels_of(query).backward(d_out, query, key, value, out, lse, gradients, call, scale)
+    return gradients
 
 
 def forward(query_NHD: Tensor, key_NKD: Tensor, value_NKD: Tensor, segments: Segments, scale: float) -> tuple[Tensor, Tensor]:
@@ -165,11 +329,12 @@ def forward(query_NHD: Tensor, key_NKD: Tensor, value_NKD: Tensor, segments: Seg
     if not segments.num_tokens:
         return query_NHD.new_empty(query_NHD.shape), query_NHD.new_empty(query_NHD.shape[:2], dtype=torch.float32)
     calls = _calls(segments, query_NHD.device)
-    out, lse_HN = _varlen_forward(query_NHD, key_NKD, value_NKD, calls.own, scale)
+    run = _kernels_of(query_NHD).forward
+    out, lse_HN = run(query_NHD, key_NKD, value_NKD, calls.own, scale)
     if calls.prompt is None:
         return out, lse_HN.T.contiguous()
     rows = calls.rows_R
-    prompt_out, prompt_lse_HR = _varlen_forward(
+    prompt_out, prompt_lse_HR = run(
         query_NHD[rows], key_NKD[calls.prompt_rows_P], value_NKD[calls.prompt_rows_P], calls.prompt, scale
     )
     own_lse_HR = lse_HN[:, rows]
@@ -191,17 +356,17 @@ def backward(
     segments: Segments,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dQuery, dKey, dValue) in the inputs' dtype. dQuery of the two calls is summed in a changing order unless
+    """(dQuery, dKey, dValue) in the inputs' dtype. Gradients of a call are summed in a changing order unless
     `torch.use_deterministic_algorithms` is on, as flash-attention does it."""
     if not segments.num_tokens:
         return query_NHD.new_empty(query_NHD.shape), key_NKD.new_empty(key_NKD.shape), value_NKD.new_empty(value_NKD.shape)
     calls = _calls(segments, query_NHD.device)
     lse_HN = lse_NH.T.contiguous()
-    gradients = _varlen_backward(d_out_NHD, query_NHD, key_NKD, value_NKD, out_NHD, lse_HN, calls.own, scale)
+    gradients = _backward(d_out_NHD, query_NHD, key_NKD, value_NKD, out_NHD, lse_HN, calls.own, scale)
     if calls.prompt is None:
         return gradients
     rows, prompt_rows = calls.rows_R, calls.prompt_rows_P
-    parts = _varlen_backward(
+    parts = _backward(
         d_out_NHD[rows],
         query_NHD[rows],
         key_NKD[prompt_rows],
