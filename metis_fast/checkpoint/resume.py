@@ -8,7 +8,7 @@
         tensors-00000.safetensors, ...
       .tmp-step-000020-1f2e3d4c  being written, or left by a killed process; removed when the folder is next opened
 
-Nothing here is pickled: safetensors and JSON only.
+Nothing here is pickled: safetensors and JSON only; what Megatron-core writes into `trainer/` has pickles in it.
 """
 
 from __future__ import annotations

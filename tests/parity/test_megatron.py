@@ -13,9 +13,10 @@ from test_trainer import ANSWER, CALL, SWITCHES, config, derived_gradient, forwa
 from transformers import AutoConfig, Qwen3Config, Qwen3ForCausalLM
 
 from metis_fast.config import Config, ModelConfig
-from metis_fast.errors import CheckpointError, NonFiniteError
+from metis_fast.errors import CheckpointError, Interrupted, NonFiniteError
 from metis_fast.model import load_policy
 from metis_fast.testing.tiny import TinyShape, build_tiny
+from metis_fast.train.megatron.backend import MegatronTrainer
 from metis_fast.train.megatron.launch import Ranks
 from metis_fast.train.megatron.layout import check
 from metis_fast.train.megatron.task import Task
@@ -303,3 +304,50 @@ def test_nan_stops_the_step_on_every_rank_and_the_ranks_go_on(start, models, gro
         ranks.call("run", task, [groups, groups], [], None, None)
     fine = settings_of(groups, TP)
     ranks.call("run", Task(fine, models["untied"], fine.train.optim, 10), [groups], [], None, None)
+
+
+def test_the_runs_side_is_a_trainer_like_the_torch_one(truth, models, tmp_path):
+    data, logp, _, stats, *_ = truth["untied"]
+    settings = settings_of(data, PP)
+    settings = settings.model_copy(update={"run": settings.run.model_copy(update={"dir": tmp_path})})
+    model = AutoConfig.from_pretrained(models["untied"])
+    trainer = MegatronTrainer(settings, settings.train.optim, 10, models["untied"], model)
+    try:
+        for got, expected in zip(trainer.logprobs([r for g in data for r in g.rollouts]), logp, strict=True):
+            np.testing.assert_allclose(got, expected, rtol=0, atol=1e-5)
+        calls = iter([False, True])  # between the sending of the groups and the first optimizer step
+
+        def check():
+            if next(calls, True):
+                raise Interrupted
+
+        before = dict(trainer.weights())
+        with pytest.raises(Interrupted):
+            trainer.update(data * 20, check)  # 39 passes for old log-probabilities come before the first step
+        assert trainer.num_updates == 0
+        assert all(torch.equal(tensor, before[name]) for name, tensor in trainer.weights())
+        for one, other in zip(trainer.update(data), stats[0], strict=True):
+            for field in ("loss", "loss_acc", "loss_tool", "grad_norm", "entropy", "engine_gap", "kl", "ratio_max", "clip_acc"):
+                assert getattr(one, field) == pytest.approx(getattr(other, field), rel=1e-4, abs=1e-6), field
+            assert (one.num_tokens, one.flops, one.avoided, one.n_acc) == (
+                other.num_tokens,
+                other.flops,
+                other.avoided,
+                other.n_acc,
+            )
+        assert trainer.num_updates == 2
+    finally:
+        trainer.close()
+
+
+def test_a_step_that_was_half_taken_is_counted(models, groups, tmp_path):  # noqa: F811
+    settings = settings_of(groups, PP, eps=1e-8, lr=1e30)  # the first mini-batch's step leaves nothing finite for the second
+    settings = settings.model_copy(update={"run": settings.run.model_copy(update={"dir": tmp_path})})
+    model = AutoConfig.from_pretrained(models["untied"])
+    trainer = MegatronTrainer(settings, settings.train.optim, 10, models["untied"], model)
+    try:
+        with pytest.raises(NonFiniteError, match="in mini-batch 1"):
+            trainer.update(groups)
+        assert trainer.num_updates == 1
+    finally:
+        trainer.close()

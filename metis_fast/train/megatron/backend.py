@@ -12,7 +12,7 @@ from transformers import PretrainedConfig
 
 from metis_fast.checkpoint.resume import Shards
 from metis_fast.config import Config, OptimConfig
-from metis_fast.errors import CheckpointError, ConfigError
+from metis_fast.errors import CheckpointError, ConfigError, NonFiniteError
 from metis_fast.train.flops import FlopModel
 from metis_fast.train.megatron import layout, names
 from metis_fast.train.megatron.launch import Ranks
@@ -98,7 +98,11 @@ class MegatronTrainer:
         batches = [
             plan(groups[i : i + size], i == 0, self._config, self._prunes, self._trained) for i in range(0, len(groups), size)
         ]
-        results: list[StepResult] = self._ranks.call("update", groups, check=check)[0]
+        try:
+            results: list[StepResult] = self._ranks.call("update", groups, check=check)[0]
+        except NonFiniteError:  # maybe of a later mini-batch: what is there is no whole step then, and must not be saved as one
+            self._num_updates = self._ranks.call("steps_taken")[0]
+            raise
         self._num_updates += len(results)
         return tuple(
             update_stats(batch, [values for values, _ in result.table], result.norm, result.lr, self._config)

@@ -125,7 +125,7 @@ class Worker:
         self._optim, self._schedule = task.optim, Schedule(task.optim, task.total_steps)
         self._prunes = prunes(config)
         self._trained = Trained(FlopModel.of(self._hf), "vision" not in frozen, head_trained)
-        self._megatron.finalize_model_grads_func = self._finalize
+        self._megatron.finalize_model_grads_func = _finalize
         if self._overlap:
             syncs = [model.no_sync for model in self._models]
             self._megatron.no_sync_func = cast(Any, syncs if len(syncs) > 1 else syncs[0])
@@ -195,10 +195,6 @@ class Worker:
                 if isinstance(one.optimizer, torch.optim.AdamW):
                     one.optimizer.state[master]["step"] = torch.tensor(0.0)
         return one
-
-    def _finalize(self, models: list[Any], num_tokens: object = None, **options: Any) -> None:
-        """Sum gradients over replicas, and over what splits tokens. Nothing is divided: the loss has its denominators."""
-        finalize_model_grads(models, None, **options)
 
     # -- passes -------------------------------------------------------------------------------------------------------
 
@@ -341,6 +337,10 @@ class Worker:
         if self._reference:
             passes = self._with_reference(passes)
         return [self._step(batch, own, i) for i, (batch, own) in enumerate(zip(batches, passes, strict=True))]
+
+    def steps_taken(self) -> int:
+        """Optimizer steps."""
+        return self.num_updates
 
     def _check(self) -> None:
         if self._context.aborted():
@@ -537,6 +537,11 @@ class Worker:
             else:  # Transformer Engine's counts by groups
                 group["step"] = num_updates
         self.num_updates = num_updates
+
+
+def _finalize(models: list[Any], num_tokens: object = None, **options: Any) -> None:
+    """Sum gradients over replicas, and over what splits tokens. Nothing is divided: the loss has its denominators."""
+    finalize_model_grads(models, None, **options)
 
 
 class _HeadReady(torch.autograd.Function):
