@@ -27,6 +27,8 @@ _VERBS = (
     ["data", "demo"],
     ["report"],
     ["rank"],
+    ["plan"],
+    ["weights", "map"],
     ["bench"],
 )
 
@@ -49,6 +51,13 @@ def test_a_verb_that_does_not_exist_is_refused_with_the_usage(tmp_path: Path) ->
     for arguments in (["trian"], [], ["train"], ["train", "a.yaml", "--fast"], ["report"]):
         ended = run(arguments, tmp_path)
         assert ended.code == 2 and ended.err.startswith("usage: metis-fast"), ended
+
+
+def test_a_reader_that_goes_away_early_gets_no_traceback() -> None:
+    done = subprocess.run(
+        f"set -o pipefail; {PROGRAM} config | head -1", shell=True, executable="/bin/bash", capture_output=True, text=True
+    )
+    assert (done.stderr, done.returncode in (0, 141)) == ("", True)
 
 
 @pytest.mark.parametrize("path", _CONFIGS, ids=lambda path: path.name)
