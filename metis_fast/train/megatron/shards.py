@@ -88,10 +88,10 @@ def finish(writing: Future[Any], folder: Path) -> None:
     try:
         writing.result()
     except (OSError, RuntimeError, CheckpointException) as error:
-        reason = " ".join(str(error).split())[-300:]
-        raise CheckpointError(
-            f"cannot write the checkpoint to {folder}: {reason}; free some space and run the command again"
-        ) from error
+        # torch gathers what happened on every rank, each with its stack
+        first = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) and error.failures else error
+        reason = " ".join(str(first).split())[-300:]
+        raise CheckpointError(f"a rank could not write to {folder}: {reason or type(first).__name__}") from error
 
 
 def load(state: ShardedStateDict, folder: Path, whole: bool = True) -> dict[str, Any]:
