@@ -137,14 +137,29 @@ async def _play(
         trace.turns.append(turn(observation.outcome, parsed.call, observation=observation.text, seconds=seconds))
 
 
-def _encode_prompt(prompt: Prompt, chat: Chat, config: RolloutConfig) -> TokenPiece:
-    encoded = chat.encode_prompt(prompt)
-    if len(encoded.tokens) > config.max_prompt_tokens:
-        raise DataError(
-            f"prompt {prompt.uid} has {len(encoded.tokens)} tokens, rollout.max_prompt_tokens is {config.max_prompt_tokens}; "
-            "raise the limit or remove the row"
+async def _encode_prompts(prompts: Sequence[Prompt], chat: Chat, config: RolloutConfig) -> list[TokenPiece]:
+    """All of them, before any is sampled. A DataError names every one that cannot be used."""
+    pieces: list[TokenPiece] = []
+    wrong: list[str] = []
+    too_long: list[str] = []
+    for prompt in prompts:
+        await asyncio.sleep(0)  # images take their time, and a signal must get through
+        try:
+            pieces.append(chat.encode_prompt(prompt))
+        except DataError as error:
+            wrong.append(str(error))
+            continue
+        if len(pieces[-1].tokens) > config.max_prompt_tokens:
+            too_long.append(f"prompt {prompt.uid} has {len(pieces[-1].tokens)} tokens")
+    if too_long:
+        rows = "row" if len(too_long) == 1 else "rows"
+        wrong.append(
+            f"{', '.join(too_long)}, rollout.max_prompt_tokens is {config.max_prompt_tokens}; raise the limit or remove the "
+            f"{rows} (metis-fast data check FILE --model FOLDER finds all of a file)"
         )
-    return encoded
+    if wrong:
+        raise DataError("; ".join(wrong))
+    return pieces
 
 
 async def run_episode(
@@ -155,6 +170,7 @@ async def run_episode(
     toolbox: Toolbox,
     config: RolloutConfig,
     key: SampleKey,
+    encoded: TokenPiece | None = None,
     first: EngineSession | None = None,
 ) -> Rollout:
     """Sample one rollout; never raises for our own failures.
@@ -162,17 +178,15 @@ async def run_episode(
     An InfrastructureError starts the episode again from the prompt, `config.retries` times: a Python session that was lost
     half-way cannot be continued fairly. After that the rollout ends in INFRASTRUCTURE_ERROR and has no verdict.
 
-    first: an engine session that was opened before (it fixes the batch's shape); later tries open their own.
+    encoded: the prompt's tokens, where they are known. first: an engine session that was opened before (it fixes the batch's
+    shape), only with `encoded`; later tries open their own.
 
     Raises:
         DataError: the prompt is longer than `max_prompt_tokens` or holds an image that cannot be used.
     """
-    try:
-        encoded = _encode_prompt(prompt, chat, config)
-    except DataError:
-        if first is not None:
-            first.close()
-        raise
+    if encoded is None:
+        assert first is None  # nothing would close it
+        (encoded,) = await _encode_prompts([prompt], chat, config)
     error = ""
     trace = _Trace(len(encoded.tokens), [], [], [])
     for attempt in range(config.retries + 1):
@@ -205,9 +219,14 @@ async def collect(
 ) -> list[Group]:
     """Sample `rollouts_per_prompt` rollouts of every prompt, at most `config.max_concurrent` at once.
 
-    With `config.deterministic` the rollouts run in fixed blocks, so that what shares a batch does not depend on timing.
+    Every prompt is encoded once, before anything is sampled. With `config.deterministic` the rollouts run in fixed blocks, so
+    that what shares a batch does not depend on timing.
     on_done is called after every rollout.
+
+    Raises:
+        DataError: prompts longer than `max_prompt_tokens` or with an image that cannot be used; names all of them.
     """
+    pieces = await _encode_prompts(prompts, chat, config)
     total = len(prompts) * rollouts_per_prompt
     gate = asyncio.Semaphore(total if config.deterministic else config.max_concurrent)
 
@@ -221,6 +240,7 @@ async def collect(
                 toolbox,
                 config,
                 SampleKey(seed, stream, order),
+                pieces[order // rollouts_per_prompt],
                 session,
             )
         on_done()

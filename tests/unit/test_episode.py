@@ -174,16 +174,49 @@ def test_a_failing_tool_leaves_the_message_that_called_it(episode):
 
 @pytest.mark.parametrize("deterministic", [True, False])
 @pytest.mark.parametrize("problem", ["long", "image"])
-def test_a_prompt_that_cannot_be_used_stops_the_batch_and_closes_every_session(
+def test_a_prompt_that_cannot_be_used_stops_the_batch_before_anything_is_sampled(
     chat, policy, make_prompt, deterministic, problem
 ):
     bad = make_prompt("x" * 300) if problem == "long" else make_prompt("<image>", [ImageBlob.of(b"no")])
-    prompts = [make_prompt(), bad, make_prompt()]
+    prompts = [make_prompt(), make_prompt(), bad]
     engine, toolbox = FakeEngine(policy.tokenizer, [[CALL, ANSWER]] * 6), FakeToolbox()
-    config = RolloutConfig(max_prompt_tokens=100, deterministic=deterministic)
+    config = RolloutConfig(max_prompt_tokens=100, deterministic=deterministic, max_concurrent=2)
     with pytest.raises(DataError, match=r"remove (the|this) row"):
         asyncio.run(collect(prompts, 2, chat, engine, toolbox, config, 0, "train/0"))
     assert (engine.num_open, toolbox.num_open) == (0, 0)
+    assert engine.asked == [] and toolbox.calls == []
+
+
+def test_one_error_names_every_prompt_of_the_batch_that_cannot_be_used(chat, policy, make_prompt):
+    prompts = [
+        make_prompt("x" * 300, uid="a.parquet:4"),
+        make_prompt(uid="a.parquet:5"),
+        make_prompt("<image>", [ImageBlob.of(b"no")], uid="a.parquet:6"),
+        make_prompt("x" * 400, uid="b.parquet:0"),
+    ]
+    sizes = [len(chat.encode_prompt(prompts[i]).tokens) for i in (0, 3)]
+    engine = FakeEngine(policy.tokenizer, [])
+    with pytest.raises(DataError) as caught:
+        asyncio.run(collect(prompts, 2, chat, engine, FakeToolbox(), RolloutConfig(max_prompt_tokens=100), 0, "train/0"))
+    says = str(caught.value)
+    assert says.startswith("prompt a.parquet:6: image cannot be decoded") and "a.parquet:5" not in says
+    assert (
+        f"prompt a.parquet:4 has {sizes[0]} tokens, prompt b.parquet:0 has {sizes[1]} tokens, "
+        "rollout.max_prompt_tokens is 100; raise the limit or remove the rows"
+    ) in says
+
+
+def test_a_prompt_as_long_as_the_limit_is_sampled_and_encoded_once(chat, policy, make_prompt, monkeypatch):
+    prompts = [make_prompt(uid="p0"), make_prompt(uid="p1")]
+    limit = len(chat.encode_prompt(prompts[0]).tokens)
+    encode, seen = chat.encode_prompt, []
+    monkeypatch.setattr(chat, "encode_prompt", lambda prompt: seen.append(prompt.uid) or encode(prompt))
+    engine = FakeEngine(policy.tokenizer, [[CALL, ANSWER]] * 6)
+    config = RolloutConfig(max_prompt_tokens=limit)
+    groups = asyncio.run(collect(prompts, 3, chat, engine, FakeToolbox(), config, 0, "train/0"))
+    assert seen == ["p0", "p1"]
+    assert {r.prompt_len for g in groups for r in g.rollouts} == {limit}
+    assert {len(r.turns) for g in groups for r in g.rollouts} == {2}  # no rollout grew another's prompt
 
 
 def test_a_defect_is_raised_as_it_is_and_closes_every_session(chat, policy, make_prompt):
