@@ -16,11 +16,15 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from metis_fast import __version__
 from metis_fast import config as config_module
 from metis_fast.config import Config
-from metis_fast.errors import Interrupted, MetisError
+from metis_fast.errors import ConfigError, Interrupted, MetisError
+
+if TYPE_CHECKING:
+    from metis_fast.types import Prompt
 
 _EPILOG = """examples:
   metis-fast demo configs/demo.yaml                     the whole story on a laptop, in a quarter of an hour
@@ -61,9 +65,26 @@ def _config(args: argparse.Namespace) -> int:
 def _data_check(args: argparse.Namespace) -> int:
     from metis_fast.data.check import check_files, render_json, render_text
 
-    report = check_files(args.files, progress=not args.json)
+    limit = args.max_prompt_tokens
+    if limit is not None and (args.model is None or limit < 1):
+        raise ConfigError(f"--max-prompt-tokens: expected a number from 1 on and --model, whose tokens it counts, got {limit}")
+    limit = limit or config_module.RolloutConfig().max_prompt_tokens
+    report = check_files(args.files, not args.json, args.model and _token_counter(args.model), limit)
     print(render_json(report) if args.json else render_text(report))
     return report.exit_code
+
+
+def _token_counter(model: Path) -> Callable[[Prompt], int]:
+    """Tokens of a prompt as a run with this model would encode it. Its weights are not read."""
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    from metis_fast.model import ImagePreparer, check_model_folder, load_tokenizer
+    from metis_fast.rollout.chat import Chat
+
+    vision = check_model_folder(model) == "qwen3_vl"
+    images = ImagePreparer(Qwen2VLImageProcessorPil.from_pretrained(model) if vision else None, cache_size=1)
+    chat = Chat(load_tokenizer(model, vision), images)
+    return lambda prompt: len(chat.encode_prompt(prompt).tokens)
 
 
 def _data_demo(args: argparse.Namespace) -> int:
@@ -257,6 +278,13 @@ def build_parser() -> argparse.ArgumentParser:
         data, "check", _data_check, "Report every row that does not fit the Metis-RL schema; exit code 1 if there is one."
     )
     sub.add_argument("files", type=Path, nargs="+", metavar="FILE")
+    sub.add_argument("--model", type=Path, metavar="FOLDER", help="count the tokens of every prompt, images included")
+    sub.add_argument(
+        "--max-prompt-tokens",
+        type=int,
+        metavar="N",
+        help="with --model: longer ones are bad; default: as rollout.max_prompt_tokens",
+    )
     sub.add_argument("--json", action="store_true")
     sub = verb(data, "demo", _data_demo, "Write the demo set (Parquet) and its search corpora.")
     sub.add_argument("out", type=Path, metavar="FOLDER")

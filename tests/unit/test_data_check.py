@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from metis_fast.cli import main
 from metis_fast.data.check import check_files, render_json, render_text
 from metis_fast.data.parquet import PromptFiles
 from metis_fast.data.row import BadRowError
@@ -106,3 +107,49 @@ def test_files_without_images_or_bad_rows_pass(tmp_path: Path):
 def test_a_missing_file_is_an_error_rather_than_a_report(tmp_path: Path):
     with pytest.raises(DataError, match="no such file"):
         check_files([tmp_path / "absent.parquet"], progress=False)
+
+
+def test_prompts_that_are_too_long_for_the_model_are_bad_rows(tmp_path: Path):
+    path = write_rows(tmp_path / "set.parquet", ("math", []), ("math", [SMALL]), ("search", [SMALL, SMALL]), ("music", []))
+    report = check_files([path], False, lambda prompt: 10 + 5 * len(prompt.images), 15)
+    assert [str(bad) for bad in report.bad_rows] == [
+        f"{path}, row 2, column prompt: expected at most rollout.max_prompt_tokens=15 tokens, got 20 tokens",
+        f"{path}, row 3, column ability: expected math, perception, search, got 'music'",
+    ]
+    assert (report.longest_prompt, report.images, report.exit_code) == (15, 1, 1)
+    assert render_text(report).splitlines()[-1] == "prompts    up to 15 tokens"
+    assert json.loads(render_json(report))["longest_prompt"] == 15
+
+
+def test_the_command_counts_tokens_as_a_run_with_the_model_would(
+    tmp_path: Path, tiny_folder: Path, chat, capsys: pytest.CaptureFixture[str]
+):
+    path = write_rows(tmp_path / "set.parquet", ("math", []), ("math", [encoded(64, 64)]))
+    lengths = [len(chat.encode_prompt(PromptFiles([path]).read(index)).tokens) for index in (0, 1)]
+    assert lengths[1] > lengths[0]
+
+    def check(*options: object) -> tuple[int, dict]:
+        code = main(["data", "check", "--json", str(path), *map(str, options)])
+        out = capsys.readouterr()
+        return code, json.loads(out.out) if out.out else {"error": out.err}
+
+    assert check()[1]["longest_prompt"] is None
+    code, tree = check("--model", tiny_folder)
+    assert (code, tree["longest_prompt"]) == (0, lengths[1])
+    code, tree = check("--model", tiny_folder, "--max-prompt-tokens", lengths[0])
+    assert (code, tree["longest_prompt"]) == (1, lengths[0])
+    assert [(bad["row"], bad["got"]) for bad in tree["bad_rows"]] == [(1, f"{lengths[1]} tokens")]
+    for options in (["--max-prompt-tokens", 5], ["--model", tiny_folder, "--max-prompt-tokens", 0]):
+        code, tree = check(*options)
+        assert code == 2 and "--max-prompt-tokens: expected a number from 1 on and --model" in tree["error"]
+
+
+def test_images_for_a_model_that_reads_text_only_are_bad_rows(tmp_path: Path):
+    def refuse(prompt):
+        if prompt.images:
+            raise DataError("the model reads text only")
+        return 3
+
+    path = write_rows(tmp_path / "set.parquet", ("math", [SMALL]), ("math", []))
+    (bad,) = check_files([path], False, refuse, 15).bad_rows
+    assert (bad.row, bad.column, bad.got) == (0, "images", "the model reads text only")
