@@ -6,6 +6,7 @@ then starts in a tenth of a second instead of five. `test_run_kill.py` shows tha
 
 from __future__ import annotations
 
+import contextlib
 import json
 import multiprocessing
 import os
@@ -85,7 +86,11 @@ def _frame(stage: str, thread: int) -> FrameType | None:
 def rank_pid(run: int, number: int) -> int:
     """The process of one of a run's Megatron ranks."""
     ending = ["--rank", str(number)]
-    return next(child.pid for child in psutil.Process(run).children() if child.cmdline()[-2:] == ending)
+    while True:  # it may be about to start
+        for child in psutil.Process(run).children():
+            with contextlib.suppress(psutil.Error):
+                if child.cmdline()[-2:] == ending:
+                    return child.pid
 
 
 def _strike(moment: Moment, thread: int, mark: Path) -> None:
