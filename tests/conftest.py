@@ -11,47 +11,15 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny_shape import SHAPE, TEXTS
 
 from metis_fast.config import ModelConfig, RolloutConfig
 from metis_fast.model import Policy, load_policy
 from metis_fast.rollout.chat import Chat
 from metis_fast.rollout.episode import SampleKey, run_episode
 from metis_fast.testing.fakes import FakeEngine, FakeToolbox
-from metis_fast.testing.tiny import TinyShape, build_tiny
+from metis_fast.testing.tiny import build_tiny
 from metis_fast.types import Ability, ImageBlob, Message, Observation, Prompt, Rollout
-
-SHAPE = TinyShape(
-    vocab_size=400,
-    image_px=1024,
-    text_config={
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 16,
-        "max_position_embeddings": 4096,
-        "rope_parameters": {"rope_type": "default", "mrope_section": [4, 2, 2], "mrope_interleaved": True, "rope_theta": 1e4},
-        "tie_word_embeddings": True,
-    },
-    vision_config={
-        "depth": 2,
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_heads": 2,
-        "patch_size": 8,
-        "temporal_patch_size": 2,
-        "spatial_merge_size": 2,
-        "num_position_embeddings": 16,
-        "deepstack_visual_indexes": [0],
-    },
-)
-TEXTS = [
-    "user\nWhich city lies in France?",
-    '{"name": "python", "arguments": {"code": "print(1)"}}',
-    "the answer is known",
-    "cut",
-]
 
 
 @pytest.fixture(scope="session")

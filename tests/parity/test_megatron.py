@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import SHAPE, TEXTS
 from test_trainer import ANSWER, CALL, SWITCHES, config, derived_gradient, forward, groups, longest, score  # noqa: F401
+from tiny_shape import SHAPE, TEXTS
 from transformers import AutoConfig, Qwen3Config, Qwen3ForCausalLM
 
 from metis_fast.config import Config, ModelConfig
