@@ -157,7 +157,7 @@ def test_a_ray_job_stopped_by_a_signal_goes_on_when_started_again(on_ray: Callab
     _whole(on_ray(f"train.steps={done + 1}", "checkpoint.every=0"), tmp_path, done + 1)
 
 
-@pytest.mark.parametrize("launch", ["slurm", "on_ray"])
+@pytest.mark.parametrize("launch", [pytest.param("slurm", marks=pytest.mark.slow), "on_ray"])
 def test_a_job_ends_soon_after_one_of_its_ranks_was_killed(launch: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     job: Job = request.getfixturevalue(launch)("train.steps=500")
     job.when(lambda: bool(_steps(tmp_path)))
@@ -168,6 +168,7 @@ def test_a_job_ends_soon_after_one_of_its_ranks_was_killed(launch: str, request:
     assert "run the same command again: it resumes from the last checkpoint" in job.err.read_text()
 
 
+@pytest.mark.slow
 def test_ranks_end_with_the_process_that_started_them_on_ray(on_ray: Callable[..., Job], tmp_path: Path) -> None:
     job = on_ray("train.steps=500")
     job.when(lambda: bool(_steps(tmp_path)))
