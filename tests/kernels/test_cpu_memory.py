@@ -50,4 +50,5 @@ def test_log_probabilities_hold_no_logits_at_all():
         linear_logprob(hidden, head_VH, targets, impl="cpu")
         return Outcome()
 
-    assert peak_bytes(step, torch.device("cpu")) < 0.01 * 2048 * 32768 * 2
+    # a tile of them a thread, and the head's rows for it, which AVX2 takes widened to float32; all logits are 128 MiB
+    assert peak_bytes(step, torch.device("cpu")) < torch.get_num_threads() * 5 * 2**18
