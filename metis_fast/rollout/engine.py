@@ -5,12 +5,13 @@ One rollout opens one `EngineSession`, so that an engine can keep what it comput
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
+from torch import Tensor
 
 from metis_fast.types import ImageBlob, ImageSpan
 
@@ -46,6 +47,19 @@ class Completion:
     stopped: bool
 
 
+@dataclass(frozen=True, slots=True)
+class SyncReport:
+    """What one weight update took. num_bytes: moved to the slowest engine; seconds: until all engines sample with it, of which
+    they stood still for pause_s; retries: transfers that had to be made again."""
+
+    version: int
+    mode: str  # "shared" (the trainer's own module), "full" or "delta"
+    num_bytes: int = 0
+    seconds: float = 0.0
+    pause_s: float = 0.0
+    retries: int = 0
+
+
 class EngineSession(Protocol):
     """One rollout's place in an engine."""
 
@@ -55,7 +69,7 @@ class EngineSession(Protocol):
         """Continue `tokens` (the whole rollout so far; what this session saw before is its prefix).
 
         Raises:
-            InfrastructureError: the engine failed; the same call may be made again.
+            EngineFailure: the engine failed; the same call may be made again, on another session.
         """
         ...
 
@@ -67,8 +81,21 @@ class EngineSession(Protocol):
 class Engine(Protocol):
     """Samples from the current policy. Never emits image or video placeholder tokens."""
 
-    def session(self, order: int) -> EngineSession:
-        """A place for one rollout. `order` fixes its row in a batch, so that runs repeat."""
+    def session(self, order: int, prompt: str = "") -> EngineSession:
+        """A place for one rollout.
+
+        order fixes its row in a batch, so that runs repeat. prompt: rollouts with the same one share what is computed for it.
+        """
+        ...
+
+    async def update(self, weights: Iterator[tuple[str, Tensor]], version: int) -> SyncReport:
+        """From here on, sample with these weights. Requests in flight go on with them; every token tells its version.
+
+        weights: by Hugging Face names, all of them; none where the engine runs the trainer's own module.
+
+        Raises:
+            EngineError: no engine can take them, after retries.
+        """
         ...
 
     def close(self) -> None:
