@@ -119,7 +119,8 @@ class Parts:
 
     def sync(self, version: int) -> None:
         """Let the engine sample with the trainer's weights. version: training steps done."""
-        push_weights(self.engine, self.policy, self.trainer.weights(), version)
+        weights = iter(()) if self.trainer.shares_policy else self.trainer.weights()
+        push_weights(self.engine, self.policy, weights, version)
 
     def export(self, out: Path) -> None:
         """Write the trained model as a Hugging Face folder; a back end that holds the weights elsewhere sends them one by one.

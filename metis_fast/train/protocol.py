@@ -34,6 +34,11 @@ class Trainer(Protocol):
         """Optimizer steps taken."""
         ...
 
+    @property
+    def shares_policy(self) -> bool:
+        """Whether it trains the very module that the native engine runs, so that there is nothing to send to that."""
+        ...
+
     def update(self, groups: Sequence[ScoredGroup], check: Callable[[], None]) -> tuple[UpdateStats, ...]:
         """One training step: an optimizer step for every mini-batch of the groups.
 
@@ -57,7 +62,10 @@ class Trainer(Protocol):
         ...
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Every weight by its Hugging Face name, one after the other; nothing from a trainer whose module the engine runs."""
+        """Every weight by its Hugging Face name, whole, one after the other; a tied LM head comes as the embedding alone.
+
+        A tensor may be the trainer's own memory: it is read before the next update, and never written.
+        """
         ...
 
     def load(self, state: TrainerState, folder: Path) -> None:

@@ -37,7 +37,7 @@ from metis_fast.train.optimizer import Optimizer, trainable
 from metis_fast.train.pack import Family, Pack, Sample, balance, build, filler, split
 from metis_fast.train.protocol import TrainerState
 from metis_fast.train.savings import forward_flops
-from metis_fast.train.sharding import gather, gather_objects, shard, split_like
+from metis_fast.train.sharding import gather, gather_objects, shard, split_like, whole
 from metis_fast.types import ImageBlob, Rollout, Score, ScoredGroup, UpdateStats
 from metis_kernels import hdpo_loss
 
@@ -107,9 +107,15 @@ class TorchTrainer:
             scalars[name] = flat.scalars
         return TrainerState(tensors, scalars)
 
+    @property
+    def shares_policy(self) -> bool:
+        """See `Trainer`."""
+        return True
+
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """See `Trainer`: the engine runs this module."""
-        return iter(())
+        """See `Trainer`; the module's own memory where nothing is split over ranks, which all call this together."""
+        for name, parameter in self.policy.model.named_parameters():  # a tied LM head is in it once
+            yield name, whole(parameter.detach())
 
     def close(self) -> None:
         """See `Trainer`."""

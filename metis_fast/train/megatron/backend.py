@@ -91,6 +91,11 @@ class MegatronTrainer:
         """See `Trainer`."""
         return self._num_updates
 
+    @property
+    def shares_policy(self) -> bool:
+        """See `Trainer`: the ranks have weights of their own."""
+        return False
+
     def update(self, groups: Sequence[ScoredGroup], check: Callable[[], None] = _nothing) -> tuple[UpdateStats, ...]:
         """See `Trainer`; also raises TrainerError where a rank died."""
         check()
