@@ -226,6 +226,20 @@ def _add_rank(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _worker(args: argparse.Namespace) -> int:
+    from metis_fast.workers import server
+
+    return server.run(args.join, args.name, args.wait)
+
+
+def _add_worker(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--join", required=True, metavar="HOST:PORT", help="where the run listens (workers.listen)")
+    parser.add_argument("--name", required=True, help="which worker of the run this is, for example engine-0")
+    parser.add_argument(
+        "--wait", type=float, default=60.0, metavar="SECONDS", help="for a run that does not listen yet (default 60)"
+    )
+
+
 def _weights_map(args: argparse.Namespace) -> int:
     from metis_fast.train.megatron import weights_map
 
@@ -303,6 +317,9 @@ def build_parser() -> argparse.ArgumentParser:
     _add_weights_map(verb(weights, "map", _weights_map, text))
     _add_plan(verb(verbs, "plan", _plan, "Memory and step time of every Megatron layout, predicted; exit code 1 if none fits."))
     _add_rank(verb(verbs, "rank", _rank, "A process of the Megatron back end: joins a run on a cluster."))
+    _add_worker(
+        verb(verbs, "worker", _worker, "A process that works for a run (an engine, tools, a judge); the run starts it itself.")
+    )
     _add_bench(verb(verbs, "bench", _bench, "Time a kernel or the update step beside its peers; exit code 1 if it is wrong."))
     return parser
 

@@ -1,0 +1,439 @@
+"""The run's side of its workers: starts them, knows which are alive, calls them, and starts them again when they die or hang.
+
+A thread of its own keeps the connections and pings, so that a trainer that works for minutes takes nobody for dead. A worker
+counts as lost when its process ends, its connection breaks, it is silent for too long, or a call misses its deadline; it is
+then killed with all that it started, its calls fail at once, and it is started again, in the background.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import secrets
+import socket
+import threading
+import time
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any, TypeVar
+
+from metis_fast import __version__
+from metis_fast.config import WorkersConfig
+from metis_fast.errors import ConfigError, InfrastructureError, MetisError
+from metis_fast.workers.launch import Job, Launcher, Process, Role
+from metis_fast.workers.wire import KEY, Call, Hello, Kind, Message, Welcome, WireError, admit, encode, receive
+
+_LOG = logging.getLogger(__name__)
+_PING_S = 1.0
+_HANDSHAKE_S = 20.0
+_NEWS_S = 15.0  # between two lines that say what is waited for
+_EXIT_S = 0.5  # between a broken connection and the end of its process
+_LEAVE_S = 6.0  # for a worker told to stop
+
+T = TypeVar("T")
+
+
+class WorkerError(InfrastructureError):
+    """A worker died, hung, or failed in a way that is no answer; its call may be made again."""
+
+
+class _Lost(Exception):
+    """Why a worker counts as dead."""
+
+
+class Worker:
+    """One place for a worker, filled again when its process is lost. Made by `Hub.worker`.
+
+    restarts: how often it was started again.
+    """
+
+    def __init__(
+        self,
+        hub: Hub,
+        name: str,
+        role: Role,
+        welcome: Welcome,
+        cpus: float,
+        gpus: int,
+        max_restarts: int,
+        prepare: Callable[[Worker], Awaitable[None]] | None,
+        environment: dict[str, str],
+    ) -> None:
+        self.name, self.role, self.restarts = name, role, 0
+        self._hub, self._welcome, self._cpus, self._gpus = hub, welcome, cpus, gpus
+        self._max_restarts, self._prepare, self._environment = max_restarts, prepare, environment
+        self._process: Process | None = None
+        self._writer: asyncio.StreamWriter | None = None
+        self._arrived: asyncio.Future[tuple[asyncio.StreamReader, asyncio.StreamWriter, Hello]] | None = None
+        self._waiting: dict[int, asyncio.Future[Any]] = {}
+        self._number = 0
+        self._heard = 0.0
+        self._ready = asyncio.Event()
+        self.broken: Exception | None = None  # for good: it cannot be started
+        self._lost: asyncio.Future[None] | None = None
+        self.hello: Hello | None = None
+
+    # -- for users, from any event loop ------------------------------------------------------------------------------
+
+    @property
+    def alive(self) -> bool:
+        """Ready for calls now."""
+        return self._ready.is_set() and self.broken is None
+
+    async def call(self, method: str, *arguments: object, deadline_s: float | None = None, preparing: bool = False) -> Any:
+        """Run a method of the service. Waits for a worker that is being started.
+
+        deadline_s: a worker that takes longer counts as hung. preparing: for the `prepare` hook alone.
+
+        Raises:
+            WorkerError: the worker was lost, or raised what is no error of a kind that both ends know.
+            MetisError, InfrastructureError: what the method raised.
+        """
+        return await self._hub.run(self._call(method, arguments, deadline_s, preparing))
+
+    async def lose(self, why: str) -> None:
+        """Give the process up: it is killed and started again."""
+
+        async def lose() -> None:
+            self._lose(why)
+
+        await self._hub.run(lose())
+
+    # -- on the hub's loop -------------------------------------------------------------------------------------------
+
+    def _lose(self, why: str) -> None:
+        if self._lost is not None and not self._lost.done():
+            self._lost.set_exception(_Lost(why))
+
+    async def _call(self, method: str, arguments: tuple[object, ...], deadline_s: float | None, preparing: bool) -> Any:
+        if not preparing:
+            while not self._ready.is_set() and self.broken is None:
+                await asyncio.wait([asyncio.ensure_future(self._ready.wait())], timeout=0.5)
+        if self.broken is not None:
+            raise WorkerError(f"worker {self.name} is gone: {self.broken}")
+        number, future = self._new_call()
+        assert self._writer is not None
+        writer = self._writer
+        try:
+            for part in encode(Kind.CALL, number, Call(method, arguments)):
+                writer.write(part)
+            with contextlib.suppress(OSError):  # whoever reads the connection notices
+                await writer.drain()
+            return await asyncio.wait_for(future, deadline_s)
+        except TimeoutError:
+            self._lose(f"{method} took longer than {deadline_s:g} s")
+            raise WorkerError(f"worker {self.name}: {method} took longer than {deadline_s:g} s") from None
+        except asyncio.CancelledError:
+            for part in encode(Kind.CANCEL, number):
+                writer.write(part)
+            raise
+        finally:
+            self._waiting.pop(number, None)
+
+    def _new_call(self) -> tuple[int, asyncio.Future[Any]]:
+        self._number += 1
+        future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        self._waiting[self._number] = future
+        return self._number, future
+
+    async def keep(self) -> None:
+        """Start the process, and again whenever it is lost, until it cannot be or the hub closes."""
+        while True:
+            try:
+                await self._live()
+            except _Lost as lost:
+                self._fail(WorkerError(f"worker {self.name} was lost: {lost}"))
+                if self.restarts >= self._max_restarts:
+                    self._break(WorkerError(f"{lost}, and it was started {self.restarts + 1} times ({self._where()})"))
+                    return
+                self.restarts += 1
+                _LOG.warning("worker %s was lost: %s; starting it again (%d)", self.name, lost, self.restarts)
+            except MetisError as error:
+                self._break(error)
+                return
+            except asyncio.CancelledError:
+                self._fail(WorkerError(f"worker {self.name}: the run ends"))
+                await self._leave()
+                raise
+            finally:
+                if self._process is not None:
+                    await asyncio.to_thread(self._process.kill)
+
+    def _where(self) -> str:
+        return f"log: {self._process.describe()}" if self._process is not None else "it never started"
+
+    def _break(self, error: Exception) -> None:
+        self.broken = error
+        self._fail(error if isinstance(error, MetisError) else WorkerError(str(error)))
+        self._ready.set()  # wakes those who wait
+
+    def _fail(self, error: Exception) -> None:
+        self._ready.clear()
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+        for future in self._waiting.values():
+            if not future.done():
+                future.set_exception(error)
+
+    async def _leave(self) -> None:
+        """Let the service close itself."""
+        if self._writer is None or self._process is None:
+            return
+        for part in encode(Kind.STOP):
+            self._writer.write(part)
+        for _ in range(int(_LEAVE_S / 0.05)):
+            if self._process.exit_code() is not None:
+                return
+            await asyncio.sleep(0.05)
+
+    async def _live(self) -> None:
+        """One life of the process; ends in an exception."""
+        loop = asyncio.get_running_loop()
+        hub = self._hub
+        self._arrived, self._lost = loop.create_future(), loop.create_future()
+        arrived, lost = self._arrived, self._lost
+        lost.add_done_callback(lambda future: None if future.cancelled() else future.exception())
+        self._process = await asyncio.to_thread(
+            hub.launcher.start, hub.job(self.name, self.role, self._cpus, self._gpus, self._environment)
+        )
+        background = [loop.create_task(self._watch_process())]
+        began = time.monotonic()
+        try:
+            await self._wait_for(arrived, lost, began, "it to start")
+            reader, self._writer, self.hello = arrived.result()
+            self._heard = time.monotonic()
+            ready: asyncio.Future[None] = loop.create_future()
+            background += [loop.create_task(self._read(reader, ready)), loop.create_task(self._ping())]
+            for part in encode(Kind.WELCOME, 0, self._welcome):
+                self._writer.write(part)
+            await self._wait_for(ready, lost, began, "it to be ready")
+            ready.result()
+            if self._prepare is not None:
+                preparing = loop.create_task(self._prepared())
+                background.append(preparing)
+                await self._wait_for(preparing, lost, began, "it to be prepared")
+                try:
+                    preparing.result()
+                except InfrastructureError as error:
+                    raise _Lost(f"it could not be prepared: {error}") from None
+            _LOG.info("worker %s is ready after %.1f s", self.name, time.monotonic() - began)
+            self._ready.set()
+            await lost
+        finally:
+            self._ready.clear()
+            for task in background:
+                task.cancel()
+            await asyncio.gather(*background, return_exceptions=True)
+
+    async def _prepared(self) -> None:
+        assert self._prepare is not None
+        await self._prepare(self)
+
+    async def _wait_for(self, wanted: asyncio.Future[Any], lost: asyncio.Future[None], began: float, what: str) -> None:
+        limit = self._hub.config.start_s
+        while True:
+            left = began + limit - time.monotonic()
+            done, _ = await asyncio.wait(
+                {wanted, lost}, timeout=min(_NEWS_S, max(0.0, left)), return_when=asyncio.FIRST_COMPLETED
+            )
+            if lost in done:
+                lost.result()
+            if done:
+                return
+            if time.monotonic() - began >= limit:
+                raise _Lost(f"waited {limit:g} s for {what}")
+            _LOG.info("waiting for worker %s: %s, %.0f s so far (%s)", self.name, what, time.monotonic() - began, self._where())
+
+    async def _watch_process(self) -> None:
+        assert self._process is not None
+        while True:
+            code = await asyncio.to_thread(self._process.exit_code)
+            if code is not None:
+                self._lose(f"its process ended with {code} ({self._where()})")
+                return
+            await asyncio.sleep(0.2)
+
+    async def _ping(self) -> None:
+        while self._writer is not None:
+            for part in encode(Kind.PING):
+                self._writer.write(part)
+            await asyncio.sleep(_PING_S)
+            silence = time.monotonic() - self._heard
+            if silence > self._hub.config.silence_s:
+                self._lose(f"it has not answered for {silence:.0f} s")
+                return
+
+    async def _read(self, reader: asyncio.StreamReader, ready: asyncio.Future[None]) -> None:
+        while True:
+            try:
+                message = await receive(reader)
+            except WireError as error:
+                await asyncio.sleep(_EXIT_S)  # where its process ended, how it did says more
+                self._lose(str(error))
+                return
+            self._heard = time.monotonic()
+            if message.kind is Kind.READY:
+                ready.set_result(None)
+            elif message.kind is Kind.FAILED and message.number == 0 and not ready.done():
+                ready.set_exception(
+                    _error(self.name, message) if isinstance(message.value, MetisError) else _Lost(str(message.value))
+                )
+            elif message.kind in (Kind.DONE, Kind.FAILED):
+                future = self._waiting.get(message.number)
+                if future is not None and not future.done():
+                    if message.kind is Kind.DONE:
+                        future.set_result(message.value)
+                    else:
+                        future.set_exception(_error(self.name, message))
+            elif message.kind is not Kind.PONG:
+                self._lose(f"it sent {message.kind.name}, which a worker does not")
+                return
+
+    def arrive(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, hello: Hello) -> str:
+        """Take a connection; returns why not, or ""."""
+        if self._arrived is None or self._arrived.done():
+            return f"worker {self.name} is there already, or was given up"
+        self._arrived.set_result((reader, writer, hello))
+        return ""
+
+    @property
+    def process(self) -> Process | None:
+        """Of the current life."""
+        return self._process
+
+
+def _error(name: str, message: Message) -> Exception:
+    if isinstance(message.value, MetisError | InfrastructureError):
+        return message.value
+    return WorkerError(f"worker {name}: {message.value}")
+
+
+class Hub:
+    """All workers of a run. Close it, or use it in a `with`.
+
+    Raises:
+        ConfigError: `workers.listen` cannot be listened at.
+    """
+
+    def __init__(self, config: WorkersConfig, launcher: Launcher) -> None:
+        self.config, self.launcher = config, launcher
+        self._key = secrets.token_hex(32)
+        self._workers: dict[str, Worker] = {}
+        self._tasks: list[asyncio.Task[None]] = []
+        host, _, port = config.listen.rpartition(":")
+        if not host or not port.isdigit():
+            raise ConfigError(f"workers.listen must be HOST:PORT, for example node-1:29500, got {config.listen!r}")
+        try:
+            self._socket = socket.create_server((host, int(port)))
+        except OSError as error:
+            raise ConfigError(f"cannot listen at workers.listen={config.listen}: {error.strerror or error}") from None
+        self._address = "{}:{}".format(*self._socket.getsockname()[:2])
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="workers", daemon=True)
+        self._thread.start()
+        self._server: asyncio.Server = self._now(asyncio.start_server(self._on_connection, sock=self._socket))
+
+    def __enter__(self) -> Hub:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _now(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
+
+    async def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        """Run a coroutine on the hub's loop; may be awaited on any."""
+        if asyncio.get_running_loop() is self._loop:
+            return await coroutine
+        return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(coroutine, self._loop))
+
+    def job(self, name: str, role: Role, cpus: float, gpus: int, environment: dict[str, str]) -> Job:
+        """What a launcher is told."""
+        command = ("-m", "metis_fast", "worker", "--join", self._address, "--name", name)
+        return Job(name, role, command, {**environment, KEY: self._key}, cpus, gpus)
+
+    def worker(
+        self,
+        name: str,
+        role: Role,
+        service: str,
+        *arguments: object,
+        cpus: float = 1.0,
+        gpus: int = 0,
+        max_restarts: int = 5,
+        prepare: Callable[[Worker], Awaitable[None]] | None = None,
+        environment: dict[str, str] | None = None,
+    ) -> Worker:
+        """A worker that serves "module:Class" made with `arguments`; it is started in the background, and calls wait for it.
+
+        prepare: runs on the hub's loop after every start, before anybody else's calls; an InfrastructureError in it means that
+        the start has failed.
+        """
+
+        async def make() -> Worker:
+            assert name not in self._workers, name
+            worker = Worker(
+                self, name, role, Welcome(service, arguments), cpus, gpus, max_restarts, prepare, dict(environment or {})
+            )
+            self._workers[name] = worker
+            self._tasks.append(self._loop.create_task(worker.keep()))
+            return worker
+
+        return self._now(make())
+
+    async def _on_connection(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        sock: socket.socket = writer.get_extra_info("socket")
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        try:
+            async with asyncio.timeout(_HANDSHAKE_S):
+                await admit(reader, writer, self._key.encode())
+                hello = (await receive(reader)).value
+        except (WireError, TimeoutError) as error:
+            _LOG.warning("a connection to workers.listen was turned away: %s", error)
+            writer.close()
+            return
+        worker = self._workers.get(hello.name)
+        problem = f"the run has no worker {hello.name}" if worker is None else ""
+        if hello.version != __version__:
+            problem = f"it is metis-fast {hello.version}, the run {__version__}; install the same on all machines"
+        if worker is not None and not problem:
+            problem = worker.arrive(reader, writer, hello)
+        if problem:
+            _LOG.warning("worker %s was refused: %s", hello.name, problem)
+            for part in encode(Kind.REFUSED, 0, problem):
+                writer.write(part)
+            writer.close()
+
+    def close(self) -> None:
+        """End all workers."""
+        if not self._thread.is_alive():
+            return
+
+        async def stop() -> None:
+            self._server.close()
+            for task in self._tasks:
+                task.cancel()
+            await asyncio.gather(*self._tasks, return_exceptions=True)
+
+        self._now(stop())
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+        self.launcher.close()
+
+
+def wait_ready(workers: list[Worker], check: Callable[[], None], poll_s: float = 0.2) -> None:
+    """Wait until all are ready; `check` may raise to stop.
+
+    Raises:
+        MetisError: what a service raised while it was made. WorkerError: a worker cannot be started.
+    """
+    while not all(worker.alive for worker in workers):
+        for worker in workers:
+            if worker.broken is not None:
+                raise worker.broken
+        check()
+        time.sleep(poll_s)

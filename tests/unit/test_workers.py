@@ -1,0 +1,145 @@
+"""Workers: called, lost in every way, started again; nothing waits for ever."""
+
+import asyncio
+import os
+import signal
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from metis_fast.config import WorkersConfig
+from metis_fast.errors import ConfigError, InfrastructureError
+from metis_fast.workers.hub import Hub, Worker, WorkerError, wait_ready
+from metis_fast.workers.launch import LocalLauncher
+
+PROBE = "metis_fast.testing.workers:Probe"
+
+
+@pytest.fixture
+def hub(tmp_path: Path) -> Iterator[Hub]:
+    with Hub(WorkersConfig(silence_s=3.0, start_s=60.0), LocalLauncher(tmp_path)) as hub:
+        yield hub
+
+
+def _worker(hub: Hub, name: str = "probe", **options: int) -> Worker:
+    return hub.worker(name, "tools", PROBE, **options)  # pyright: ignore[reportArgumentType]
+
+
+def test_calls_arrays_errors_and_cancellation(hub: Hub) -> None:
+    async def go() -> None:
+        worker = _worker(hub)
+        array = np.arange(1 << 20, dtype=np.float32)
+        back = await worker.call("echo", {"a": array, "b": b"x" * 100})
+        assert (back["a"] == array).all() and back["b"] == b"x" * 100
+        assert await asyncio.gather(*(worker.call("echo", i) for i in range(200))) == list(range(200))
+        with pytest.raises(InfrastructureError, match="as asked"):
+            await worker.call("fail", "ours")
+        with pytest.raises(WorkerError, match="RuntimeError: as asked"):
+            await worker.call("fail", "other")
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(worker.call("nap", 60.0), 0.2)
+        assert await worker.call("calls") == 201  # the same process served all of it
+        assert worker.restarts == 0
+
+    asyncio.run(go())
+
+
+@pytest.mark.parametrize("how", ["kill", "exit", "stop", "hang", "deadline"])
+def test_a_lost_worker_fails_its_calls_and_is_started_again(hub: Hub, how: str) -> None:
+    async def go() -> None:
+        worker = _worker(hub)
+        pid = await worker.call("pid")
+        waiting = asyncio.create_task(worker.call("nap", 600.0))
+        await asyncio.sleep(0.2)
+        began = time.monotonic()
+        match how:
+            case "kill":
+                os.kill(pid, signal.SIGKILL)
+            case "stop":
+                os.kill(pid, signal.SIGSTOP)
+            case "exit":
+                with pytest.raises(WorkerError):
+                    await worker.call("exit", 7)
+            case "hang":
+                with pytest.raises(WorkerError):
+                    await worker.call("hang", 600.0)
+            case "deadline":
+                with pytest.raises(WorkerError, match="longer than"):
+                    await worker.call("nap", 600.0, deadline_s=0.5)
+        with pytest.raises(WorkerError, match="probe was lost"):
+            await waiting
+        assert time.monotonic() - began < 10
+        assert await worker.call("pid") != pid
+        assert worker.restarts == 1
+        with pytest.raises(ProcessLookupError):  # nothing of the old one is left
+            os.kill(pid, 0)
+
+    asyncio.run(go())
+
+
+def test_a_worker_that_keeps_dying_is_given_up(hub: Hub) -> None:
+    async def go() -> None:
+        worker = _worker(hub, max_restarts=1)
+        for _ in range(2):
+            with pytest.raises(WorkerError):
+                await worker.call("exit", 3)
+        with pytest.raises(WorkerError, match=r"ended with 3 .*started 2 times"):
+            await worker.call("echo", 1)
+
+    asyncio.run(go())
+
+
+def test_prepare_runs_before_other_calls_and_after_every_start(hub: Hub) -> None:
+    prepared: list[int] = []
+
+    async def prepare(worker: Worker) -> None:
+        prepared.append(await worker.call("pid", preparing=True))
+
+    async def go() -> None:
+        worker = hub.worker("probe", "tools", PROBE, prepare=prepare)
+        assert [await worker.call("pid")] == prepared
+        os.kill(prepared[0], signal.SIGKILL)
+        with pytest.raises(WorkerError):
+            await worker.call("nap", 600.0)
+        assert [await worker.call("pid")] == prepared[1:]
+
+    asyncio.run(go())
+
+
+def test_a_service_that_refuses_its_settings_stops_at_once(hub: Hub) -> None:
+    worker = hub.worker("probe", "tools", PROBE, "no such model")
+    with pytest.raises(ConfigError, match="no such model"):
+        wait_ready([worker], lambda: None)
+    assert worker.restarts == 0
+
+
+def test_strangers_are_turned_away(hub: Hub, caplog: pytest.LogCaptureFixture) -> None:
+    host, port = hub.job("x", "tools", 1, 0, {}).command[4].split(":")
+    with socket.create_connection((host, int(port)), timeout=5) as stranger:
+        assert len(stranger.recv(200)) > 32
+        stranger.sendall(b"\0" * 64)
+        stranger.settimeout(5)
+        assert stranger.recv(100) == b""
+    assert "another key" in caplog.text
+
+
+def test_workers_end_with_the_run(tmp_path: Path) -> None:
+    hub = Hub(WorkersConfig(), LocalLauncher(tmp_path))
+    worker = _worker(hub)
+    pid = asyncio.run(worker.call("pid"))
+    began = time.monotonic()
+    hub.close()
+    hub.close()
+    assert time.monotonic() - began < 5
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
+
+
+@pytest.mark.parametrize("listen", ["nowhere", "256.0.0.1:0", "127.0.0.1:x"])
+def test_an_address_that_cannot_be_listened_at(tmp_path: Path, listen: str) -> None:
+    with pytest.raises(ConfigError, match=r"workers\.listen"):
+        Hub(WorkersConfig(listen=listen), LocalLauncher(tmp_path))
