@@ -19,10 +19,11 @@ from metis_fast.data.demo import PRIOR_NO, Kind
 from metis_fast.data.demo_images import FABRICS, PANEL_BOXES, PLAIN
 from metis_fast.data.demo_world import COUNTRY_NAMES, City, Country, city_document, country_document, find_city
 from metis_fast.errors import DataError, ModelError
-from metis_fast.rollout.engine import Completion, Sampling
+from metis_fast.rollout.engine import Completion, Sampling, SyncReport
 from metis_fast.types import Ability, ImageBlob, ImageSpan, Prompt, ToolName
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
 _END_OF_CALL, _END_OF_MESSAGE = "</tool_call>", "<|im_end|>"
@@ -211,9 +212,13 @@ class ScriptedEngine:
         """What `session(order)` plays."""
         return plan(self._prompts[order], self._style, random.Random(f"{self._seed}/{order}"))
 
-    def session(self, order: int) -> _ScriptedSession:
+    def session(self, order: int, prompt: str = "") -> _ScriptedSession:
         """A place for one rollout, that of `prompts[order]`."""
         return _ScriptedSession(self._tokenizer, self._prompts[order], self.script(order))
+
+    async def update(self, weights: Iterator[tuple[str, Tensor]], version: int) -> SyncReport:
+        """A script has no weights."""
+        return SyncReport(version, "shared")
 
     def close(self) -> None:
         """Nothing is kept."""

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from metis_fast.config import RolloutConfig
-from metis_fast.errors import DataError, InfrastructureError
+from metis_fast.errors import DataError, EngineFailure, InfrastructureError
 from metis_fast.rollout.chat import Chat, TokenPiece, error_observation, parse_turn
 from metis_fast.rollout.engine import Completion, Engine, EngineSession, Sampling
 from metis_fast.tools.protocol import Toolbox, ToolSession
@@ -81,9 +81,45 @@ class _Trace:
         )
 
 
-async def _play(
-    trace: _Trace, chat: Chat, engine: EngineSession, tools: ToolSession, config: RolloutConfig, key: SampleKey
-) -> Outcome:
+class _Seat:
+    """A rollout's session in the engine; a new one where the engine failed.
+
+    first: a session that is open already.
+    """
+
+    def __init__(
+        self, engine: Engine, key: SampleKey, prompt: Prompt, index: int, retries: int, first: EngineSession | None
+    ) -> None:
+        self._engine, self._key, self._prompt, self._index, self._retries = engine, key, prompt, index, retries
+        self._session = first if first is not None else self._open()
+
+    def _open(self) -> EngineSession:
+        return self._engine.session(self._key.order, self._prompt.uid)
+
+    async def generate(self, trace: _Trace, sampling: Sampling) -> Completion:
+        """The next message. A failed engine is asked again from where the rollout stands, `retries` times in a row.
+
+        Raises:
+            EngineFailure: the last one.
+        """
+        attempt = 0
+        while True:
+            try:
+                return await self._session.generate(trace.tokens, trace.images, trace.spans, sampling)
+            except EngineFailure as failure:
+                attempt += 1
+                name = f"{self._prompt.uid}#{self._index}"
+                log.warning("rollout %s, message %d, try %d: %s", name, len(trace.turns) + 1, attempt, failure)
+                if attempt > self._retries:
+                    raise
+            self._session.close()
+            self._session = self._open()
+
+    def close(self) -> None:
+        self._session.close()
+
+
+async def _play(trace: _Trace, chat: Chat, engine: _Seat, tools: ToolSession, config: RolloutConfig, key: SampleKey) -> Outcome:
     limit = trace.prompt_len + config.max_response_tokens
     while True:
         room = limit - len(trace.tokens)
@@ -95,7 +131,7 @@ async def _play(
             top_k=config.top_k,
             seed=key.turn_seed(len(trace.turns)),
         )
-        message = await engine.generate(trace.tokens, trace.images, trace.spans, sampling)
+        message = await engine.generate(trace, sampling)
         start = len(trace.tokens)
         trace.tokens += message.tokens.tolist()
         trace.sampled.append((start, message))
@@ -175,8 +211,10 @@ async def run_episode(
 ) -> Rollout:
     """Sample one rollout; never raises for our own failures.
 
-    An InfrastructureError starts the episode again from the prompt, `config.retries` times: a Python session that was lost
-    half-way cannot be continued fairly. After that the rollout ends in INFRASTRUCTURE_ERROR and has no verdict.
+    An engine that fails is asked again for the same message, in a new session and with all that there is so far: the tools
+    live on and are not called twice. A tool that fails starts the episode again from the prompt: a Python session that was
+    lost half-way cannot be continued fairly. Either is tried `config.retries` times (an engine: for each message), then the
+    rollout ends in INFRASTRUCTURE_ERROR and has no verdict.
 
     encoded: the prompt's tokens, where they are known. first: an engine session that was opened before (it fixes the batch's
     shape), only with `encoded`; later tries open their own.
@@ -191,17 +229,19 @@ async def run_episode(
     trace = _Trace(len(encoded.tokens), [], [], [])
     for attempt in range(config.retries + 1):
         trace = _Trace(len(encoded.tokens), list(encoded.tokens), list(encoded.images), list(encoded.spans))
-        session = first if first is not None else engine.session(key.order)
-        first = None
+        seat, first = _Seat(engine, key, prompt, index, config.retries, first), None
         tools = toolbox.session(prompt.images)
         try:
-            outcome = await _play(trace, chat, session, tools, config, key)
+            outcome = await _play(trace, chat, seat, tools, config, key)
             return trace.finish(prompt, index, outcome)
+        except EngineFailure as failure:
+            error = str(failure)
+            break
         except InfrastructureError as failure:
             error = str(failure)
             log.warning("rollout %s#%d, try %d: %s", prompt.uid, index, attempt + 1, error)
         finally:
-            session.close()
+            seat.close()
             await tools.close()
     return trace.finish(prompt, index, Outcome.INFRASTRUCTURE_ERROR, error)
 
@@ -251,7 +291,10 @@ async def collect(
     for start in range(0, total, block):
         orders = range(start, min(start + block, total))
         # opened before any of them runs: the engine must know whom to wait for
-        sessions = [engine.session(order) if config.deterministic else None for order in orders]
+        sessions = [
+            engine.session(order, prompts[order // rollouts_per_prompt].uid) if config.deterministic else None
+            for order in orders
+        ]
         try:
             async with asyncio.TaskGroup() as tasks:
                 running = [tasks.create_task(one(order, session)) for order, session in zip(orders, sessions, strict=True)]

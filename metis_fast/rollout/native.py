@@ -4,6 +4,9 @@ Every session owns one row of a KV pool. The rows are kept in the order [live | 
 the live ones as one contiguous slice. Rollouts of the same prompt share its prefill: equal requests are run once and
 their rows copied.
 
+New weights may come between two steps (`update`): what is cached was computed with the old ones, so it is dropped, and requests
+in flight are prefilled again with all that they have sampled so far.
+
 Two ways to admit requests. Deterministic (default): a wave begins when every open session waits for a message, in the order of
 the sessions; tools run while the wave goes on, and nothing depends on their timing. Otherwise requests join at every step.
 
@@ -13,7 +16,8 @@ Shape letters: N rows of the pool, A live rows, C cached tokens, L layers, K key
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -23,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from metis_fast.model import ImageFeatures, Policy, rope_positions
-from metis_fast.rollout.engine import Completion, Sampling
+from metis_fast.rollout.engine import Completion, Sampling, SyncReport
 from metis_fast.types import ImageBlob, ImageSpan
 
 _GROW = 64  # tokens by which the pool's length grows; a multiple of every SIMD width
@@ -93,6 +97,11 @@ class _Request:
     future: asyncio.Future[Completion]
     out_tokens: list[int] = field(default_factory=list)
     out_logp: list[float] = field(default_factory=list)
+    out_version: list[int] = field(default_factory=list)
+
+    def so_far(self) -> list[int]:
+        """What the next token follows."""
+        return [*self.tokens, *self.out_tokens]
 
 
 class _Session:
@@ -129,7 +138,7 @@ class _Session:
 class NativeEngine:
     """`Engine` over a `Policy` in this process.
 
-    policy: shared with the trainer, so that new weights need no copy; the trainer sets `weight_version`.
+    policy: the trainer's own, so that new weights need no copy, or one that `update` copies them into.
     prefill_tokens: padded tokens in one prefill pass.
     """
 
@@ -151,11 +160,31 @@ class NativeEngine:
         self._position = np.zeros(0, np.int64)
         self.weight_version = 0
 
-    def session(self, order: int) -> _Session:
-        """See `Engine`."""
+    def session(self, order: int, prompt: str = "") -> _Session:
+        """See `Engine`; rollouts of a prompt are found by its tokens."""
         session = _Session(self, order, len(self._rows))
         self._rows.append(session)
         return session
+
+    async def update(self, weights: Iterator[tuple[str, Tensor]], version: int) -> SyncReport:
+        """See `Engine`. No step is under way where this is awaited, and none begins before it ends."""
+        began = time.perf_counter()
+        live = dict(self._policy.model.named_parameters())  # a tied LM head is in it once
+        left, num_bytes = set(live), 0
+        with torch.no_grad():
+            for name, tensor in weights:
+                live[name].copy_(tensor)
+                left.discard(name)
+                num_bytes += tensor.numel() * tensor.element_size()
+        assert not left or len(left) == len(live), f"the trainer sent no {sorted(left)[:3]}"
+        self.weight_version = version
+        self._retire(range(self._live))  # requests stay with their sessions and are admitted again
+        for session in self._rows:
+            session.cached = 0
+        if self._rows:
+            self.wake()
+        seconds = time.perf_counter() - began
+        return SyncReport(version, "full" if num_bytes else "shared", num_bytes, seconds, seconds)
 
     def close(self) -> None:
         """Free the cache. Requests in flight are cancelled."""
@@ -228,19 +257,23 @@ class NativeEngine:
         for session in waiting:
             request = session.request
             assert request is not None
-            key = (tuple(request.tokens), tuple(span.sha256 for span in request.spans), session.order if session.cached else -1)
+            key = (
+                tuple(request.so_far()),
+                tuple(span.sha256 for span in request.spans),
+                session.order if session.cached else -1,
+            )
             leader = leaders.setdefault(key, session)
             if leader is not session:
                 followers.append((session, leader))
         # shortest first: rows of like length share a pass
-        order = sorted(leaders.values(), key=lambda s: len(s.request.tokens) - s.cached)  # pyright: ignore[reportOptionalMemberAccess]
+        order = sorted(leaders.values(), key=lambda s: len(s.request.so_far()) - s.cached)  # pyright: ignore[reportOptionalMemberAccess]
         self._pool.reserve(len(self._rows), 0)
         self._bring_forward([*order, *(session for session, _ in followers)])
         logits: list[Tensor] = []
         batch: list[_Session] = []
         for session in order:
             assert session.request is not None
-            new = len(session.request.tokens) - session.cached
+            new = len(session.request.so_far()) - session.cached
             if batch and new * (len(batch) + 1) > self._prefill_tokens:
                 logits.append(self._prefill(batch))
                 batch = []
@@ -277,7 +310,7 @@ class NativeEngine:
     def _next_position(self, session: _Session) -> int:
         request = session.request
         assert request is not None
-        return int(rope_positions(len(request.tokens) + 1, request.spans, self._policy.merge)[0, -1])
+        return int(rope_positions(len(request.so_far()) + 1, request.spans, self._policy.merge)[0, -1])
 
     @torch.no_grad()
     def _prefill(self, batch: Sequence[_Session]) -> Tensor:
@@ -287,8 +320,9 @@ class NativeEngine:
         for session in batch:
             request = session.request
             assert request is not None
-            news.append(request.tokens[session.cached :])
-            positions.append(rope_positions(len(request.tokens), request.spans, self._policy.merge)[:, session.cached :])
+            so_far = request.so_far()
+            news.append(so_far[session.cached :])
+            positions.append(rope_positions(len(so_far), request.spans, self._policy.merge)[:, session.cached :])
             by_hash = {image.sha256: image for image in request.images}
             for span in request.spans:
                 if span.start >= session.cached:
@@ -336,6 +370,7 @@ class NativeEngine:
             assert request is not None
             request.out_tokens.append(token)
             request.out_logp.append(value)
+            request.out_version.append(self.weight_version)
             stopped = token in request.sampling.stop_ids
             if stopped or len(request.out_tokens) >= request.sampling.max_tokens:
                 done.append(row)
@@ -373,11 +408,10 @@ class NativeEngine:
         return keep
 
     def _completion(self, request: _Request, stopped: bool) -> Completion:
-        num = len(request.out_tokens)
         return Completion(
             tokens=np.asarray(request.out_tokens, np.int32),
             logp=np.asarray(request.out_logp, np.float32),
-            weight_version=np.full(num, self.weight_version, np.int32),
+            weight_version=np.asarray(request.out_version, np.int32),
             stopped=stopped,
         )
 

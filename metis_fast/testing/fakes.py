@@ -4,13 +4,14 @@ observations. With them a user can run real episodes over their own prompts, too
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from metis_fast.errors import InfrastructureError
-from metis_fast.rollout.engine import Completion, Sampling
+from metis_fast.errors import EngineFailure, InfrastructureError
+from metis_fast.rollout.engine import Completion, Sampling, SyncReport
 from metis_fast.types import ImageBlob, ImageSpan, Observation, Outcome, ToolName
 
 
@@ -20,7 +21,7 @@ class FakeEngine:
     tokenizer: encodes the messages; control tokens in them (`<|im_end|>`) become control tokens.
     scripts: messages of each rollout. A message is cut at its first stop token, which is kept, and at `max_tokens`. An
         InfrastructureError in a script is raised when it is reached and then used up: the next session of that order starts
-        from the first message and passes it by.
+        from the first message and passes it by; after an EngineFailure, it goes on where the failed one stood.
     logp: log-probability of every token.
     num_open: sessions that were opened and not closed.
     asked: the tokens of every request, in order.
@@ -40,11 +41,17 @@ class FakeEngine:
         self.num_open = 0
         self.asked: list[tuple[int, ...]] = []
         self.sampling: list[Sampling] = []
+        self.failed_at: dict[int, int] = {}  # order -> message at which its last session failed
 
-    def session(self, order: int) -> _FakeEngineSession:
+    def session(self, order: int, prompt: str = "") -> _FakeEngineSession:
         """A place for rollout `order`."""
         self.num_open += 1
         return _FakeEngineSession(self, order)
+
+    async def update(self, weights: Iterator[tuple[str, Tensor]], version: int) -> SyncReport:
+        """From here on, tokens tell this version; the weights are not looked at."""
+        self.weight_version = version
+        return SyncReport(version, "full")
 
     def close(self) -> None:
         """Nothing to free."""
@@ -52,8 +59,8 @@ class FakeEngine:
 
 class _FakeEngineSession:
     def __init__(self, engine: FakeEngine, order: int) -> None:
-        self._engine, self._script = engine, engine.scripts[order]
-        self._next, self._open = 0, True
+        self._engine, self._script, self._order = engine, engine.scripts[order], order
+        self._next, self._open = engine.failed_at.pop(order, 0), True
 
     async def generate(
         self, tokens: Sequence[int], images: Sequence[ImageBlob], spans: Sequence[ImageSpan], sampling: Sampling
@@ -65,6 +72,8 @@ class _FakeEngineSession:
         message = self._script[self._next]
         if isinstance(message, InfrastructureError):
             del self._script[self._next]
+            if isinstance(message, EngineFailure):
+                engine.failed_at[self._order] = self._next
             raise message
         self._next += 1
         ids = engine.tokenizer.encode(message, add_special_tokens=False)

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from metis_fast.config import RolloutConfig
-from metis_fast.errors import DataError, InfrastructureError
+from metis_fast.errors import DataError, EngineFailure, InfrastructureError
 from metis_fast.rollout.episode import SampleKey, collect, run_episode
 from metis_fast.testing.fakes import FakeEngine, FakeToolbox
 from metis_fast.types import ImageBlob, Observation, Outcome, Rollout
@@ -155,6 +155,33 @@ def test_an_infrastructure_failure_starts_the_rollout_again_and_leaves_no_trace(
     np.testing.assert_array_equal(rollout.tokens, clean.tokens)
     np.testing.assert_array_equal(rollout.sampled, clean.sampled)
     assert engine.sampling[0].seed == engine.sampling[-2].seed  # the same noise as in the first try
+
+
+def test_an_engine_that_fails_is_asked_again_from_where_the_rollout_stands_and_no_tool_runs_twice(episode):
+    broken = EngineFailure("replica 1 is gone")
+    rollout, engine, toolbox = episode([broken, CALL, broken, broken, CALL, ANSWER], retries=2)
+    clean, untroubled, _ = episode([CALL, CALL, ANSWER])
+    assert rollout.outcome is Outcome.ANSWERED and rollout.error == "" and rollout.num_tool_calls == 2
+    assert len(toolbox.calls) == 2
+    np.testing.assert_array_equal(rollout.tokens, clean.tokens)
+    np.testing.assert_array_equal(rollout.sampled, clean.sampled)
+    first, second, third = untroubled.asked
+    assert engine.asked == [first, first, second, second, second, third]  # the same call, with all there was so far
+    assert [s.seed for s in engine.sampling] == [untroubled.sampling[i].seed for i in (0, 0, 1, 1, 1, 2)]
+
+
+def test_an_engine_that_goes_on_failing_ends_the_rollout_which_is_not_begun_again(episode):
+    rollout, engine, toolbox = episode([CALL, *[EngineFailure("no replica is alive")] * 9], retries=2)
+    assert rollout.outcome is Outcome.INFRASTRUCTURE_ERROR and rollout.error == "no replica is alive"
+    assert len(engine.asked) == 1 + 3 and len(toolbox.calls) == 1
+    assert len(rollout.turns) == 1  # what there was is kept, for the store
+
+
+def test_a_tool_that_fails_after_the_engine_did_starts_again_from_the_prompt(episode):
+    broken = [EngineFailure("gone"), InfrastructureError("no sandbox")]
+    rollout, engine, toolbox = episode([broken[0], CALL, ANSWER], [broken[1], Observation("ok")], retries=1)
+    assert rollout.outcome is Outcome.ANSWERED and rollout.num_tool_calls == 1
+    assert len(toolbox.calls) == 2 and len(engine.asked) == 4
 
 
 @pytest.mark.parametrize("retries", [0, 2])

@@ -11,6 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from metis_fast.attention import CausalSdpa
+from metis_fast.model import rope_positions
 from metis_fast.rollout.engine import Sampling
 from metis_fast.rollout.episode import SampleKey
 from metis_fast.rollout.native import NativeEngine, sample
@@ -307,6 +309,117 @@ def test_tokens_carry_the_version_of_the_weights_that_sampled_them(policy, piece
         return await engine.session(0).generate(pieces[0].tokens, [], [], Sampling(3, ()))
 
     assert asyncio.run(run()).weight_version.tolist() == [7, 7, 7]
+
+
+# -- new weights ----------------------------------------------------------------------------------------------------------
+
+
+def scaled(policy, factor):
+    """All weights of a policy by name, the matrices times a factor."""
+    with torch.no_grad():
+        return {name: p * factor if p.ndim == 2 else p.clone() for name, p in policy.model.named_parameters()}
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_after_an_update_requests_in_flight_go_on_with_the_new_weights_and_tell_each_tokens_version(
+    load_tiny, pieces, chat, deterministic
+):
+    """The second half of a message is what an engine that never had the old weights gives after the first half."""
+    old, new = load_tiny(), load_tiny()
+    weights = scaled(old, 1.3)
+    long = Sampling(24, (), seed=5)
+
+    async def run():
+        engine = NativeEngine(old, deterministic)
+        live, idle = engine.session(0), engine.session(1)
+        first = await asyncio.gather(
+            live.generate(pieces[3].tokens, pieces[3].images, pieces[3].spans, Sampling(2, (), seed=9)),
+            idle.generate(pieces[0].tokens, [], [], Sampling(2, (), seed=9)),
+        )
+        tokens = [*pieces[3].tokens, *first[0].tokens.tolist()]
+        rest = [*pieces[0].tokens, *first[1].tokens.tolist()]
+        if deterministic:
+            idle.close()
+        running = asyncio.create_task(live.generate(tokens, pieces[3].images, pieces[3].spans, long))
+        for _ in range(8):
+            await asyncio.sleep(0)
+        report = await engine.update(iter(weights.items()), 4)
+        assert (report.version, report.mode) == (4, "full")
+        assert report.num_bytes == sum(w.numel() * w.element_size() for w in weights.values())
+        out = await asyncio.wait_for(running, 20)
+        after = None if deterministic else await idle.generate(rest, [], [], Sampling(6, (), seed=2))
+        engine.close()
+        return tokens, rest, out, after
+
+    async def alone(tokens, images, spans, sampling, policy):
+        engine = NativeEngine(policy)
+        out = await engine.session(0).generate(tokens, images, spans, sampling)
+        engine.close()
+        return out
+
+    tokens, rest, out, after = asyncio.run(run())
+    switch = int((out.weight_version == 0).sum())
+    assert 0 < switch < 24 and out.weight_version.tolist() == [0] * switch + [4] * (24 - switch)
+    asyncio.run(NativeEngine(new).update(iter(weights.items()), 0))
+    # the log-probabilities of what was sampled, under one set of weights throughout
+    before, behind = (logprobs(chat, policy, tokens, pieces[3], out.tokens) for policy in (load_tiny(), new))
+    np.testing.assert_allclose(out.logp[:switch], before[:switch], atol=2e-5)
+    np.testing.assert_allclose(out.logp[switch:], behind[switch:], atol=2e-5)
+    assert np.abs(before - behind).max() > 1e-2
+    if after is not None:  # of the idle session's cache nothing is left either
+        assert_same([after], [asyncio.run(alone(rest, [], [], Sampling(6, (), seed=2), new))])
+
+
+@torch.no_grad()
+def logprobs(chat, policy, tokens, piece, sampled):
+    """Log-probabilities of sampled tokens in one pass without a cache."""
+    row = [*tokens, *sampled.tolist()]
+    positions = torch.from_numpy(rope_positions(len(row), piece.spans, policy.merge))[:, None]
+    by_hash = {image.sha256: image for image in piece.images}
+    images = [by_hash[span.sha256] for span in piece.spans]
+    features = policy.encode_images(images) if images else None
+    hidden = policy.hidden(torch.tensor([row]), positions, features, CausalSdpa())[0]
+    logp = torch.log_softmax(hidden[len(tokens) - 1 : -1] @ policy.head.T, -1)
+    return logp.gather(1, torch.from_numpy(sampled).long()[:, None])[:, 0].numpy()
+
+
+def test_an_update_without_weights_says_that_the_module_is_the_trainers_own(load_tiny, pieces):
+    """The trainer has stepped: what was cached before is of no use, though nothing is sent."""
+    policy = load_tiny()
+    weights = scaled(policy, 1.3)
+
+    async def run(sync):
+        engine = NativeEngine(policy, deterministic=False)
+        session = engine.session(0)
+        first = await session.generate(pieces[1].tokens, [], [], Sampling(3, (), seed=1))
+        if sync:
+            with torch.no_grad():
+                for name, parameter in policy.model.named_parameters():
+                    parameter.copy_(weights[name])
+            report = await engine.update(iter(()), 7)
+            assert (report.version, report.mode, report.num_bytes) == (7, "shared", 0)
+            assert session.cached == 0
+        out = await session.generate([*pieces[1].tokens, *first.tokens.tolist()], [], [], Sampling(5, (), seed=3))
+        engine.close()
+        return first, out
+
+    first, out = asyncio.run(run(sync=True))
+    assert first.weight_version.tolist() == [0] * 3 and out.weight_version.tolist() == [7] * 5
+
+    async def fresh():
+        engine = NativeEngine(policy)
+        return await engine.session(0).generate([*pieces[1].tokens, *first.tokens.tolist()], [], [], Sampling(5, (), seed=3))
+
+    assert_same([replace(out, weight_version=first.weight_version)], [asyncio.run(fresh())])
+
+
+def test_weights_that_are_not_whole_are_a_defect_and_leave_no_new_version(load_tiny):
+    policy = load_tiny()
+    some = dict(list(scaled(policy, 1.0).items())[:3])
+    engine = NativeEngine(policy)
+    with pytest.raises(AssertionError, match="the trainer sent no"):
+        asyncio.run(engine.update(iter(some.items()), 3))
+    assert engine.weight_version == 0
 
 
 # -- the sampler ----------------------------------------------------------------------------------------------------------
