@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -39,6 +39,8 @@ from metis_fast.train.megatron.names import hf_shapes
 from metis_fast.train.protocol import Trainer, TrainerState
 from metis_fast.train.torch_backend import TorchTrainer
 from metis_fast.types import Prompt
+from metis_fast.workers.hub import Hub
+from metis_fast.workers.launch import LocalLauncher
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -209,6 +211,24 @@ def _open_trainer(config: Config, policy: Policy, total_steps: int, interrupts: 
     return MegatronTrainer(config, config.train.optim, total_steps, policy.folder, policy.model.config, interrupts.check)
 
 
+def needs_hub(config: Config) -> bool:
+    """Whether a run of these settings has workers."""
+    return config.rollout.engine == "vllm" or config.workers.tools > 0 or config.workers.judges > 0
+
+
+def open_hub(config: Config, stack: ExitStack, check: Callable[[], None]) -> Hub:
+    """What starts the run's workers and watches them; they end with `stack`.
+
+    check: called while a cluster makes room; what it raises goes on.
+
+    Raises:
+        ConfigError: `workers` cannot work.
+    """
+    if config.workers.launcher == "ray":
+        raise ConfigError("workers.launcher=ray is not in this release; set workers.launcher=local")
+    return stack.enter_context(Hub(config.workers, LocalLauncher(config.run.dir.resolve() / "workers")))
+
+
 @contextmanager
 def open_parts(config: Config, interrupts: Interrupts, training: bool = True) -> Iterator[Parts]:
     """Open everything that a run needs, cheapest checks first, and close it in reverse order.
@@ -235,6 +255,7 @@ def open_parts(config: Config, interrupts: Interrupts, training: bool = True) ->
     heldout = PromptFiles(config.data.heldout) if config.data.heldout else None
     styles = {style for part in (files, heldout) if part is not None for style in part.styles()}
     with ExitStack() as stack:
+        hub = open_hub(config, stack, interrupts.check) if needs_hub(config) else None
         judge = open_judge(config.score, styles)
         stack.callback(judge.close)
         interrupts.run(judge.check())
