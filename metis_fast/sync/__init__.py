@@ -1,27 +1,15 @@
-"""Trainer -> engine: after an update, the engine samples with the new weights and says so in every token's version."""
+"""Weights on their way from the trainer to engines. One update, in the order in which data flows:
+
+staging     the run's process writes a version into shared memory, tensor by tensor, and describes it by a `Manifest`
+local_copy  on another machine: buckets come, in full or as a `delta`, and become a staged version there
+reader      an engine checks a staged version, all of it, before it loads anything
+
+The native engine runs the trainer's torch module, or gets a copy of other trainers' weights (`native`). vLLM's side of it is
+`rollout/vllm/transfer.py` (staged) and `rollout/vllm/device_sync.py` (NCCL, CUDA IPC).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from metis_fast.sync.native import push_weights
 
-import torch
-from torch import Tensor
-
-from metis_fast.model import Policy
-from metis_fast.rollout.native import NativeEngine
-
-
-@torch.no_grad()
-def push_weights(engine: NativeEngine, policy: Policy, weights: Iterator[tuple[str, Tensor]], version: int) -> None:
-    """Copy a trainer's weights into the policy that the engine runs; nothing where the trainer's own module is that policy.
-
-    weights: by Hugging Face names, all of them or none. version: optimizer-visible training steps done;
-    `Rollout.weight_version` of what is sampled from here on.
-    """
-    live = dict(policy.model.named_parameters())  # a tied LM head is in it once
-    left = set(live)
-    for name, tensor in weights:
-        live[name].copy_(tensor)
-        left.discard(name)
-    assert not left or len(left) == len(live), f"the trainer sent no {sorted(left)[:3]}"
-    engine.weight_version = version
+__all__ = ["push_weights"]

@@ -1,0 +1,142 @@
+"""The sender's side: versions of the weights in shared memory of the run's machine, and their buckets for other machines."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from types import TracebackType
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from metis_fast.sync.delta import Encoding, encode
+from metis_fast.sync.manifest import Bucket, Layout, Manifest, Place
+from metis_fast.sync.segment import THREADS, Segment, checksum, create, tensor_at
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Payload:
+    """A bucket as it is sent. data: [n] uint8, maybe a view of the segment. crc32: of `data`, not of the bucket."""
+
+    index: int
+    encoding: Encoding
+    data: npt.NDArray[np.uint8]
+    crc32: int
+
+
+class Staging:
+    """Two segments in turn: the version before the last is overwritten by the next one, the last whole one stays for engines
+    that start again.
+
+    Whoever writes waits until every engine has loaded the last version, or has given up on it.
+
+    shapes: of all tensors, by Hugging Face names (`hf_shapes`). dtype: of all of them.
+
+    Raises:
+        EngineError: shared memory has no room for two versions.
+    """
+
+    def __init__(self, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, bucket_bytes: int) -> None:
+        self.layout = Layout.of(shapes, dtype, bucket_bytes)
+        self._dtype = dtype
+        self._places = {place.name: place for place in self.layout.places}
+        self._bytes_in = [0] * len(self.layout.ranges)  # what follows a tensor for alignment is never written
+        for place in self.layout.places:
+            for index, nbytes in self._parts(place):
+                self._bytes_in[index] += nbytes
+        self._segments = create(2, self.layout.num_bytes)
+        self._at = 0
+        self._current: Manifest | None = None
+        self._previous: int | None = None
+
+    def __enter__(self) -> Staging:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    @property
+    def current(self) -> Manifest | None:
+        """The last whole version."""
+        return self._current
+
+    def write(self, weights: Iterator[tuple[str, Tensor]], version: int) -> Manifest:
+        """Stage a version. Whatever is raised on the way, `current` is as it was.
+
+        weights: all tensors, in any order, on any device; each is copied before the next one is asked for.
+
+        Raises:
+            ValueError: a tensor is missing, unknown, came twice, or is of another shape or dtype; or the version is not newer.
+        """
+        if self._current is not None and version <= self._current.version:
+            raise ValueError(f"weight version {version} came after version {self._current.version}")
+        segment, layout = self._segments[1 - self._at], self.layout
+        self._previous = None
+        segment.begin()
+        left = list(self._bytes_in)
+        missing = dict(self._places)
+        crcs: dict[int, Future[int]] = {}
+        with ThreadPoolExecutor(THREADS) as pool:  # checksums of what is there, while the rest comes
+            for name, tensor in weights:
+                place = missing.pop(name, None)
+                if place is None or place.shape != tuple(tensor.shape) or tensor.dtype != self._dtype:
+                    known = self._places.get(name)
+                    expected = f"{known.shape} {known.dtype}, once" if known else "no such tensor"
+                    raise ValueError(f"{name} {tuple(tensor.shape)} {tensor.dtype} came, expected {expected}")
+                tensor_at(segment.data, place).copy_(tensor.detach())
+                for index, nbytes in self._parts(place):
+                    left[index] -= nbytes
+                    if not left[index]:
+                        crcs[index] = pool.submit(checksum, self._bucket(segment, index))
+            if missing:
+                raise ValueError(f"{len(missing)} tensors did not come ({', '.join(sorted(missing)[:3])})")
+        manifest = Manifest.of(
+            version,
+            segment.name,
+            layout.places,
+            tuple(Bucket(offset, nbytes, crcs[i].result()) for i, (offset, nbytes) in enumerate(layout.ranges)),
+        )
+        segment.finish(manifest)
+        self._previous = None if self._current is None else self._current.version
+        self._current, self._at = manifest, 1 - self._at
+        return manifest
+
+    def _parts(self, place: Place) -> Iterator[tuple[int, int]]:
+        """(bucket, bytes of the tensor in it)."""
+        end = place.offset + place.nbytes
+        for index in self.layout.buckets_of(place):
+            offset, nbytes = self.layout.ranges[index]
+            yield index, min(end, offset + nbytes) - max(place.offset, offset)
+
+    def _bucket(self, segment: Segment, index: int) -> npt.NDArray[np.uint8]:
+        offset, nbytes = self.layout.ranges[index]
+        return segment.data[offset : offset + nbytes]
+
+    def base(self, version: int | None) -> int | None:
+        """What a copy of this version may be told changes against: the version itself, or None where all must be sent."""
+        return version if version is not None and version == self._previous else None
+
+    def payloads(self, base: int | None) -> Iterator[Payload]:
+        """Buckets of the current version, for a `LocalCopy`; in full, or what differs from version `base`.
+
+        base: see there.
+
+        Raises:
+            ValueError: there is no current version, or `base` is not the one before it.
+        """
+        if self._current is None or base != self.base(base):
+            raise ValueError(f"nothing staged, or weight version {base} is not the last but one ({self._previous})")
+        new, old = self._segments[self._at], self._segments[1 - self._at]
+        for index in range(len(self.layout.ranges)):
+            encoding, data = "full", self._bucket(new, index)
+            if base is not None:
+                encoding, data = encode(self._bucket(old, index), data, self.layout.itemsize)
+            yield Payload(index, encoding, data, checksum(data))
+
+    def close(self) -> None:
+        """Remove both segments."""
+        for segment in self._segments:
+            segment.close()
