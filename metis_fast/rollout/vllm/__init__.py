@@ -1,1 +1,1 @@
-"""vLLM engines. The door to vllm: nothing outside this folder imports it, and here only what runs in an engine's process does."""
+"""vLLM engines: the door to vllm. Nothing outside this folder imports it, and here only what runs in an engine's process."""

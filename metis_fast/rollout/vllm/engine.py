@@ -1,0 +1,375 @@
+"""vLLM engines as the run sees them: `Engine` over several workers, each with a replica of the model.
+
+A router keeps the rollouts of a prompt, and every rollout's messages, on the replica that holds their cache, as long as that
+one lives. What a replica answers is checked before it is believed. One that dies, hangs or answers garbage is started again,
+given the current weights, and then takes part again; meanwhile others take its rollouts, from their last whole message.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from metis_fast.config import Config
+from metis_fast.errors import EngineError, EngineFailure, InfrastructureError, SyncError
+from metis_fast.model import IMAGE_PAD, VISION_END, VISION_START, Policy
+from metis_fast.rollout.engine import Completion, Sampling, SyncReport
+from metis_fast.rollout.vllm.settings import (
+    LENGTH,
+    SERVICE,
+    STOPPED,
+    EngineSettings,
+    EngineStats,
+    GenerateReply,
+    GenerateRequest,
+)
+from metis_fast.sync.staging import Payload, Staging
+from metis_fast.train.megatron.names import hf_shapes
+from metis_fast.types import ImageBlob, ImageSpan
+from metis_fast.workers.hub import Hub, Worker, WorkerError, wait_ready
+
+_LOG = logging.getLogger(__name__)
+_MISSING = "is not here"  # ImagesMissingError's words; the class is the service's
+_LOAD_S = 600.0  # for a replica to take a version
+_CALL_S = 60.0
+_SPREAD = 2.0  # a prompt's replica is left when it has so many times the rollouts of the least loaded one, and some more
+_SLACK = 16
+
+
+@dataclass(slots=True, eq=False)
+class _Replica:
+    """A worker, and what the run knows of it. sent: images that it has. version: of its weights. sessions: open ones."""
+
+    worker: Worker
+    sent: set[str]
+    version: int = 0
+    sessions: int = 0
+
+
+class _Session:
+    def __init__(self, engine: VllmEngine, prompt: str) -> None:
+        self._engine, self._prompt = engine, prompt
+        self._replica = engine.route(prompt)
+        self._replica.sessions += 1
+        self._open = True
+
+    async def generate(
+        self, tokens: Sequence[int], images: Sequence[ImageBlob], spans: Sequence[ImageSpan], sampling: Sampling
+    ) -> Completion:
+        """See `EngineSession`."""
+        if not self._open:
+            raise ValueError("the session is closed")
+        if not self._replica.worker.alive:  # between two messages, its cache is lost anyway
+            self._replica.sessions -= 1
+            self._engine.left(self._prompt)
+            self._replica = self._engine.route(self._prompt)
+            self._replica.sessions += 1
+        return await self._engine.generate(self._replica, tokens, images, spans, sampling)
+
+    def close(self) -> None:
+        """See `EngineSession`."""
+        if self._open:
+            self._open = False
+            self._replica.sessions -= 1
+            self._engine.left(self._prompt)
+
+
+class VllmEngine:
+    """`Engine` over `rollout.vllm.replicas` workers. Blocks until all of them are ready.
+
+    policy: for tokens and shapes; its weights are not used. check: called while waiting; what it raises ends the wait. service:
+    what a worker serves (tests put failures in). copy_always: send weights over the connection also on this machine.
+
+    Raises:
+        EngineError, ModelError: vLLM is not there, or does not take the settings or the model. WorkerError: it does not start.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        policy: Policy,
+        hub: Hub,
+        check: Callable[[], None],
+        service: str = SERVICE,
+        copy_always: bool = False,
+    ) -> None:
+        self._config, self._policy, self._hub, self._copy_always = config, policy, hub, copy_always
+        vllm = config.rollout.vllm
+        self._banned = np.asarray(policy.placeholder_ids, np.int64)
+        self._staging: Staging | None = None
+        self._lock: asyncio.Lock | None = None  # of the hub's loop: one sender at a time
+        self._home: dict[str, tuple[_Replica, int]] = {}  # of a prompt: where, and by how many open sessions
+        settings = _settings(config, policy)
+        self._replicas: list[_Replica] = []
+        on_gpu = torch.cuda.is_available()
+        for number in range(vllm.replicas):
+            environment = {"OMP_NUM_THREADS": str(vllm.cpu_threads)} if vllm.cpu_threads and not on_gpu else {}
+            worker = hub.worker(
+                f"engine-{number}",
+                "engine",
+                service,
+                settings,
+                cpus=1.0 if on_gpu else float(max(1, vllm.cpu_threads)),
+                gpus=vllm.tensor_parallel if on_gpu else 0,
+                max_restarts=vllm.restarts,
+                prepare=self._prepare,
+                environment=environment,
+            )
+            self._replicas.append(_Replica(worker, set()))
+        wait_ready([replica.worker for replica in self._replicas], check)
+
+    # -- rollouts ----------------------------------------------------------------------------------------------------
+
+    def session(self, order: int, prompt: str = "") -> _Session:
+        """See `Engine`."""
+        return _Session(self, prompt)
+
+    def route(self, prompt: str) -> _Replica:
+        """The replica for a rollout of `prompt`: where others of it are, else the living one with the fewest rollouts.
+
+        Raises:
+            EngineError: none can be started any more.
+        """
+        usable = [replica for replica in self._replicas if replica.worker.broken is None]
+        if not usable:
+            raise EngineError(f"no engine is left: {self._replicas[0].worker.broken}")
+        living = [replica for replica in usable if replica.worker.alive] or usable
+        least = min(living, key=lambda replica: replica.sessions)
+        home, count = self._home.get(prompt, (least, 0)) if prompt else (least, 0)
+        if home not in living or home.sessions > _SPREAD * least.sessions + _SLACK:
+            home = least
+        if prompt:
+            self._home[prompt] = (home, count + 1)
+        return home
+
+    def left(self, prompt: str) -> None:
+        """A session of `prompt` was closed."""
+        home, count = self._home.get(prompt, (None, 0))
+        if home is not None and count > 1:
+            self._home[prompt] = (home, count - 1)
+        else:
+            self._home.pop(prompt, None)
+
+    async def generate(
+        self,
+        replica: _Replica,
+        tokens: Sequence[int],
+        images: Sequence[ImageBlob],
+        spans: Sequence[ImageSpan],
+        sampling: Sampling,
+    ) -> Completion:
+        """One message by one replica; see `EngineSession.generate`."""
+        by_hash = {image.sha256: image.data for image in images}
+        needed = dict.fromkeys(span.sha256 for span in spans)
+        new = {sha256: by_hash[sha256] for sha256 in needed if sha256 not in replica.sent}
+        try:
+            try:
+                reply = await self._ask(replica, tokens, spans, new, sampling)
+            except EngineFailure as error:
+                if _MISSING not in str(error):
+                    raise
+                reply = await self._ask(replica, tokens, spans, {sha256: by_hash[sha256] for sha256 in needed}, sampling)
+        except WorkerError as error:
+            raise EngineFailure(str(error)) from None
+        problem = self._problem(reply, sampling)
+        if problem:
+            why = f"it answered garbage: {problem}"
+            await replica.worker.lose(why)
+            raise EngineFailure(f"{replica.worker.name}: {why}")
+        stopped = reply.finish == STOPPED
+        return Completion(reply.tokens, np.minimum(reply.logp, 0.0), reply.version, stopped)
+
+    async def _ask(
+        self, replica: _Replica, tokens: Sequence[int], spans: Sequence[ImageSpan], new: Mapping[str, bytes], sampling: Sampling
+    ) -> GenerateReply:
+        request = GenerateRequest(
+            np.asarray(tokens, np.int32),
+            tuple((span.start, span.stop, span.sha256) for span in spans),
+            new,
+            sampling.max_tokens,
+            sampling.stop_ids,
+            sampling.temperature,
+            sampling.top_p,
+            sampling.top_k,
+            sampling.seed,
+        )
+        life = replica.worker.restarts
+        reply = await replica.worker.call("generate", request, deadline_s=self._config.rollout.vllm.request_s)
+        if life == replica.worker.restarts:
+            replica.sent.update(new)
+        return reply
+
+    def _problem(self, reply: object, sampling: Sampling) -> str:
+        """What is wrong with an answer, or ""."""
+        if not isinstance(reply, GenerateReply):
+            return f"a {type(reply).__name__}"
+        num, vocab = len(reply.tokens), self._policy.vocab_size
+        if reply.finish not in (STOPPED, LENGTH):
+            return f"it ended with {reply.finish!r}"
+        if not 0 < num <= sampling.max_tokens or reply.logp.shape != (num,) or reply.version.shape != (num,):
+            return (
+                f"{num} tokens, {len(reply.logp)} log-probs and {len(reply.version)} versions; 1 to {sampling.max_tokens} asked"
+            )
+        if (reply.tokens < 0).any() or (reply.tokens >= vocab).any():
+            return f"a token outside the vocabulary of {vocab}"
+        if np.isin(reply.tokens, self._banned).any():
+            return "it sampled an image placeholder"
+        if not np.isfinite(reply.logp).all() or (reply.logp > 1e-3).any():
+            return "a log-prob that is none"
+        if (reply.finish == STOPPED) != (int(reply.tokens[-1]) in sampling.stop_ids):
+            return f"it ended with {reply.finish!r} at token {int(reply.tokens[-1])}"
+        return ""
+
+    async def stats(self) -> list[EngineStats]:
+        """Of every living replica."""
+        living = [replica.worker for replica in self._replicas if replica.worker.alive]
+        return [await worker.call("stats", deadline_s=_CALL_S) for worker in living]
+
+    @property
+    def restarts(self) -> int:
+        """How often replicas were started again."""
+        return sum(replica.worker.restarts for replica in self._replicas)
+
+    def workers(self) -> list[Worker]:
+        """Of all replicas."""
+        return [replica.worker for replica in self._replicas]
+
+    # -- weights -----------------------------------------------------------------------------------------------------
+
+    async def update(self, weights: Iterator[tuple[str, Tensor]], version: int) -> SyncReport:
+        """See `Engine`. A replica that is being started gets the weights when it is up."""
+        return await self._hub.run(self._update(weights, version))
+
+    def _sender(self) -> asyncio.Lock:
+        if self._lock is None:
+            self._lock = asyncio.Lock()
+        return self._lock
+
+    async def _update(self, weights: Iterator[tuple[str, Tensor]], version: int) -> SyncReport:
+        began = time.perf_counter()
+        async with self._sender():
+            if self._staging is None:
+                settings = self._config.sync
+                shapes = {name: tuple(shape) for name, shape in hf_shapes(self._policy.model.config).items()}
+                self._staging = Staging(shapes, self._policy.head.dtype, settings.bucket_mb << 20)
+            # reading a trainer's weights may take long, and pings must be answered meanwhile
+            manifest = await asyncio.to_thread(self._staging.write, weights, version)
+            living = [replica for replica in self._replicas if replica.worker.alive]
+            results = await asyncio.gather(*(self._push(replica) for replica in living))
+        done = [result for result in results if result is not None]
+        if not done and all(replica.worker.broken is not None for replica in self._replicas):
+            raise EngineError(f"no engine took weight version {version}: {self._replicas[0].worker.broken}")
+        return SyncReport(
+            version=version,
+            mode=self._config.sync.mode if any(sent for sent, _, _ in done) else "full",
+            num_bytes=max((sent for sent, _, _ in done), default=0) or manifest.num_bytes,
+            seconds=time.perf_counter() - began,
+            pause_s=max((pause for _, pause, _ in done), default=0.0),
+            retries=sum(retries for _, _, retries in done),
+        )
+
+    async def _push(self, replica: _Replica) -> tuple[int, float, int] | None:
+        """Bytes sent, seconds that its requests waited, retries; None if the replica was lost."""
+        for attempt in range(self._config.sync.retries + 1):
+            try:
+                sent, pause = await self._send(replica.worker, preparing=False)
+            except SyncError as error:
+                _LOG.warning("weights for %s, try %d: %s", replica.worker.name, attempt + 1, error)
+                continue
+            except InfrastructureError as error:
+                _LOG.warning("weights for %s: %s", replica.worker.name, error)
+                return None  # it is being started again, and gets them then
+            assert self._staging is not None and self._staging.current is not None
+            replica.version = self._staging.current.version
+            return sent, pause, attempt
+        await replica.worker.lose(f"it did not take the weights in {self._config.sync.retries + 1} tries")
+        return None
+
+    async def _send(self, worker: Worker, preparing: bool) -> tuple[int, float]:
+        """Bytes sent over the connection (0: shared memory), and seconds that requests waited."""
+        staging = self._staging
+        assert staging is not None and staging.current is not None
+        assert worker.hello is not None
+        manifest = staging.current.to_dict()
+
+        async def call(method: str, *arguments: object) -> Any:
+            return await worker.call(method, *arguments, deadline_s=_LOAD_S, preparing=preparing)
+
+        if worker.hello.host == socket.gethostname() and not self._copy_always:
+            return 0, await call("load_staged", manifest)
+        has = await call("copy_begin", manifest, self._config.sync.mode)
+        base = staging.base(has)
+        await call("copy_base", base)
+        sent = 0
+        payloads = staging.payloads(base)
+        while (payload := await asyncio.to_thread(_next, payloads)) is not None:
+            try:
+                await call("copy_bucket", payload.index, payload.encoding, payload.data, payload.crc32)
+            except SyncError:  # damaged on the way: that bucket again, once
+                await call("copy_bucket", payload.index, payload.encoding, payload.data, payload.crc32)
+            sent += payload.data.nbytes
+        return sent, await call("copy_commit")
+
+    async def _prepare(self, worker: Worker) -> None:
+        """After every start of a replica: it has no images, and the weights of the model's folder."""
+        replica = next((one for one in self._replicas if one.worker is worker), None)
+        if replica is None:  # the very first start, while the list is made
+            return
+        replica.sent.clear()
+        async with self._sender():
+            if self._staging is not None and self._staging.current is not None:
+                await self._send(worker, preparing=True)
+                replica.version = self._staging.current.version
+
+    async def sleep(self) -> None:
+        """Give the GPUs to the trainer (`rollout.vllm.sleep`); `wake` and `update` must follow."""
+        await asyncio.gather(*(worker.call("sleep", deadline_s=_LOAD_S) for worker in self.workers()))
+
+    async def wake(self) -> None:
+        """Take the GPUs back."""
+        await asyncio.gather(*(worker.call("wake", deadline_s=_LOAD_S) for worker in self.workers()))
+
+    def close(self) -> None:
+        """Free the staged weights. The workers end with their hub."""
+        if self._staging is not None:
+            self._staging.close()
+
+
+def _next(payloads: Iterator[Payload]) -> Payload | None:
+    return next(payloads, None)
+
+
+def _settings(config: Config, policy: Policy) -> EngineSettings:
+    rollout, vllm = config.rollout, config.rollout.vllm
+    images = 1 + max(1, rollout.max_turns) * 4 if policy.reads_images else 0
+    return EngineSettings(
+        model=str(policy.folder.resolve()),
+        dtype=config.model.dtype,
+        max_tokens=rollout.max_prompt_tokens + rollout.max_response_tokens,
+        images=images,
+        banned=tuple(policy.placeholder_ids),
+        banned_text=(IMAGE_PAD, VISION_START, VISION_END, "<|video_pad|>") if policy.reads_images else (),
+        image_pad=policy.image_token_id,
+        processed_logprobs=rollout.temperature != 1.0,
+        seeded=rollout.deterministic,
+        seed=config.run.seed,
+        tensor_parallel=vllm.tensor_parallel,
+        max_num_seqs=vllm.max_num_seqs,
+        gpu_memory=vllm.gpu_memory,
+        cpu_cache_gb=vllm.cpu_cache_gb,
+        cpu_threads=vllm.cpu_threads,
+        sleep=vllm.sleep,
+        stall_s=min(vllm.request_s, 300.0),
+        transport=config.sync.transport,
+        speculative=vllm.speculative,
+        arguments=vllm.arguments,
+    )

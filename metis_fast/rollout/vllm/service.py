@@ -1,0 +1,474 @@
+"""One vLLM engine in a process of its own (`metis-fast worker`).
+
+A thread owns vLLM's `LLMEngine`: between steps it takes what the event loop has asked for (requests, cancellations, new
+weights), so that a weight update falls between two steps and requests go on after it. Their KV cache is computed again with the
+new weights: what a token's log-probability says is then the new version's alone.
+
+A step that raises or hangs ends the process: what state vLLM is in is then unknown, and the run starts another one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import faulthandler
+import logging
+import os
+import queue
+import sys
+import threading
+import time
+import traceback
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from io import BytesIO
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+
+from metis_fast.errors import EngineError, EngineFailure, ModelError, SyncError
+from metis_fast.rollout.vllm.settings import EngineSettings, EngineStats, GenerateReply, GenerateRequest
+
+if TYPE_CHECKING:
+    from vllm import LLMEngine, SamplingParams
+    from vllm.outputs import RequestOutput
+
+_LOG = logging.getLogger(__name__)
+_IMAGE_CACHE_BYTES = 2 << 30
+_STEP_FAILED, _STALLED = 70, 75  # exit codes
+
+T = TypeVar("T")
+
+
+class ImagesMissingError(EngineFailure):
+    """The engine does not have an image any more; send them all again."""
+
+
+@dataclass(slots=True, eq=False)
+class _Running:
+    """A request in vLLM. prompt: what must have come of it. followers wait until the prompt is computed, and then share it."""
+
+    future: asyncio.Future[GenerateReply]
+    prompt: np.ndarray
+    followers: list[Callable[[], None]] = field(default_factory=list)
+
+
+class VllmService:
+    """Serves one engine; see `settings`.
+
+    Raises:
+        ModelError: vLLM cannot load the model. EngineError: vllm is not installed, or a setting is not its.
+    """
+
+    def __init__(self, settings: EngineSettings) -> None:
+        self._settings = settings
+        self._began = time.perf_counter()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._running: dict[str, _Running] = {}
+        self._leaders: dict[bytes, str] = {}
+        self._images: OrderedDict[str, bytes] = OrderedDict()
+        self._image_bytes = 0
+        self._number = 0
+        self._busy_s, self._steps, self._tokens = 0.0, 0, 0
+        self._stepping_since: float | None = None
+        self._copy: Any = None
+        ready: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._work, args=(ready,), name="engine", daemon=True)
+        self._thread.start()
+        error = ready.get()
+        if error is not None:
+            raise error
+        threading.Thread(target=self._watch, name="stall", daemon=True).start()
+
+    # -- the engine's thread -----------------------------------------------------------------------------------------
+
+    def _work(self, ready: queue.SimpleQueue[BaseException | None]) -> None:
+        try:
+            self._engine = _open(self._settings)
+        except Exception as error:  # handed on, whatever it is
+            traceback.print_exc()
+            ready.put(_explained(error, self._settings))
+            return
+        ready.put(None)
+        try:
+            self._serve()
+        except BaseException:
+            traceback.print_exc()
+            sys.stderr.flush()
+            os._exit(_STEP_FAILED)
+
+    def _serve(self) -> None:
+        while True:
+            idle = not self._running
+            while idle or not self._commands.empty():
+                command = self._commands.get()
+                if command is None:
+                    self._shut_down()
+                    return
+                command()
+                idle = not self._running
+            self._stepping_since = began = time.perf_counter()
+            outputs = self._engine.step()
+            self._stepping_since = None
+            self._busy_s += time.perf_counter() - began
+            self._steps += 1
+            for output in outputs:
+                self._take(output)  # pyright: ignore[reportArgumentType]
+
+    def _shut_down(self) -> None:
+        self._engine.engine_core.shutdown()
+
+    def _watch(self) -> None:
+        """Ends the process when a step hangs: the thread that hangs cannot."""
+        while True:
+            time.sleep(1.0)
+            since = self._stepping_since
+            if since is not None and time.perf_counter() - since > self._settings.stall_s:
+                print(f"a step took longer than {self._settings.stall_s:g} s; where it is:", file=sys.stderr)
+                faulthandler.dump_traceback(all_threads=True)
+                sys.stderr.flush()
+                os._exit(_STALLED)
+
+    def _take(self, output: RequestOutput) -> None:
+        running = self._running.get(output.request_id)
+        if running is None:
+            return
+        if running.followers:
+            followers, running.followers = running.followers, []
+            for follow in followers:
+                follow()
+        if not output.finished:
+            return
+        self._forget(output.request_id)
+        sampled = output.outputs[0]
+        tokens = np.asarray(sampled.token_ids, np.int32)
+        self._tokens += len(tokens)
+        prompt = np.asarray(output.prompt_token_ids, np.int32)
+        if not np.array_equal(prompt, running.prompt):
+            error = EngineError(
+                f"vLLM made {len(prompt)} tokens of a prompt that has {len(running.prompt)}: it cuts images up in another way "
+                "than the trainer does; see that preprocessor_config.json is that of the model"
+            )
+            self._resolve(running.future, error)
+            return
+        entries: Any = sampled.logprobs or ()
+        logp = np.array([entry[token].logprob for entry, token in zip(entries, tokens.tolist(), strict=True)])
+        version = np.zeros(len(tokens), np.int32)
+        for span in sampled.weight_versions or ():
+            version[span.start : span.end] = int(span.version)
+        reply = GenerateReply(tokens, logp.astype(np.float32), version, sampled.finish_reason or "")
+        self._resolve(running.future, reply)
+
+    def _forget(self, request_id: str) -> None:
+        running = self._running.pop(request_id)
+        self._leaders.pop(running.prompt.tobytes(), None)
+        for follow in running.followers:
+            follow()
+
+    def _resolve(self, future: asyncio.Future[T], result: T | Exception) -> None:
+        def set_it() -> None:
+            if future.done():
+                return
+            if isinstance(result, Exception):
+                future.set_exception(result)
+            else:
+                future.set_result(result)
+
+        assert self._loop is not None
+        self._loop.call_soon_threadsafe(set_it)
+
+    def _add(self, request_id: str, request: GenerateRequest, future: asyncio.Future[GenerateReply]) -> None:
+        """Hand a request to vLLM; after the one that computes the same prompt, if there is one."""
+        key = request.tokens.tobytes()
+        leader = self._leaders.get(key)
+        if leader is not None:
+            self._running[leader].followers.append(lambda: self._start(request_id, request, future))
+            return
+        self._leaders[key] = request_id
+        self._start(request_id, request, future)
+
+    def _start(self, request_id: str, request: GenerateRequest, future: asyncio.Future[GenerateReply]) -> None:
+        if future.cancelled():
+            self._leaders.pop(request.tokens.tobytes(), None)
+            return
+        try:
+            prompt = self._prompt(request)
+            self._engine.add_request(request_id, prompt, self._params(request))
+        except (ValueError, EngineFailure) as error:  # vLLM's words for a request that it does not take
+            self._leaders.pop(request.tokens.tobytes(), None)
+            ours = error if isinstance(error, EngineFailure) else EngineError(f"vLLM refuses a request: {error}")
+            self._resolve(future, ours)
+            return
+        self._running[request_id] = _Running(future, request.tokens)
+
+    def _prompt(self, request: GenerateRequest) -> Any:
+        from PIL import Image
+
+        if not request.spans:
+            return {"prompt_token_ids": request.tokens.tolist()}
+        tokens: list[int] = []
+        pictures: list[Any] = []
+        at = 0
+        for start, stop, sha256 in request.spans:  # vLLM wants one placeholder an image, and repeats it itself
+            data = self._images.get(sha256)
+            if data is None:
+                raise ImagesMissingError(f"image {sha256} is not here")
+            tokens += [*request.tokens[at:start].tolist(), self._settings.image_pad]
+            with Image.open(BytesIO(data)) as picture:
+                pictures.append(picture.convert("RGB"))
+            at = stop
+        tokens += request.tokens[at:].tolist()
+        return {
+            "prompt_token_ids": tokens,
+            "multi_modal_data": {"image": pictures},
+            "multi_modal_uuids": {"image": [sha256 for _, _, sha256 in request.spans]},
+        }
+
+    def _params(self, request: GenerateRequest) -> SamplingParams:
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        settings = self._settings
+        speculative = settings.speculative is not None  # vLLM takes no logit_bias then
+        return SamplingParams(
+            max_tokens=request.max_tokens,
+            temperature=request.temperature,
+            top_p=request.top_p,
+            top_k=request.top_k or -1,
+            seed=request.seed % (1 << 63) if settings.seeded else None,
+            stop_token_ids=list(request.stop_ids),
+            ignore_eos=True,  # the model's own end-of-text is among the stop ids, where it is one
+            logprobs=0,
+            detokenize=False,
+            logit_bias=None if speculative else dict.fromkeys(settings.banned, -100.0) or None,
+            bad_words=list(settings.banned_text) if speculative else None,
+            # every step's output: the first one tells that the prompt is computed
+            output_kind=RequestOutputKind.CUMULATIVE,
+        )
+
+    # -- calls -------------------------------------------------------------------------------------------------------
+
+    async def _ask(self, command: Callable[[], T]) -> T:
+        """Run something on the engine's thread, between two steps."""
+        self._loop = asyncio.get_running_loop()
+        future: asyncio.Future[T] = self._loop.create_future()
+
+        def run() -> None:
+            try:
+                self._resolve(future, command())
+            except (EngineFailure, EngineError) as error:
+                self._resolve(future, error)
+
+        self._commands.put(run)
+        return await future
+
+    async def generate(self, request: GenerateRequest) -> GenerateReply:
+        """Sample one message.
+
+        Raises:
+            ImagesMissingError: see there. EngineError: a request that vLLM does not take.
+        """
+        self._loop = asyncio.get_running_loop()
+        self._keep(request)
+        future: asyncio.Future[GenerateReply] = self._loop.create_future()
+        self._number += 1
+        request_id = str(self._number)
+        self._commands.put(lambda: self._add(request_id, request, future))
+        try:
+            return await future
+        except asyncio.CancelledError:
+            self._commands.put(lambda: self._abort(request_id))
+            raise
+
+    def _abort(self, request_id: str) -> None:
+        if request_id in self._running:
+            self._forget(request_id)
+            self._engine.abort_request([request_id])
+
+    def _keep(self, request: GenerateRequest) -> None:
+        for sha256, data in request.images.items():
+            if sha256 not in self._images:
+                self._images[sha256] = data
+                self._image_bytes += len(data)
+        for _, _, sha256 in request.spans:
+            if sha256 in self._images:
+                self._images.move_to_end(sha256)
+        while self._image_bytes > _IMAGE_CACHE_BYTES and len(self._images) > len(request.spans):
+            self._image_bytes -= len(self._images.popitem(last=False)[1])
+
+    async def stats(self) -> EngineStats:
+        """Where the time went."""
+        alive = time.perf_counter() - self._began
+        return EngineStats(alive, self._busy_s, self._steps, self._tokens, len(self._running))
+
+    async def load_staged(self, manifest: dict[str, Any]) -> float:
+        """Sample with a version that lies in this machine's shared memory (`Manifest.to_dict`); seconds that requests waited.
+
+        Raises:
+            SyncError: it is not as it was staged; the old version goes on.
+        """
+        return await self._ask(lambda: self._load(manifest, int(manifest["version"])))
+
+    def _load(self, update: dict[str, Any], version: int) -> float:
+        engine = self._engine
+        began = time.perf_counter()
+        engine.sleep(level=0, mode="keep")
+        try:
+            engine.collective_rpc("start_weight_update")
+            try:
+                engine.collective_rpc("update_weights", args=(update,))
+            except SyncError:
+                raise
+            except Exception as error:  # from vLLM's own worker process it comes as text
+                raise SyncError(f"weight version {version}: {error}") from None
+            engine.collective_rpc("finish_weight_update")
+            engine.set_weight_version(str(version))
+            # nothing computed with the old weights is used again
+            engine.reset_prefix_cache(reset_running_requests=True)
+            engine.reset_encoder_cache()
+        finally:
+            engine.wake_up(tags=["scheduling"])
+        return time.perf_counter() - began
+
+    async def copy_begin(self, manifest: dict[str, Any], mode: str) -> int | None:
+        """Expect buckets of a version, which lies on another machine. mode: "full" or "delta".
+
+        Returns the version that this machine has and deltas may be told against.
+        """
+        from metis_fast.sync.local_copy import LocalCopy
+
+        if self._copy is None:
+            self._copy = LocalCopy()
+        base = self._copy.version if mode == "delta" else None
+        self._copy_manifest = manifest
+        return base
+
+    async def copy_base(self, base: int | None) -> None:
+        """What the buckets that follow are told against (see `Staging.base`)."""
+        self._copy.begin(self._copy_manifest, base)
+
+    async def copy_bucket(self, index: int, encoding: str, data: np.ndarray, crc: int) -> None:
+        """Take a bucket.
+
+        Raises:
+            SyncError: it did not arrive as it was sent.
+        """
+        await asyncio.to_thread(self._copy.bucket, index, encoding, data, crc)
+
+    async def copy_commit(self) -> float:
+        """All buckets came: sample with them; see `load_staged`."""
+        return await self.load_staged(self._copy.commit().to_dict())
+
+    async def transfer(self, method: str, argument: dict[str, Any] | None) -> None:
+        """A step of vLLM's own transfers (NCCL, CUDA IPC): `init_weight_transfer_engine`, `update_weights`, and so on."""
+        arguments = () if argument is None else (argument,)
+        await self._ask(lambda: self._engine.collective_rpc(method, args=arguments))
+
+    async def pause(self) -> None:
+        """Make no further step; requests are kept."""
+        await self._ask(lambda: self._engine.sleep(level=0, mode="keep"))
+
+    async def resume(self, version: int) -> None:
+        """Go on after `pause` and `transfer`, with this version."""
+
+        def resume() -> None:
+            self._engine.set_weight_version(str(version))
+            self._engine.reset_prefix_cache(reset_running_requests=True)
+            self._engine.reset_encoder_cache()
+            self._engine.wake_up(tags=["scheduling"])
+
+        await self._ask(resume)
+
+    async def sleep(self) -> None:
+        """Give the GPU's memory back. No request may be under way; the weights are gone until they are sent again."""
+        await self._ask(lambda: self._engine.sleep(level=2, mode="abort"))
+
+    async def wake(self) -> None:
+        """Take the memory again; weights must follow."""
+        await self._ask(lambda: self._engine.wake_up())
+
+    def close(self) -> None:
+        """End the engine."""
+        self._commands.put(None)
+        self._thread.join(timeout=5.0)
+        if self._copy is not None:
+            self._copy.close()
+
+
+def _open(settings: EngineSettings) -> LLMEngine:
+    environment = {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "1" if _has_gpu() else "0",  # on a GPU, scheduling beside the model's passes
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "VLLM_CPU_KVCACHE_SPACE": str(settings.cpu_cache_gb),
+        "HF_HUB_OFFLINE": "1",  # the model is a folder; nothing may wait for a hub
+        "VLLM_LOGGING_LEVEL": "WARNING",
+    }
+    for name, value in environment.items():
+        os.environ.setdefault(name, value)
+    try:
+        from vllm import LLMEngine
+        from vllm.config import WeightTransferConfig
+        from vllm.engine.arg_utils import EngineArgs
+        from vllm.model_executor.models import registry
+    except ImportError as error:
+        raise EngineError(
+            f"rollout.engine=vllm needs vllm 0.32, which cannot be imported ({error}); install metis-fast[vllm], or see "
+            "docs/rollouts.md for machines without a GPU"
+        ) from None
+    from metis_fast.rollout.vllm import plugin
+
+    # says for every step that it keeps its number of threads
+    logging.getLogger("vllm.v1.worker.cpu_worker").setLevel(logging.ERROR)
+    # vLLM looks at a model's class in a Python of its own, which must be able to import torchvision, too (metis_fast.compat)
+    command = "import metis_fast, runpy; runpy.run_module('vllm.model_executor.models.registry', run_name='__main__')"
+    registry._SUBPROCESS_COMMAND = [sys.executable, "-c", command]
+    plugin.register()
+    if settings.cpu_threads:
+        import torch
+
+        torch.set_num_threads(settings.cpu_threads)
+    arguments: dict[str, Any] = {
+        "model": settings.model,
+        "dtype": settings.dtype,
+        "seed": settings.seed % (1 << 31),
+        "max_model_len": settings.max_tokens,
+        "max_num_seqs": settings.max_num_seqs,
+        "tensor_parallel_size": settings.tensor_parallel,
+        "enable_prefix_caching": True,
+        "logprobs_mode": "processed_logprobs" if settings.processed_logprobs else "raw_logprobs",
+        "disable_log_stats": True,
+        "weight_transfer_config": WeightTransferConfig(
+            backend=plugin.TRANSFER if settings.transport == "staged" else settings.transport
+        ),
+        "speculative_config": None if settings.speculative is None else dict(settings.speculative),
+    }
+    if _has_gpu():
+        arguments |= {"gpu_memory_utilization": settings.gpu_memory, "enable_sleep_mode": settings.sleep}
+    else:
+        arguments["enforce_eager"] = True  # compiling takes minutes on a CPU
+    if settings.image_pad >= 0:
+        arguments |= {"limit_mm_per_prompt": {"image": settings.images, "video": 0}, "mm_processor_kwargs": {"use_fast": False}}
+    unknown = [name for name in settings.arguments if name not in EngineArgs.__dataclass_fields__]
+    if unknown:
+        raise EngineError(f"rollout.vllm.arguments has {', '.join(unknown)}, which are no engine arguments of vLLM")
+    arguments |= settings.arguments
+    engine = LLMEngine.from_engine_args(EngineArgs(**arguments))
+    engine.set_weight_version("0")
+    if settings.transport == "staged":
+        engine.collective_rpc("init_weight_transfer_engine", args=({},))
+    return engine
+
+
+def _has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def _explained(error: Exception, settings: EngineSettings) -> Exception:
+    if isinstance(error, EngineError):
+        return error
+    text = " ".join(str(error).split())[:500]
+    return ModelError(f"vLLM cannot open {settings.model}: {type(error).__name__}: {text}")
