@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,24 +22,26 @@ from metis_fast.checkpoint.safetensors_folder import write_folder
 from metis_fast.config import Config
 from metis_fast.data.cursor import CursorState, PromptCursor
 from metis_fast.data.parquet import PromptFiles
-from metis_fast.errors import ConfigError
+from metis_fast.errors import ConfigError, ToolSetupError
 from metis_fast.interrupt import Interrupts
 from metis_fast.model import Policy, load_policy
 from metis_fast.report.log import RunLog
 from metis_fast.rollout.chat import Chat
 from metis_fast.rollout.native import NativeEngine
 from metis_fast.rollout.store import RolloutStore
-from metis_fast.score.judge import open_judge
+from metis_fast.score.judge import StyleJudge, open_judge
 from metis_fast.score.protocol import Judge
+from metis_fast.score.remote import RemoteJudge, start_judge_workers
 from metis_fast.sync import push_weights
 from metis_fast.tools import open_toolbox
 from metis_fast.tools.protocol import Toolbox
+from metis_fast.tools.remote import RemoteToolbox, start_tool_workers
 from metis_fast.train.megatron.backend import MegatronTrainer, check_settings
 from metis_fast.train.megatron.names import hf_shapes
 from metis_fast.train.protocol import Trainer, TrainerState
 from metis_fast.train.torch_backend import TorchTrainer
 from metis_fast.types import Prompt
-from metis_fast.workers.hub import Hub
+from metis_fast.workers.hub import Hub, WorkerError, wait_ready
 from metis_fast.workers.launch import LocalLauncher
 
 
@@ -229,6 +231,26 @@ def open_hub(config: Config, stack: ExitStack, check: Callable[[], None]) -> Hub
     return stack.enter_context(Hub(config.workers, LocalLauncher(config.run.dir.resolve() / "workers")))
 
 
+def _open_judge(config: Config, styles: Collection[str], hub: Hub | None) -> StyleJudge | RemoteJudge:
+    if config.workers.judges == 0:
+        return open_judge(config.score, styles)
+    assert hub is not None
+    return RemoteJudge(config.score, start_judge_workers(hub, config.score, styles, config.workers.judges))
+
+
+def _open_toolbox(config: Config, scratch: Path, hub: Hub | None, check: Callable[[], None]) -> Toolbox:
+    if config.workers.tools == 0:
+        return open_toolbox(config.tools, scratch)
+    assert hub is not None
+    here = scratch if config.workers.launcher == "local" else None
+    workers = start_tool_workers(hub, config.tools, config.workers.tools, here)
+    try:
+        wait_ready(workers, check)
+    except WorkerError as error:
+        raise ToolSetupError(str(error)) from None
+    return RemoteToolbox(config.tools, workers)
+
+
 @contextmanager
 def open_parts(config: Config, interrupts: Interrupts, training: bool = True) -> Iterator[Parts]:
     """Open everything that a run needs, cheapest checks first, and close it in reverse order.
@@ -255,12 +277,13 @@ def open_parts(config: Config, interrupts: Interrupts, training: bool = True) ->
     heldout = PromptFiles(config.data.heldout) if config.data.heldout else None
     styles = {style for part in (files, heldout) if part is not None for style in part.styles()}
     with ExitStack() as stack:
+        scratch = Path(stack.enter_context(TemporaryDirectory(prefix="metis-tools-")))
         hub = open_hub(config, stack, interrupts.check) if needs_hub(config) else None
-        judge = open_judge(config.score, styles)
+        judge = _open_judge(config, styles, hub)
         stack.callback(judge.close)
-        interrupts.run(judge.check())
-        toolbox = open_toolbox(config.tools, Path(stack.enter_context(TemporaryDirectory(prefix="metis-tools-"))))
+        toolbox = _open_toolbox(config, scratch, hub, interrupts.check)
         stack.callback(toolbox.close)
+        interrupts.run(judge.check())
         policy = load_policy(config.model)
         engine = NativeEngine(policy, config.rollout.deterministic)
         stack.callback(engine.close)

@@ -105,6 +105,11 @@ class ImageSearch:
             self._index = _Index(descriptors, names["title"].to_pylist(), names["link"].to_pylist(), file)
         return self._index
 
+    def open_index(self) -> None:
+        """Compute or load the descriptors now. Raises as `search`."""
+        with self._lock:
+            self._opened()
+
     def search(self, image: ImageBlob) -> Observation:
         """The pages whose images look most like `image`: title, link if there is one, thumbnail.
 

@@ -100,6 +100,10 @@ class TextSearch:
                 self._index = _Index(index.searcher(), index.schema, _analyzer(), _analyzer(stem=False))
             return self._index
 
+    def open_index(self) -> None:
+        """Build or open the index now. Raises as `search`."""
+        self._opened()
+
     def search(self, query: str) -> Observation:
         """The best pages for the words of `query`; what is not a word does not count, and nothing in it is syntax.
 

@@ -50,12 +50,27 @@ class LocalToolbox:
         """The enabled tools, in the order of the configuration."""
         return self._names
 
+    @property
+    def num_slots(self) -> int:
+        """Calls that run at the same time."""
+        return 2 * len(os.sched_getaffinity(0))
+
     def gate(self) -> asyncio.Semaphore:
         """Limits the calls that run at the same time; one a loop, because a semaphore belongs to its loop."""
         loop = asyncio.get_running_loop()
         if self._gate is None or self._gate[0] is not loop:
-            self._gate = (loop, asyncio.Semaphore(2 * len(os.sched_getaffinity(0))))
+            self._gate = (loop, asyncio.Semaphore(self.num_slots))
         return self._gate[1]
+
+    def open_indexes(self) -> None:
+        """Build or open the indexes of the search tools now, not with the first search.
+
+        Raises:
+            InfrastructureError: one cannot be built or read.
+        """
+        for search in (self.text, self.image):
+            if search is not None:
+                search.open_index()
 
     def session(self, images: Sequence[ImageBlob]) -> LocalSession:
         """Tools for one rollout; starts nothing."""

@@ -59,7 +59,8 @@ class Worker:
         prepare: Callable[[Worker], Awaitable[None]] | None,
         environment: dict[str, str],
     ) -> None:
-        self.name, self.role, self.restarts = name, role, 0
+        self.name, self.restarts = name, 0
+        self.role: Role = role
         self._hub, self._welcome, self._cpus, self._gpus = hub, welcome, cpus, gpus
         self._max_restarts, self._prepare, self._environment = max_restarts, prepare, environment
         self._process: Process | None = None

@@ -25,6 +25,7 @@ from metis_fast.workers.wire import KEY, Call, Hello, Kind, Welcome, WireError, 
 _LOG = logging.getLogger(__name__)
 _RETRY_S = 0.2
 _LEAVE_S = 5.0  # for a service to close
+_OUT_OF_MEMORY = 71  # exit code
 
 
 class _Connection:
@@ -82,6 +83,9 @@ class _Connection:
             value = await method(*call.arguments)
         except asyncio.CancelledError:
             return  # the run has forgotten this call
+        except MemoryError:  # a process without memory answers nothing that one could trust; its run starts another
+            traceback.print_exc()
+            os._exit(_OUT_OF_MEMORY)
         except Exception as error:  # it goes to the run, which decides
             if not isinstance(error, MetisError | InfrastructureError):
                 traceback.print_exc()

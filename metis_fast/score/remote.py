@@ -1,0 +1,129 @@
+"""Judges in workers: `JudgeService` is served there, `RemoteJudge` is the run's side."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import zlib
+from collections.abc import Collection, Sequence
+from dataclasses import replace
+
+from metis_fast.config import LlmJudgeConfig, ScoreConfig
+from metis_fast.errors import InfrastructureError, JudgeError
+from metis_fast.score.judge import open_judge
+from metis_fast.score.protocol import JudgeUnavailable
+from metis_fast.types import Prompt, Rollout, Verdict
+from metis_fast.workers.hub import Hub, Worker
+
+SERVICE = "metis_fast.score.remote:JudgeService"
+_MATH_S = 300.0  # a few comparisons of three CPU seconds each, behind others of the same kind, on a loaded machine
+_REQUEST_SLACK_S = 35.0  # of an LLM judge's request, the wait before its next try included
+_CHECK_S = 120.0
+_TRIES = 2
+
+
+class JudgeService:
+    """The judge of a worker. Its methods are called by `RemoteJudge` alone.
+
+    Raises:
+        ConfigError, JudgeError: see `open_judge`.
+    """
+
+    def __init__(self, config: ScoreConfig, styles: Collection[str]) -> None:
+        self._judge = open_judge(config, styles)
+
+    async def judge(self, prompt: Prompt, rollout: Rollout) -> Verdict:
+        """See `Judge.judge`."""
+        return await self._judge.judge(prompt, rollout)
+
+    async def check(self) -> None:
+        """See `StyleJudge.check`."""
+        await self._judge.check()
+
+    def close(self) -> None:
+        """End helper processes and caches."""
+        self._judge.close()
+
+
+def start_judge_workers(
+    hub: Hub, config: ScoreConfig, styles: Collection[str], num: int, service: str = SERVICE, max_restarts: int = 20
+) -> list[Worker]:
+    """Workers judge-0, judge-1, ...; they start in the background. service: one of another kind, for tests."""
+    llm = config.llm
+    # a worker's working folder is another; and `concurrency` is that of the whole run
+    cache = None if llm.cache is None else llm.cache.resolve()
+    llm = llm.model_copy(update={"cache": cache, "concurrency": _share(llm, num)})
+    config = config.model_copy(update={"llm": llm})
+    secret = {llm.api_key_env: os.environ[llm.api_key_env]} if llm.api_key_env in os.environ else {}
+    return [
+        hub.worker(f"judge-{i}", "judge", service, config, tuple(sorted(styles)), max_restarts=max_restarts, environment=secret)
+        for i in range(num)
+    ]
+
+
+def _share(config: LlmJudgeConfig, num_workers: int) -> int:
+    return max(1, config.concurrency // num_workers)
+
+
+class RemoteJudge:
+    """Spreads prompts over workers. See `Judge` for the contract.
+
+    The rollouts of a prompt go to one worker, which asks a model only once for answers that are the same.
+    """
+
+    def __init__(self, config: ScoreConfig, workers: Sequence[Worker]) -> None:
+        """workers: from `start_judge_workers`; they end with their hub."""
+        self._workers = list(workers)
+        self._in_flight = _share(config.llm, len(workers))
+        self._judge_s = _MATH_S + (config.llm.retries + 1) * (config.llm.timeout_s + _REQUEST_SLACK_S)
+        self._slots: tuple[asyncio.AbstractEventLoop, dict[str, asyncio.Semaphore]] | None = None
+
+    async def judge(self, prompt: Prompt, rollout: Rollout) -> Verdict:
+        """See `Judge.judge`. A worker that is lost is no verdict: another one is asked, once."""
+        # what judges read; pictures and token ids would be most of the bytes
+        prompt = replace(prompt, messages=(), images=())
+        rollout = replace(rollout, images=(), image_spans=())
+        reason = ""
+        for attempt in range(_TRIES):
+            worker = self._choose(prompt.uid, attempt)
+            try:
+                async with self._gate(worker):
+                    verdict = await worker.call("judge", prompt, rollout, deadline_s=self._judge_s)
+                if isinstance(verdict, Verdict):
+                    return verdict
+                await worker.lose(f"it answered {type(verdict).__name__}, which is no verdict")
+                reason = f"worker {worker.name}: its answer is no verdict"
+            except JudgeUnavailable:
+                raise
+            except InfrastructureError as error:
+                reason = str(error)
+        raise JudgeUnavailable(f"the judge's worker failed {_TRIES} times, at last: {reason}")
+
+    async def check(self) -> None:
+        """Whether every worker's judge works.
+
+        Raises:
+            ConfigError, JudgeError: it does not; the message says what to set.
+        """
+        try:
+            await asyncio.gather(*(worker.call("check", deadline_s=_CHECK_S) for worker in self._workers))
+        except InfrastructureError as error:
+            raise JudgeError(f"a judge worker could not be tried: {error}; see its log in run.dir/workers") from None
+
+    def close(self) -> None:
+        """The workers end with their hub."""
+
+    def _choose(self, uid: str, attempt: int) -> Worker:
+        """The prompt's worker among those that live, or at least are being started; a second attempt takes the next one."""
+        left = [worker for worker in self._workers if worker.broken is None]
+        if not left:
+            raise JudgeUnavailable(f"no judge worker is left: {self._workers[0].broken}")
+        living = [worker for worker in left if worker.alive] or left
+        return living[(zlib.crc32(uid.encode()) + attempt) % len(living)]
+
+    def _gate(self, worker: Worker) -> asyncio.Semaphore:
+        """Calls beyond what a worker does at once wait on our side, so that a deadline counts a call's own time."""
+        loop = asyncio.get_running_loop()
+        if self._slots is None or self._slots[0] is not loop:
+            self._slots = (loop, {each.name: asyncio.Semaphore(self._in_flight) for each in self._workers})
+        return self._slots[1][worker.name]

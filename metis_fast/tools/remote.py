@@ -1,0 +1,196 @@
+"""Tools in workers: `ToolService` is served there, `RemoteToolbox` is the run's side.
+
+A session lives in one worker, from its first call to its end. When that worker is lost, so is what the session held (a Python
+session's variables): its call raises InfrastructureError, which the episode retries from the prompt, on a worker that lives.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from metis_fast.config import ToolsConfig
+from metis_fast.errors import InfrastructureError, ToolSetupError
+from metis_fast.tools.toolbox import LocalSession, LocalToolbox
+from metis_fast.types import ImageBlob, Observation, ToolName
+from metis_fast.workers.hub import Hub, Worker, WorkerError
+
+SERVICE = "metis_fast.tools.remote:ToolService"
+_SLACK_S = 90.0  # beyond a call's own time-out: a cold start of the sandbox takes up to 60 s on a loaded machine
+_SHORT_S = 60.0  # to open a session, which starts nothing, or to end one
+
+
+class SessionLost(InfrastructureError):
+    """The worker does not know the session: it was started again since."""
+
+
+class ToolService:
+    """The toolbox of a worker. Its methods are called by `RemoteToolbox` alone.
+
+    scratch: folder for temporary files; None: the system's.
+
+    Raises:
+        ToolSetupError: see `tools.open_toolbox`.
+        InfrastructureError: an index cannot be built or read.
+    """
+
+    def __init__(self, config: ToolsConfig, scratch: Path | None = None) -> None:
+        self._sessions: dict[int, LocalSession] = {}
+        with ExitStack() as stack:
+            folder = stack.enter_context(TemporaryDirectory(prefix="metis-tools-", dir=scratch))
+            self._toolbox = LocalToolbox.open(config, Path(folder))
+            stack.callback(self._toolbox.close)
+            self._toolbox.open_indexes()  # building one may take longer than a call may
+            self._opened = stack.pop_all()
+
+    async def open(self, session: int, images: Sequence[ImageBlob]) -> int:
+        """Make a session of that number; returns how many calls of all sessions run at once here."""
+        self._sessions[session] = self._toolbox.session(images)
+        return self._toolbox.num_slots
+
+    async def call(self, session: int, name: str, arguments: Mapping[str, object]) -> Observation:
+        """See `ToolSession.call`.
+
+        Raises:
+            SessionLost: no such session.
+            InfrastructureError: see there.
+        """
+        if session not in self._sessions:
+            raise SessionLost("the tool worker was started again since the session's last call")
+        return await self._sessions[session].call(name, arguments)
+
+    async def close_session(self, session: int) -> None:
+        """End a session, if there is one of that number."""
+        opened = self._sessions.pop(session, None)
+        if opened is not None:
+            await opened.close()
+
+    def close(self) -> None:
+        """End everything."""
+        self._opened.close()
+
+
+def start_tool_workers(
+    hub: Hub, config: ToolsConfig, num: int, scratch: Path | None, service: str = SERVICE, max_restarts: int = 20
+) -> list[Worker]:
+    """Workers tools-0, tools-1, ...; they start in the background.
+
+    scratch: see `ToolService`. service: one of another kind, for tests.
+    """
+
+    def absolute(corpus: Path | None) -> Path | None:  # a worker's working folder is another
+        return None if corpus is None else corpus.resolve()
+
+    text = config.text_search.model_copy(update={"corpus": absolute(config.text_search.corpus)})
+    image = config.image_search.model_copy(update={"corpus": absolute(config.image_search.corpus)})
+    config = config.model_copy(update={"text_search": text, "image_search": image})
+    return [hub.worker(f"tools-{i}", "tools", service, config, scratch, max_restarts=max_restarts) for i in range(num)]
+
+
+class _Place:
+    """A worker as the toolbox sees it. num_sessions: those that are open there."""
+
+    def __init__(self, worker: Worker) -> None:
+        self.worker = worker
+        self.num_sessions = 0
+        self._slots: tuple[asyncio.AbstractEventLoop, int, asyncio.Semaphore] | None = None
+
+    def set_slots(self, num: int) -> None:
+        """Calls that the worker runs at once; those beyond wait on our side, so that a deadline counts a call's own time."""
+        loop = asyncio.get_running_loop()
+        if self._slots is None or self._slots[:2] != (loop, num):
+            self._slots = (loop, num, asyncio.Semaphore(num))
+
+    @property
+    def slots(self) -> asyncio.Semaphore:
+        """Held during a call."""
+        assert self._slots is not None
+        return self._slots[2]
+
+
+class RemoteToolbox:
+    """Spreads sessions over workers. See `Toolbox` for the contract."""
+
+    def __init__(self, config: ToolsConfig, workers: Sequence[Worker]) -> None:
+        """workers: from `start_tool_workers`; they end with their hub."""
+        self._names = tuple(dict.fromkeys(config.enabled))
+        self._places = [_Place(worker) for worker in workers]
+        self._numbers = itertools.count()
+        self._closed = False
+        self.call_s = config.python.timeout_s + _SLACK_S
+
+    @property
+    def names(self) -> Sequence[ToolName]:
+        """The enabled tools, in the order of the configuration."""
+        return self._names
+
+    @property
+    def num_sessions(self) -> list[int]:
+        """Open sessions of each worker."""
+        return [place.num_sessions for place in self._places]
+
+    def session(self, images: Sequence[ImageBlob]) -> RemoteSession:
+        """Tools for one rollout; it gets its worker with its first call."""
+        return RemoteSession(self, next(self._numbers), tuple(images))
+
+    def place(self) -> _Place:
+        """Where the next session goes: a living worker, or at least one that is being started, with the fewest sessions.
+
+        Raises:
+            InfrastructureError: the toolbox is closed.
+            ToolSetupError: every worker was given up.
+        """
+        if self._closed:
+            raise InfrastructureError("the toolbox is closed")
+        places = [place for place in self._places if place.worker.broken is None]
+        if not places:
+            raise ToolSetupError(f"no tool worker is left: {self._places[0].worker.broken}")
+        return min(places, key=lambda place: (not place.worker.alive, place.num_sessions))
+
+    def close(self) -> None:
+        """No session opens any more; the workers end with their hub."""
+        self._closed = True
+
+
+class RemoteSession:
+    """The tools of one rollout. See `ToolSession` for the contract."""
+
+    def __init__(self, toolbox: RemoteToolbox, number: int, images: tuple[ImageBlob, ...]) -> None:
+        self._toolbox, self._number, self._images = toolbox, number, images
+        self._place: _Place | None = None
+
+    async def call(self, name: str, arguments: Mapping[str, object]) -> Observation:
+        """Run one tool; see `ToolSession.call`. After a lost worker the session's next call opens it anew, on another."""
+        try:
+            if self._place is None:
+                self._place = self._toolbox.place()
+                self._place.num_sessions += 1
+                worker = self._place.worker
+                self._place.set_slots(await worker.call("open", self._number, self._images, deadline_s=_SHORT_S))
+            worker = self._place.worker
+            async with self._place.slots:
+                answer = await worker.call("call", self._number, name, dict(arguments), deadline_s=self._toolbox.call_s)
+            if not isinstance(answer, Observation):
+                await worker.lose(f"a tool call was answered with {type(answer).__name__}, which is no observation")
+                raise WorkerError(f"worker {worker.name}: its answer is no observation")
+            return answer
+        except (WorkerError, SessionLost):
+            await self.close()  # the rollout's state is gone, or not to be trusted
+            raise
+
+    async def close(self) -> None:
+        """End the session in its worker, if that lives; otherwise it has ended with it."""
+        place, self._place = self._place, None
+        if place is None:
+            return
+        place.num_sessions -= 1
+        if place.worker.alive:
+            # a worker that is lost meanwhile takes the session with it; it may take long to be there again
+            with contextlib.suppress(InfrastructureError, TimeoutError):
+                async with asyncio.timeout(_SHORT_S):
+                    await place.worker.call("close_session", self._number, deadline_s=_SHORT_S)
