@@ -48,6 +48,10 @@ class Interrupts:
         if self.requested:
             raise Interrupted
 
+    def finish(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        """Run a coroutine that a stop must not break off: it cleans up, or completes what is half done, in short time."""
+        return self._loop.run_until_complete(coroutine)
+
     def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
         """Run a coroutine to its end.
 

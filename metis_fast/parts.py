@@ -27,12 +27,13 @@ from metis_fast.interrupt import Interrupts
 from metis_fast.model import Policy, load_policy
 from metis_fast.report.log import RunLog
 from metis_fast.rollout.chat import Chat
+from metis_fast.rollout.engine import Engine, SyncReport
 from metis_fast.rollout.native import NativeEngine
+from metis_fast.rollout.schedule import Pending, Rules, Schedule, group_player
 from metis_fast.rollout.store import RolloutStore
 from metis_fast.score.judge import StyleJudge, open_judge
 from metis_fast.score.protocol import Judge
 from metis_fast.score.remote import RemoteJudge, start_judge_workers
-from metis_fast.sync import push_weights
 from metis_fast.tools import open_toolbox
 from metis_fast.tools.protocol import Toolbox
 from metis_fast.tools.remote import RemoteToolbox, start_tool_workers
@@ -52,12 +53,14 @@ class _Boundary:
     cursor: CursorState
     num_updates: int
     rng: RngState
+    pending: tuple[Pending, ...]
 
 
 class Parts:
     """What a run consists of. Made by `open_parts`.
 
     wall_s: seconds that this run has taken, over all its resumptions.
+    schedule: samples ahead of training; None in the plain synchronous mode.
     """
 
     def __init__(
@@ -65,7 +68,8 @@ class Parts:
         config: Config,
         interrupts: Interrupts,
         policy: Policy,
-        engine: NativeEngine,
+        sampler: Policy,
+        engine: Engine,
         toolbox: Toolbox,
         judge: Judge,
         trainer: Trainer | None,
@@ -74,16 +78,21 @@ class Parts:
     ) -> None:
         self.config, self.interrupts, self.policy = config, interrupts, policy
         self.engine, self.toolbox, self.judge = engine, toolbox, judge
-        self.chat = Chat(policy.tokenizer, policy.images)
+        self.chat = Chat(sampler.tokenizer, sampler.images)
         self._heldout_files = heldout
         self._heldout: list[Prompt] | None = None
         if trainer is None or files is None:
             return
         self.trainer = trainer
+        self._shared = trainer.shares_policy and sampler is policy
         self.cursor = PromptCursor(files, config.run.seed, config.data.shuffle, config.data.on_bad_row)
         self.store = RolloutStore(config.run.dir / "rollouts")
         self.checkpoints = CheckpointStore(config.run.dir / "checkpoints", config.checkpoint.keep_last)
         self.log = RunLog(config.run.dir, config.log)
+        self.schedule: Schedule | None = None
+        if config.rollout.mode != "sync" or config.rollout.over_provision:
+            play = group_player(self.chat, engine, toolbox, config.rollout, config.run.seed)
+            self.schedule = Schedule(Rules.of(config.rollout, config.train.steps), self.cursor, play)
         self._boundary = self._here()
         self._saved: int | None = None
         self._wall_before, self._opened = 0.0, time.perf_counter()
@@ -114,17 +123,19 @@ class Parts:
         self.trainer.load(TrainerState(state.tensors, state.scalars["trainer"]), loaded.path)
         self.cursor.restore(CursorState(**state.scalars["cursor"]))
         self._wall_before = float(state.scalars["wall_s"])
+        if self.schedule is not None:
+            self.schedule.restore(state.step, (Pending(**entry) for entry in state.scalars["pending"]))
         self._saved = state.step
-        self.sync(state.step)
         self.log.truncate(state.step)
         restore_rng(state.rng)
         self._boundary = self._here()
         return state.step
 
-    def sync(self, version: int) -> None:
-        """Let the engine sample with the trainer's weights. version: training steps done."""
-        weights = iter(()) if self.trainer.shares_policy else self.trainer.weights()
-        push_weights(self.engine, self.policy, weights, version)
+    def sync(self, version: int) -> SyncReport:
+        """Let the engine sample with the trainer's weights. version: training steps done; `Rollout.weight_version` of what is
+        sampled from here on."""
+        weights = iter(()) if self._shared else self.trainer.weights()
+        return self.interrupts.run(self.engine.update(weights, version))
 
     def export(self, out: Path) -> None:
         """Write the trained model as a Hugging Face folder; a back end that holds the weights elsewhere sends them one by one.
@@ -138,7 +149,8 @@ class Parts:
             write_folder(self.trainer.weights(), hf_shapes(self.policy.model.config), self.policy.folder, out)
 
     def _here(self) -> _Boundary:
-        return _Boundary(self.cursor.state(), self.trainer.num_updates, capture_rng())
+        pending = () if self.schedule is None else self.schedule.pending()
+        return _Boundary(self.cursor.state(), self.trainer.num_updates, capture_rng(), pending)
 
     def finished(self, step: int) -> None:
         """A step is whole: from here on, `step + 1` is what a checkpoint holds."""
@@ -150,6 +162,8 @@ class Parts:
         assert at.num_updates == self.trainer.num_updates
         trainer = self.trainer.state()
         scalars = {"cursor": asdict(at.cursor), "wall_s": self.wall_s, "trainer": trainer.scalars}
+        if self.schedule is not None:
+            scalars["pending"] = [asdict(place) for place in at.pending]
         self.checkpoints.save(step, ResumeState(step, trainer.tensors, scalars, at.rng, trainer.shards), score)
         self._saved = step
 
@@ -285,7 +299,10 @@ def open_parts(config: Config, interrupts: Interrupts, training: bool = True) ->
         stack.callback(toolbox.close)
         interrupts.run(judge.check())
         policy = load_policy(config.model)
-        engine = NativeEngine(policy, config.rollout.deterministic)
+        sampler, waits = policy, config.rollout.mode == "sync"
+        if training and not waits and config.train.backend == "torch":
+            sampler = load_policy(config.model)  # the trainer steps while the engine samples
+        engine = NativeEngine(sampler, config.rollout.deterministic and waits)
         stack.callback(engine.close)
         trainer = None
         if training:
@@ -295,7 +312,10 @@ def open_parts(config: Config, interrupts: Interrupts, training: bool = True) ->
             updates = config.train.steps * config.rollout.prompts_per_step // config.train.prompts_per_mini_batch
             trainer = _open_trainer(config, policy, updates, interrupts)
             stack.callback(trainer.close)
-        parts = Parts(config, interrupts, policy, engine, toolbox, judge, trainer, files, heldout)
+        parts = Parts(config, interrupts, policy, sampler, engine, toolbox, judge, trainer, files, heldout)
         if training:
             stack.callback(parts.log.close)
+            schedule = parts.schedule
+            if schedule is not None:
+                stack.callback(lambda: interrupts.finish(schedule.close()))
         yield parts

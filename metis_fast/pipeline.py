@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
+
+import numpy as np
 
 from metis_fast.config import Config
 from metis_fast.errors import CheckpointError, Interrupted, MetisError, NonFiniteError, TrainerError
@@ -17,7 +20,9 @@ from metis_fast.report.log import read_evaluations
 from metis_fast.report.progress import progress
 from metis_fast.report.slices import slices
 from metis_fast.report.summary import Summary, write_summary
+from metis_fast.rollout.engine import SyncReport
 from metis_fast.rollout.episode import collect
+from metis_fast.rollout.schedule import Taken
 from metis_fast.rollout.store import RolloutStore
 from metis_fast.score.scoring import score_groups
 from metis_fast.types import Group, Outcome, Prompt, ScoredGroup, Slice, StepStats, UpdateStats
@@ -27,6 +32,9 @@ T = TypeVar("T")
 
 def train(config: Config, seconds_before: float = 0.0) -> Summary | None:
     """HDPO from `config.model.path`, resumed from the newest checkpoint of `config.run.dir` if there is one.
+
+    `rollout.mode` decides what else goes on while these lines run: nothing (`sync`), or rollouts of coming steps on the event
+    loop, which runs whenever a batch is waited for or scored, and while the update runs in a thread (`rollout.schedule`).
 
     seconds_before: wall seconds of the stages that led here; they count in the summary.
 
@@ -39,19 +47,20 @@ def train(config: Config, seconds_before: float = 0.0) -> Summary | None:
         first = parts.resume()
         for step in range(first, config.train.steps + 1):
             with _saved_on_failure(parts, step):
+                clock = _Clock()
+                clock("rollout", _finish_ahead(parts, step))
+                synced = clock("sync", parts.sync(step))
                 score = _evaluate_if_due(parts, step)
                 if step > first and _due(step, config.checkpoint.every, config.train.steps):
                     parts.save(step, score)
                 if step == config.train.steps:
                     break
-                clock = _Clock()
-                prompts = parts.cursor.next(config.rollout.prompts_per_step)
-                groups = clock("rollout", _rollout(parts, prompts, f"train/{step}"))
-                scored = clock("score", _score(parts, groups))
+                clock.skip()
+                taken = clock("rollout", _next_batch(parts, step))
+                scored = clock("score", _score(parts, taken.groups))
                 updates = clock("update", _update(parts, scored, step))
-                clock("sync", parts.sync(step + 1))
                 clock("store", _store(parts, scored, step))
-                parts.log.step(_step_stats(parts, step, scored, updates, clock.seconds))
+                parts.log.step(_step_stats(parts, step, taken, scored, updates, synced, clock.seconds))
                 parts.finished(step)
         parts.checkpoints.finish()
         parts.export(config.run.dir / "trained")
@@ -65,7 +74,7 @@ def evaluate(config: Config) -> dict[str, Slice]:
 
 
 class _Clock:
-    """Wall seconds by stage; each call closes the stage whose result it is given."""
+    """Wall seconds by stage; each call closes the stage whose result it is given. Stages of one name add up."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
@@ -73,8 +82,13 @@ class _Clock:
 
     def __call__(self, stage: str, result: T) -> T:
         now = time.perf_counter()
-        self.seconds[stage], self._since = now - self._since, now
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + now - self._since
+        self._since = now
         return result
+
+    def skip(self) -> None:
+        """What ran since the last stage belongs to none."""
+        self._since = time.perf_counter()
 
 
 @contextmanager
@@ -104,6 +118,21 @@ def _rollout(parts: Parts, prompts: Sequence[Prompt], stream: str, evaluation: b
         )
 
 
+def _finish_ahead(parts: Parts, step: int) -> None:
+    """One step off, weights change between batches: the one that was begun during the last update is waited for first."""
+    if parts.schedule is not None and parts.config.rollout.mode == "one_step_off" and step < parts.config.train.steps:
+        parts.interrupts.run(parts.schedule.ready(step))
+
+
+def _next_batch(parts: Parts, step: int) -> Taken:
+    config = parts.config
+    if parts.schedule is None:
+        prompts = parts.cursor.next(config.rollout.prompts_per_step)
+        return Taken(_rollout(parts, prompts, f"train/{step}"), in_flight=0, carried=0, dropped=0)
+    with progress(config.rollout.prompts_per_step, f"train/{step}", config.log, "group") as bar:
+        return parts.interrupts.run(parts.schedule.batch(step, bar.update))
+
+
 def _score(parts: Parts, groups: Sequence[Group]) -> list[ScoredGroup]:
     return parts.interrupts.run(score_groups(groups, parts.judge, parts.config))
 
@@ -112,11 +141,29 @@ def _update(parts: Parts, scored: Sequence[ScoredGroup], step: int) -> tuple[Upd
     parts.interrupts.check()
     assert parts.trainer is not None
     parts.checkpoints.finish()  # written while the rollouts were sampled; whatever ends the update, it is there
-    try:
+
+    def update() -> tuple[UpdateStats, ...]:
         return parts.trainer.update(scored, parts.interrupts.check)
+
+    try:
+        if parts.config.rollout.mode == "sync":
+            return update()
+        return parts.interrupts.run(_beside(update))
     except NonFiniteError as error:
         path = RolloutStore(parts.config.run.dir / "failed").write(f"step-{step:06d}", scored)
         raise NonFiniteError(f"step {step}: {error}; its rollouts are in {path}") from None
+
+
+async def _beside(update: Callable[[], T]) -> T:
+    """Run an update in a thread, while rollouts go on.
+
+    A stop that is asked for meanwhile ends it at its next check; one that has taken an optimizer step is completed.
+    """
+    running = asyncio.ensure_future(asyncio.to_thread(update))
+    try:
+        return await asyncio.shield(running)
+    except asyncio.CancelledError:
+        return await running
 
 
 def _store(parts: Parts, scored: Sequence[ScoredGroup], step: int) -> None:
@@ -125,7 +172,10 @@ def _store(parts: Parts, scored: Sequence[ScoredGroup], step: int) -> None:
 
 
 def _evaluate(parts: Parts, stream: str) -> dict[str, Slice]:
-    """Sample the held-out prompts; where a prompt has several samples, rates are over all of them."""
+    """Sample the held-out prompts; where a prompt has several samples, rates are over all of them.
+
+    Training rollouts may go on beside: no update is under way, so that every token is of the weights that the rates are of.
+    """
     return slices(_score(parts, _rollout(parts, parts.heldout(), stream, evaluation=True)))
 
 
@@ -140,8 +190,21 @@ def _evaluate_if_due(parts: Parts, step: int) -> tuple[float, ...] | None:
     return rates["all"].accuracy, -rates["all"].tool_calls
 
 
+def _staleness(step: int, scored: Sequence[ScoredGroup]) -> tuple[int, ...]:
+    """Trained tokens by the number of updates that the weights which sampled them lacked."""
+    members = [pair for group in scored for pair in zip(group.rollouts, group.scores, strict=True)]
+    versions = [rollout.weight_version[rollout.sampled] for rollout, score in members if score.verdict is not None]
+    return tuple(np.bincount(step - np.concatenate(versions)).tolist()) if versions else ()
+
+
 def _step_stats(
-    parts: Parts, step: int, scored: Sequence[ScoredGroup], updates: tuple[UpdateStats, ...], seconds: Mapping[str, float]
+    parts: Parts,
+    step: int,
+    taken: Taken,
+    scored: Sequence[ScoredGroup],
+    updates: tuple[UpdateStats, ...],
+    synced: SyncReport,
+    seconds: Mapping[str, float],
 ) -> StepStats:
     scores = [score for group in scored for score in group.scores]
     judged = [score for score in scores if score.verdict is not None]
@@ -159,6 +222,12 @@ def _step_stats(
         bad_rows_skipped=parts.cursor.skipped,
         updates=updates,
         seconds=seconds,
+        staleness=_staleness(step, scored),
+        groups_in_flight=taken.in_flight,
+        groups_carried=taken.carried,
+        groups_dropped=taken.dropped,
+        sync_bytes=synced.num_bytes,
+        sync_retries=synced.retries,
     )
 
 

@@ -368,6 +368,10 @@ class StepStats:
     outcomes: number of rollouts by how they ended; tool_errors: number of turns that ended in TOOL_ERROR.
     qualifying_share: share of rollouts in Q_p; signal_share: share of groups whose Q_p has signal.
     seconds: stage -> wall seconds.
+    staleness: trained tokens by age; place a counts those sampled by weights that lacked the last a updates.
+    groups_in_flight: sampled on during the update; groups_carried: begun for this step or before, not taken by it;
+    groups_dropped: were too slow for it, and are begun again.
+    sync_bytes: weights moved to the slowest engine before this step; sync_retries: transfers that had to be made again.
     """
 
     step: int
@@ -382,3 +386,9 @@ class StepStats:
     bad_rows_skipped: int
     updates: tuple[UpdateStats, ...]
     seconds: Mapping[str, float]
+    staleness: tuple[int, ...] = ()
+    groups_in_flight: int = 0
+    groups_carried: int = 0
+    groups_dropped: int = 0
+    sync_bytes: int = 0
+    sync_retries: int = 0

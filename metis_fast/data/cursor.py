@@ -86,13 +86,25 @@ class PromptCursor:
             BadRowError: a bad row, with on_bad_row="stop".
             DataError: a file cannot be read any more, or an epoch had no usable row.
         """
+        return [prompt for _, prompt in self.draw(n)]
+
+    def read(self, row: int) -> Prompt:
+        """A prompt that `draw` gave before, by its row; the cursor stays where it is.
+
+        Raises:
+            DataError: a file cannot be read any more.
+        """
+        return self._files.read(row)
+
+    def draw(self, n: int) -> list[tuple[int, Prompt]]:
+        """As `next`, each with its row, by which it is found again (`read`)."""
         epoch, position, skipped = self._epoch, self._position, self._skipped
-        order, prompts = self._order_of(epoch), []
+        order, prompts = self._order_of(epoch), list[tuple[int, Prompt]]()
         usable = position > 0  # a place inside an epoch is always one behind a usable row
         while len(prompts) < n:
             index = int(order[position])
             try:
-                prompts.append(self._files.read(index))
+                prompts.append((index, self._files.read(index)))
                 usable = True
             except BadRowError as error:
                 if self._on_bad_row == "stop":

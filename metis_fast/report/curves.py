@@ -14,7 +14,7 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import FormatStrFormatter, LogLocator, MaxNLocator, NullLocator, PercentFormatter
 
-from metis_fast.report.log import Evaluation, step_scalars
+from metis_fast.report.log import GROUPS, Evaluation, step_scalars
 from metis_fast.report.slices import KINDS
 from metis_fast.types import Ability, Outcome, Savings, StepStats
 
@@ -55,10 +55,20 @@ def _tags(group: str, names: Sequence[str]) -> dict[str, str]:
     return {name: f"{group}/{name}" for name in names}
 
 
-def _plans(stages: Sequence[str]) -> tuple[_Plan, ...]:
+def _plans(stages: Sequence[str], ages: int) -> tuple[_Plan, ...]:
+    """ages: how many different ones tokens have; 1 where all were sampled by the weights that were trained."""
     abilities = [ability.value for ability in Ability]
     outcomes = [outcome.value for outcome in Outcome]
     savings = [saving.name for saving in fields(Savings)]
+    ahead = (
+        _Plan(
+            "Staleness",
+            "share of trained tokens by the updates that their weights lacked",
+            {str(age): f"staleness/{age}" for age in range(ages)},
+            "stack",
+        ),
+        _Plan("Groups a step left", "sampled on during its update; of these begun before; dropped", _tags("groups", GROUPS)),
+    )
     return (
         _Plan("Accuracy by kind", "share of training rollouts that are right", _tags("accuracy", KINDS), "rate"),
         _Plan("Tool rate by kind", "share of rollouts that call a tool", _tags("tool_rate", KINDS), "rate"),
@@ -95,6 +105,7 @@ def _plans(stages: Sequence[str]) -> tuple[_Plan, ...]:
             "stack",
         ),
         _Plan("Time by stage", "seconds of a step", _tags("seconds", stages), "stack"),
+        *(ahead if ages > 1 else ()),
     )
 
 
@@ -193,7 +204,7 @@ def draw_curves(steps: Sequence[StepStats], evaluations: Sequence[Evaluation]) -
     points = [(stats.step, step_scalars(stats)) for stats in steps]
     stages = list(dict.fromkeys(stage for stats in steps for stage in stats.seconds))
     curves = _heldout(evaluations)
-    for plan in _plans(stages):
+    for plan in _plans(stages, max((len(stats.staleness) for stats in steps), default=0)):
         series = {}
         for label, tag in plan.tags.items():
             own = [(step, scalars[tag]) for step, scalars in points if tag in scalars and np.isfinite(scalars[tag])]

@@ -47,6 +47,9 @@ _UPDATE_SUMS = {
     "tokens/n_acc": "n_acc",
     "tokens/n_tool": "n_tool",
 }
+GROUPS = ("in_flight", "carried", "dropped")
+"""What `StepStats` counts of groups that a step did not train on."""
+
 _SLICE_RATES = ("accuracy", "tool_rate", "tool_calls", "format_rate", "response_tokens")
 
 _Record = TypeVar("_Record")
@@ -85,6 +88,12 @@ def step_scalars(stats: StepStats) -> dict[str, float]:
         avoided = [getattr(update.avoided, saving.name) for update in stats.updates]
         scalars[f"tokens_avoided/{saving.name}"] = float(sum(one.tokens for one in avoided))
         scalars[f"flops_avoided/{saving.name}"] = sum(one.flops for one in avoided)
+    tokens = sum(stats.staleness)
+    if tokens:
+        scalars |= {f"staleness/{age}": count / tokens for age, count in enumerate(stats.staleness)}
+        scalars["staleness/mean"] = sum(age * count for age, count in enumerate(stats.staleness)) / tokens
+    scalars |= {f"groups/{name}": float(getattr(stats, f"groups_{name}")) for name in GROUPS}
+    scalars["sync/bytes"], scalars["sync/retries"] = float(stats.sync_bytes), float(stats.sync_retries)
     applied = [update for update in stats.updates if not update.skipped_step]
     if applied:
         scalars |= {tag: fmean(getattr(update, name) for update in applied) for tag, name in _UPDATE_MEANS.items()}
@@ -103,7 +112,8 @@ def _savings_of(record: Mapping[str, Any]) -> Savings:
 
 def _step_of(record: dict[str, Any]) -> StepStats:
     updates = tuple(UpdateStats(**{**update, "avoided": _savings_of(update["avoided"])}) for update in record["updates"])
-    return StepStats(**{**record, "slices": _slices_of(record), "updates": updates})
+    made = {"slices": _slices_of(record), "updates": updates, "staleness": tuple(record.get("staleness", ()))}
+    return StepStats(**{**record, **made})
 
 
 def _evaluation_of(record: dict[str, Any]) -> Evaluation:

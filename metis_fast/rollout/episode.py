@@ -42,7 +42,7 @@ class SampleKey:
 
 
 @dataclass(slots=True)
-class _Trace:
+class Trace:
     """A rollout while it grows; what fails half-way is still here."""
 
     prompt_len: int
@@ -96,7 +96,7 @@ class _Seat:
     def _open(self) -> EngineSession:
         return self._engine.session(self._key.order, self._prompt.uid)
 
-    async def generate(self, trace: _Trace, sampling: Sampling) -> Completion:
+    async def generate(self, trace: Trace, sampling: Sampling) -> Completion:
         """The next message. A failed engine is asked again from where the rollout stands, `retries` times in a row.
 
         Raises:
@@ -119,7 +119,7 @@ class _Seat:
         self._session.close()
 
 
-async def _play(trace: _Trace, chat: Chat, engine: _Seat, tools: ToolSession, config: RolloutConfig, key: SampleKey) -> Outcome:
+async def _play(trace: Trace, chat: Chat, engine: _Seat, tools: ToolSession, config: RolloutConfig, key: SampleKey) -> Outcome:
     limit = trace.prompt_len + config.max_response_tokens
     while True:
         room = limit - len(trace.tokens)
@@ -173,7 +173,7 @@ async def _play(trace: _Trace, chat: Chat, engine: _Seat, tools: ToolSession, co
         trace.turns.append(turn(observation.outcome, parsed.call, observation=observation.text, seconds=seconds))
 
 
-async def _encode_prompts(prompts: Sequence[Prompt], chat: Chat, config: RolloutConfig) -> list[TokenPiece]:
+async def encode_prompts(prompts: Sequence[Prompt], chat: Chat, config: RolloutConfig) -> list[TokenPiece]:
     """All of them, before any is sampled. A DataError names every one that cannot be used."""
     pieces: list[TokenPiece] = []
     wrong: list[str] = []
@@ -224,11 +224,11 @@ async def run_episode(
     """
     if encoded is None:
         assert first is None  # nothing would close it
-        (encoded,) = await _encode_prompts([prompt], chat, config)
+        (encoded,) = await encode_prompts([prompt], chat, config)
     error = ""
-    trace = _Trace(len(encoded.tokens), [], [], [])
+    trace = Trace(len(encoded.tokens), [], [], [])
     for attempt in range(config.retries + 1):
-        trace = _Trace(len(encoded.tokens), list(encoded.tokens), list(encoded.images), list(encoded.spans))
+        trace = Trace(len(encoded.tokens), list(encoded.tokens), list(encoded.images), list(encoded.spans))
         seat, first = _Seat(engine, key, prompt, index, config.retries, first), None
         tools = toolbox.session(prompt.images)
         try:
@@ -266,7 +266,7 @@ async def collect(
     Raises:
         DataError: prompts longer than `max_prompt_tokens` or with an image that cannot be used; names all of them.
     """
-    pieces = await _encode_prompts(prompts, chat, config)
+    pieces = await encode_prompts(prompts, chat, config)
     total = len(prompts) * rollouts_per_prompt
     gate = asyncio.Semaphore(total if config.deterministic else config.max_concurrent)
 

@@ -1,0 +1,266 @@
+"""Sampling ahead of training: which prompts are begun when, and which groups a step takes.
+
+The run's event loop samples groups as tasks, which go on whenever it runs: while a batch is waited for or scored, and while an
+update runs in a thread. Every prompt drawn from the data has a number, its place in the run's sequence; it is trained once.
+
+P prompts a step, S the bound, E extra prompts (`over_provision`). At step v, v updates are done and v P groups were trained:
+
+    mode           in flight at most                        a step trains on nothing begun more than S updates ago, S =
+    sync           P + E until step v's batch is taken      0 (dropped), 1 (carried over)
+    one_step_off   P + E, from when the last one is taken   1 (dropped), 2 (carried over); 1 without extra prompts
+    async          (v + 1 + S) P (+ E, dropped) in all      max_staleness
+
+A step takes the first P groups that are finished, except that the rest must still meet its own bound: of the groups that have
+to be trained within n more steps there may be no more than n P left. Of those, the step takes what is too many first, and waits
+for it. With `slow: drop` nothing is waited for: what would be too old at the next step is cancelled, counted, and begun again
+ahead of new prompts; a prompt that was dropped is waited for like any other, so that none starves.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Callable, Coroutine, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+from metis_fast.config import RolloutConfig
+from metis_fast.rollout.chat import Chat
+from metis_fast.rollout.engine import Engine
+from metis_fast.rollout.episode import SampleKey, encode_prompts, run_episode
+from metis_fast.tools.protocol import Toolbox
+from metis_fast.types import Group, Prompt, Rollout
+
+
+@dataclass(frozen=True, slots=True)
+class Pending:
+    """A prompt that was drawn and is not trained yet: all that a checkpoint keeps of it.
+
+    number: its place in the run's sequence of prompts, from 0. row: of the data files. tries: how often it was dropped.
+    """
+
+    number: int
+    row: int
+    tries: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """What the module's table says, for one run.
+
+    per_step: P. max_age: S. ahead: steps' worth of groups that may be in flight besides those of the current step. extra: E.
+    drop: whether the slow ones are. closed: nothing is begun between a batch and its update. steps: of the whole run.
+    """
+
+    per_step: int
+    max_age: int
+    ahead: int
+    extra: int
+    drop: bool
+    closed: bool
+    steps: int
+
+    @staticmethod
+    def of(config: RolloutConfig, steps: int) -> Rules:
+        """What `rollout.mode`, `max_staleness`, `over_provision` and `slow` amount to."""
+        P, drop = config.prompts_per_step, config.slow == "drop"
+        extra = math.ceil(config.over_provision * P - 1e-9)  # a tenth of 30 is 3, whatever its last bit
+        if config.mode == "async":
+            extra = extra if drop else 0  # carried over, they are the groups of the coming steps, begun in any case
+            return Rules(P, config.max_staleness, config.max_staleness, extra, drop, False, steps)
+        carried = bool(extra) and not drop
+        return Rules(P, carried + (config.mode == "one_step_off"), 0, extra, drop, config.mode == "sync", steps)
+
+
+class Cursor(Protocol):
+    """Where prompts come from; see `PromptCursor`."""
+
+    def draw(self, n: int) -> list[tuple[int, Prompt]]:
+        """The next prompts, with their rows."""
+        ...
+
+    def read(self, row: int) -> Prompt:
+        """One that was drawn before."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """What a step trains on. groups: P, in the order of their numbers. in_flight: groups that go on being sampled; carried: of
+    these, or finished and waiting, those that were begun before this step's batch was complete. dropped: cancelled."""
+
+    groups: list[Group]
+    in_flight: int
+    carried: int
+    dropped: int
+
+
+@dataclass(slots=True, eq=False)
+class _Running:
+    place: Pending
+    prompt: Prompt
+    begun: int  # updates done when it was
+    task: asyncio.Task[Group]
+
+
+class Schedule:
+    """Groups that are being sampled, finished ones that wait for their step, and dropped prompts that wait to be begun again.
+
+    cursor: is drawn from as prompts are begun. play: samples the group of a prompt.
+    """
+
+    def __init__(self, rules: Rules, cursor: Cursor, play: Callable[[Prompt, Pending], Coroutine[Any, Any, Group]]) -> None:
+        self._rules, self._cursor, self._play = rules, cursor, play
+        self._running: list[_Running] = []
+        self._finished: list[_Running] = []  # of those, in the order in which they ended, well or not
+        self._line: list[tuple[Pending, Prompt | None]] = []  # to be begun before anything is drawn
+        self._drawn = 0
+        self._taken = 0
+        self._changed = asyncio.Event()
+
+    def restore(self, step: int, pending: Iterable[Pending]) -> None:
+        """Go on after `step` steps, with what a checkpoint of them kept."""
+        assert not self._running
+        self._line = [(place, None) for place in sorted(pending, key=lambda place: place.number)]
+        self._taken = step * self._rules.per_step
+        self._drawn = self._taken + len(self._line)
+
+    def pending(self) -> tuple[Pending, ...]:
+        """Every prompt that was drawn, and is in no batch that was taken."""
+        places = [*(place for place, _ in self._line), *(one.place for one in self._running)]
+        return tuple(sorted(places, key=lambda place: place.number))
+
+    async def ready(self, step: int) -> None:
+        """Wait until the batch of `step` is there, if it was begun. It is not taken, and nothing is begun."""
+        if len(self._running) >= self._rules.per_step:
+            await self._choose(step)
+
+    async def batch(self, step: int, on_finished: Callable[[int], object] = lambda n: None) -> Taken:
+        """The groups of a step; the engine samples with the weights of `step` updates.
+
+        on_finished: called with the number of groups that have ended since the last call.
+
+        Raises:
+            DataError: a prompt cannot be used.
+            MetisError, or a defect: as a group raised it; nothing of it is trained.
+        """
+        self._begin(step)
+        chosen = await self._choose(step, on_finished)
+        assert all(step - one.begun <= self._rules.max_age for one in chosen)
+        self._remove(chosen)
+        self._taken += len(chosen)
+        late = [one for one in self._running if one.begun + self._rules.max_age <= step]
+        assert self._rules.drop or not late
+        await self._drop(late)
+        carried = len(self._running)
+        if not self._rules.closed and step + 1 < self._rules.steps:
+            self._begin(step)
+        chosen.sort(key=lambda one: one.place.number)
+        return Taken([one.task.result() for one in chosen], len(self._running), carried, len(late))
+
+    async def close(self) -> None:
+        """Cancel what is being sampled, and wait until it has cleaned up."""
+        for one in self._running:
+            one.task.cancel()
+        await asyncio.gather(*(one.task for one in self._running), return_exceptions=True)
+        self._remove(list(self._running))
+
+    def _begin(self, step: int) -> None:
+        """Begin as many groups as the rules allow."""
+        rules = self._rules
+        room = (step + 1 + rules.ahead) * rules.per_step + rules.extra - self._taken - len(self._running)
+        if rules.ahead == 0 and not rules.closed:  # one_step_off: the next batch, whatever the update is doing
+            room = rules.per_step + rules.extra - len(self._running)
+        again, self._line = self._line[: max(0, room)], self._line[max(0, room) :]
+        new = max(0, min(room - len(again), rules.steps * rules.per_step + rules.extra - self._drawn))
+        drawn = (
+            [(Pending(self._drawn + i, row), prompt) for i, (row, prompt) in enumerate(self._cursor.draw(new))] if new else []
+        )
+        self._drawn += new
+        for place, prompt in [*again, *drawn]:
+            prompt = prompt if prompt is not None else self._cursor.read(place.row)
+            one = _Running(place, prompt, step, asyncio.create_task(self._play(prompt, place)))
+            self._running.append(one)
+            one.task.add_done_callback(lambda _, one=one: self._ended(one))
+
+    def _ended(self, one: _Running) -> None:
+        self._finished.append(one)
+        self._changed.set()
+
+    async def _choose(self, step: int, on_finished: Callable[[int], object] = lambda n: None) -> list[_Running]:
+        """Wait for the groups of a step."""
+        told = 0
+        while True:
+            self._changed.clear()
+            for one in self._finished:
+                if one.task.cancelled():
+                    raise RuntimeError(f"the group of {one.prompt.uid} was cancelled, and not by its schedule")
+                one.task.result()  # raises what it raised
+            on_finished(len(self._finished) - told)
+            told = len(self._finished)
+            chosen = self._choice(step)
+            if chosen is not None:
+                return chosen
+            await self._changed.wait()
+
+    def _choice(self, step: int) -> list[_Running] | None:
+        """The groups of a step out of the finished ones; None where it has to wait for others."""
+        P, max_age, drop = self._rules.per_step, self._rules.max_age, self._rules.drop
+        chosen: list[_Running] = []
+
+        def take(ready: Sequence[_Running], num: int) -> bool:
+            chosen.extend(ready[: max(0, num)])
+            return len(ready) >= num
+
+        for later in range(max_age + 1):  # what has to be trained at this step, within one more, ...
+            due = [one for one in self._running if one.begun + max_age <= step + later and (one.place.tries or not drop)]
+            num = min(P, len(due) - later * P) - sum(one in due for one in chosen)
+            if not take([one for one in self._finished if one in due and one not in chosen], num):
+                return None
+        # the others as they come; where the slow ones are dropped, first those that would be
+        rest = sorted((one for one in self._finished if one not in chosen), key=lambda one: one.begun + max_age > step)
+        return chosen if take(rest, P - len(chosen)) else None
+
+    async def _drop(self, late: Sequence[_Running]) -> None:
+        for one in late:
+            one.task.cancel()
+        await asyncio.gather(*(one.task for one in late), return_exceptions=True)
+        self._remove(late)
+        again = [(replace(one.place, tries=one.place.tries + 1), one.prompt) for one in late]
+        self._line = sorted([*self._line, *again], key=lambda entry: entry[0].number)
+
+    def _remove(self, gone: Sequence[_Running]) -> None:
+        self._running = [one for one in self._running if one not in gone]
+        self._finished = [one for one in self._finished if one not in gone]
+
+
+def group_player(
+    chat: Chat, engine: Engine, toolbox: Toolbox, config: RolloutConfig, seed: int
+) -> Callable[[Prompt, Pending], Coroutine[Any, Any, Group]]:
+    """Samples the rollouts of one prompt by `run_episode`, at most `config.max_concurrent` at once over all its calls.
+
+    The noise of a prompt is that of its place in the run's sequence, as in the synchronous mode, and another one after a drop.
+    """
+    gate = asyncio.Semaphore(config.max_concurrent)
+    G = config.rollouts_per_prompt
+
+    async def play(prompt: Prompt, place: Pending) -> Group:
+        (piece,) = await encode_prompts([prompt], chat, config)
+        step, index = divmod(place.number, config.prompts_per_step)
+        stream = f"train/{step}" + (f"/{place.tries}" if place.tries else "")
+
+        async def one(i: int) -> None:
+            async with gate:
+                key = SampleKey(seed, stream, index * G + i)
+                rollouts[i] = await run_episode(prompt, i, chat, engine, toolbox, config, key, piece)
+
+        rollouts: dict[int, Rollout] = {}
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                for i in range(G):
+                    tasks.create_task(one(i))
+        except BaseExceptionGroup as group:
+            raise group.exceptions[0] from None  # the others were cancelled because of the first
+        return Group(prompt, tuple(rollouts[i] for i in range(G)))
+
+    return play
