@@ -419,8 +419,6 @@ def _open(settings: EngineSettings) -> LLMEngine:
         ) from None
     from metis_fast.rollout.vllm import plugin
 
-    # says for every step that it keeps its number of threads
-    logging.getLogger("vllm.v1.worker.cpu_worker").setLevel(logging.ERROR)
     # vLLM looks at a model's class in a Python of its own, which must be able to import torchvision, too (metis_fast.compat)
     command = "import metis_fast, runpy; runpy.run_module('vllm.model_executor.models.registry', run_name='__main__')"
     registry._SUBPROCESS_COMMAND = [sys.executable, "-c", command]
@@ -455,6 +453,8 @@ def _open(settings: EngineSettings) -> LLMEngine:
         raise EngineError(f"rollout.vllm.arguments has {', '.join(unknown)}, which are no engine arguments of vLLM")
     arguments |= settings.arguments
     engine = LLMEngine.from_engine_args(EngineArgs(**arguments))
+    # it says for every step that it keeps its number of threads
+    logging.getLogger("vllm.v1.worker.cpu_worker").setLevel(logging.ERROR)
     engine.set_weight_version("0")
     if settings.transport == "staged":
         engine.collective_rpc("init_weight_transfer_engine", args=({},))

@@ -1,0 +1,130 @@
+"""Truth gate: does the engine compute what the trainer computes?
+
+A few messages are sampled by the engine as in training, prompts with images first, and their log-probabilities compared with
+the trainer's on the same token ids. Reinforcement learning goes on silently, and wrongly, where the two differ: another image
+preprocessing, another rotary base, weights that did not arrive. So a run refuses to start above a threshold, and says where to
+look: that follows from which prompts differ, and from where in the messages.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from metis_fast.config import Config
+from metis_fast.errors import EngineError
+from metis_fast.rollout.chat import Chat
+from metis_fast.rollout.engine import Completion, Engine, Sampling
+from metis_fast.rollout.episode import SampleKey, Trace
+from metis_fast.types import Outcome, Prompt, Rollout
+
+_THRESHOLDS = {"bfloat16": 2e-2, "float32": 1e-4}
+_STREAM = "gate"
+_GROWTH = 4.0  # how much larger the difference is late in a message than early, where positions or caches are to blame
+
+
+@dataclass(frozen=True, slots=True)
+class GateReport:
+    """Engine against trainer, absolute difference of log-probabilities.
+
+    mean, max: over all `tokens` sampled tokens. with_images, without: means over prompts of a kind, NaN where there is none.
+    early, late: means over the first and the last quarter of the messages.
+    """
+
+    mean: float
+    max: float
+    tokens: int
+    with_images: float
+    without: float
+    early: float
+    late: float
+
+    def likely(self, threshold: float) -> str:
+        """The part of the model to look at first. threshold: what counts as agreement."""
+        if self.with_images > threshold >= self.without:
+            return "the vision tower, its mergers, or how images are cut up (prompts without images agree)"
+        if self.late > _GROWTH * self.early:
+            return "rotary positions, attention or the KV cache (the difference grows along a message)"
+        if np.isnan(self.without):
+            return "unknown, because every prompt had images; add prompts without to tell the vision tower from the decoder"
+        return (
+            "weights of every token's path: embeddings, norms, MLPs, the LM head or its temperature (the difference is the "
+            "same along a message)"
+        )
+
+
+def choose(prompts: Sequence[Prompt], count: int) -> list[Prompt]:
+    """Those that tell most: with images, but for the last one, which tells text from images where there are both."""
+    with_images = [prompt for prompt in prompts if prompt.images]
+    without = [prompt for prompt in prompts if not prompt.images]
+    chosen = with_images[: count - 1 if without and count > 1 else count]
+    return [*chosen, *without[: count - len(chosen)]]
+
+
+async def probe(prompts: Sequence[Prompt], chat: Chat, engine: Engine, config: Config) -> list[Rollout]:
+    """One message of the engine for each prompt, as rollouts that the trainer can take."""
+
+    async def one(order: int, prompt: Prompt) -> Rollout:
+        piece = chat.encode_prompt(prompt)
+        trace = Trace(len(piece.tokens), list(piece.tokens), list(piece.images), list(piece.spans))
+        session = sessions[order]
+        sampling = Sampling(
+            max_tokens=min(config.gate.tokens, config.rollout.max_response_tokens),
+            stop_ids=chat.stop_ids,
+            temperature=config.rollout.temperature,
+            seed=SampleKey(config.run.seed, _STREAM, order).turn_seed(0),
+        )
+        try:
+            message: Completion = await session.generate(trace.tokens, trace.images, trace.spans, sampling)
+        finally:
+            session.close()
+        trace.sampled.append((len(trace.tokens), message))
+        trace.tokens += message.tokens.tolist()
+        return trace.finish(prompt, 0, Outcome.ANSWERED if message.stopped else Outcome.LENGTH)
+
+    # all are open before one asks: a deterministic engine waits for every open session
+    sessions = [engine.session(order, prompt.uid) for order, prompt in enumerate(prompts)]
+    async with asyncio.TaskGroup() as tasks:
+        running = [tasks.create_task(one(order, prompt)) for order, prompt in enumerate(prompts)]
+    return [task.result() for task in running]
+
+
+def compare(rollouts: Sequence[Rollout], trainer_logp: Sequence[npt.NDArray[np.float32]]) -> GateReport:
+    """The report. trainer_logp: as `Trainer.logprobs` gives them, [S] of each rollout."""
+    gaps = [
+        np.abs(ours[rollout.sampled] - rollout.logp[rollout.sampled])
+        for rollout, ours in zip(rollouts, trainer_logp, strict=True)
+    ]
+
+    def mean(parts: Sequence[npt.NDArray[np.float32]]) -> float:
+        values = np.concatenate([np.zeros(0, np.float32), *parts])
+        return float(values.mean()) if len(values) else float("nan")
+
+    quarter = [max(1, len(gap) // 4) for gap in gaps]
+    return GateReport(
+        mean=mean(gaps),
+        max=max(float(gap.max()) for gap in gaps),
+        tokens=sum(map(len, gaps)),
+        with_images=mean([gap for rollout, gap in zip(rollouts, gaps, strict=True) if rollout.images]),
+        without=mean([gap for rollout, gap in zip(rollouts, gaps, strict=True) if not rollout.images]),
+        early=mean([gap[:num] for gap, num in zip(gaps, quarter, strict=True)]),
+        late=mean([gap[-num:] for gap, num in zip(gaps, quarter, strict=True)]),
+    )
+
+
+def require(report: GateReport, config: Config) -> None:
+    """
+    Raises:
+        EngineError: the difference is above the threshold.
+    """
+    threshold = config.gate.threshold or _THRESHOLDS[config.model.dtype]
+    if not report.mean <= threshold:  # NaN is above
+        raise EngineError(
+            f"truth gate: log-probs of engine and trainer differ by {report.mean:.2e} on average (largest {report.max:.2e}, "
+            f"{report.tokens} tokens; with images {report.with_images:.2e}, without {report.without:.2e}), allowed is "
+            f"{threshold:g}. Look at: {report.likely(threshold)}. If you know why, raise gate.threshold; gate.prompts=0 switches it off"
+        )
