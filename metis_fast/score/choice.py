@@ -41,11 +41,12 @@ def read_options(question: str) -> dict[str, str]:
     for mark in _OPTION.finditer(question):
         if mark[1] == chr(ord("A") + len(marks)):
             marks.append(mark)
+    if len(marks) < 2:
+        return {}
     stops = [mark.start() for mark in marks[1:]] + [len(question)]
-    texts = {
+    return {
         mark[1]: question[mark.end() : stop].split("\n")[0].strip(" \t([,;") for mark, stop in zip(marks, stops, strict=True)
     }
-    return texts if len(texts) >= 2 else {}
 
 
 def equal(answer: str, gold: str, options: dict[str, str], tolerance: float) -> bool:

@@ -6,20 +6,19 @@ import asyncio
 import os
 import zlib
 from collections.abc import Collection, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from metis_fast.config import LlmJudgeConfig, ScoreConfig
 from metis_fast.errors import InfrastructureError, JudgeError
 from metis_fast.score.judge import open_judge
 from metis_fast.score.protocol import JudgeUnavailable
 from metis_fast.types import Prompt, Rollout, Verdict
-from metis_fast.workers.hub import Hub, Worker
+from metis_fast.workers.hub import Hub, Worker, WorkerError
 
 SERVICE = "metis_fast.score.remote:JudgeService"
 _MATH_S = 300.0  # a few comparisons of three CPU seconds each, behind others of the same kind, on a loaded machine
 _REQUEST_SLACK_S = 35.0  # of an LLM judge's request, the wait before its next try included
 _CHECK_S = 120.0
-_TRIES = 2
 
 
 class JudgeService:
@@ -65,6 +64,19 @@ def _share(config: LlmJudgeConfig, num_workers: int) -> int:
     return max(1, config.concurrency // num_workers)
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Lane:
+    """What belongs to one event loop.
+
+    slots: by worker; calls beyond what it does at once wait on our side, so that a deadline counts a call's own time.
+    alone: held during a second try, so that a rollout which kills workers takes no other's second try along.
+    """
+
+    loop: asyncio.AbstractEventLoop
+    slots: dict[str, asyncio.Semaphore]
+    alone: asyncio.Lock
+
+
 class RemoteJudge:
     """Spreads prompts over workers. See `Judge` for the contract.
 
@@ -76,28 +88,32 @@ class RemoteJudge:
         self._workers = list(workers)
         self._in_flight = _share(config.llm, len(workers))
         self._judge_s = _MATH_S + (config.llm.retries + 1) * (config.llm.timeout_s + _REQUEST_SLACK_S)
-        self._slots: tuple[asyncio.AbstractEventLoop, dict[str, asyncio.Semaphore]] | None = None
+        self._lane: _Lane | None = None
 
     async def judge(self, prompt: Prompt, rollout: Rollout) -> Verdict:
         """See `Judge.judge`. A worker that is lost is no verdict: another one is asked, once."""
         # what judges read; pictures and token ids would be most of the bytes
         prompt = replace(prompt, messages=(), images=())
         rollout = replace(rollout, images=(), image_spans=())
-        reason = ""
-        for attempt in range(_TRIES):
-            worker = self._choose(prompt.uid, attempt)
-            try:
-                async with self._gate(worker):
-                    verdict = await worker.call("judge", prompt, rollout, deadline_s=self._judge_s)
-                if isinstance(verdict, Verdict):
-                    return verdict
-                await worker.lose(f"it answered {type(verdict).__name__}, which is no verdict")
-                reason = f"worker {worker.name}: its answer is no verdict"
-            except JudgeUnavailable:
-                raise
-            except InfrastructureError as error:
-                reason = str(error)
-        raise JudgeUnavailable(f"the judge's worker failed {_TRIES} times, at last: {reason}")
+        lane = self._get_lane()
+        try:
+            worker = self._choose(prompt.uid, 0)
+            async with lane.slots[worker.name]:
+                return await self._ask(worker, prompt, rollout)
+        except WorkerError as error:
+            first = error
+        try:
+            async with lane.alone:
+                return await self._ask(self._choose(prompt.uid, 1), prompt, rollout)
+        except WorkerError as error:
+            raise JudgeUnavailable(f"no verdict from two workers: {first}; {error}") from None
+
+    async def _ask(self, worker: Worker, prompt: Prompt, rollout: Rollout) -> Verdict:
+        verdict = await worker.call("judge", prompt, rollout, deadline_s=self._judge_s)
+        if not isinstance(verdict, Verdict):
+            await worker.lose(f"it answered {type(verdict).__name__}, which is no verdict")
+            raise WorkerError(f"worker {worker.name}: its answer is no verdict")
+        return verdict
 
     async def check(self) -> None:
         """Whether every worker's judge works.
@@ -121,9 +137,9 @@ class RemoteJudge:
         living = [worker for worker in left if worker.alive] or left
         return living[(zlib.crc32(uid.encode()) + attempt) % len(living)]
 
-    def _gate(self, worker: Worker) -> asyncio.Semaphore:
-        """Calls beyond what a worker does at once wait on our side, so that a deadline counts a call's own time."""
+    def _get_lane(self) -> _Lane:
         loop = asyncio.get_running_loop()
-        if self._slots is None or self._slots[0] is not loop:
-            self._slots = (loop, {each.name: asyncio.Semaphore(self._in_flight) for each in self._workers})
-        return self._slots[1][worker.name]
+        if self._lane is None or self._lane.loop is not loop:
+            slots = {worker.name: asyncio.Semaphore(self._in_flight) for worker in self._workers}
+            self._lane = _Lane(loop, slots, asyncio.Lock())
+        return self._lane

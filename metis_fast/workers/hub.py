@@ -153,8 +153,8 @@ class Worker:
                 self._break(error)
                 return
             except asyncio.CancelledError:
-                self._fail(WorkerError(f"worker {self.name}: the run ends"))
                 await self._leave()
+                self._fail(WorkerError(f"worker {self.name}: the run ends"))
                 raise
             finally:
                 if self._process is not None:

@@ -231,6 +231,7 @@ def test_choice_refuses_other_letters_and_several_of_them(answer, gold):
         ("How many? (A) 1 (B) 2 (C) 3", {"A": "1", "B": "2", "C": "3"}),
         ("How many? A) 1, B) 2", {"A": "1", "B": "2"}),
         ("Who is J. A. Smith?", {}),
+        ("What is 1 + 1?", {}),
     ],
 )
 def test_options_are_read_from_the_question(question, options):
