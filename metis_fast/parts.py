@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import random
 import time
@@ -28,9 +29,11 @@ from metis_fast.model import Policy, load_policy
 from metis_fast.report.log import RunLog
 from metis_fast.rollout.chat import Chat
 from metis_fast.rollout.engine import Engine, SyncReport
+from metis_fast.rollout.gate import GateReport, choose, compare, probe, require
 from metis_fast.rollout.native import NativeEngine
 from metis_fast.rollout.schedule import Pending, Rules, Schedule, group_player
 from metis_fast.rollout.store import RolloutStore
+from metis_fast.rollout.vllm.engine import VllmEngine
 from metis_fast.score.judge import StyleJudge, open_judge
 from metis_fast.score.protocol import Judge
 from metis_fast.score.remote import RemoteJudge, start_judge_workers
@@ -44,6 +47,9 @@ from metis_fast.train.torch_backend import TorchTrainer
 from metis_fast.types import Prompt
 from metis_fast.workers.hub import Hub, WorkerError, wait_ready
 from metis_fast.workers.launch import LocalLauncher
+
+log = logging.getLogger(__name__)
+_GATE_ROWS = 64  # among which the truth gate finds its prompts
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -81,10 +87,11 @@ class Parts:
         self.chat = Chat(sampler.tokenizer, sampler.images)
         self._heldout_files = heldout
         self._heldout: list[Prompt] | None = None
+        self._probes: list[Prompt] | None = None
         if trainer is None or files is None:
             return
-        self.trainer = trainer
-        self._shared = trainer.shares_policy and sampler is policy
+        self.trainer, self._files = trainer, files
+        self._shared = trainer.shares_policy and sampler is policy and isinstance(engine, NativeEngine)
         self.cursor = PromptCursor(files, config.run.seed, config.data.shuffle, config.data.on_bad_row)
         self.store = RolloutStore(config.run.dir / "rollouts")
         self.checkpoints = CheckpointStore(config.run.dir / "checkpoints", config.checkpoint.keep_last)
@@ -136,6 +143,21 @@ class Parts:
         sampled from here on."""
         weights = iter(()) if self._shared else self.trainer.weights()
         return self.interrupts.run(self.engine.update(weights, version))
+
+    def gate(self) -> GateReport:
+        """Engine against trainer, on prompts from the start of the training data.
+
+        Raises:
+            EngineError: they differ by more than `gate.threshold`.
+        """
+        if self._probes is None:
+            cursor = PromptCursor(self._files, 0, shuffle=False, on_bad_row="skip")
+            self._probes = choose(cursor.next(min(_GATE_ROWS, len(self._files))), self.config.gate.prompts)
+        rollouts = self.interrupts.run(probe(self._probes, self.chat, self.engine, self.config))
+        report = compare(rollouts, self.trainer.logprobs(rollouts))
+        log.info("truth gate: log-probs differ by %.2e (largest %.2e, %d tokens)", report.mean, report.max, report.tokens)
+        require(report, self.config)
+        return report
 
     def export(self, out: Path) -> None:
         """Write the trained model as a Hugging Face folder; a back end that holds the weights elsewhere sends them one by one.
@@ -272,8 +294,6 @@ def open_parts(config: Config, interrupts: Interrupts, training: bool = True) ->
     Raises:
         ConfigError, DataError, ModelError, ToolSetupError, JudgeError: whatever cannot work is found here, before a rollout.
     """
-    if config.rollout.engine != "native":
-        raise ConfigError("rollout.engine=vllm is not in this release; set rollout.engine=native")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError(
             "this release runs rollouts in one process, but WORLD_SIZE="
@@ -300,9 +320,13 @@ def open_parts(config: Config, interrupts: Interrupts, training: bool = True) ->
         interrupts.run(judge.check())
         policy = load_policy(config.model)
         sampler, waits = policy, config.rollout.mode == "sync"
-        if training and not waits and config.train.backend == "torch":
-            sampler = load_policy(config.model)  # the trainer steps while the engine samples
-        engine = NativeEngine(sampler, config.rollout.deterministic and waits)
+        if config.rollout.engine == "vllm":
+            assert hub is not None
+            engine = VllmEngine(config, policy, hub)
+        else:
+            if training and not waits and config.train.backend == "torch":
+                sampler = load_policy(config.model)  # the trainer steps while the engine samples
+            engine = NativeEngine(sampler, config.rollout.deterministic and waits)
         stack.callback(engine.close)
         trainer = None
         if training:
@@ -312,6 +336,8 @@ def open_parts(config: Config, interrupts: Interrupts, training: bool = True) ->
             updates = config.train.steps * config.rollout.prompts_per_step // config.train.prompts_per_mini_batch
             trainer = _open_trainer(config, policy, updates, interrupts)
             stack.callback(trainer.close)
+        if isinstance(engine, VllmEngine):
+            engine.wait(interrupts.check)  # they load while the trainer does
         parts = Parts(config, interrupts, policy, sampler, engine, toolbox, judge, trainer, files, heldout)
         if training:
             stack.callback(parts.log.close)

@@ -50,6 +50,7 @@ def train(config: Config, seconds_before: float = 0.0) -> Summary | None:
                 clock = _Clock()
                 clock("rollout", _finish_ahead(parts, step))
                 synced = clock("sync", parts.sync(step))
+                clock("gate", _gate_if_due(parts, step, first))
                 score = _evaluate_if_due(parts, step)
                 if step > first and _due(step, config.checkpoint.every, config.train.steps):
                     parts.save(step, score)
@@ -177,6 +178,13 @@ def _evaluate(parts: Parts, stream: str) -> dict[str, Slice]:
     Training rollouts may go on beside: no update is under way, so that every token is of the weights that the rates are of.
     """
     return slices(_score(parts, _rollout(parts, parts.heldout(), stream, evaluation=True)))
+
+
+def _gate_if_due(parts: Parts, step: int, first: int) -> None:
+    """The truth gate: before the first step of this process, and every `gate.every` steps."""
+    gate = parts.config.gate
+    if gate.prompts and (step == first or (gate.every and step % gate.every == 0)):
+        parts.gate()
 
 
 def _evaluate_if_due(parts: Parts, step: int) -> tuple[float, ...] | None:

@@ -126,5 +126,5 @@ def require(report: GateReport, config: Config) -> None:
         raise EngineError(
             f"truth gate: log-probs of engine and trainer differ by {report.mean:.2e} on average (largest {report.max:.2e}, "
             f"{report.tokens} tokens; with images {report.with_images:.2e}, without {report.without:.2e}), allowed is "
-            f"{threshold:g}. Look at: {report.likely(threshold)}. If you know why, raise gate.threshold; gate.prompts=0 switches it off"
+            f"{threshold:g}. Look at: {report.likely(threshold)}. gate.threshold allows more; gate.prompts=0 switches the gate off"
         )

@@ -84,13 +84,10 @@ class _Session:
 
 
 class VllmEngine:
-    """`Engine` over `rollout.vllm.replicas` workers. Blocks until all of them are ready.
+    """`Engine` over `rollout.vllm.replicas` workers, which start in the background: see `wait`.
 
-    policy: for tokens and shapes; its weights are not used. check: called while waiting; what it raises ends the wait. service:
-    what a worker serves (tests put failures in). copy_always: send weights over the connection also on this machine.
-
-    Raises:
-        EngineError, ModelError: vLLM is not there, or does not take the settings or the model. WorkerError: it does not start.
+    policy: for tokens and shapes; its weights are not used. service: what a worker serves (tests put failures in). copy_always:
+    send weights over the connection also on this machine.
     """
 
     def __init__(
@@ -98,7 +95,6 @@ class VllmEngine:
         config: Config,
         policy: Policy,
         hub: Hub,
-        check: Callable[[], None],
         service: str = SERVICE,
         copy_always: bool = False,
     ) -> None:
@@ -125,7 +121,19 @@ class VllmEngine:
                 environment=environment,
             )
             self._replicas.append(_Replica(worker, set()))
-        wait_ready([replica.worker for replica in self._replicas], check)
+
+    def wait(self, check: Callable[[], None]) -> None:
+        """Until all replicas are ready.
+
+        check: called meanwhile; what it raises goes on.
+
+        Raises:
+            EngineError, ModelError: vLLM is not there, does not take the settings or the model, or does not start.
+        """
+        try:
+            wait_ready(self.workers(), check)
+        except WorkerError as error:
+            raise EngineError(str(error)) from None
 
     # -- rollouts ----------------------------------------------------------------------------------------------------
 
