@@ -9,6 +9,7 @@ look: that follows from which prompts differ, and from where in the messages.
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,12 +17,13 @@ import numpy as np
 import numpy.typing as npt
 
 from metis_fast.config import Config
-from metis_fast.errors import EngineError
+from metis_fast.errors import EngineError, EngineFailure
 from metis_fast.rollout.chat import Chat
 from metis_fast.rollout.engine import Completion, Engine, Sampling
 from metis_fast.rollout.episode import SampleKey, Trace
 from metis_fast.types import Outcome, Prompt, Rollout
 
+log = logging.getLogger(__name__)
 _THRESHOLDS = {"bfloat16": 2e-2, "float32": 1e-4}
 _STREAM = "gate"
 _GROWTH = 4.0  # how much larger the difference is late in a message than early, where positions or caches are to blame
@@ -66,7 +68,22 @@ def choose(prompts: Sequence[Prompt], count: int) -> list[Prompt]:
 
 
 async def probe(prompts: Sequence[Prompt], chat: Chat, engine: Engine, config: Config) -> list[Rollout]:
-    """One message of the engine for each prompt, as rollouts that the trainer can take."""
+    """One message of the engine for each prompt, as rollouts that the trainer can take.
+
+    Raises:
+        EngineError: the engine failed, `rollout.retries` times in a row.
+    """
+    last: EngineFailure | None = None
+    for attempt in range(config.rollout.retries + 1):
+        try:
+            return await _probe(prompts, chat, engine, config)
+        except EngineFailure as failure:
+            log.warning("truth gate, try %d: %s", attempt + 1, failure)
+            last = failure
+    raise EngineError(f"truth gate: the engine answers nothing: {last}")
+
+
+async def _probe(prompts: Sequence[Prompt], chat: Chat, engine: Engine, config: Config) -> list[Rollout]:
 
     async def one(order: int, prompt: Prompt) -> Rollout:
         piece = chat.encode_prompt(prompt)
@@ -88,9 +105,7 @@ async def probe(prompts: Sequence[Prompt], chat: Chat, engine: Engine, config: C
 
     # all are open before one asks: a deterministic engine waits for every open session
     sessions = [engine.session(order, prompt.uid) for order, prompt in enumerate(prompts)]
-    async with asyncio.TaskGroup() as tasks:
-        running = [tasks.create_task(one(order, prompt)) for order, prompt in enumerate(prompts)]
-    return [task.result() for task in running]
+    return await asyncio.gather(*(one(order, prompt) for order, prompt in enumerate(prompts)))
 
 
 def compare(rollouts: Sequence[Rollout], trainer_logp: Sequence[npt.NDArray[np.float32]]) -> GateReport:
@@ -126,5 +141,5 @@ def require(report: GateReport, config: Config) -> None:
         raise EngineError(
             f"truth gate: log-probs of engine and trainer differ by {report.mean:.2e} on average (largest {report.max:.2e}, "
             f"{report.tokens} tokens; with images {report.with_images:.2e}, without {report.without:.2e}), allowed is "
-            f"{threshold:g}. Look at: {report.likely(threshold)}. gate.threshold allows more; gate.prompts=0 switches the gate off"
+            f"{threshold:g}. Look at: {report.likely(threshold)}. gate.threshold allows more, gate.prompts=0 all"
         )

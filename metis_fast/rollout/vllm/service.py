@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from metis_fast.errors import EngineError, EngineFailure, ModelError, SyncError
+from metis_fast.errors import EngineError, EngineFailure, MetisError, ModelError, SyncError
 from metis_fast.rollout.vllm.settings import EngineSettings, EngineStats, GenerateReply, GenerateRequest
 
 if TYPE_CHECKING:
@@ -445,6 +445,7 @@ def _open(settings: EngineSettings) -> LLMEngine:
     if _has_gpu():
         arguments |= {"gpu_memory_utilization": settings.gpu_memory, "enable_sleep_mode": settings.sleep}
     else:
+        _check_head_size(settings.model)
         arguments["enforce_eager"] = True  # compiling takes minutes on a CPU
     if settings.image_pad >= 0:
         arguments |= {"limit_mm_per_prompt": {"image": settings.images, "video": 0}, "mm_processor_kwargs": {"use_fast": False}}
@@ -461,6 +462,21 @@ def _open(settings: EngineSettings) -> LLMEngine:
     return engine
 
 
+def _check_head_size(model: str) -> None:
+    """vLLM itself finds out in the first step."""
+    from transformers import AutoConfig
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+
+    text = AutoConfig.from_pretrained(model).get_text_config()
+    size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    known = CPUAttentionBackend.get_supported_head_sizes()
+    if size not in known:
+        raise ModelError(
+            f"vLLM's CPU build has no attention for heads of {size} (only {', '.join(map(str, known))}); use such a model, or "
+            "rollout.engine=native"
+        )
+
+
 def _has_gpu() -> bool:
     import torch
 
@@ -468,7 +484,7 @@ def _has_gpu() -> bool:
 
 
 def _explained(error: Exception, settings: EngineSettings) -> Exception:
-    if isinstance(error, EngineError):
+    if isinstance(error, MetisError):
         return error
     text = " ".join(str(error).split())[:500]
     return ModelError(f"vLLM cannot open {settings.model}: {type(error).__name__}: {text}")
