@@ -46,7 +46,7 @@ from metis_fast.train.protocol import Trainer, TrainerState
 from metis_fast.train.torch_backend import TorchTrainer
 from metis_fast.types import Prompt
 from metis_fast.workers.hub import Hub, WorkerError, wait_ready
-from metis_fast.workers.launch import LocalLauncher
+from metis_fast.workers.launch import Launcher, LocalLauncher
 
 log = logging.getLogger(__name__)
 _GATE_ROWS = 64  # among which the truth gate finds its prompts
@@ -208,8 +208,16 @@ def save_config(config: Config) -> None:
     text = config_module.to_yaml(config)
     if path.exists():
         old = config_module.load(path)
-        # what may change between resumptions: where the folder lies, how long to train, how the model is cut, what to watch
-        free = {"run": {"dir"}, "train": {"steps", "megatron"}, "log": True, "checkpoint": True, "eval": {"every"}}
+        # what may change between resumptions: where the folder lies, how long to train, how the model is cut, who works for it,
+        # what to watch
+        free = {
+            "run": {"dir"},
+            "workers": True,
+            "train": {"steps", "megatron"},
+            "log": True,
+            "checkpoint": True,
+            "eval": {"every"},
+        }
         if _fixed(old, free) != _fixed(config, free):
             changed = _first_difference(_fixed(old, free), _fixed(config, free))
             raise ConfigError(
@@ -243,28 +251,48 @@ def _first_difference(old: dict[str, object], new: dict[str, object]) -> str:
     return f"{key} ({then.get(key)!r}, now {value!r})"
 
 
-def _open_trainer(config: Config, policy: Policy, total_steps: int, interrupts: Interrupts) -> Trainer:
+def _open_trainer(config: Config, policy: Policy, total_steps: int, interrupts: Interrupts, hub: Hub | None) -> Trainer:
     if config.train.backend == "torch":
         return TorchTrainer(policy, config, config.train.optim, total_steps)
-    return MegatronTrainer(config, config.train.optim, total_steps, policy.folder, policy.model.config, interrupts.check)
+    launcher = hub.launcher if hub is not None and _ranks_by_ray(config) else None
+    folder, model = policy.folder, policy.model.config
+    return MegatronTrainer(config, config.train.optim, total_steps, folder, model, interrupts.check, launcher)
 
 
-def needs_hub(config: Config) -> bool:
-    """Whether a run of these settings has workers."""
-    return config.rollout.engine == "vllm" or config.workers.tools > 0 or config.workers.judges > 0
+def needs_hub(config: Config, training: bool = True) -> bool:
+    """Whether a run of these settings has workers, or ranks that Ray starts."""
+    workers = config.rollout.engine == "vllm" or config.workers.tools > 0 or config.workers.judges > 0
+    return workers or (training and _ranks_by_ray(config))
 
 
-def open_hub(config: Config, stack: ExitStack, check: Callable[[], None]) -> Hub:
+def _ranks_by_ray(config: Config) -> bool:
+    train = config.train
+    return config.workers.launcher == "ray" and train.backend == "megatron" and train.megatron.launch == "local"
+
+
+def open_hub(config: Config, stack: ExitStack, check: Callable[[], None], training: bool = True) -> Hub:
     """What starts the run's workers and watches them; they end with `stack`.
 
-    check: called while a cluster makes room; what it raises goes on.
+    check: called while a cluster makes room; what it raises goes on. training: with the trainer's ranks, if Ray places them.
 
     Raises:
-        ConfigError: `workers` cannot work.
+        ConfigError: `workers` cannot work, or there is no such cluster or no room in it.
     """
+    launcher: Launcher
     if config.workers.launcher == "ray":
-        raise ConfigError("workers.launcher=ray is not in this release; set workers.launcher=local")
-    return stack.enter_context(Hub(config.workers, LocalLauncher(config.run.dir.resolve() / "workers")))
+        try:
+            from metis_fast.cluster import RayLauncher  # at first use: nothing else needs Ray
+        except ModuleNotFoundError as error:
+            if error.name != "ray":
+                raise
+            raise ConfigError(
+                "workers.launcher=ray needs Ray; pip install 'metis-fast[ray]', or set workers.launcher=local"
+            ) from None
+        launcher = RayLauncher(config, training and _ranks_by_ray(config), check)
+    else:
+        launcher = LocalLauncher(config.run.dir.resolve() / "workers")
+    stack.callback(launcher.close)
+    return stack.enter_context(Hub(config.workers, launcher))
 
 
 def _open_judge(config: Config, styles: Collection[str], hub: Hub | None) -> StyleJudge | RemoteJudge:
@@ -312,7 +340,7 @@ def open_parts(config: Config, interrupts: Interrupts, training: bool = True) ->
     styles = {style for part in (files, heldout) if part is not None for style in part.styles()}
     with ExitStack() as stack:
         scratch = Path(stack.enter_context(TemporaryDirectory(prefix="metis-tools-")))
-        hub = open_hub(config, stack, interrupts.check) if needs_hub(config) else None
+        hub = open_hub(config, stack, interrupts.check, training) if needs_hub(config, training) else None
         judge = _open_judge(config, styles, hub)
         stack.callback(judge.close)
         toolbox = _open_toolbox(config, scratch, hub, interrupts.check)
@@ -334,7 +362,7 @@ def open_parts(config: Config, interrupts: Interrupts, training: bool = True) ->
                 check_settings(config, policy.model.config)
             save_config(config)
             updates = config.train.steps * config.rollout.prompts_per_step // config.train.prompts_per_mini_batch
-            trainer = _open_trainer(config, policy, updates, interrupts)
+            trainer = _open_trainer(config, policy, updates, interrupts, hub)
             stack.callback(trainer.close)
         if isinstance(engine, VllmEngine):
             engine.wait(interrupts.check)  # they load while the trainer does

@@ -325,6 +325,8 @@ class Hub:
         host, _, port = config.listen.rpartition(":")
         if not host or not port.isdigit():
             raise ConfigError(f"workers.listen must be HOST:PORT, for example node-1:29500, got {config.listen!r}")
+        if config.listen == WorkersConfig().listen:
+            host = launcher.host
         try:
             self._socket = socket.create_server((host, int(port)))
         except OSError as error:

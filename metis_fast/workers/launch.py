@@ -14,7 +14,7 @@ from typing import Literal, Protocol
 
 from metis_fast.errors import ConfigError
 
-Role = Literal["engine", "tools", "judge"]
+Role = Literal["engine", "tools", "judge", "rank"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +50,12 @@ class Process(Protocol):
 
 
 class Launcher(Protocol):
-    """Starts workers."""
+    """Starts workers, and the ranks of a trainer."""
+
+    @property
+    def host(self) -> str:
+        """Address of this machine that what it starts can reach."""
+        ...
 
     def start(self, job: Job) -> Process:
         """Start one; it dials in by itself.
@@ -83,6 +88,8 @@ class _Local:
 
 class LocalLauncher:
     """Workers of this machine, each with a log in `logs`."""
+
+    host = "127.0.0.1"
 
     def __init__(self, logs: Path) -> None:
         self._logs = logs

@@ -21,6 +21,7 @@ from metis_fast.train.megatron.wire import parse_address
 from metis_fast.train.minibatch import Trained, plan, prunes, update_stats
 from metis_fast.train.protocol import TrainerState
 from metis_fast.types import Rollout, ScoredGroup, UpdateStats
+from metis_fast.workers.launch import Launcher
 
 _FOLDER = "trainer"
 
@@ -51,7 +52,7 @@ class MegatronTrainer:
     """A `Trainer` whose weights live in the ranks. Close it to end them.
 
     model: transformers' config of `folder`. total_steps: optimizer steps of the whole run, for the schedule. check: called
-    while the ranks start; what it raises goes on.
+    while the ranks start; what it raises goes on. launcher: see `Ranks`.
 
     Raises:
         ConfigError: a layout or an option that cannot work; nothing was started.
@@ -66,6 +67,7 @@ class MegatronTrainer:
         folder: Path,
         model: PretrainedConfig,
         check: Callable[[], None] = _nothing,
+        launcher: Launcher | None = None,
     ) -> None:
         check_settings(config, model)
         self._config = config
@@ -80,6 +82,7 @@ class MegatronTrainer:
             Task(config, folder.resolve(), optim, total_steps),
             config.run.dir / "ranks",
             check,
+            launcher,
         )
 
     def close(self) -> None:

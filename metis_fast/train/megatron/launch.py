@@ -45,6 +45,7 @@ from metis_fast.train.megatron.wire import (
     pack,
     parse_address,
 )
+from metis_fast.workers.launch import Job, Launcher, Process
 
 _POLL_S = 0.1
 _PING_S = 2.0
@@ -67,10 +68,12 @@ def _nothing() -> None:
 
 @dataclass(slots=True)
 class _Rank:
-    """process, log: None if it was started elsewhere. channel: None until it has joined. pinged: when, if unanswered."""
+    """process, log: None if it was not started here. placed: if a launcher has started it. channel: None until it has joined.
+    pinged: when, if unanswered."""
 
     process: subprocess.Popen[bytes] | None = None
     log: Path | None = None
+    placed: Process | None = None
     channel: Channel | None = None
     host: str = ""
     pinged: float | None = None
@@ -88,12 +91,18 @@ class Ranks:
     """All ranks of a layout, each with a worker built. Close it, or use it in a `with`."""
 
     def __init__(
-        self, layout: MegatronConfig, worker: str, arguments: object, logs: Path, check: Callable[[], None] = _nothing
+        self,
+        layout: MegatronConfig,
+        worker: str,
+        arguments: object,
+        logs: Path,
+        check: Callable[[], None] = _nothing,
+        launcher: Launcher | None = None,
     ) -> None:
         """Start the ranks, or wait for them to join, and build `Class(context, arguments)` on each.
 
         worker: "module:Class". logs: folder for the output of ranks started here. check: called while waiting; what it raises
-        ends the ranks and goes on.
+        ends the ranks and goes on. launcher: places the ranks that `launch: local` has started here otherwise.
 
         Raises:
             ConfigError: an address, key or rank number that cannot work.
@@ -101,6 +110,7 @@ class Ranks:
             MetisError: what a worker raised.
         """
         self._layout = layout
+        self._launcher = launcher if layout.launch == "local" else None
         self._ranks = [_Rank() for _ in range(layout.num_ranks)]
         self._number = 0
         self._pinged = 0.0
@@ -108,7 +118,7 @@ class Ranks:
         self._open = self._in_step = True
         _allow_files(layout.num_ranks)
         try:
-            with _listen(layout) as server, _store_socket(server) as store_socket:
+            with _listen(layout, self._launcher) as server, _store_socket(server) as store_socket:
                 host, port = store_socket.getsockname()
                 self._store = dist.TCPStore(  # pyright: ignore[reportPrivateImportUsage]
                     host,
@@ -187,9 +197,13 @@ class Ranks:
         where = f"{socket.gethostname() if host == '0.0.0.0' else host}:{port}"
         if local:
             for number in range(len(self._ranks)):
-                self._ranks[number] = _start(number, len(self._ranks), where, key, logs)
+                if self._launcher is None:
+                    self._ranks[number] = _start(number, len(self._ranks), where, key, logs)
+                else:
+                    self._ranks[number] = _place(number, where, key, self._launcher)
         arrivals: queue.SimpleQueue[_Arrival] = queue.SimpleQueue()
-        limit_s = min(_START_S, self._layout.timeout_s) if local else self._layout.timeout_s
+        here = local and self._launcher is None
+        limit_s = min(_START_S, self._layout.timeout_s) if here else self._layout.timeout_s
         started = time.monotonic()
         news = started if not local else started + _NEWS_S
         turned_away = ""
@@ -250,8 +264,7 @@ class Ranks:
 
     def _look_at(self, number: int) -> None:
         """Of a rank that has not connected: has its process ended?"""
-        process = self._ranks[number].process
-        if process is not None and _ended(process, 0) is not None:
+        if _status(self._ranks[number], 0) is not None:
             raise self._obituary({number: None})
 
     # -- calls ----------------------------------------------------------------------------------------------------------
@@ -390,7 +403,7 @@ class Ranks:
                     lost[i] = None if message is None else message.value()
         number, died = next(((i, died) for i, died in lost.items() if died is None or not died.echo), next(iter(lost.items())))
         rank = self._ranks[number]
-        status = None if rank.process is None else _ended(rank.process, _GONE_S)
+        status = _status(rank, _GONE_S)
         if status is None:
             how = "ended" if died is not None else "ended without a word (killed?)"
         elif status >= 0:
@@ -407,6 +420,9 @@ class Ranks:
 
     def _log(self, number: int) -> str:
         log = self._ranks[number].log
+        placed = self._ranks[number].placed
+        if placed is not None:
+            return f" (log: {placed.describe()})"
         return " (its output is where its launcher puts it)" if log is None else f" (log: {log})"
 
     def _dismiss(self) -> None:
@@ -428,7 +444,8 @@ class Ranks:
         return [joined[descriptor] for descriptor in wait(joined, _POLL_S) if isinstance(descriptor, int)]
 
     def _kill(self) -> None:
-        """End all ranks and what they forked, now: those of this machine by signal, all by hanging up."""
+        """End all ranks and what they forked, now: those of this machine by signal, placed ones through their launcher, all by
+        hanging up."""
         self._open = False
         for rank in self._ranks:
             if rank.process is not None and rank.process.returncode is None:
@@ -439,13 +456,17 @@ class Ranks:
                 rank.channel.close()
                 rank.channel = None
         for rank in self._ranks:
+            if rank.placed is not None:
+                rank.placed.kill()
             if rank.process is not None:
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     rank.process.wait(_GONE_S)
 
 
-def _listen(layout: MegatronConfig) -> socket.socket:
+def _listen(layout: MegatronConfig, launcher: Launcher | None) -> socket.socket:
     host, port = parse_address(layout.listen, "train.megatron.listen")
+    if launcher is not None and layout.listen == MegatronConfig().listen:
+        host = launcher.host
     try:
         return socket.create_server((host, port), backlog=layout.num_ranks)
     except OSError as error:
@@ -492,6 +513,13 @@ def _start(number: int, num_ranks: int, where: str, key: str, logs: Path) -> _Ra
     return _Rank(process, log)
 
 
+def _place(number: int, where: str, key: str, launcher: Launcher) -> _Rank:
+    command = ("-m", "metis_fast", "rank", "--join", where, "--rank", str(number))
+    # LOCAL_RANK 0: a launcher shows a rank its own GPU alone
+    job = Job(f"rank-{number}", "rank", command, {"LOCAL_RANK": "0", KEY: key}, gpus=1)
+    return _Rank(placed=launcher.start(job))
+
+
 def _shake_hands(sock: socket.socket, key: bytes, arrivals: queue.SimpleQueue[_Arrival]) -> None:
     """In a thread of its own, since whoever connected may say nothing."""
     limit = struct.pack("ll", _HANDSHAKE_S, 0)  # the kernel's: Python's makes the descriptor one that does not block
@@ -517,6 +545,19 @@ def _last_word(rank: _Rank) -> Message | None:
         return rank.channel.receive()
     except (EOFError, OSError):
         return None
+
+
+def _status(rank: _Rank, limit_s: float) -> int | None:
+    """Exit code of a rank that has ended within the limit, as far as it can be known; minus the signal."""
+    if rank.process is not None:
+        return _ended(rank.process, limit_s)
+    deadline = time.monotonic() + limit_s
+    while rank.placed is not None:
+        status = rank.placed.exit_code()
+        if status is not None or time.monotonic() >= deadline:
+            return status
+        time.sleep(0.05)
+    return None
 
 
 def _ended(process: subprocess.Popen[bytes], limit_s: float) -> int | None:
