@@ -339,6 +339,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of `metis-fast`."""
     args = parse(argv)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    for name in ("metis_fast.cluster", "metis_fast.workers"):  # what a run waits for
+        logging.getLogger(name).setLevel(logging.INFO)
     try:
         code = args.run(args)
         sys.stdout.flush()
