@@ -11,6 +11,7 @@ import torch
 from . import group_advantage, hdpo_loss, linear_logprob, prefix_attention
 from .candidate import BenchError, Op, Request
 from .compare import compare
+from .rollout import run as rollout
 from .table import notes, to_json, to_text
 from .update_step import run as update_step
 
@@ -20,6 +21,9 @@ OPS: dict[str, Op] = {
     "hdpo_loss": hdpo_loss.OP,
     "prefix_attention": prefix_attention.OP,
 }
+
+WHOLE = {"update_step": update_step, "rollout": rollout}
+"""What is no single op: modules with a SUMMARY, SHAPES by name, and a run of their own."""
 
 MIN_RUNS = 5
 """The default. A spread of fewer says little."""
@@ -33,7 +37,7 @@ def list_ops() -> str:
         lines.append(
             f"{name:16} {op.summary}\n{'':16} shape {shape}; dtypes {', '.join(op.dtypes)}; peers {', '.join(op.peers)}"
         )
-    lines.append(f"{'update_step':16} {update_step.SUMMARY}\n{'':16} shapes {', '.join(update_step.SHAPES)}")
+    lines += [f"{name:16} {other.SUMMARY}\n{'':16} shapes {', '.join(other.SHAPES)}" for name, other in WHOLE.items()]
     return "\n".join(lines)
 
 
@@ -81,15 +85,18 @@ def request(args: argparse.Namespace, name: str, op: Op) -> Request:
     runs = MIN_RUNS if args.runs is None else args.runs
     if runs < MIN_RUNS:
         raise BenchError(f"--runs: expected {MIN_RUNS} or more, got {args.runs}")
-    if args.threads < 1:
-        raise BenchError(f"--threads: expected 1 or more, got {args.threads}")
+    threads = 2 if args.threads is None else args.threads
+    if threads < 1:
+        raise BenchError(f"--threads: expected 1 or more, got {threads}")
+    if args.engine is not None:
+        raise BenchError(f"--engine: {name} has none; it is for rollout")
     return Request(
         shape=_shape(args.shape, op),
         dtype=dtype,
         live_fraction=args.live_fraction,
         peers=_peers(args.peers, name, op),
         runs=runs,
-        threads=args.threads,
+        threads=threads,
         device=_device(args.device),
         seed=args.seed,
     )
@@ -98,13 +105,13 @@ def request(args: argparse.Namespace, name: str, op: Op) -> Request:
 def run(args: argparse.Namespace) -> int:
     """The verb `bench`, its options as `metis_fast.cli` declares them. Returns the exit code: 1 if one of ours is wrong."""
     if args.op is None:
-        summaries = {name: op.summary for name, op in OPS.items()} | {"update_step": update_step.SUMMARY}
+        summaries = {name: op.summary for name, op in OPS.items()} | {name: other.SUMMARY for name, other in WHOLE.items()}
         print(json.dumps(summaries) if args.json else list_ops())
         return 0
-    if args.op == "update_step":
-        return update_step.run(args)
+    if args.op in WHOLE:
+        return WHOLE[args.op].run(args)
     if args.op not in OPS:
-        raise BenchError(f"unknown op {args.op!r}; expected one of {', '.join(OPS)}, update_step")
+        raise BenchError(f"unknown op {args.op!r}; expected one of {', '.join([*OPS, *WHOLE])}")
     op = OPS[args.op]
     report = compare(args.op, op, request(args, args.op, op))
     if args.json:

@@ -161,15 +161,16 @@ def _bench(args: argparse.Namespace) -> int:
 
 
 def _add_bench(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("op", nargs="?", metavar="OP", help="a kernel, or update_step; none: list them")
+    parser.add_argument("op", nargs="?", metavar="OP", help="a kernel, update_step or rollout; none: list them")
     parser.add_argument(
-        "--shape", default="", metavar="T=2048,H=1024", help="sizes that differ from a kernel's own; update_step: a name"
+        "--shape", default="", metavar="T=2048,H=1024", help="sizes that differ from a kernel's own; others: a name"
     )
     parser.add_argument("--dtype", metavar="bf16|fp32", help="of hidden states and head")
     parser.add_argument("--live-fraction", type=float, default=1.0, metavar="F", help="share of the tokens with an advantage")
     parser.add_argument("--peers", metavar="A,B", help='which to run beside ours; default: all; "": none')
     parser.add_argument("--runs", type=int, metavar="N", help="timed runs of each (default and least: 5; update_step: 3)")
-    parser.add_argument("--threads", type=int, default=2, help="threads of torch on the CPU")
+    parser.add_argument("--threads", type=int, metavar="N", help="threads of torch on the CPU (default: 2; rollout: 1)")
+    parser.add_argument("--engine", choices=["native", "vllm"], help="rollout: what samples (default: native)")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: CUDA where there is one")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
@@ -320,7 +321,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_worker(
         verb(verbs, "worker", _worker, "A process that works for a run (an engine, tools, a judge); the run starts it itself.")
     )
-    _add_bench(verb(verbs, "bench", _bench, "Time a kernel or the update step beside its peers; exit code 1 if it is wrong."))
+    _add_bench(verb(verbs, "bench", _bench, "Time a kernel, an update step or rollouts; exit code 1 if a result is wrong."))
     return parser
 
 

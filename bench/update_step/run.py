@@ -112,14 +112,16 @@ def request(args: argparse.Namespace) -> Request:
     runs = MIN_RUNS if args.runs is None else args.runs
     if runs < MIN_RUNS:
         raise BenchError(f"--runs: expected {MIN_RUNS} or more, got {args.runs}")
-    if args.threads < 1:
-        raise BenchError(f"--threads: expected 1 or more, got {args.threads}")
-    for option, value, default in (("--peers", args.peers, None), ("--live-fraction", args.live_fraction, 1.0)):
+    threads = 2 if args.threads is None else args.threads
+    if threads < 1:
+        raise BenchError(f"--threads: expected 1 or more, got {threads}")
+    unused = (("--peers", args.peers, None), ("--live-fraction", args.live_fraction, 1.0), ("--engine", args.engine, None))
+    for option, value, default in unused:
         if value != default:
             raise BenchError(f"{option}: update_step has none; its shapes are {', '.join(SHAPES)}")
     if args.device == "cuda":
         raise BenchError("--device cuda: update_step counts CPU seconds and resident memory, so it runs on the CPU")
-    return Request(shape, DTYPES[dtype], runs, args.threads, args.seed)
+    return Request(shape, DTYPES[dtype], runs, threads, args.seed)
 
 
 def largest_error(found: dict[str, Tensor], truth: dict[str, Tensor]) -> tuple[float, str]:
