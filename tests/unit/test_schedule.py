@@ -83,6 +83,7 @@ def make_run(rules_of, mode, seed, make_prompt, rows=None):
     async def play(prompt, place):
         run.begun[place.row] = run.version
         assert place.row not in run.running
+        assert place.number == place.row
         run.running.add(place.row)
         run.most = max(run.most, len(run.running))
         try:
@@ -166,6 +167,7 @@ def test_a_run_that_is_killed_and_resumed_again_and_again_loses_no_prompt(make_p
         ages += run.ages
     assert len(trained) == len(set(trained)) == P * STEPS
     assert sorted([*trained, *(place.row for place in kept)]) == list(range(cursor))
+    assert cursor <= STEPS * P + {0.0: 0, 0.5: 2, 1.0: 3}[over]
     assert max(ages) <= bound
 
 
