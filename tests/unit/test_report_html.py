@@ -17,6 +17,7 @@ from PIL import Image, ImageDraw
 from metis_fast import config as configuration
 from metis_fast.config import LogConfig
 from metis_fast.errors import DataError
+from metis_fast.report.curves import draw_curves
 from metis_fast.report.html import write_report
 from metis_fast.report.log import RunLog, step_scalars
 from metis_fast.report.slices import KINDS, slices
@@ -358,3 +359,10 @@ def test_a_slice_where_nothing_was_judged_is_no_point_of_a_curve():
     tags = step_scalars(stats)
     assert tags["accuracy/math"] == 0.5
     assert "accuracy/search" not in tags
+
+
+def test_staleness_and_what_a_step_left_have_curves_only_where_rollouts_ran_ahead():
+    plain = [StepStats(step, 0, 0.0, 0.0, {}, {}, 0, 0.0, 0.0, 0, (), {}, staleness=(100,)) for step in range(2)]
+    ahead = [*plain, dataclasses.replace(plain[0], step=2, staleness=(0, 25, 75), groups_in_flight=8)]
+    titles = [{curve.title for curve in draw_curves(steps, [])} for steps in (plain, ahead)]
+    assert titles[1] - titles[0] == {"Staleness", "Groups a step left"}

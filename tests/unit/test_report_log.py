@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from pathlib import Path
 
@@ -64,6 +65,32 @@ def test_steps_and_evaluations_read_back_equal(tmp_path: Path):
             log.step(one)
     assert read_steps(tmp_path) == written
     assert read_evaluations(tmp_path) == [Evaluation(0, {"all": RATES})]
+
+
+def test_what_ran_ahead_is_logged_and_reads_back(tmp_path: Path):
+    ahead = stats(
+        4, staleness=(10, 30, 60), groups_in_flight=8, groups_carried=5, groups_dropped=2, sync_bytes=1000, sync_retries=1
+    )
+    with RunLog(tmp_path, QUIET) as log:
+        log.step(ahead)
+    assert read_steps(tmp_path) == [ahead]
+    scalars = step_scalars(ahead)
+    assert [scalars[f"staleness/{age}"] for age in range(3)] == [0.1, 0.3, 0.6]
+    assert scalars["staleness/mean"] == 1.5
+    assert [scalars[f"groups/{name}"] for name in ("in_flight", "carried", "dropped")] == [8.0, 5.0, 2.0]
+    assert (scalars["sync/bytes"], scalars["sync/retries"]) == (1000.0, 1.0)
+    assert "staleness/mean" not in step_scalars(stats(4))  # a step without a token that counts has no age
+
+
+def test_steps_of_a_run_from_before_rollouts_could_run_ahead_still_read(tmp_path: Path):
+    with RunLog(tmp_path, QUIET) as log:
+        log.step(stats(0))
+    path = tmp_path / "metrics.jsonl"
+    record = json.loads(path.read_text())
+    for name in ("staleness", "groups_in_flight", "groups_carried", "groups_dropped", "sync_bytes", "sync_retries"):
+        del record[name]
+    path.write_text(json.dumps(record) + "\n")
+    assert read_steps(tmp_path) == [stats(0)]
 
 
 def test_an_interrupted_and_resumed_run_has_the_files_of_an_uninterrupted_one(tmp_path: Path):
