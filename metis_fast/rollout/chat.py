@@ -83,6 +83,7 @@ class Chat:
         vocab = tokenizer.get_vocab()
         ids = {token: vocab[token] for token in _CONTROL if token in vocab}  # a text-only model may have none for images
         self._ids = ids
+        self._fixed = {text: self._ask_tokenizer(text) for text in _TEMPLATE}
         self.im_end = ids["<|im_end|>"]
         self.stop_ids = (ids["</tool_call>"], self.im_end)
 
@@ -94,8 +95,14 @@ class Chat:
         """Text of a sampled message, without the control token that ends it."""
         return self.decode(tokens[:-1] if tokens and tokens[-1] == self.im_end else tokens)
 
+    def _ask_tokenizer(self, text: str) -> list[int]:
+        return self._tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+
     def _encode(self, text: str) -> list[int]:
-        return self._tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True) if text else []
+        if not text:
+            return []
+        fixed = self._fixed.get(text)  # transformers takes 0.1 ms for any text, and an observation has six of these
+        return self._ask_tokenizer(text) if fixed is None else list(fixed)
 
     def _image_piece(self, image: ImageBlob, at: int) -> tuple[list[int], ImageSpan]:
         grid = self._images(image).grid
@@ -172,6 +179,7 @@ class Chat:
 
 
 _CONTROL = ("<|im_start|>", "<|im_end|>", VISION_START, VISION_END, IMAGE_PAD, "</tool_call>")
+_TEMPLATE = ("\n", "user\n<tool_response>", "</tool_response>", "assistant\n", CUT_MARK)
 
 
 def error_observation(text: str) -> Observation:
