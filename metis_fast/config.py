@@ -89,6 +89,8 @@ class VllmConfig(_Section):
     """Further engine arguments of vLLM, by their names there."""
     request_s: PositiveFloat = 1800.0
     """Longest time of one message; then the engine counts as hung."""
+    stall_s: PositiveFloat = 300.0
+    """Longest time of one step of an engine; then it ends itself, and says where it hung."""
     restarts: NonNegative = 5
     """How often one engine is started again before the run stops."""
 
@@ -530,9 +532,10 @@ class Config(_Section):
             raise ValueError(
                 "rollout.over_provision takes what finishes first, which no seed decides; set rollout.deterministic=false"
             )
-        if rollout.vllm.sleep and (rollout.engine != "vllm" or rollout.mode != "sync"):
+        if rollout.vllm.sleep and (rollout.engine != "vllm" or rollout.mode != "sync" or rollout.over_provision):
             raise ValueError(
-                "rollout.vllm.sleep lets engine and trainer take turns; set rollout.engine=vllm and rollout.mode=sync"
+                "rollout.vllm.sleep lets engine and trainer take turns; set rollout.engine=vllm, rollout.mode=sync and "
+                "rollout.over_provision=0"
             )
         if rollout.engine == "vllm" and self.sync.transport == "ipc" and not rollout.vllm.sleep:
             raise ValueError("sync.transport=ipc is for an engine that shares the trainer's GPU; set rollout.vllm.sleep=true")

@@ -88,6 +88,7 @@ class Parts:
         self._heldout_files = heldout
         self._heldout: list[Prompt] | None = None
         self._probes: list[Prompt] | None = None
+        self._asleep = False
         if trainer is None or files is None:
             return
         self.trainer, self._files = trainer, files
@@ -141,8 +142,17 @@ class Parts:
     def sync(self, version: int) -> SyncReport:
         """Let the engine sample with the trainer's weights. version: training steps done; `Rollout.weight_version` of what is
         sampled from here on."""
+        if self._asleep and isinstance(self.engine, VllmEngine):
+            self.interrupts.run(self.engine.wake())
+            self._asleep = False
         weights = iter(()) if self._shared else self.trainer.weights()
         return self.interrupts.run(self.engine.update(weights, version))
+
+    def rest(self) -> None:
+        """Until the next `sync`, the GPUs are the trainer's (`rollout.vllm.sleep`)."""
+        if self.config.rollout.vllm.sleep and isinstance(self.engine, VllmEngine):
+            self.interrupts.run(self.engine.sleep())
+            self._asleep = True
 
     def gate(self) -> GateReport:
         """Engine against trainer, on prompts from the start of the training data.

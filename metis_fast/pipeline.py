@@ -148,6 +148,7 @@ def _update(parts: Parts, scored: Sequence[ScoredGroup], step: int) -> tuple[Upd
 
     try:
         if parts.config.rollout.mode == "sync":
+            parts.rest()
             return update()
         return parts.interrupts.run(_beside(update))
     except NonFiniteError as error:
