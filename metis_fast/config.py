@@ -82,7 +82,7 @@ class VllmConfig(_Section):
     cpu_threads: NonNegative = 0
     """Threads of an engine without a GPU; 0: all."""
     sleep: bool = False
-    """Engine and trainer share GPUs: while the trainer works, the engine gives its memory back. Not with `rollout.mode=async`."""
+    """Engine and trainer share GPUs: while the trainer works, the engine gives its memory back. For `rollout.mode=sync`."""
     speculative: dict[str, str | int | float | bool] | None = None
     """vLLM's speculative_config, for example {method: ngram, num_speculative_tokens: 4, prompt_lookup_max: 4}."""
     arguments: dict[str, str | int | float | bool | None] = {}
@@ -515,8 +515,8 @@ class Config(_Section):
             )
         if rollout.mode != "sync" and self.loss.proximal == "policy" and self.loss.tis_cap == 0:
             raise ValueError(
-                f"rollout.mode={rollout.mode} trains on what older weights sampled; set loss.tis_cap (2 is usual), which corrects "
-                "it, or loss.proximal=engine"
+                f"rollout.mode={rollout.mode} trains on what older weights sampled; set loss.tis_cap (2 is usual), which "
+                "corrects it, or loss.proximal=engine"
             )
         if (
             rollout.mode == "sync"

@@ -35,7 +35,7 @@ def _rows(demo: Path, out: Path, change: Callable[[list[dict]], object]) -> Path
         (["loss.w_tool"], "expected section.key=value"),
         (["loss.w_tool=much"], "loss.w_tool: input should be a valid number"),
         (["train.prompts_per_mini_batch=3"], "choose a divisor"),
-        (["rollout.engine=vllm"], "rollout.engine=vllm is not in this release; set rollout.engine=native"),
+        (["rollout.vllm.sleep=true"], "rollout.vllm.sleep lets engine and trainer take turns; set rollout.engine=vllm"),
         (["data.train=[]"], "no training prompts; set data.train"),
         (["data.train=[/nowhere/train.parquet]"], "/nowhere/train.parquet: no such file"),
         (["data.heldout=[/nowhere/heldout.parquet]"], "/nowhere/heldout.parquet: no such file"),
