@@ -19,6 +19,7 @@ ahead of new prompts; a prompt that was dropped is waited for like any other, so
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -30,6 +31,9 @@ from metis_fast.rollout.engine import Engine
 from metis_fast.rollout.episode import SampleKey, encode_prompts, run_episode
 from metis_fast.tools.protocol import Toolbox
 from metis_fast.types import Group, Prompt, Rollout
+
+log = logging.getLogger(__name__)
+_CLEANUP_S = 20.0  # of cancelled groups; tools that take longer are left to the toolbox, which ends them
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,11 +163,8 @@ class Schedule:
         return Taken([one.task.result() for one in chosen], len(self._running), carried, len(late))
 
     async def close(self) -> None:
-        """Cancel what is being sampled, and wait until it has cleaned up."""
-        for one in self._running:
-            one.task.cancel()
-        await asyncio.gather(*(one.task for one in self._running), return_exceptions=True)
-        self._remove(list(self._running))
+        """Cancel what is being sampled, and let it clean up."""
+        await self._cancel(list(self._running))
 
     def _begin(self, step: int) -> None:
         """Begin as many groups as the rules allow."""
@@ -184,8 +185,9 @@ class Schedule:
             one.task.add_done_callback(lambda _, one=one: self._ended(one))
 
     def _ended(self, one: _Running) -> None:
-        self._finished.append(one)
-        self._changed.set()
+        if one in self._running:  # and was not given up
+            self._finished.append(one)
+            self._changed.set()
 
     async def _choose(self, step: int, on_finished: Callable[[int], object] = lambda n: None) -> list[_Running]:
         """Wait for the groups of a step."""
@@ -206,30 +208,40 @@ class Schedule:
     def _choice(self, step: int) -> list[_Running] | None:
         """The groups of a step out of the finished ones; None where it has to wait for others."""
         P, max_age, drop = self._rules.per_step, self._rules.max_age, self._rules.drop
-        chosen: list[_Running] = []
-
-        def take(ready: Sequence[_Running], num: int) -> bool:
-            chosen.extend(ready[: max(0, num)])
-            return len(ready) >= num
-
+        if len(self._finished) < P:
+            return None
+        chosen: dict[_Running, None] = {}  # a set that keeps its order
         for later in range(max_age + 1):  # what has to be trained at this step, within one more, ...
-            due = [one for one in self._running if one.begun + max_age <= step + later and (one.place.tries or not drop)]
-            num = min(P, len(due) - later * P) - sum(one in due for one in chosen)
-            if not take([one for one in self._finished if one in due and one not in chosen], num):
+            due = {one for one in self._running if one.begun + max_age <= step + later and (one.place.tries or not drop)}
+            num = max(0, min(P, len(due) - later * P) - len(due & chosen.keys()))
+            ready = [one for one in self._finished if one in due and one not in chosen]
+            if len(ready) < num:
                 return None
+            chosen |= dict.fromkeys(ready[:num])
         # the others as they come; where the slow ones are dropped, first those that would be
         rest = sorted((one for one in self._finished if one not in chosen), key=lambda one: one.begun + max_age > step)
-        return chosen if take(rest, P - len(chosen)) else None
+        return [*chosen, *rest[: P - len(chosen)]]
 
     async def _drop(self, late: Sequence[_Running]) -> None:
-        for one in late:
-            one.task.cancel()
-        await asyncio.gather(*(one.task for one in late), return_exceptions=True)
-        self._remove(late)
+        await self._cancel(late)
         again = [(replace(one.place, tries=one.place.tries + 1), one.prompt) for one in late]
         self._line = sorted([*self._line, *again], key=lambda entry: entry[0].number)
 
-    def _remove(self, gone: Sequence[_Running]) -> None:
+    async def _cancel(self, gone: Sequence[_Running]) -> None:
+        for one in gone:
+            one.task.cancel()
+        if gone:
+            done, left = await asyncio.wait([one.task for one in gone], timeout=_CLEANUP_S)
+            failed = [task.exception() for task in done if not task.cancelled()]
+            for error in failed:  # of nothing that is trained; a defect will come up again
+                if error is not None:
+                    log.warning("a cancelled group ended with %r", error)
+            if left:
+                log.warning("%d cancelled groups have not ended after %.0f s", len(left), _CLEANUP_S)
+        self._remove(gone)
+
+    def _remove(self, gone: Iterable[_Running]) -> None:
+        gone = set(gone)
         self._running = [one for one in self._running if one not in gone]
         self._finished = [one for one in self._finished if one not in gone]
 
