@@ -1,0 +1,160 @@
+"""workers.launcher=ray: whole runs on a real Ray of this machine, and what happens when their processes or nodes die."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from harness import HERE, PROGRAM, run_state
+from jobs import TWO_RANKS, Job
+
+from metis_fast.rollout.store import read_rollouts
+
+pytest.importorskip("ray")
+
+
+@pytest.fixture
+def on_ray(demo: Path, tmp_path: Path) -> Iterator[Callable[..., Job]]:
+    """Train the tiny demo on a Ray of its own, with overrides."""
+    jobs: list[Job] = []
+
+    def submit(*overrides: str) -> Job:
+        line = [PROGRAM, "train", demo / "config.yaml", f"run.dir={tmp_path / 'run'}", "workers.launcher=ray", *overrides]
+        jobs.append(Job(line, tmp_path / f"job-{len(jobs)}", HOME=str(tmp_path), RAY_ADDRESS="local"))
+        return jobs[-1]
+
+    yield submit
+    for job in jobs:
+        job.end()
+
+
+def _steps(folder: Path) -> list[int]:
+    path = folder / "run" / "metrics.jsonl"
+    return [json.loads(line)["step"] for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def test_a_run_with_workers_on_ray_is_bit_for_bit_the_one_in_process(
+    on_ray: Callable[..., Job], demo: Path, tmp_path: Path
+) -> None:
+    job = on_ray("workers.tools=1", "workers.judges=1", "log.progress=false")
+    assert job.wait() == 0, job.err.read_text()
+    assert run_state(tmp_path / "run") == run_state(demo)
+    assert sorted(path.name for path in (tmp_path / "run" / "workers").iterdir()) == ["judge-0.log", "tools-0.log"]
+
+
+def test_a_run_whose_ranks_are_on_ray_stopped_by_a_signal_goes_on_when_started_again(
+    on_ray: Callable[..., Job], tmp_path: Path
+) -> None:
+    job = on_ray(*TWO_RANKS, "train.steps=500", "checkpoint.every=0")
+    job.when(lambda: bool(_steps(tmp_path)))
+    os.kill(job.pid, signal.SIGTERM)
+    assert job.wait() == 130, job.err.read_text()
+    assert "run the same command again" in job.err.read_text()
+    assert len(list((tmp_path / "run" / "checkpoints").glob("step-*"))) == 1
+    done = len(_steps(tmp_path))
+    job = on_ray(*TWO_RANKS, f"train.steps={done + 1}", "checkpoint.every=0")
+    assert job.wait() == 0, job.err.read_text()
+    assert _steps(tmp_path) == list(range(done + 1))
+    assert (tmp_path / "run" / "trained" / "config.json").is_file()
+    assert sorted(path.name for path in (tmp_path / "run" / "ranks").iterdir()) == ["rank-0.log", "rank-1.log"]
+
+
+@pytest.mark.slow
+def test_a_run_ends_soon_after_a_rank_on_ray_was_killed(on_ray: Callable[..., Job], tmp_path: Path) -> None:
+    job = on_ray(*TWO_RANKS, "train.steps=500")
+    job.when(lambda: bool(_steps(tmp_path)))
+    job.processes("rank", "--join")[0].kill()
+    killed = time.monotonic()
+    assert job.wait() == 2
+    assert time.monotonic() < killed + 60
+    said = job.err.read_text()
+    assert "was killed by SIGKILL" in said and "run the same command again: it resumes from the last checkpoint" in said
+
+
+@pytest.mark.slow
+def test_a_rank_on_ray_that_dies_before_it_joins_is_not_waited_for(on_ray: Callable[..., Job]) -> None:
+    job = on_ray(*TWO_RANKS)
+    job.when(lambda: bool(job.processes("rank", "--join")))
+    for process in job.processes("rank", "--join"):
+        process.kill()
+    killed = time.monotonic()
+    assert job.wait() == 2
+    assert time.monotonic() < killed + 60
+    assert "was killed by SIGKILL" in job.err.read_text()
+
+
+@pytest.mark.slow
+def test_nothing_is_left_of_a_run_on_ray_that_was_killed(on_ray: Callable[..., Job], tmp_path: Path) -> None:
+    job = on_ray(*TWO_RANKS, "train.steps=500", "workers.tools=1")
+    job.when(lambda: bool(_steps(tmp_path)))
+    os.kill(job.pid, signal.SIGKILL)
+    killed = time.monotonic()
+    while job.processes("rank", "--join") or job.processes("worker", "--join"):  # they notice by themselves
+        assert time.monotonic() < killed + 10
+        time.sleep(0.1)
+    assert job.wait(left_s=60) == -signal.SIGKILL  # Ray's own processes look after each other, and take their time
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", ["worker", "keeper"])
+def test_a_tool_worker_on_ray_that_dies_is_started_again_and_no_rollout_is_lost(
+    on_ray: Callable[..., Job], tmp_path: Path, victim: str
+) -> None:
+    job = on_ray("workers.tools=1", "train.steps=8", "data.heldout=[]", "eval.every=0", "log.progress=false")
+    job.when(lambda: bool(_steps(tmp_path)))
+    worker = job.processes("worker", "--join")[0]
+    if victim == "worker":
+        worker.kill()
+    else:
+        for parent in worker.parents():
+            if parent.cmdline()[0].startswith("ray::"):
+                parent.kill()
+    assert job.wait(left_s=30) == 0, job.err.read_text()
+    assert "worker tools-0 was lost" in job.err.read_text()
+    stored = list(read_rollouts(tmp_path / "run" / "rollouts"))
+    assert len(stored) == 8 * 16 and all(one.score.verdict is not None for one in stored)
+
+
+@pytest.mark.slow
+def test_more_than_a_ray_cluster_has_room_for_is_refused_and_the_cluster_of_the_caller_left_alone(
+    demo: Path, tmp_path: Path
+) -> None:
+    line = [sys.executable, HERE / "ray_one_slot.py", demo / "config.yaml", f"run.dir={tmp_path / 'run'}"]
+    job = Job([*line, "workers.launcher=ray", "workers.tools=2", "workers.wait_s=2"], tmp_path / "job", HOME=str(tmp_path))
+    try:
+        assert job.wait(left_s=30) == 2
+        said = job.err.read_text()
+        assert "waited 2 s for room for 2 times 1 CPUs of a node (tools): the cluster has 0 GPUs and 1 CPUs" in said
+        assert "still there" in said
+    finally:
+        job.end()
+
+
+@pytest.mark.slow
+def test_a_worker_whose_node_dies_is_started_again_on_another_once_there_is_one(tmp_path: Path) -> None:
+    job = Job([sys.executable, HERE / "ray_nodes.py", tmp_path / "run"], tmp_path / "job", HOME=str(tmp_path))
+    try:
+        assert job.wait(left_s=30) == 0, job.err.read_text()
+        assert "waiting for room for" in job.err.read_text()
+    finally:
+        job.end()
+
+
+def test_ray_is_imported_by_nothing_that_does_not_ask_for_it(demo: Path, tmp_path: Path) -> None:
+    script = "import sys; sys.modules['ray'] = None; from metis_fast import cli; sys.exit(cli.main(sys.argv[1:]))"
+    line = [sys.executable, "-c", script, "train", demo / "config.yaml", f"run.dir={tmp_path / 'run'}", "train.steps=1"]
+    options = ["data.heldout=[]", "eval.every=0", "log.progress=false", "workers.tools=1"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+
+    done = subprocess.run(
+        [*map(str, line), *options], capture_output=True, text=True, timeout=120, env=environment, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert _steps(tmp_path) == [0]
