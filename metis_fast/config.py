@@ -107,10 +107,12 @@ class RolloutConfig(_Section):
     max_staleness: Positive = 2
     """`async`: a step trains on no prompt that was begun more than so many updates ago."""
     over_provision: Fraction = 0.0
-    """Prompts begun beyond those that a step needs, as a share; the step takes those that finish first."""
+    """Prompts begun beyond those that a step needs, as a share; the step takes those that finish first. `async` begins the
+    prompts of coming steps in any case; there it adds to them with `slow: drop` only."""
     slow: Literal["carry", "drop"] = "carry"
-    """What happens to the prompts that a step left over: they go on and count for the next one, or they are dropped, counted,
-    and begun again later."""
+    """What happens to prompts that a step left over. `carry`: they go on, count for the next one, and are waited for when they
+    would become too old (`sync`: one update, `one_step_off`: two). `drop`: what would be too old for the next step is dropped,
+    counted, and begun again before new prompts."""
     prompts_per_step: Positive = 128
     """P, prompts in a step."""
     rollouts_per_prompt: Positive = 16
@@ -136,7 +138,8 @@ class RolloutConfig(_Section):
     retries: NonNegative = 2
     """How often an infrastructure failure is retried before the rollout loses its verdict."""
     deterministic: bool = True
-    """Native engine: admit requests in waves of fixed order, so that a run repeats bit for bit. False admits at any time."""
+    """Native engine in `sync` mode: admit requests in waves of fixed order, so that a run repeats bit for bit. False, and the
+    other modes, admit at any time."""
 
 
 class PythonToolConfig(_Section):
