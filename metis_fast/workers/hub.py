@@ -81,8 +81,10 @@ class Worker:
         """Ready for calls now."""
         return self._ready.is_set() and self.broken is None
 
-    async def call(self, method: str, *arguments: object, deadline_s: float | None = None, preparing: bool = False) -> Any:
-        """Run a method of the service. Waits for a worker that is being started.
+    async def call(
+        self, method: str, *arguments: object, deadline_s: float | None = None, preparing: bool = False, wait: bool = True
+    ) -> Any:
+        """Run a method of the service. Waits for a worker that is being started, unless told not to.
 
         deadline_s: a worker that takes longer counts as hung. preparing: for the `prepare` hook alone.
 
@@ -90,7 +92,7 @@ class Worker:
             WorkerError: the worker was lost, or raised what is no error of a kind that both ends know.
             MetisError, InfrastructureError: what the method raised.
         """
-        return await self._hub.run(self._call(method, arguments, deadline_s, preparing))
+        return await self._hub.run(self._call(method, arguments, deadline_s, preparing, wait))
 
     async def lose(self, why: str) -> None:
         """Give the process up: it is killed and started again."""
@@ -106,10 +108,13 @@ class Worker:
         if self._lost is not None and not self._lost.done():
             self._lost.set_exception(_Lost(why))
 
-    async def _call(self, method: str, arguments: tuple[object, ...], deadline_s: float | None, preparing: bool) -> Any:
-        if not preparing:
-            while not self._ready.is_set() and self.broken is None:
-                await asyncio.wait([asyncio.ensure_future(self._ready.wait())], timeout=0.5)
+    async def _call(
+        self, method: str, arguments: tuple[object, ...], deadline_s: float | None, preparing: bool, wait: bool
+    ) -> Any:
+        while not preparing and not self._ready.is_set() and self.broken is None:
+            if not wait:
+                raise WorkerError(f"worker {self.name} is being started again")
+            await self._ready.wait()
         if self.broken is not None:
             raise WorkerError(f"worker {self.name} is gone: {self.broken}")
         number, future = self._new_call()
@@ -154,11 +159,18 @@ class Worker:
                 return
             except asyncio.CancelledError:
                 await self._leave()
-                self._fail(WorkerError(f"worker {self.name}: the run ends"))
+                self._break(WorkerError("the run ends"))
                 raise
             finally:
                 if self._process is not None:
                     await asyncio.to_thread(self._process.kill)
+
+    def ended(self, task: asyncio.Task[None]) -> None:
+        """What `keep` ended with. A defect of ours must not leave anybody waiting."""
+        error = None if task.cancelled() else task.exception()
+        if isinstance(error, Exception):
+            _LOG.error("worker %s: this is a defect of metis-fast", self.name, exc_info=error)
+            self._break(WorkerError(f"{type(error).__name__}: {error}"))
 
     def _where(self) -> str:
         return f"log: {self._process.describe()}" if self._process is not None else "it never started"
@@ -381,7 +393,9 @@ class Hub:
                 self, name, role, Welcome(service, arguments), cpus, gpus, max_restarts, prepare, dict(environment or {})
             )
             self._workers[name] = worker
-            self._tasks.append(self._loop.create_task(worker.keep()))
+            task = self._loop.create_task(worker.keep())
+            task.add_done_callback(worker.ended)
+            self._tasks.append(task)
             return worker
 
         return self._now(make())

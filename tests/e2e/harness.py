@@ -16,7 +16,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
 from multiprocessing.context import ForkServerProcess
@@ -34,8 +34,8 @@ from metis_fast.rollout.store import read_rollouts
 HERE = Path(__file__).parent
 SMALL = HERE / "small.yaml"
 PROGRAM = Path(sys.executable).with_name("metis-fast")
-_CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["metis_fast.demo", "metis_fast.report.html", "metis_fast.score.llm", "metis_fast.cli"])
+FORK = multiprocessing.get_context("forkserver")
+FORK.set_forkserver_preload(["metis_fast.demo", "metis_fast.report.html", "metis_fast.score.llm", "metis_fast.cli"])
 _POLL_S = 0.0002
 _LIMIT_S = 240.0  # of a command, on a machine that does other things too
 
@@ -111,7 +111,7 @@ def _strike(moment: Moment, thread: int, mark: Path) -> None:
         time.sleep(_POLL_S)
 
 
-def _main(arguments: list[str], folder: str, moment: Moment | None) -> None:
+def _main(arguments: list[str], folder: str, moment: Moment | None, before: Callable[[], None] | None) -> None:
     from metis_fast import cli
 
     os.setsid()  # a group of its own, as a shell gives to a command
@@ -123,6 +123,8 @@ def _main(arguments: list[str], folder: str, moment: Moment | None) -> None:
     if moment is not None:
         watcher = (moment, threading.get_ident(), Path(folder, "mark"))
         threading.Thread(target=_strike, args=watcher, daemon=True).start()
+    if before is not None:
+        before()
     sys.exit(cli.main(arguments))
 
 
@@ -137,12 +139,20 @@ def _zombie(process: psutil.Process) -> bool:
 class Command:
     """A command that runs; `wait` for its end."""
 
-    def __init__(self, arguments: Sequence[object], folder: Path, moment: Moment | None = None) -> None:
-        """folder: for its output and its temporary files; made here."""
+    def __init__(
+        self,
+        arguments: Sequence[object],
+        folder: Path,
+        moment: Moment | None = None,
+        before: Callable[[], None] | None = None,
+    ) -> None:
+        """folder: for its output and its temporary files; made here. before: called in it first."""
         (folder / "tmp").mkdir(parents=True, exist_ok=True)
         (folder / "mark").unlink(missing_ok=True)
         self.folder = folder
-        self._process: ForkServerProcess = _CONTEXT.Process(target=_main, args=(list(map(str, arguments)), str(folder), moment))
+        self._process: ForkServerProcess = FORK.Process(
+            target=_main, args=(list(map(str, arguments)), str(folder), moment, before)
+        )
         self._process.start()
         assert self._process.pid is not None
         self.pid = self._process.pid

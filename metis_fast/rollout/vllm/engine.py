@@ -220,9 +220,12 @@ class VllmEngine:
         """What is wrong with an answer, or ""."""
         if not isinstance(reply, GenerateReply):
             return f"a {type(reply).__name__}"
-        num, vocab = len(reply.tokens), self._policy.vocab_size
         if reply.finish not in (STOPPED, LENGTH):
             return f"it ended with {reply.finish!r}"
+        kinds = [(getattr(one, "dtype", None), getattr(one, "ndim", 0)) for one in (reply.tokens, reply.logp, reply.version)]
+        if kinds != [(np.int32, 1), (np.float32, 1), (np.int32, 1)]:
+            return f"arrays of {', '.join(str(dtype) for dtype, _ in kinds)}"
+        num, vocab = len(reply.tokens), self._policy.vocab_size
         if not 0 < num <= sampling.max_tokens or reply.logp.shape != (num,) or reply.version.shape != (num,):
             return (
                 f"{num} tokens, {len(reply.logp)} log-probs and {len(reply.version)} versions; 1 to {sampling.max_tokens} asked"
@@ -231,6 +234,9 @@ class VllmEngine:
             return f"a token outside the vocabulary of {vocab}"
         if np.isin(reply.tokens, self._banned).any():
             return "it sampled an image placeholder"
+        newest = 0 if self._staging is None or self._staging.current is None else self._staging.current.version
+        if (reply.version < 0).any() or (reply.version > newest).any():
+            return f"a token of weight version {int(reply.version.max())}, the newest is {newest}"
         if not np.isfinite(reply.logp).all() or (reply.logp > 1e-3).any():
             return "a log-prob that is none"
         if (reply.finish == STOPPED) != (int(reply.tokens[-1]) in sampling.stop_ids):
@@ -296,6 +302,9 @@ class VllmEngine:
             except InfrastructureError as error:
                 _LOG.warning("weights for %s: %s", replica.worker.name, error)
                 return None  # it is being started again, and gets them then
+            except EngineError as error:  # it is of no version any more
+                await replica.worker.lose(str(error))
+                return None
             assert self._staging is not None and self._staging.current is not None
             replica.version = self._staging.current.version
             return sent, pause, attempt
@@ -310,7 +319,8 @@ class VllmEngine:
         manifest = staging.current.to_dict()
 
         async def call(method: str, *arguments: object) -> Any:
-            return await worker.call(method, *arguments, deadline_s=_LOAD_S, preparing=preparing)
+            # one that was lost meanwhile gets them when it is up again, and that waits until this has ended
+            return await worker.call(method, *arguments, deadline_s=_LOAD_S, preparing=preparing, wait=False)
 
         if worker.hello.host == socket.gethostname() and not self._copy_always:
             return 0, await call("load_staged", manifest)
@@ -335,7 +345,14 @@ class VllmEngine:
         replica.sent.clear()
         async with self._sender():
             if self._staging is not None and self._staging.current is not None:
-                await self._send(worker, preparing=True)
+                for attempt in range(self._config.sync.retries + 1):
+                    try:
+                        await self._send(worker, preparing=True)
+                        break
+                    except SyncError as error:
+                        _LOG.warning("weights for %s, try %d: %s", worker.name, attempt + 1, error)
+                        if attempt == self._config.sync.retries:
+                            raise
                 replica.version = self._staging.current.version
 
     async def sleep(self) -> None:
@@ -376,7 +393,7 @@ def _settings(config: Config, policy: Policy) -> EngineSettings:
         cpu_cache_gb=vllm.cpu_cache_gb,
         cpu_threads=vllm.cpu_threads,
         sleep=vllm.sleep,
-        stall_s=min(vllm.request_s, 300.0),
+        stall_s=min(vllm.request_s, vllm.stall_s),
         transport=config.sync.transport,
         speculative=vllm.speculative,
         arguments=vllm.arguments,

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 _LOG = logging.getLogger(__name__)
 _IMAGE_CACHE_BYTES = 2 << 30
 _STEP_FAILED, _STALLED = 70, 75  # exit codes
+_STALL_SLACK_S = 5.0  # twice that is longer than a machine under load lets a thread wait
 
 T = TypeVar("T")
 
@@ -85,7 +86,7 @@ class VllmService:
 
     def _work(self, ready: queue.SimpleQueue[BaseException | None]) -> None:
         try:
-            self._engine = _open(self._settings)
+            self._engine = self._open_engine()
         except Exception as error:  # handed on, whatever it is
             traceback.print_exc()
             ready.put(_explained(error, self._settings))
@@ -109,12 +110,18 @@ class VllmService:
                 command()
                 idle = not self._running
             self._stepping_since = began = time.perf_counter()
-            outputs = self._engine.step()
+            outputs = self._step()
             self._stepping_since = None
             self._busy_s += time.perf_counter() - began
             self._steps += 1
             for output in outputs:
-                self._take(output)  # pyright: ignore[reportArgumentType]
+                self._take(output)
+
+    def _open_engine(self) -> LLMEngine:
+        return _open(self._settings)
+
+    def _step(self) -> list[Any]:
+        return self._engine.step()
 
     def _shut_down(self) -> None:
         self._engine.engine_core.shutdown()
@@ -122,6 +129,8 @@ class VllmService:
     def _watch(self) -> None:
         """Ends the process when a step hangs: the thread that hangs cannot."""
         while True:
+            # one that keeps Python's lock stops this thread, too, and then nobody puts this off any more
+            faulthandler.dump_traceback_later(self._settings.stall_s + _STALL_SLACK_S, exit=True)
             time.sleep(1.0)
             since = self._stepping_since
             if since is not None and time.perf_counter() - since > self._settings.stall_s:

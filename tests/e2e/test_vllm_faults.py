@@ -1,0 +1,401 @@
+"""Engines that die, hang, answer garbage or get damaged weights: every rollout is whole, or the run says why it stops.
+
+| fault | what happens | where it is tested |
+| --- | --- | --- |
+| 1 engine killed amid messages | started again; others take its rollouts from their last whole message | here |
+| 2 engine stopped (SIGSTOP) | silent for `workers.silence_s`: killed, then as 1 | here |
+| 3 a step raises | the engine ends itself, then as 1 | here |
+| 4 the engine's process ends | as 1 | here |
+| 5 a step hangs | the engine ends itself after `rollout.vllm.stall_s`, then as 1 | here |
+| 6 a step hangs and keeps Python's lock | as 2; without a run, as 5 | here |
+| 7 a request raises | asked again elsewhere | here |
+| 8 garbage answers, of twelve kinds | not believed; the engine is started again, then as 1 | here |
+| 9 a slow replica | gets fewer rollouts; one over `rollout.vllm.request_s` counts as hung | here |
+| 10 images forgotten | sent again | here |
+| 11 bucket cut short, with another bit, or with another checksum | sent again; the old version goes on serving | here |
+| 12 staged version damaged | refused; the old version goes on serving; tried again, then the engine is started again | here |
+| 13 engine dies, or hangs, while it loads weights | the others have them; it gets them when it is up again | here |
+| 14 engine dies between requests | as 1 | here |
+| 15 engine cannot be started any more | the run stops with a checkpoint, exit code 2; goes on when started again | here |
+| 16 the run is killed | its engines end; the same command goes on | here |
+| 17 Ctrl-C | checkpoint, exit code 130, no process is left | here |
+| 18 judge dead | no verdict, no reward; the run stops if none is left | unit/test_remote_judge.py |
+| 19 tool worker killed, stopped, out of memory | its episodes start again; no call, no reward | unit/test_remote_tools.py |
+| 20 disk full at a checkpoint | the run stops; the last checkpoint is whole | test_run_disk_full.py |
+| 21 Megatron rank killed or stopped | the run stops within its deadline; the last checkpoint is whole | test_megatron_run.py |
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import time
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TypeVar
+
+import pytest
+from scripted import ForkLauncher, ScriptedEngines
+from torch import Tensor
+
+from metis_fast.config import Config
+from metis_fast.errors import EngineError
+from metis_fast.model import Policy
+from metis_fast.rollout.chat import Chat
+from metis_fast.rollout.episode import collect
+from metis_fast.rollout.vllm import engine as engine_module
+from metis_fast.score.judge import open_judge
+from metis_fast.score.scoring import score_groups
+from metis_fast.testing.fakes import FakeToolbox
+from metis_fast.testing.faults import EngineState, Fault, Faults, Script, flip_staged
+from metis_fast.types import Group, Observation, Outcome, Prompt
+from metis_fast.workers.hub import Hub
+
+T = TypeVar("T")
+
+_LIMIT_S = 60.0
+_CALL = 'Let me look that up. <tool_call>{"name": "python", "arguments": {"code": "print(%d)"}}</tool_call>'
+_ANSWER = "The tool says so. <answer>Paris</answer><|im_end|>"
+_GARBAGE = [
+    Fault.NAN,
+    Fault.POSITIVE,
+    Fault.OUTSIDE,
+    Fault.PLACEHOLDER,
+    Fault.TOO_MANY,
+    Fault.NOTHING,
+    Fault.SHORT,
+    Fault.NO_ARRAY,
+    Fault.NO_REPLY,
+    Fault.WRONG_END,
+    Fault.ABORTED,
+    Fault.FUTURE,
+]
+
+
+class Engines:
+    """Scripted engines with faults, opened as a run opens them. copy: mode of sending weights, "" for shared memory."""
+
+    def __init__(self, folder: Path, policy: Policy, chat: Chat, stack: ExitStack, copy: str, **vllm: float) -> None:
+        self.faults = Faults(folder / "faults")
+        turns = [[policy.tokenizer.encode(_CALL % n) for n in range(2)], [policy.tokenizer.encode(_ANSWER)]]
+        Script(turns, turn_start=policy.tokenizer.convert_tokens_to_ids("<|im_start|>")).write(folder / "faults")  # pyright: ignore[reportArgumentType]
+        settings = {"replicas": 2, "request_s": 30.0, "stall_s": 1.0, "arguments": {"faults": str(folder / "faults")}}
+        self.config = Config.model_validate(
+            {
+                "model": {"path": policy.folder, "dtype": "float32"},
+                "rollout": {
+                    "engine": "vllm",
+                    "vllm": settings | vllm,
+                    "max_response_tokens": 512,
+                    "max_concurrent": 6,
+                    "deterministic": False,
+                },
+                "sync": {"mode": copy or "full"},
+                "workers": {"silence_s": 2.0, "start_s": 30.0},
+            }
+        )
+        self.policy, self.chat = policy, chat
+        self.toolbox = FakeToolbox([Observation("it is Paris")])
+        self.hub = stack.enter_context(Hub(self.config.workers, ForkLauncher(folder / "logs")))
+        self.engine = ScriptedEngines(self.config, policy, self.hub, copy_always=bool(copy))
+        stack.callback(self.engine.close)
+        self.engine.wait(lambda: None)
+
+    def weights(self, version: int) -> Iterator[tuple[str, Tensor]]:
+        """Other ones for every version."""
+        for name, parameter in self.policy.model.named_parameters():
+            yield name, parameter.detach() + version
+
+    async def update(self, version: int) -> int:
+        """Push weights; returns how often one had to be sent again."""
+        report = await self.engine.update(self.weights(version), version)
+        assert report.version == version
+        return report.retries
+
+    async def collect(self, prompts: Sequence[Prompt], repeats: int = 4) -> list[Group]:
+        """Play the real episodes."""
+        return await collect(prompts, repeats, self.chat, self.engine, self.toolbox, self.config.rollout, 0, "train/0")
+
+    async def states(self) -> list[EngineState]:
+        """Of the replicas, once they are all up."""
+        return [await worker.call("state") for worker in self.engine.workers()]
+
+    def check(self, groups: Sequence[Group], prompts: Sequence[Prompt], versions: set[int], repeats: int = 4) -> None:
+        """Every prompt has all its rollouts, each whole, with its tool called once and a reward that it has earned."""
+        assert [group.prompt.uid for group in groups] == [prompt.uid for prompt in prompts]
+        assert len(self.toolbox.calls) == repeats * len(prompts) and self.toolbox.num_open == 0
+        judge = open_judge(self.config.score, {"rule"})
+        scored = asyncio.run(score_groups(groups, judge, self.config))
+        for group in scored:
+            assert [rollout.index for rollout in group.rollouts] == list(range(repeats))
+            for rollout, score in zip(group.rollouts, group.scores, strict=True):
+                assert rollout.outcome is Outcome.ANSWERED, rollout.error
+                assert rollout.turns[0].text in (_CALL % 0, _CALL % 1)
+                assert [turn.text for turn in rollout.turns][1:] == [_ANSWER.removesuffix("<|im_end|>")]
+                assert set(rollout.weight_version[rollout.sampled].tolist()) <= versions
+                assert (rollout.logp[rollout.sampled] == -1).all()
+                assert score.verdict is not None and score.verdict.correct and score.r_tool == 0.5
+
+    async def checked_replicas(self, version: int, restarts: int) -> None:
+        """All are up, with the weights that were staged last."""
+        states = await self.states()
+        assert self.engine.restarts == restarts
+        assert {state.version for state in states} == {version}
+        assert len({state.digest for state in states}) == 1
+
+
+Open = Callable[..., Engines]
+
+
+@pytest.fixture
+def engines(tmp_path: Path, policy: Policy, chat: Chat) -> Iterator[Open]:
+    with ExitStack() as stack:
+        yield lambda copy="", **vllm: Engines(tmp_path, policy, chat, stack, copy, **vllm)
+
+
+@pytest.fixture
+def prompts(make_prompt: Callable[..., Prompt]) -> list[Prompt]:
+    return [make_prompt(uid=f"p{i}") for i in range(3)]
+
+
+def run(awaitable: Awaitable[T]) -> T:
+    """Nothing waits for ever."""
+
+    async def limited() -> T:
+        return await asyncio.wait_for(awaitable, _LIMIT_S)
+
+    return asyncio.run(limited())
+
+
+_IN_A_STEP = [Fault.KILL, Fault.STOP, Fault.RAISE, Fault.EXIT, Fault.HANG, Fault.BLOCK]
+
+
+@pytest.mark.parametrize("fault", [*_IN_A_STEP, Fault.REFUSE, *_GARBAGE])
+def test_rollouts_of_an_engine_that_fails_go_on_elsewhere_from_their_last_whole_message(
+    engines: Open, prompts: list[Prompt], fault: Fault, caplog: pytest.LogCaptureFixture
+) -> None:
+    those = engines()
+
+    async def arm() -> None:  # most rollouts are at their second message then, and their tools must not be called again
+        while len(those.toolbox.calls) < 5:
+            await asyncio.sleep(0.002)
+        those.faults.arm(fault)
+
+    async def go() -> list[Group]:
+        await those.update(1)
+        groups, _ = await asyncio.gather(those.collect(prompts), arm())
+        assert not those.faults.armed()
+        await those.checked_replicas(1, restarts=fault is not Fault.REFUSE)
+        return groups
+
+    those.check(run(go()), prompts, {1})
+    assert fault not in _IN_A_STEP or "message 2, try 1: worker engine-" in caplog.text
+
+
+def test_an_only_engine_that_fails_again_and_again_is_waited_for(engines: Open, prompts: list[Prompt]) -> None:
+    those = engines(replicas=1)
+
+    async def go() -> list[Group]:
+        await those.update(1)
+        for fault in (Fault.KILL, Fault.NAN, Fault.NO_START):
+            those.faults.arm(fault)
+        groups = await those.collect(prompts)
+        assert not those.faults.armed()
+        await those.checked_replicas(1, restarts=3)
+        return groups
+
+    those.check(run(go()), prompts, {1})
+
+
+def test_a_slow_replica_gets_fewer_rollouts(engines: Open, make_prompt: Callable[..., Prompt]) -> None:
+    those, many = engines(), [make_prompt(uid=f"p{i}") for i in range(12)]
+
+    async def go() -> list[Group]:
+        await those.update(1)
+        those.faults.arm(Fault.SLOW)
+        groups = await those.collect(many, repeats=2)
+        asked = sorted([state.asked for state in await those.states()])
+        assert sum(asked) == 12 * 2 * 2 and asked[0] < asked[1] / 2, asked
+        assert those.engine.restarts == 0
+        return groups
+
+    those.check(run(go()), many, {1}, repeats=2)
+
+
+def test_a_replica_that_misses_the_deadline_is_started_again(engines: Open, prompts: list[Prompt]) -> None:
+    those = engines(request_s=1.5)
+
+    async def go() -> list[Group]:
+        await those.update(1)
+        those.faults.arm(Fault.SLOW)  # a message takes 2 s and more then
+        groups = await those.collect(prompts)
+        await those.checked_replicas(1, restarts=1)
+        return groups
+
+    those.check(run(go()), prompts, {1})
+
+
+def test_images_that_an_engine_has_forgotten_are_sent_again(
+    engines: Open, make_prompt: Callable[..., Prompt], picture: Callable
+) -> None:
+    those = engines()
+    prompts = [make_prompt("Which city? <image>", images=[picture(i)], uid=f"p{i}") for i in range(3)]
+
+    async def go() -> list[Group]:
+        await those.update(1)
+        await those.collect(prompts)
+        those.toolbox.calls.clear()
+        those.faults.arm(Fault.FORGET, times=4)
+        groups = await those.collect(prompts)
+        assert not those.faults.armed()
+        await those.checked_replicas(1, restarts=0)
+        return groups
+
+    those.check(run(go()), prompts, {1})
+
+
+@pytest.mark.parametrize("mode", ["full", "delta"])
+@pytest.mark.parametrize("fault", [Fault.TRUNCATE, Fault.FLIP, Fault.WRONG_CRC])
+def test_a_bucket_that_is_damaged_on_the_way_is_sent_again(
+    engines: Open, prompts: list[Prompt], fault: Fault, mode: str
+) -> None:
+    those = engines(copy=mode, replicas=1)
+
+    async def go() -> list[Group]:
+        await those.update(1)
+        those.faults.arm(fault)
+        assert await those.update(2) == 0  # that bucket alone
+        those.faults.arm(fault, times=2)
+        playing = asyncio.create_task(those.collect(prompts))
+        await asyncio.sleep(0.02)
+        assert await those.update(3) == 1
+        assert not those.faults.armed()
+        groups = await playing
+        await those.checked_replicas(3, restarts=0)
+        return groups
+
+    those.check(run(go()), prompts, {2, 3})
+
+
+def test_an_engine_that_gets_no_whole_bucket_is_started_again_and_has_them_then(engines: Open, prompts: list[Prompt]) -> None:
+    those = engines(copy="full", replicas=1)
+
+    async def go() -> list[Group]:
+        await those.update(1)
+        those.faults.arm(Fault.FLIP, times=2 * 3)
+        await those.update(2)
+        groups = await those.collect(prompts)
+        assert not those.faults.armed()
+        await those.checked_replicas(2, restarts=1)
+        return groups
+
+    those.check(run(go()), prompts, {2})
+
+
+def test_a_staged_version_that_is_damaged_is_refused_and_the_old_one_goes_on(engines: Open, prompts: list[Prompt]) -> None:
+    those = engines(replicas=1)
+
+    async def go() -> list[Group]:
+        await those.update(1)
+        before = (await those.states())[0].digest
+        manifest = those.engine._staging.write(those.weights(2), 2).to_dict()  # pyright: ignore[reportOptionalMemberAccess]
+        flip_staged(manifest)
+        (worker,) = those.engine.workers()
+        with pytest.raises(engine_module.SyncError, match="CRC-32"):
+            await worker.call("load_staged", manifest)
+        (state,) = await those.states()
+        assert (state.version, state.digest) == (1, before)
+        those.faults.arm(Fault.DAMAGE, times=2)  # there, and back again before the second try
+        assert await those.update(3) == 1
+        groups = await those.collect(prompts)
+        await those.checked_replicas(3, restarts=0)
+        return groups
+
+    those.check(run(go()), prompts, {3})
+
+
+def test_a_staged_version_that_stays_damaged_stops_the_run(engines: Open, prompts: list[Prompt]) -> None:
+    those = engines(replicas=1, restarts=1)
+
+    async def go() -> None:
+        await those.update(1)
+        those.faults.arm(Fault.DAMAGE)
+        await those.update(2)
+        with pytest.raises(EngineError, match=r"no engine is left: it could not be prepared: .*CRC-32"):
+            await those.collect(prompts)
+
+    run(go())
+
+
+@pytest.mark.parametrize("fault", [Fault.KILL_LOADING, Fault.HANG_LOADING])
+def test_an_engine_that_is_lost_while_it_loads_weights_has_them_when_it_is_up_again(
+    engines: Open, prompts: list[Prompt], fault: Fault, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine_module, "_LOAD_S", 2.0)
+    those = engines()
+
+    async def go() -> list[Group]:
+        await those.update(1)
+        those.faults.arm(fault)
+        assert await those.update(2) == 0
+        groups = await those.collect(prompts)
+        assert not those.faults.armed()
+        await those.checked_replicas(2, restarts=1)
+        return groups
+
+    those.check(run(go()), prompts, {2})
+
+
+def test_an_engine_that_dies_between_two_buckets_does_not_hold_up_the_others(engines: Open, prompts: list[Prompt]) -> None:
+    those = engines(copy="full")
+    one = those.engine.workers()[0]
+
+    async def go() -> list[Group]:
+        await those.update(1)
+        payloads = those.engine._staging.payloads  # pyright: ignore[reportOptionalMemberAccess]
+
+        def dying(base: int | None) -> Iterator[object]:
+            if one.alive and not one.restarts:
+                os.kill(one.hello.pid, signal.SIGKILL)  # pyright: ignore[reportOptionalMemberAccess]
+            while one.alive and not one.restarts:
+                time.sleep(0.01)
+            yield from payloads(base)
+
+        those.engine._staging.payloads = dying  # pyright: ignore
+        assert await those.update(2) == 0
+        groups = await those.collect(prompts)
+        await those.checked_replicas(2, restarts=1)
+        return groups
+
+    those.check(run(go()), prompts, {2})
+
+
+def test_an_engine_that_dies_between_requests_is_noticed_before_the_next(engines: Open, prompts: list[Prompt]) -> None:
+    those = engines()
+
+    async def go() -> list[Group]:
+        await those.update(1)
+        os.kill((await those.states())[0].pid, signal.SIGKILL)
+        groups = await those.collect(prompts)
+        await those.checked_replicas(1, restarts=1)
+        return groups
+
+    those.check(run(go()), prompts, {1})
+
+
+def test_engines_that_cannot_be_started_any_more_stop_the_run(engines: Open, prompts: list[Prompt]) -> None:
+    those = engines(restarts=2)
+
+    async def go() -> None:
+        await those.update(1)
+        those.faults.arm(Fault.NO_START, times=100)
+        those.faults.arm(Fault.KILL, times=2)
+        with pytest.raises(EngineError, match=r"no engine is left: its process ended with 3 .* started 3 times \(log: "):
+            await those.collect(prompts)
+        with pytest.raises(EngineError, match="no engine took weight version 2"):
+            await those.update(2)
+
+    run(go())
+    assert those.toolbox.num_open == 0
