@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import Moment, moments, run, succeed
+from harness import Moment, error_line, moments, run, succeed
 
 from metis_fast.checkpoint.resume import CheckpointStore
 from metis_fast.data.cursor import PromptCursor
@@ -128,3 +128,13 @@ def test_ctrl_c_while_rollouts_run_ahead_ends_the_run_at_once_and_loses_no_step(
     assert CheckpointStore(folder / "checkpoints", 1).steps()[-1:] == ((done,) if done else ())
     succeed(command, tmp_path / "second")
     _check_whole(folder, demo)
+
+
+def test_an_update_that_fails_beside_rollouts_ends_the_run_in_one_line_and_leaves_nothing_running(
+    demo: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    command = ["train", demo / "config.yaml", f"run.dir={folder}", *_ASYNC, "train.optim.lr=1e30", "train.optim.warmup_steps=0"]
+    ended = run(command, tmp_path / "first")
+    assert "the step was not applied; its rollouts are in" in error_line(ended)
+    assert not ended.orphans and not ended.scratch, ended
