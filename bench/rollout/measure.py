@@ -50,7 +50,7 @@ from .jobs import Handed, Played, Stage, ours, ours_over, ours_sync, raw, refere
 from .plan import CONTEXT, SHAPES, Plan, Shape, build_model
 from .scripted import Clock, ClockedNative, ClockedRequests, ScriptedEngine
 from .server import CompletionsServer
-from .weights import SyncRow, measure_sync
+from .weights import SyncRow, measure_engine, measure_sync
 
 OURS, SYNC, OVER, REFERENCE, GATHER, RAW = "ours", "ours, one batch", "ours, over-provisioned", "reference", "gather", "raw"
 VARIANTS = {OURS: ours, SYNC: ours_sync, OVER: ours_over, REFERENCE: reference, RAW: raw}
@@ -383,6 +383,8 @@ async def measure(
             jobs += [await play(OURS, num, concurrency) for concurrency, num in others]
         progress("weight synchronisation")
         sync = await asyncio.to_thread(measure_sync, policy, sizes.sync_mb, runs)
+        if engine == "vllm":
+            sync.append(await asyncio.to_thread(measure_engine, opened, policy, runs))
     typical = sorted(rounds[RAW], key=lambda job: job.wall_s)[runs // 2]
     rows = [to_row(job, overheads.get(job.variant) if job.concurrency == sizes.concurrency else None) for job in jobs]
     return Result([*rows, to_row(typical, overheads[RAW])], sync)

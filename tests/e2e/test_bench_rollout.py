@@ -6,16 +6,22 @@ import json
 import os
 import subprocess
 from pathlib import Path
+from typing import Any
 
+import pytest
 from harness import PROGRAM
 
 ROOT = Path(__file__).parents[2]
 ROW = {"variant", "concurrency", "busy_share", "trajectories_per_s", "p99_s", "overhead"}
 
 
-def test_rows_of_all_variants_and_of_all_ways_to_synchronise_weights():
+VARIANTS = ["ours", "ours, one batch", "ours, over-provisioned", "reference", "gather", "raw"]
+
+
+def _bench(*words: str) -> tuple[dict[str, Any], str]:
+    """(the JSON object, stderr) of a tiny run."""
     done = subprocess.run(
-        [str(PROGRAM), "bench", "rollout", "--shape", "tiny", "--json"],
+        [str(PROGRAM), "bench", "rollout", "--shape", "tiny", "--json", *words],
         capture_output=True,
         text=True,
         cwd=ROOT,
@@ -23,10 +29,14 @@ def test_rows_of_all_variants_and_of_all_ways_to_synchronise_weights():
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert not done.stderr  # no warning of a failure that is part of the plan
-    found = json.loads(done.stdout)
+    return json.loads(done.stdout), done.stderr
+
+
+def test_rows_of_all_variants_and_of_all_ways_to_synchronise_weights():
+    found, err = _bench()
+    assert not err  # no warning of a failure that is part of the plan
     rows = {row["variant"]: row for row in found["rows"]}
-    assert list(rows) == ["ours", "ours, one batch", "ours, over-provisioned", "reference", "gather", "raw"]
+    assert list(rows) == VARIANTS
     for row in rows.values():
         assert row.keys() >= ROW and 0 < row["busy_share"] <= 1 and row["p99_s"] > 0 and row["concurrency"] == 4
     assert rows["ours"]["trajectories"] == 12 and rows["gather"]["trajectories"] == 4
@@ -39,3 +49,13 @@ def test_rows_of_all_variants_and_of_all_ways_to_synchronise_weights():
     assert list(sync) == ["shared", "copied", "staged", "full", "delta"]
     assert sync["shared"]["num_bytes"] == 0 < sync["delta"]["num_bytes"] < sync["full"]["num_bytes"] / 2
     assert all(row["seconds"]["least"] <= row["seconds"]["median"] <= row["seconds"]["most"] for row in sync.values())
+
+
+@pytest.mark.slow  # vLLM takes half a minute to load
+def test_a_vllm_engine_plays_the_same_plan():
+    found, _ = _bench("--engine", "vllm")
+    rows = {row["variant"]: row for row in found["rows"]}
+    assert found["engine"] == "vllm" and list(rows) == VARIANTS
+    assert rows["ours"]["busy_share"] > 0.9 and rows["ours"]["overhead_cpu"] is None and rows["ours"]["overhead"] < 0.1
+    engine = found["sync"][-1]
+    assert engine["mode"] == "vllm" and engine["num_bytes"] >= engine["size"] > 0 and engine["seconds"]["least"] > 0
