@@ -128,6 +128,16 @@ def test_without_shuffling_rows_come_in_the_order_of_the_files(folder: Path):
     assert [prompt.uid for prompt in cursor.next(6)] == ["a:0", "a:1", "a:3", "a:4", "b:1", "b:2"]
 
 
+def test_a_drawn_prompt_is_found_again_by_its_row_and_reading_it_moves_nothing(folder: Path):
+    files = PromptFiles([folder])
+    cursor, plain = (PromptCursor(files, 5, on_bad_row="skip") for _ in range(2))
+    drawn = cursor.draw(15)  # over the end of the epoch
+    assert [prompt for _, prompt in drawn] == plain.next(15)
+    place = cursor.state()
+    assert [cursor.read(row) for row, _ in drawn] == [prompt for _, prompt in drawn]
+    assert cursor.state() == place == plain.state()
+
+
 def test_skipped_rows_are_counted_each_time_and_logged_once(folder: Path, caplog: pytest.LogCaptureFixture):
     cursor = PromptCursor(PromptFiles([folder]), seed=0, on_bad_row="skip")
     with caplog.at_level(logging.WARNING):
