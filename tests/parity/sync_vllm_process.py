@@ -1,0 +1,284 @@
+"""The process of `test_sync_vllm.py`: a real vLLM engine and a torch trainer; what they say is written as JSON.
+
+Usage: python sync_vllm_process.py FOLDER OUT
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from dataclasses import replace
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+os.environ |= {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "HF_HUB_OFFLINE": "1",
+}
+sys.path.append(str(Path(__file__).parents[1]))
+
+import numpy as np
+import torch
+from PIL import Image
+from tiny_shape import SHAPE, TEXTS
+
+import metis_fast.compat  # noqa: F401
+from metis_fast.config import Config, ModelConfig
+from metis_fast.errors import SyncError
+from metis_fast.model import load_policy
+from metis_fast.rollout.chat import Chat
+from metis_fast.rollout.vllm.plugin import TRANSFER, register
+from metis_fast.sync.local_copy import LocalCopy
+from metis_fast.sync.segment import FOLDER, HEADER
+from metis_fast.sync.staging import Staging
+from metis_fast.testing.tiny import build_tiny
+from metis_fast.train.megatron.names import hf_shapes
+from metis_fast.train.torch_backend import TorchTrainer
+from metis_fast.types import Ability, ImageBlob, Message, Outcome, Prompt, Rollout
+
+SHAPE = replace(
+    SHAPE,
+    text_config=SHAPE.text_config
+    | {
+        "head_dim": 32,  # the smallest that vLLM's attention takes
+        "rope_parameters": SHAPE.text_config["rope_parameters"] | {"mrope_section": [8, 4, 4]},
+    },
+)
+TOKENS = 6
+Logp = list[list[float]]
+
+
+def build(folder: Path) -> None:
+    """As `tiny_folder` of the tests: predictions depend on what is read."""
+    build_tiny(folder, SHAPE, TEXTS * 5, seed=0)
+    policy = load_policy(ModelConfig(path=folder, dtype="float32"))
+    with torch.no_grad():
+        for name, weight in policy.decoder.named_parameters():
+            if weight.ndim == 2:
+                weight.mul_(20.0 if "embed" in name else 8.0)
+    policy.model.save_pretrained(folder)
+
+
+def picture(seed: int, width: int, height: int) -> ImageBlob:
+    data = BytesIO()
+    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)).save(data, "PNG")
+    return ImageBlob.of(data.getvalue())
+
+
+class Run:
+    """An engine and a trainer of the same model."""
+
+    def __init__(self, folder: Path, dtype: str) -> None:
+        from vllm import LLMEngine
+        from vllm.config import WeightTransferConfig
+        from vllm.engine.arg_utils import EngineArgs
+
+        register()
+        config = Config.model_validate({"model": {"path": folder, "dtype": dtype}})
+        self.policy = load_policy(config.model)
+        self.trainer = TorchTrainer(self.policy, config, config.train.optim, 10)
+        chat = Chat(self.policy.tokenizer, self.policy.images)
+        images = (picture(0, 32, 32), picture(1, 96, 32))
+        self.pieces = [
+            chat.encode_prompt(Prompt("p", "test", (Message("user", text),), seen, Ability.SEARCH, ("x",), "rule", text))
+            for text, seen in (("Which city lies in France?", ()), ("<image> or <image>?", images))
+        ]
+        self.engine = LLMEngine.from_engine_args(
+            EngineArgs(
+                model=str(folder),
+                dtype=dtype,  # pyright: ignore[reportArgumentType]
+                max_model_len=512,
+                max_num_seqs=4,
+                enforce_eager=True,
+                enable_prefix_caching=True,
+                weight_transfer_config=WeightTransferConfig(backend=TRANSFER),
+                limit_mm_per_prompt={"image": 2, "video": 0},
+                mm_processor_kwargs={"use_fast": False},
+            )
+        )
+        self.engine.collective_rpc("init_weight_transfer_engine", args=({},))
+        self._requests = 0
+        self.staging = Staging(hf_shapes(self.policy.model.config), getattr(torch, dtype), 1 << 14)
+
+    def sample(self) -> list[Rollout]:
+        """Greedy messages of both prompts, with the engine's log-probs."""
+        from vllm import SamplingParams
+
+        pad = self.policy.image_token_id
+        never = {token: -1e9 for token in self.policy.placeholder_ids}
+        params = SamplingParams(temperature=0, max_tokens=TOKENS, logprobs=0, ignore_eos=True, logit_bias=never)
+        for index, piece in enumerate(self.pieces):
+            # an image is one token for vLLM, which makes as many of it as the image takes
+            inside = {at for span in piece.spans for at in range(span.start + 1, span.stop)}
+            request: Any = {"prompt_token_ids": [t for i, t in enumerate(piece.tokens) if i not in inside]}
+            assert request["prompt_token_ids"].count(pad) == len(piece.spans)
+            if piece.images:
+                request["multi_modal_data"] = {"image": [Image.open(BytesIO(image.data)) for image in piece.images]}
+            self.engine.add_request(f"{self._requests}-{index}", request, params)
+        self._requests += 1
+        done = {}
+        while self.engine.has_unfinished_requests():
+            done |= {int(out.request_id.split("-")[1]): out for out in self.engine.step() if out.finished}
+        return [self._rollout(index, done[index].outputs[0]) for index in range(len(self.pieces))]
+
+    def _rollout(self, index: int, out) -> Rollout:
+        piece, new = self.pieces[index], list(out.token_ids)
+        logp = [row[token].logprob for token, row in zip(new, out.logprobs, strict=True)]
+        before = len(piece.tokens)
+        sampled = np.arange(before + TOKENS) >= before
+        return Rollout(
+            "p",
+            index,
+            np.array([*piece.tokens, *new], np.int32),
+            before,
+            sampled,
+            np.array([0.0] * before + logp, np.float32),
+            np.where(sampled, 0, -1).astype(np.int32),
+            tuple(piece.images),
+            tuple(piece.spans),
+            (),
+            Outcome.LENGTH,
+        )
+
+    def gap(self, rollouts: list[Rollout]) -> float:
+        """Between the engine's log-probs and those of the trainer now: the largest with float32, the mean with bfloat16."""
+        own = self.trainer.logprobs(rollouts)
+        gaps = np.concatenate([np.abs(mine - r.logp)[r.sampled] for mine, r in zip(own, rollouts, strict=True)])
+        return float(gaps.max() if self.policy.head.dtype == torch.float32 else gaps.mean())
+
+    def change(self, names: str, factor: float) -> None:
+        """Another trainer: parameters with `names` in their name are moved by noise of `factor` times their size."""
+        generator = torch.Generator().manual_seed(int(factor * 1e6))
+        with torch.no_grad():
+            for name, parameter in self.policy.model.named_parameters():
+                if names in name:
+                    noise = torch.randn(parameter.shape, generator=generator) * parameter.float().std(correction=0)
+                    parameter.add_((noise * factor).to(parameter.dtype))
+
+    def load(self, manifest: dict) -> str:
+        """The calls of an update; returns what was refused."""
+        self.engine.collective_rpc("start_weight_update")
+        try:
+            self.engine.collective_rpc("update_weights", args=(manifest,))
+        except SyncError as error:
+            return str(error)
+        self.engine.collective_rpc("finish_weight_update")
+        self.engine.reset_prefix_cache(reset_running_requests=True)
+        self.engine.reset_encoder_cache()
+        return ""
+
+    def close(self) -> None:
+        from vllm.distributed import cleanup_dist_env_and_memory
+
+        self.staging.close()
+        self.engine.engine_core.shutdown()
+        del self.engine
+        cleanup_dist_env_and_memory()
+
+
+def logp(rollouts: list[Rollout]) -> Logp:
+    return [rollout.logp[rollout.sampled].tolist() for rollout in rollouts]
+
+
+def everything(folder: Path) -> dict:
+    """float32: updates of some weights and of all, faults, delta."""
+    from metis_fast.rollout.vllm.transfer import StagedWeightTransfer
+
+    run = Run(folder, "float32")
+    start = run.sample()
+    found: dict = {"gaps": {"before": run.gap(start)}, "stale": {}, "said": {"before": logp(start)}}
+
+    def step(what: str, names: str, factor: float, version: int) -> None:
+        before = run.sample()
+        run.change(names, factor)
+        found["stale"][what] = run.gap(before)
+        assert run.load(run.staging.write(run.trainer.weights(), version).to_dict()) == ""
+        now = run.sample()
+        found["gaps"][what], found["said"][what] = run.gap(now), logp(now)
+
+    step("qkv", "q_proj", 0.3, 1)
+    step("vision", "visual", 0.3, 2)
+    step("all", "", 0.1, 3)
+
+    # what vLLM's own reloading makes of a tied head; `_refresh_tied_head` may go when this is no gap any more
+    refresh, StagedWeightTransfer._refresh_tied_head = StagedWeightTransfer._refresh_tied_head, lambda self: None
+    run.change("embed_tokens", 0.1)
+    assert run.load(run.staging.write(run.trainer.weights(), 4).to_dict()) == ""
+    found["tied head of vLLM"] = run.gap(run.sample())
+    StagedWeightTransfer._refresh_tied_head = refresh
+    assert run.staging.current is not None and run.load(run.staging.current.to_dict()) == ""  # the same version may come again
+    now = run.sample()
+    found["gaps"]["again"], found["said"]["again"] = run.gap(now), logp(now)
+
+    # a flipped byte: the old version goes on, to the bit; mended, it loads
+    run.change("", 0.2)
+    manifest = run.staging.write(run.trainer.weights(), 5)
+    with (FOLDER / manifest.segment).open("r+b") as file:
+        file.seek(HEADER + 40_000)
+        byte = file.read(1)
+        file.seek(HEADER + 40_000)
+        file.write(bytes([byte[0] ^ 1]))
+    found["refused"] = run.load(manifest.to_dict())
+    found["after refusal"] = logp(run.sample())
+    with (FOLDER / manifest.segment).open("r+b") as file:
+        file.seek(HEADER + 40_000)
+        file.write(byte)
+    some = dict(list(hf_shapes(run.policy.model.config).items())[:-1])
+    with Staging(some, torch.float32, 1 << 14) as partial:
+        lacking = partial.write(((n, t) for n, t in run.trainer.weights() if n in some), 5)
+        found["lacking"] = run.load(lacking.to_dict())
+    found["after lacking"] = logp(run.sample())
+    assert run.load(manifest.to_dict()) == ""
+    now = run.sample()
+    found["gaps"]["retried"], found["said"]["retried"] = run.gap(now), logp(now)
+
+    # the engine has a copy of what it loaded: segments may be written again
+    run.staging.write(run.trainer.weights(), 6)
+    with LocalCopy() as copy:
+        for _ in range(2):  # in full, then delta
+            base = run.staging.base(copy.version)
+            assert run.staging.current is not None
+            copy.begin(run.staging.current.to_dict(), base)
+            sent = 0
+            for payload in run.staging.payloads(base):
+                copy.bucket(payload.index, payload.encoding, payload.data, payload.crc32)
+                sent += payload.data.nbytes
+            copy.commit()
+            found.setdefault("sent", []).append(sent)
+            if base is None:
+                run.change("layers.1.mlp", 0.2)
+                run.staging.write(run.trainer.weights(), 7)
+        found["untouched"] = logp(run.sample())
+        assert copy.current is not None and run.load(copy.current.to_dict()) == ""
+        by_delta = run.sample()
+    found["gaps"]["delta"], found["said"]["delta"] = run.gap(by_delta), logp(by_delta)
+    assert run.staging.current is not None and run.load(run.staging.current.to_dict()) == ""
+    found["said"]["staged"] = logp(run.sample())
+    found["older"] = run.load(manifest.to_dict())
+    run.close()
+    return found
+
+
+def bfloat16(folder: Path) -> dict:
+    """One update."""
+    run = Run(folder, "bfloat16")
+    found: dict = {"gaps": {"before": run.gap(run.sample())}}
+    run.change("", 0.1)
+    found["stale"] = run.gap(run.sample())
+    assert run.load(run.staging.write(run.trainer.weights(), 1).to_dict()) == ""
+    found["gaps"]["after"] = run.gap(run.sample())
+    run.close()
+    return found
+
+
+if __name__ == "__main__":
+    model = Path(sys.argv[1])
+    build(model)
+    found = {"float32": everything(model), "bfloat16": bfloat16(model)}
+    Path(sys.argv[2]).write_text(json.dumps(found, indent=1))
