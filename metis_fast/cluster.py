@@ -32,6 +32,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from metis_fast.config import Config, WorkersConfig
 from metis_fast.errors import ConfigError
+from metis_fast.train.megatron.wire import PARENT
 from metis_fast.workers.launch import Job, Process
 
 _LOG = logging.getLogger(__name__)
@@ -135,7 +136,7 @@ class Keeper:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                env={**own, **environment},
+                env={**own, **environment, PARENT: str(os.getpid())},
                 start_new_session=True,
             )
 

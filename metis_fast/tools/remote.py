@@ -174,7 +174,9 @@ class RemoteSession:
                 self._place.set_slots(await worker.call("open", self._number, self._images, deadline_s=_SHORT_S))
             worker = self._place.worker
             async with self._place.slots:
-                answer = await worker.call("call", self._number, name, dict(arguments), deadline_s=self._toolbox.call_s)
+                answer = await worker.call(
+                    "call", self._number, name, dict(arguments), deadline_s=self._toolbox.call_s, wait=False
+                )
             if not isinstance(answer, Observation):
                 await worker.lose(f"a tool call was answered with {type(answer).__name__}, which is no observation")
                 raise WorkerError(f"worker {worker.name}: its answer is no observation")
@@ -190,7 +192,5 @@ class RemoteSession:
             return
         place.num_sessions -= 1
         if place.worker.alive:
-            # a worker that is lost meanwhile takes the session with it; it may take long to be there again
-            with contextlib.suppress(InfrastructureError, TimeoutError):
-                async with asyncio.timeout(_SHORT_S):
-                    await place.worker.call("close_session", self._number, deadline_s=_SHORT_S)
+            with contextlib.suppress(InfrastructureError):  # a worker that is lost meanwhile takes the session with it
+                await place.worker.call("close_session", self._number, deadline_s=_SHORT_S, wait=False)

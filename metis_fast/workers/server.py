@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import importlib
 import inspect
 import logging
@@ -26,6 +27,7 @@ _LOG = logging.getLogger(__name__)
 _RETRY_S = 0.2
 _LEAVE_S = 5.0  # for a service to close
 _OUT_OF_MEMORY = 71  # exit code
+_PR_SET_PDEATHSIG = 1
 
 
 class _Connection:
@@ -151,6 +153,8 @@ def run(join: str, name: str, wait_s: float) -> int:
     key = os.environ.pop(KEY, "")  # not for what the service starts: an agent's code runs below it
     if not key:
         raise ConfigError(f"{KEY} is not set; it must hold the run's key")
+    # wakes up one that was stopped (SIGSTOP) when what started it dies: it reads that the run is gone, and ends its group
+    ctypes.CDLL(None).prctl(ctypes.c_int(_PR_SET_PDEATHSIG), ctypes.c_ulong(signal.SIGCONT))
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # these are for the run, which ends its workers
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s", stream=sys.stderr)

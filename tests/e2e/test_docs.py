@@ -59,7 +59,7 @@ def test_a_documented_make_target_exists(page: str, line: str) -> None:
     assert set(targets) <= set(rules), f"{page}: {line}"
 
 
-_LAUNCHES = [(page, line) for program in ("sbatch", "python") for page, line in _commands(program) if "configs/launch/" in line]
+_LAUNCHES = [(page, line) for page, line in _commands("sbatch") if "configs/launch/" in line]
 _REHEARSALS = [(page, line) for page, line in _commands("metis-fast") if "train.backend=megatron" in line]
 
 
@@ -75,18 +75,16 @@ def test_a_documented_launch_has_a_layout_that_works_on_the_nodes_it_asks_for(
     page: str, line: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(_ROOT)
-    program, *words = shlex.split(line, comments=True)
+    words = shlex.split(line, comments=True)[1:]
     at = next(i for i, word in enumerate(words) if word.startswith("configs/launch/"))
     options, (script, path, *overrides) = words[:at], words[at:]
     assert Path(script).is_file(), f"{page}: {line}"
-    demos = path == "runs/demo/config.yaml"  # what `make train` leaves
-    config = config_module.load(None if demos else Path(path), overrides)
+    config = config_module.load(Path(path), overrides)
     assert config.train.backend == "megatron"
-    layout.check(config.train.megatron, _demo_model() if demos else read_model_config(config, None))
-    if program == "sbatch":
-        given = dict(option.split("=", 1) for option in options)
-        assert given.keys() <= {"--nodes", "--time", "--dependency"}, f"{page}: {line}"
-        assert int(given["--nodes"]) * NODE == config.train.megatron.num_ranks, f"{page}: {line}"
+    layout.check(config.train.megatron, read_model_config(config, None))
+    given = dict(option.split("=", 1) for option in options)
+    assert given.keys() <= {"--nodes", "--time", "--dependency"}, f"{page}: {line}"
+    assert int(given["--nodes"]) * NODE == config.train.megatron.num_ranks, f"{page}: {line}"
 
 
 @pytest.mark.parametrize(("page", "line"), _REHEARSALS)
