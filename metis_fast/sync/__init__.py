@@ -5,7 +5,7 @@ local_copy  on another machine: buckets come, in full or as a `delta`, and becom
 reader      an engine checks a staged version, all of it, before it loads anything
 
 The native engine runs the trainer's torch module, or gets a copy of other trainers' weights (`native`). vLLM's side of it is
-`rollout/vllm/transfer.py` (staged) and `rollout/vllm/device_sync.py` (NCCL, CUDA IPC).
+`rollout/vllm/transfer.py`.
 """
 
 from __future__ import annotations
