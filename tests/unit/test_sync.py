@@ -1,0 +1,198 @@
+"""Staged weight versions: what was sent arrives bit for bit, or a `SyncError` says which bucket did not."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from metis_fast.errors import EngineError, SyncError
+from metis_fast.sync import segment
+from metis_fast.sync.delta import decode, encode
+from metis_fast.sync.local_copy import LocalCopy
+from metis_fast.sync.manifest import Manifest
+from metis_fast.sync.measure import measure, synthetic
+from metis_fast.sync.reader import Reader
+from metis_fast.sync.staging import Staging
+
+SHAPES = {"a": (7, 5), "b": (300,), "c": (), "d": (64, 3)}  # odd sizes; "b" lies in several buckets
+
+
+def version(number: int, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(number)
+    return {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in SHAPES.items()}
+
+
+def bits(weights):
+    return {name: tensor.contiguous().reshape(-1).view(torch.uint8).tolist() for name, tensor in dict(weights).items()}
+
+
+@pytest.fixture
+def staging():
+    with Staging(SHAPES, torch.float32, 256) as made:
+        yield made
+
+
+def send(staging: Staging, copy: LocalCopy, base: int | None) -> Manifest:
+    copy.begin(staging.current.to_dict(), base)
+    for p in staging.payloads(base):
+        copy.bucket(p.index, p.encoding, p.data, p.crc32)
+    return copy.commit()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_was_staged_is_read_in_any_order_of_sending(dtype):
+    weights = version(1, dtype)
+    with Staging(SHAPES, dtype, 256) as staging:
+        manifest = staging.write(iter(reversed(weights.items())), 1)
+        assert bits(Reader(Manifest.from_dict(manifest.to_dict()))) == bits(weights)
+
+
+def test_the_last_whole_version_stays_while_the_next_is_written_or_fails(staging):
+    first = staging.write(iter(version(1).items()), 1)
+
+    def breaks():
+        yield from list(version(2).items())[:2]
+        raise RuntimeError("trainer died")
+
+    with pytest.raises(RuntimeError, match="trainer died"):
+        staging.write(breaks(), 2)
+    assert staging.current is first and bits(Reader(first)) == bits(version(1))
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ([("a", torch.zeros(7, 5))], "3 tensors did not come"),
+        ([("x", torch.zeros(1))], "no such tensor"),
+        ([("a", torch.zeros(5, 7))], "expected"),
+        ([("a", torch.zeros(7, 5).bfloat16())], "expected"),
+        ([("a", torch.zeros(7, 5))] * 2, "once"),
+    ],
+)
+def test_a_stream_that_is_not_the_model_is_refused(staging, weights, message):
+    with pytest.raises(ValueError, match=message):
+        staging.write(iter(weights), 1)
+
+
+def flip(manifest: Manifest, offset: int) -> None:
+    with (segment.FOLDER / manifest.segment).open("r+b") as file:
+        file.seek(segment.HEADER + offset)
+        byte = file.read(1)[0]
+        file.seek(segment.HEADER + offset)
+        file.write(bytes([byte ^ 4]))
+
+
+def test_every_fault_of_a_segment_is_told(staging):
+    manifest = staging.write(iter(version(1).items()), 1)
+    flip(manifest, 300)
+    with pytest.raises(SyncError, match=r"version 1, bucket 1 of .*\(b\).*expected"):
+        Reader(manifest)
+    flip(manifest, 300)
+    assert bits(Reader(manifest)) == bits(version(1))
+    with pytest.raises(SyncError, match="version 1 came after version 2"):
+        Reader(manifest, newest=2)
+    with pytest.raises(SyncError, match="digest"):
+        Reader(replace(manifest, places=manifest.places[:-1]))
+    with pytest.raises(SyncError, match="there is no"):
+        Reader(replace(manifest, segment="metis-fast-weights-none"))
+    for number in (2, 3):
+        staging.write(iter(version(number).items()), number)
+    with pytest.raises(SyncError, match="holds weight version 3"):
+        Reader(manifest)
+    newest = staging.current
+    with (segment.FOLDER / newest.segment).open("r+b") as file:
+        file.truncate(segment.HEADER + 100)
+    with pytest.raises(SyncError, match="has 164 bytes, expected"):
+        Reader(newest)
+
+
+@given(
+    itemsize=st.sampled_from([2, 4]),
+    changes=st.lists(st.integers(0, 2047), max_size=1500),
+    seed=st.integers(0, 9),
+    far=st.booleans(),
+)
+@settings(max_examples=60, deadline=None)
+def test_delta_is_lossless_and_never_longer_than_all(itemsize, changes, seed, far):
+    """Random bytes: NaN payloads and signed zeros among them. far: gaps that uint8 and uint16 must bridge."""
+    size = 2048 * (80 if far else 1)
+    old = np.random.default_rng(seed).integers(0, 256, size * itemsize, np.uint8)
+    new = old.copy()
+    for at in changes:
+        new[(at * (80 if far else 1)) * itemsize] ^= 0x80
+    encoding, payload = encode(old, new, itemsize)
+    target = old.copy()
+    decode(encoding, payload, target, itemsize)
+    assert (target == new).all() and payload.nbytes <= new.nbytes
+
+
+def test_signed_zero_and_nan_payloads_count_as_changes():
+    old = np.array([0x0000, 0x7FC0, 1, 2] * 16, np.uint16)
+    new = old.copy()
+    new[0], new[1] = 0x8000, 0x7FC1
+    encoding, payload = encode(old.view(np.uint8), new.view(np.uint8), 2)
+    target = old.view(np.uint8).copy()
+    decode(encoding, payload, target, 2)
+    assert encoding != "full" and (target.view(np.uint16) == new).all()
+
+
+def test_copies_by_full_and_delta_are_what_was_staged(staging):
+    with LocalCopy() as copy:
+        staging.write(iter(version(1).items()), 1)
+        send(staging, copy, staging.base(copy.version))
+        changed = version(1)
+        changed["b"][3] = -0.0
+        staging.write(iter(changed.items()), 2)
+        assert staging.base(copy.version) == 1
+        assert sum(p.data.nbytes for p in staging.payloads(1)) < 10
+        assert bits(Reader(send(staging, copy, 1))) == bits(changed)
+        staging.write(iter(version(3).items()), 3)
+        staging.write(iter(version(4).items()), 4)
+        assert staging.base(copy.version) is None
+        with pytest.raises(SyncError, match=r"against version 3, .* copy of 2; send it in full"):
+            copy.begin(staging.current.to_dict(), 3)
+
+
+def test_faults_on_the_way_to_a_copy_leave_the_old_one_and_can_be_mended(staging):
+    with LocalCopy() as copy:
+        staging.write(iter(version(1).items()), 1)
+        old = send(staging, copy, None)
+        staging.write(iter(version(2).items()), 2)
+        copy.begin(staging.current.to_dict(), None)
+        payloads = list(staging.payloads(None))
+        damaged = payloads[0].data.copy()
+        damaged[5] ^= 1
+        with pytest.raises(SyncError, match=r"bucket 0 of .*CRC-32"):
+            copy.bucket(0, "full", damaged, payloads[0].crc32)
+        with pytest.raises(SyncError, match="does not fit"):
+            copy.bucket(0, "full", damaged[:-64], segment.checksum(damaged[:-64]))
+        for p in payloads[1:]:
+            copy.bucket(p.index, p.encoding, p.data.tobytes(), p.crc32)
+        with pytest.raises(SyncError, match=r"1 of .* buckets did not come"):
+            copy.commit()
+        assert copy.version == 1 and bits(Reader(old)) == bits(version(1))
+        copy.bucket(0, "full", payloads[0].data, payloads[0].crc32)
+        assert bits(Reader(copy.commit())) == bits(version(2))
+
+
+def test_too_little_shared_memory_is_told_before_anything_is_written(monkeypatch):
+    monkeypatch.setattr(segment, "free_bytes", lambda: 1000)
+    with pytest.raises(EngineError, match="enlarge it"):
+        Staging(SHAPES, torch.float32, 256)
+
+
+def test_closing_removes_the_segments(staging):
+    path = segment.FOLDER / staging.write(iter(version(1).items()), 1).segment
+    staging.close()
+    assert not path.exists()
+
+
+def test_measured_modes_move_what_they_say():
+    staged, full, delta = measure(*synthetic(1 << 20, 0.01), 1 << 18)
+    assert (staged.mode, full.mode, delta.mode) == ("staged", "full", "delta")
+    assert staged.num_bytes == full.num_bytes > 20 * delta.num_bytes > 0
