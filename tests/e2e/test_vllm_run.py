@@ -1,0 +1,233 @@
+"""The main job on real vLLM engines, with images and tools: what they sample is what the trainer takes it for."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from metis_fast import pipeline
+from metis_fast.config import load
+from metis_fast.data.cursor import PromptCursor
+from metis_fast.data.parquet import PromptFiles
+from metis_fast.errors import SyncError
+from metis_fast.interrupt import Interrupts
+from metis_fast.parts import Parts, open_parts
+from metis_fast.rollout.engine import Completion, Sampling
+from metis_fast.rollout.episode import Trace
+from metis_fast.rollout.gate import choose
+from metis_fast.rollout.store import StoredRollout, read_rollouts
+from metis_fast.rollout.vllm.engine import VllmEngine
+from metis_fast.testing.faults import flip_staged
+from metis_fast.types import Outcome, Prompt, Rollout
+
+pytestmark = pytest.mark.skipif(find_spec("vllm") is None, reason="vllm is not installed")
+
+_VLLM = ["rollout.engine=vllm", "rollout.vllm.cpu_threads=1", "rollout.deterministic=false"]
+_SHORT = ["data.heldout=[]", "eval.every=0", "log.progress=false", "log.tensorboard=false"]
+_GAP = {"bfloat16": 2e-2, "float32": 1e-4}
+_PER_STEP = 4 * 4  # rollouts, of small.yaml
+
+
+def _metrics(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def _stored(folder: Path) -> list[list[StoredRollout]]:
+    """Of every step."""
+    return [list(read_rollouts(part)) for part in sorted((folder / "rollouts").glob("step-*.parquet"))]
+
+
+def check(folder: Path, steps: int, dtype: str = "bfloat16", staleness: int = 0) -> None:
+    """A finished run: each step with all its rollouts, of weights that are recent enough, and engine and trainer agree."""
+    records, stored = _metrics(folder), _stored(folder)
+    assert [record["step"] for record in records] == list(range(steps))
+    for step, (record, members) in enumerate(zip(records, stored, strict=True)):
+        gaps = [update["engine_gap"] for update in record["updates"]]
+        assert all(0 < gap < _GAP[dtype] for gap in gaps), gaps
+        assert record["sync_bytes"] > 0 and len(record["staleness"]) <= staleness + 1
+        assert len(members) == _PER_STEP
+        for one in members:
+            versions = one.rollout.weight_version[one.rollout.sampled]
+            assert step - staleness <= versions.min() and versions.max() <= step
+            assert one.score.verdict is not None
+    rollouts = [one.rollout for members in stored for one in members]
+    assert any(rollout.num_tool_calls for rollout in rollouts) and any(rollout.images for rollout in rollouts)
+    assert any(turn.outcome is Outcome.TOOL_RESULT for rollout in rollouts for turn in rollout.turns)
+
+
+@pytest.fixture(scope="module")
+def opened(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Parts]:
+    """The parts of a run with a vLLM engine, which takes its time to start; the tests of this module share it, in order."""
+    folder = tmp_path_factory.mktemp("vllm") / "run"
+    config = load(demo / "config.yaml", [*_VLLM, *_SHORT, f"run.dir={folder}", "train.steps=2"])
+    assert config.model.dtype == "bfloat16"
+    with Interrupts() as interrupts, open_parts(config, interrupts) as parts:
+        yield parts
+
+
+@pytest.fixture
+def prompts(opened: Parts) -> list[Prompt]:
+    """One with an image, one without."""
+    files = PromptFiles(opened.config.data.train)
+    both = choose(PromptCursor(files, 0, shuffle=False).next(len(files)), 2)
+    assert both[0].images and not both[1].images
+    return both
+
+
+class Sampler:
+    """Messages of the engine, and what the trainer says of them."""
+
+    def __init__(self, parts: Parts) -> None:
+        self.parts = parts
+
+    async def _one(self, prompt: Prompt, order: int, sampling: Sampling) -> tuple[Rollout, Completion]:
+        piece = self.parts.chat.encode_prompt(prompt)
+        trace = Trace(len(piece.tokens), list(piece.tokens), list(piece.images), list(piece.spans))
+        session = self.parts.engine.session(order, prompt.uid)
+        try:
+            message = await session.generate(trace.tokens, trace.images, trace.spans, replace(sampling, seed=order))
+        finally:
+            session.close()
+        trace.sampled.append((len(trace.tokens), message))
+        trace.tokens += message.tokens.tolist()
+        return trace.finish(prompt, 0, Outcome.LENGTH), message
+
+    async def ask(self, prompts: Sequence[Prompt], num: int, max_tokens: int, stop_ids: Sequence[int] = ()) -> list[Any]:
+        """`num` messages of every prompt, all at once."""
+        sampling = Sampling(max_tokens, tuple(stop_ids))
+        orders = [(prompt, i) for prompt in prompts for i in range(num)]
+        return await asyncio.gather(*(self._one(prompt, i, sampling) for prompt, i in orders))
+
+    def __call__(self, prompts: Sequence[Prompt], num: int, max_tokens: int, stop_ids: Sequence[int] = ()) -> list[Any]:
+        return self.parts.interrupts.run(self.ask(prompts, num, max_tokens, stop_ids))
+
+    def gap(self, sampled: Sequence[tuple[Rollout, Completion]], version: int | None = None) -> float:
+        """Mean difference to the trainer, of tokens that weights of a version have sampled."""
+        rollouts = [rollout for rollout, _ in sampled]
+        ours = self.parts.trainer.logprobs(rollouts)
+        which = [r.sampled & (True if version is None else r.weight_version == version) for r in rollouts]
+        gaps = [np.abs(own[at] - r.logp[at]) for own, r, at in zip(ours, rollouts, which, strict=True)]
+        return float(np.concatenate(gaps).mean())
+
+    def shake(self) -> None:
+        """Change all weights of the trainer."""
+        with torch.no_grad():
+            for parameter in self.parts.policy.model.parameters():
+                parameter.add_(torch.randn_like(parameter) * 0.05)
+
+    def update(self, version: int) -> None:
+        """Give them to the engine."""
+        report = self.parts.sync(version)
+        assert report.version == version and report.retries == 0
+
+
+@pytest.fixture
+def sampler(opened: Parts) -> Sampler:
+    return Sampler(opened)
+
+
+def test_the_main_job_trains_on_what_vllm_samples(opened: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
+    @contextmanager
+    def already_open(*_: object) -> Iterator[Parts]:
+        yield opened
+
+    monkeypatch.setattr(pipeline, "open_parts", already_open)
+    pipeline.train(opened.config)
+    check(opened.config.run.dir, steps=2)
+    assert (opened.config.run.dir / "trained" / "model.safetensors").is_file()
+
+
+def test_an_update_shows_in_the_log_probs_which_then_match_again(sampler: Sampler, prompts: list[Prompt]) -> None:
+    before = sampler(prompts, 8, 24)  # those of a prompt share its cache
+    assert sampler.gap(before) < _GAP["bfloat16"]
+    sampler.shake()
+    assert sampler.gap(before) > 0.1
+    sampler.update(10)
+    after = sampler(prompts, 8, 24)
+    assert all((message.weight_version == 10).all() for _, message in after)
+    assert sampler.gap(after) < _GAP["bfloat16"]
+
+
+def test_requests_go_on_with_new_weights_and_tell_which_token_is_whose(sampler: Sampler, prompts: list[Prompt]) -> None:
+    async def go() -> list[Any]:
+        running = asyncio.ensure_future(sampler.ask(prompts, 2, 120))
+        while (await sampler.parts.engine.stats())[0].unfinished == 0:  # pyright: ignore[reportAttributeAccessIssue]
+            await asyncio.sleep(0.02)
+        await asyncio.sleep(0.2)
+        sampler.shake()
+        await sampler.parts.engine.update(sampler.parts.trainer.weights(), 11)
+        return await running
+
+    sampled = sampler.parts.interrupts.run(go())
+    for _, message in sampled:
+        assert set(message.weight_version.tolist()) == {10, 11} and (np.diff(message.weight_version) >= 0).all()
+    assert sampler.gap(sampled, 11) < _GAP["bfloat16"] < sampler.gap(sampled, 10)
+
+
+def test_a_message_ends_at_its_limit_or_its_stop_token_and_holds_no_placeholder(
+    sampler: Sampler, prompts: list[Prompt]
+) -> None:
+    parts = sampler.parts
+    ids = parts.policy.tokenizer.get_vocab()
+    with torch.no_grad():  # every token is as likely as any other, but for placeholders, of which there are plenty
+        embedding: Any = parts.policy.model.get_input_embeddings().weight
+        embedding[ids["<|image_pad|>"]] = 0
+        embedding.mul_(0.05)
+    sampler.update(12)
+    stop = ids["</tool_call>"]
+    sampled = sampler(prompts, 16, 100, [stop])
+    lengths = [len(message.tokens) for _, message in sampled]
+    assert max(lengths) == 100 or any(message.stopped for _, message in sampled)
+    for _, message in sampled:
+        ended = message.tokens[-1] == stop
+        assert message.stopped == ended and (ended or len(message.tokens) == 100)
+        assert stop not in message.tokens[:-1]
+        assert not np.isin(message.tokens, parts.policy.placeholder_ids).any()
+    assert sampler.gap(sampled) < _GAP["bfloat16"]
+    expected = sum(lengths) * len(parts.policy.placeholder_ids) / len(ids)
+    assert expected > 10  # that many would have come if they were allowed
+    assert any(message.stopped for _, message in sampled)
+
+
+def test_damaged_weights_are_refused_and_the_old_ones_go_on(sampler: Sampler, prompts: list[Prompt]) -> None:
+    engine = sampler.parts.engine
+    assert isinstance(engine, VllmEngine) and engine._staging is not None
+    (worker,) = engine.workers()
+    old = [parameter.detach().clone() for parameter in sampler.parts.policy.model.parameters()]
+    sampler.shake()
+    manifest = engine._staging.write(sampler.parts.trainer.weights(), 13).to_dict()
+    flip_staged(manifest)
+    with pytest.raises(SyncError, match="CRC-32"):
+        sampler.parts.interrupts.run(worker.call("load_staged", manifest))
+    flip_staged(manifest)
+    sampler.parts.interrupts.run(worker.call("copy_begin", manifest, "full"))
+    sampler.parts.interrupts.run(worker.call("copy_base", None))
+    (payload, *_) = engine._staging.payloads(None)
+    for data in (payload.data[:-1], payload.data ^ np.uint8(1)):
+        with pytest.raises(SyncError, match="CRC-32"):
+            sampler.parts.interrupts.run(worker.call("copy_bucket", 0, "full", data, payload.crc32))
+    with pytest.raises(SyncError, match="did not come"):
+        sampler.parts.interrupts.run(worker.call("copy_commit"))
+    with torch.no_grad():
+        new = [parameter.detach().clone() for parameter in sampler.parts.policy.model.parameters()]
+        for parameter, value in zip(sampler.parts.policy.model.parameters(), old, strict=True):
+            parameter.copy_(value)
+        kept = sampler(prompts, 4, 24)
+        assert {int(message.weight_version[0]) for _, message in kept} == {12}
+        assert sampler.gap(kept) < _GAP["bfloat16"]
+        for parameter, value in zip(sampler.parts.policy.model.parameters(), new, strict=True):
+            parameter.copy_(value)
+    sampler.update(14)
+    after = sampler(prompts, 4, 24)
+    assert {int(message.weight_version[0]) for _, message in after} == {14}
+    assert sampler.gap(after) < _GAP["bfloat16"]
