@@ -37,10 +37,8 @@ import numpy as np
 
 from metis_fast.config import Config, ModelConfig
 from metis_fast.model import Policy, load_policy
-from metis_fast.parts import open_hub
 from metis_fast.rollout.chat import Chat
 from metis_fast.rollout.engine import Engine
-from metis_fast.rollout.vllm.engine import VllmEngine
 from metis_fast.testing.latency import Latency, SlowToolbox
 from metis_fast.types import Outcome
 
@@ -78,6 +76,9 @@ def open_engine(name: str, policy: Policy, clock: Clock, scratch: Path, threads:
         if name == "native":
             engine: Engine = ClockedNative(policy, clock)
         else:
+            from metis_fast.parts import open_hub  # these two import most of the package, which every `bench` would wait for
+            from metis_fast.rollout.vllm.engine import VllmEngine
+
             config = Config.model_validate(
                 {
                     "run": {"dir": scratch, "seed": seed},
