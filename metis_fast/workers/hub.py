@@ -347,7 +347,7 @@ class Hub:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="workers", daemon=True)
         self._thread.start()
-        self._server: asyncio.Server = self._now(asyncio.start_server(self._on_connection, sock=self._socket))
+        self._server: asyncio.Server = self.now(asyncio.start_server(self._on_connection, sock=self._socket))
 
     def __enter__(self) -> Hub:
         return self
@@ -355,7 +355,8 @@ class Hub:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _now(self, coroutine: Coroutine[Any, Any, T]) -> T:
+    def now(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        """Run a coroutine on the hub's loop, from any other thread, and wait."""
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
 
     async def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
@@ -398,7 +399,7 @@ class Hub:
             self._tasks.append(task)
             return worker
 
-        return self._now(make())
+        return self.now(make())
 
     async def _on_connection(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         sock: socket.socket = writer.get_extra_info("socket")
@@ -435,7 +436,7 @@ class Hub:
                 task.cancel()
             await asyncio.gather(*self._tasks, return_exceptions=True)
 
-        self._now(stop())
+        self.now(stop())
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()

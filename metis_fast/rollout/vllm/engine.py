@@ -23,6 +23,8 @@ from metis_fast.config import Config
 from metis_fast.errors import EngineError, EngineFailure, InfrastructureError, SyncError
 from metis_fast.model import IMAGE_PAD, VISION_END, VISION_START, Policy
 from metis_fast.rollout.engine import Completion, Sampling, SyncReport
+from metis_fast.rollout.vllm.direct import DirectTransfer
+from metis_fast.rollout.vllm.direct import check as check_direct
 from metis_fast.rollout.vllm.settings import (
     LENGTH,
     SERVICE,
@@ -98,10 +100,15 @@ class VllmEngine:
         service: str = SERVICE,
         copy_always: bool = False,
     ) -> None:
+        if config.sync.transport != "staged":
+            check_direct(config.sync.transport)
         self._config, self._policy, self._hub, self._copy_always = config, policy, hub, copy_always
         vllm = config.rollout.vllm
         self._banned = np.asarray(policy.placeholder_ids, np.int64)
         self._staging: Staging | None = None
+        self._direct: DirectTransfer | None = None
+        self._direct_lives: list[int] = []
+        self._version = 0
         self._lock: asyncio.Lock | None = None  # of the hub's loop: one sender at a time
         self._home: dict[str, tuple[_Replica, int]] = {}  # of a prompt: where, and by how many open sessions
         settings = _settings(config, policy)
@@ -150,6 +157,13 @@ class VllmEngine:
         usable = [replica for replica in self._replicas if replica.worker.broken is None]
         if not usable:
             raise EngineError(f"no engine is left: {self._replicas[0].worker.broken}")
+        if self._config.sync.transport != "staged":
+            usable = [replica for replica in usable if replica.version == self._version]
+            if not usable:
+                raise EngineError(
+                    f"no engine has weight version {self._version}, and sync.transport={self._config.sync.transport} can send "
+                    "it with the next update only; run the same command again"
+                )
         living = [replica for replica in usable if replica.worker.alive] or usable
         least = min(living, key=lambda replica: replica.sessions)
         home, count = self._home.get(prompt, (least, 0)) if prompt else (least, 0)
@@ -270,6 +284,8 @@ class VllmEngine:
 
     async def _update(self, weights: Iterator[tuple[str, Tensor]], version: int) -> SyncReport:
         began = time.perf_counter()
+        if self._config.sync.transport != "staged":
+            return await self._update_direct(list(weights), version)
         async with self._sender():
             if self._staging is None:
                 settings = self._config.sync
@@ -290,6 +306,50 @@ class VllmEngine:
             pause_s=max((pause for _, pause, _ in done), default=0.0),
             retries=sum(retries for _, _, retries in done),
         )
+
+    async def _update_direct(self, pairs: Sequence[tuple[str, Tensor]], version: int) -> SyncReport:
+        """By vLLM's own transfer, into all replicas at once; those of a failed one are started anew."""
+        began = time.perf_counter()
+        for attempt in range(self._config.sync.retries + 1):
+            async with self._sender():
+                try:
+                    await asyncio.to_thread(self._send_direct, pairs, version)
+                except InfrastructureError as error:
+                    _LOG.warning("weights by %s, try %d: %s", self._config.sync.transport, attempt + 1, error)
+                    self._direct = None
+                    for replica in self._replicas:
+                        await replica.worker.lose(f"a weight transfer failed: {error}")
+                    continue
+            seconds = time.perf_counter() - began
+            num_bytes = sum(tensor.nbytes for _, tensor in pairs)
+            return SyncReport(version, "full", num_bytes, seconds, seconds, attempt)
+        raise EngineError(
+            f"no engine took weight version {version} in {self._config.sync.retries + 1} tries by direct transfer"
+        )
+
+    def _send_direct(self, pairs: Sequence[tuple[str, Tensor]], version: int) -> None:
+        """In a thread: vLLM's side of it blocks."""
+        lives = [replica.worker.restarts for replica in self._replicas]
+        if self._direct is None or self._direct_lives != lives:  # an engine that was started anew is in no communicator
+            host = self._config.workers.listen.rpartition(":")[0]
+            self._direct = DirectTransfer(
+                self._config.sync.transport, host, self._ask_all, len(self._replicas), self._config.rollout.vllm.tensor_parallel
+            )
+            self._direct_lives = lives
+        self._direct.send(pairs, version)
+        for replica in self._replicas:
+            replica.version = version
+        self._version = version
+
+    def _ask_all(self, method: str, arguments: Sequence[tuple[object, ...]]) -> None:
+        async def ask() -> None:
+            calls = [
+                replica.worker.call(method, *own, deadline_s=_LOAD_S)
+                for replica, own in zip(self._replicas, arguments, strict=True)
+            ]
+            await asyncio.gather(*calls)
+
+        self._hub.now(ask())
 
     async def _push(self, replica: _Replica) -> tuple[int, float, int] | None:
         """Bytes sent, seconds that its requests waited, retries; None if the replica was lost."""
@@ -343,6 +403,9 @@ class VllmEngine:
         if replica is None:  # the very first start, while the list is made
             return
         replica.sent.clear()
+        if self._config.sync.transport != "staged":
+            replica.version = 0  # the folder's; until the next update it serves nothing (see `route`)
+            return
         async with self._sender():
             if self._staging is not None and self._staging.current is not None:
                 for attempt in range(self._config.sync.retries + 1):
@@ -364,7 +427,9 @@ class VllmEngine:
         await asyncio.gather(*(worker.call("wake", deadline_s=_LOAD_S) for worker in self.workers()))
 
     def close(self) -> None:
-        """Free the staged weights. The workers end with their hub."""
+        """Free what is held for weight updates. The workers end with their hub."""
+        if self._direct is not None:
+            self._direct.close()
         if self._staging is not None:
             self._staging.close()
 

@@ -1,0 +1,117 @@
+"""vLLM's own weight transfers between GPUs (`sync.transport: nccl | ipc`), from the run's process. Imports vllm at first use.
+
+A tensor is put on the run's GPU when it is sent, broadcast (NCCL) or shared (CUDA IPC), and loaded as it comes: there is no old
+version to go back to, so engines of a transfer that fails are started anew. Has not been run on a GPU.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from metis_fast.errors import EngineError
+
+if TYPE_CHECKING:
+    from vllm.distributed.weight_transfer.base import ParamMeta
+
+Ask = Callable[[str, Sequence[tuple[object, ...]]], None]
+"""Runs a method on every engine, with the arguments of each, and waits for all; an exception of one is raised."""
+
+
+class Client:
+    """vLLM's `VLLMWeightSyncClient` over several engines; between `start` and `finish` none of them makes a step.
+
+    ranks: processes of one engine (tensor parallel).
+    """
+
+    def __init__(self, ask: Ask, engines: int, ranks: int) -> None:
+        self._ask, self._engines, self._ranks = ask, engines, ranks
+        self.version = 0
+
+    def _all(self, method: str, *arguments: object) -> None:
+        self._ask(method, [arguments] * self._engines)
+
+    def init_weight_transfer_engine(self, init_info: Mapping[str, Any]) -> None:
+        """Ranks of a communicator: 0 is the run's, then those of the engines one after the other."""
+        own = [dict(init_info) for _ in range(self._engines)]
+        if "rank_offset" in init_info:
+            for number, info in enumerate(own):
+                info["rank_offset"] = 1 + number * self._ranks
+        self._ask("transfer", [("init_weight_transfer_engine", info) for info in own])
+
+    def start_weight_update(self) -> None:
+        """Requests wait from here on."""
+        self._all("pause")
+        self._all("transfer", "start_weight_update", None)
+
+    def update_weights(self, update_info: Any) -> None:
+        """A part, or all, of the tensors."""
+        self._all("transfer", "update_weights", update_info)
+
+    def finish_weight_update(self, weight_version: str | None = None) -> None:
+        """Requests go on, with the new version."""
+        self._all("transfer", "finish_weight_update", None)
+        self._all("resume", self.version)
+
+
+class Source:
+    """vLLM's `WeightSource` over tensors that lie anywhere. device: where they are sent from."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self.pairs: Sequence[tuple[str, Tensor]] = ()
+
+    def metadata(self) -> list[ParamMeta]:
+        """Name, dtype and shape of each, in the order of iteration."""
+        from vllm.distributed.weight_transfer.base import ParamMeta
+
+        return [ParamMeta(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in self.pairs]
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in self.pairs:
+            yield name, tensor.detach().to(self._device)
+
+
+def check(transport: str) -> None:
+    """
+    Raises:
+        EngineError: the run's process has no GPU.
+    """
+    if not torch.cuda.is_available():
+        raise EngineError(f"sync.transport={transport} sends from a GPU of the run's process, which has none; use staged")
+
+
+class DirectTransfer:
+    """One set of engines and the run. Made anew when one of them was started again."""
+
+    def __init__(self, transport: str, host: str, ask: Ask, engines: int, ranks: int) -> None:
+        check(transport)
+        from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
+        from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
+        from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
+
+        self._client = Client(ask, engines, ranks)
+        self._source: Any = Source(torch.device("cuda"))
+        if transport == "nccl":
+            with socket.create_server((host, 0)) as server:  # a port that is free now
+                port = server.getsockname()[1]
+            info: Any = NCCLTrainerInitInfo(master_address=host, master_port=port, world_size=1 + engines * ranks, rank=0)
+        else:
+            info = IPCTrainerInitInfo(packed=True, rank=0)
+        self._sender = WeightTransferTrainerFactory.trainer_init(info, client=self._client, source=self._source)
+
+    def send(self, pairs: Sequence[tuple[str, Tensor]], version: int) -> None:
+        """All tensors, by Hugging Face names."""
+        self._source.pairs, self._client.version = pairs, version
+        try:
+            self._sender.send_weights()
+        finally:
+            self._source.pairs = ()
+
+    def close(self) -> None:
+        """Leave the communicator."""
+        self._sender.shutdown()

@@ -1,0 +1,48 @@
+"""vLLM's direct transfers, as far as they go without a GPU: who is asked what, in which order."""
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+
+from metis_fast.errors import EngineError
+from metis_fast.rollout.vllm.direct import Client, DirectTransfer, Source
+
+
+def test_engines_get_their_own_ranks_and_stand_still_during_an_update() -> None:
+    asked: list[tuple[str, Sequence[tuple[object, ...]]]] = []
+    client = Client(lambda method, arguments: asked.append((method, arguments)), engines=2, ranks=4)
+    client.init_weight_transfer_engine({"master_port": 1, "rank_offset": 1, "world_size": 9})
+    (method, arguments), offsets = asked.pop(), []
+    assert method == "transfer"
+    for name, info in arguments:
+        assert name == "init_weight_transfer_engine" and isinstance(info, dict) and info["world_size"] == 9
+        offsets.append(info["rank_offset"])
+    assert offsets == [1, 5]
+    client.version = 7
+    client.start_weight_update()
+    client.update_weights({"names": ["a"]})
+    client.finish_weight_update("ignored: the run counts")
+    assert asked == [
+        ("pause", [(), ()]),
+        ("transfer", [("start_weight_update", None)] * 2),
+        ("transfer", [("update_weights", {"names": ["a"]})] * 2),
+        ("transfer", [("finish_weight_update", None)] * 2),
+        ("resume", [(7,), (7,)]),
+    ]
+
+
+def test_a_source_yields_the_tensors_that_it_was_given_detached() -> None:
+    source = Source(torch.device("cpu"))
+    weight = torch.nn.Parameter(torch.arange(6.0).reshape(2, 3))
+    source.pairs = [("b", weight), ("a", torch.zeros(1, dtype=torch.bfloat16))]
+    sent = list(source)
+    assert [name for name, _ in sent] == ["b", "a"] and torch.equal(sent[0][1], weight) and not sent[0][1].requires_grad
+    assert list(source)[1][1].dtype is torch.bfloat16  # a second pass is a whole one
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("transport", ["nccl", "ipc"])
+def test_without_a_gpu_it_says_so(transport: str) -> None:
+    with pytest.raises(EngineError, match=f"sync.transport={transport} sends from a GPU"):
+        DirectTransfer(transport, "127.0.0.1", lambda method, arguments: None, 1, 1)
