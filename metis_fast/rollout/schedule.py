@@ -10,6 +10,8 @@ P prompts a step, S the bound, E extra prompts (`over_provision`). At step v, v 
     one_step_off   P + E, from when the last one is taken   1 (dropped), 2 (carried over); 1 without extra prompts
     async          (v + 1 + S) P (+ E, dropped) in all      max_staleness
 
+Where training is the slower part nothing is begun in `async` mode while a whole batch waits for it, since that would only age.
+
 A step takes the first P groups that are finished, except that the rest must still meet its own bound: of the groups that have
 to be trained within n more steps there may be no more than n P left. Of those, the step takes what is too many first, and waits
 for it. With `slow: drop` nothing is waited for: what would be too old at the next step is cancelled, counted, and begun again
@@ -172,6 +174,8 @@ class Schedule:
         room = (step + 1 + rules.ahead) * rules.per_step + rules.extra - self._taken - len(self._running)
         if rules.ahead == 0 and not rules.closed:  # one_step_off: the next batch, whatever the update is doing
             room = rules.per_step + rules.extra - len(self._running)
+        if rules.ahead and len(self._finished) >= rules.per_step:
+            room = 0  # the next batch is there; what would be begun now would only grow old
         again, self._line = self._line[: max(0, room)], self._line[max(0, room) :]
         new = max(0, min(room - len(again), rules.steps * rules.per_step + rules.extra - self._drawn))
         drawn = (

@@ -270,6 +270,23 @@ def test_what_must_be_trained_soon_is_taken_early_enough_for_all_of_it(make_prom
     asyncio.run(run())
 
 
+def test_nothing_is_begun_while_a_whole_batch_waits_for_the_trainer(make_prompt):
+    async def run():
+        gated = Gated(make_prompt, config("async", prompts_per_step=1))
+        batch = asyncio.create_task(gated.schedule.batch(0))
+        await gated.end(0, 1, 2)
+        assert rows_of(await batch) == [0]
+        assert rows_of(await gated.schedule.batch(1)) == [1]
+        await gated.settle()
+        assert sorted(gated.gates) == [0, 1, 2]
+        assert rows_of(await gated.schedule.batch(2)) == [2]  # now there is none left
+        await gated.settle()
+        assert sorted(gated.gates) == [0, 1, 2, 3, 4]
+        await gated.schedule.close()
+
+    asyncio.run(run())
+
+
 @pytest.mark.parametrize("when", ["waiting", "between"])
 def test_what_a_group_raises_ends_the_run_and_nothing_waits_for_ever(make_prompt, when):
     async def run():
