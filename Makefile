@@ -32,8 +32,10 @@ $(VENV)/.installed: pyproject.toml constraints.txt CMakeLists.txt $(wildcard ker
 train: setup
 	$(BIN)/metis-fast demo configs/demo.yaml
 
+# end-to-end tests by themselves: they start processes of their own, and break them at chosen moments
 test: setup
-	$(PYTEST) -m "not slow and not gpu"
+	OMP_NUM_THREADS=1 $(PYTEST) -n 2 --dist loadfile -m "not slow and not gpu" tests/unit tests/kernels tests/parity
+	$(PYTEST) -m "not slow and not gpu" tests/e2e
 
 # pytest ends with 5 where no test has the mark, which is no failure
 test-slow: setup

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -196,3 +199,34 @@ def test_measured_modes_move_what_they_say():
     staged, full, delta = measure(*synthetic(1 << 20, 0.01), 1 << 18)
     assert (staged.mode, full.mode, delta.mode) == ("staged", "full", "delta")
     assert staged.num_bytes == full.num_bytes > 20 * delta.num_bytes > 0
+
+
+def test_segments_of_killed_processes_are_removed_and_those_of_living_ones_stay(staging):
+    code = (
+        "import time, torch; from metis_fast.sync.staging import Staging\n"
+        "s = Staging({'a': (4,)}, torch.float32, 64); print(s.write(iter([('a', torch.ones(4))]), 1).segment, flush=True)\n"
+        "time.sleep(60)"
+    )
+    child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    try:
+        path = segment.FOLDER / child.stdout.readline().strip()
+        segment.remove_stale()
+        assert path.exists()
+    finally:
+        child.send_signal(signal.SIGKILL)
+        child.communicate()
+    mine = staging.write(iter(version(1).items()), 1)
+    segment.remove_stale()
+    assert not path.exists() and (segment.FOLDER / mine.segment).exists()
+
+
+def test_the_torch_trainers_weights_are_those_of_the_folder_by_name(load_tiny):
+    from metis_fast.config import Config
+    from metis_fast.train.megatron.names import hf_shapes
+    from metis_fast.train.torch_backend import TorchTrainer
+
+    policy, config = load_tiny(), Config.model_validate({"model": {"dtype": "float32"}})
+    trainer = TorchTrainer(policy, config, config.train.optim, 1)
+    found = dict(trainer.weights())
+    assert {name: tuple(t.shape) for name, t in found.items()} == dict(hf_shapes(policy.model.config))
+    assert trainer.shares_policy and found["model.language_model.embed_tokens.weight"].data_ptr() == policy.head.data_ptr()
