@@ -41,6 +41,7 @@ def staging():
 
 
 def send(staging: Staging, copy: LocalCopy, base: int | None) -> Manifest:
+    assert staging.current is not None
     copy.begin(staging.current.to_dict(), base)
     for p in staging.payloads(base):
         copy.bucket(p.index, p.encoding, p.data, p.crc32)
@@ -209,6 +210,7 @@ def test_segments_of_killed_processes_are_removed_and_those_of_living_ones_stay(
     )
     child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     try:
+        assert child.stdout is not None
         path = segment.FOLDER / child.stdout.readline().strip()
         segment.remove_stale()
         assert path.exists()
