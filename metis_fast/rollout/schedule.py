@@ -176,6 +176,8 @@ class Schedule:
             room = rules.per_step + rules.extra - len(self._running)
         if rules.ahead and len(self._finished) >= rules.per_step:
             room = 0  # the next batch is there; what would be begun now would only grow old
+        if rules.ahead and self._taken == step * rules.per_step and not self._running:
+            room = rules.per_step + rules.extra  # of more, the first batch would be those that end fastest
         again, self._line = self._line[: max(0, room)], self._line[max(0, room) :]
         new = max(0, min(room - len(again), rules.steps * rules.per_step + rules.extra - self._drawn))
         drawn = (
