@@ -36,9 +36,9 @@ class Job:
             )
         self.pid = self._process.pid
 
-    def wait(self, left_s: float = 10) -> int:
+    def wait(self, left_s: float = 10, limit_s: float = _LIMIT_S) -> int:
         """Its exit code; nothing of it is left, soon after its end."""
-        code = self._process.wait(_LIMIT_S)
+        code = self._process.wait(limit_s)
         deadline = time.monotonic() + left_s
         while (left := self.processes()) and time.monotonic() < deadline:
             time.sleep(0.1)

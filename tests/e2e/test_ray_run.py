@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -64,6 +65,20 @@ def test_a_run_whose_ranks_are_on_ray_stopped_by_a_signal_goes_on_when_started_a
     assert _steps(tmp_path) == list(range(done + 1))
     assert (tmp_path / "run" / "trained" / "config.json").is_file()
     assert sorted(path.name for path in (tmp_path / "run" / "ranks").iterdir()) == ["rank-0.log", "rank-1.log"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("vllm") is None, reason="needs vLLM")
+def test_vllm_engines_ranks_tools_and_judges_are_all_placed_by_ray(on_ray: Callable[..., Job], tmp_path: Path) -> None:
+    workers = ("rollout.engine=vllm", "workers.tools=1", "workers.judges=1")
+    job = on_ray(*TWO_RANKS, *workers, "train.steps=2")
+    assert job.wait(limit_s=500, left_s=30) == 0, job.err.read_text()
+    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records] == [0, 1]
+    # in bfloat16; of step 1 after a transfer of the weights from two stages to the engine
+    assert all(update["engine_gap"] < 2e-2 for record in records for update in record["updates"])
+    logs = sorted(path.name for path in (tmp_path / "run").glob("*/*.log"))
+    assert logs == ["engine-0.log", "judge-0.log", "rank-0.log", "rank-1.log", "tools-0.log"]
 
 
 @pytest.mark.slow
