@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from contextlib import suppress
+from multiprocessing import forkserver
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
+import psutil
 from harness import FORK
 
 from metis_fast import parts
@@ -34,6 +37,7 @@ def _worker(command: list[str], environment: dict[str, str], log: str) -> None:
     os.dup2(handle, 1)
     os.dup2(handle, 2)
     os.environ.update(environment)
+    Path(log).with_suffix(f".{os.getpid()}").touch()
     join, name = command[command.index("--join") + 1], command[command.index("--name") + 1]
     code = server.run(join, name, 60.0)
     os._exit(code)
@@ -56,6 +60,16 @@ class _Forked:
 
     def describe(self) -> str:
         return str(self._log)
+
+
+def left_running(logs: Path, wait_s: float = 5.0) -> list[int]:
+    """Process ids of workers that still run, given some time to end."""
+    deadline = time.monotonic() + wait_s
+    pids = [int(path.suffix[1:]) for path in logs.glob("*.*") if path.suffix != ".log"]
+    assert pids
+    while (left := [pid for pid in pids if psutil.pid_exists(pid)]) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return left
 
 
 class ForkLauncher:
@@ -83,6 +97,8 @@ class ForkLauncher:
 
 
 def use() -> None:
-    """Let whole runs of this process have such engines."""
+    """Let whole runs of this process have such engines. It must come from the fork server itself."""
+    # multiprocessing would start another server in every such process, which imports everything anew
+    forkserver._forkserver.ensure_running = lambda: None  # pyright: ignore
     parts.VllmEngine = ScriptedEngines
     parts.LocalLauncher = ForkLauncher

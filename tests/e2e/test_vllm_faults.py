@@ -28,6 +28,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 import time
@@ -37,14 +38,19 @@ from pathlib import Path
 from typing import TypeVar
 
 import pytest
-from scripted import ForkLauncher, ScriptedEngines
+from harness import Command, Ended, Moment, checkpoint_state, rollout_state
+from scripted import ForkLauncher, ScriptedEngines, left_running, use
 from torch import Tensor
 
-from metis_fast.config import Config
+from metis_fast.checkpoint.resume import CheckpointStore
+from metis_fast.config import Config, load
+from metis_fast.data.cursor import PromptCursor
+from metis_fast.data.parquet import PromptFiles
 from metis_fast.errors import EngineError
-from metis_fast.model import Policy
+from metis_fast.model import Policy, load_policy
 from metis_fast.rollout.chat import Chat
 from metis_fast.rollout.episode import collect
+from metis_fast.rollout.store import read_rollouts
 from metis_fast.rollout.vllm import engine as engine_module
 from metis_fast.score.judge import open_judge
 from metis_fast.score.scoring import score_groups
@@ -399,3 +405,94 @@ def test_engines_that_cannot_be_started_any_more_stop_the_run(engines: Open, pro
 
     run(go())
     assert those.toolbox.num_open == 0
+
+
+class Run:
+    """The demo's main job with scripted engines."""
+
+    def __init__(self, demo: Path, folder: Path) -> None:
+        self.folder, self._demo, self._number = folder, demo, 0
+        self.faults = Faults(folder.parent / "faults")
+        settings = f"{{replicas: 2, restarts: 1, arguments: {{faults: {folder.parent / 'faults'}}}}}"
+        self._command = ["train", demo / "config.yaml", f"run.dir={folder}", "rollout.engine=vllm", f"rollout.vllm={settings}"]
+        self._command += ["data.heldout=[]", "eval.every=0", "log.progress=false", "gate.prompts=0", "checkpoint.every=0"]
+        tokenizer = load_policy(load(demo / "config.yaml").model).tokenizer
+        calls = [
+            '<tool_call>{"name": "python", "arguments": {"code": "print(6 * 7)"}}</tool_call>',
+            "<answer>42</answer><|im_end|>",
+        ]
+        answers = ["<reason>Seen.</reason><answer>42</answer><|im_end|>", "42<|im_end|>"]
+        turns = [[tokenizer.encode(text) for text in texts] for texts in (calls, answers)]
+        Script(turns, tokenizer.convert_tokens_to_ids("<|im_start|>")).write(folder.parent / "faults")  # pyright: ignore[reportArgumentType]
+
+    def begin(self, moment: Moment | None = None) -> Command:
+        """The same command, once more."""
+        self._number += 1
+        return Command(self._command, self.folder.parent / f"{self.folder.name}-{self._number}", moment, use)
+
+    def end(self, moment: Moment | None = None) -> Ended:
+        """Begin, and wait for its end; nothing of it is left."""
+        return self.ended(self.begin(moment))
+
+    def ended(self, command: Command) -> Ended:
+        """Wait for its end; nothing of it is left."""
+        ended = command.wait()
+        assert not ended.orphans and not left_running(self.folder / "workers"), ended
+        return ended
+
+    def steps(self) -> list[int]:
+        """That are logged."""
+        path = self.folder / "metrics.jsonl"
+        return [json.loads(line)["step"] for line in path.read_text().splitlines()] if path.exists() else []
+
+    def saved(self) -> tuple[int, ...]:
+        """Steps of the last checkpoint."""
+        return CheckpointStore(self.folder / "checkpoints", 1).steps()[-1:]
+
+    def check(self, steps: int, per_step: int = 4) -> None:
+        """Every prompt was trained once, with all its rollouts, none of them failed."""
+        assert self.steps() == list(range(steps))
+        drawn = PromptCursor(PromptFiles([self._demo / "data" / "train.parquet"]), 0).next(steps * per_step)
+        for step in range(steps):
+            stored = list(read_rollouts(self.folder / "rollouts" / f"step-{step:06d}.parquet"))
+            uids = [one.rollout.prompt_uid for one in stored]
+            assert uids == [prompt.uid for prompt in drawn[step * per_step : (step + 1) * per_step] for _ in range(4)]
+            for one in stored:
+                assert one.score.verdict is not None and one.rollout.outcome is Outcome.ANSWERED, one.rollout.error
+                assert set(one.rollout.weight_version[one.rollout.sampled].tolist()) == {step}
+
+
+def test_a_run_goes_on_after_ctrl_c_kill_and_the_loss_of_all_its_engines_as_if_nothing_had_been(
+    demo: Path, tmp_path: Path
+) -> None:
+    whole, broken = Run(demo, tmp_path / "whole"), Run(demo, tmp_path / "broken")
+    assert whole.end().code == 0
+    whole.check(steps=5)
+
+    ended = broken.end(Moment("pipeline._rollout", signal.SIGINT, entry=2, delay_s=0.1))
+    assert ended.hit and ended.code == 130 and ended.after_s < 10, ended
+    assert ended.err.splitlines()[-1] == "metis-fast: stopped; run the same command again to go on"
+    assert broken.steps() == [0] and broken.saved() == (1,)
+
+    ended = broken.end(Moment("pipeline._update", signal.SIGKILL, entry=2))
+    assert ended.hit and ended.code == -signal.SIGKILL, ended
+    assert broken.saved() == (1,)
+
+    running = broken.begin()
+    while len(broken.steps()) < 3:
+        assert running.alive, running.read("err")
+        time.sleep(0.005)
+    broken.faults.arm(Fault.NO_START, times=10)
+    broken.faults.arm(Fault.KILL, times=2)
+    ended = broken.ended(running)
+    assert ended.code == 2, ended
+    assert "metis-fast: no engine is left: its process ended with 3" in ended.err.splitlines()[-1]
+    done = len(broken.steps())
+    assert 3 <= done < 5 and broken.saved() == (done,)
+
+    broken.faults.clear()
+    broken.faults.arm(Fault.KILL)  # one that can be started again does not end the run
+    assert broken.end().code == 0
+    broken.check(steps=5)
+    for state, name in ((checkpoint_state, "checkpoints"), (rollout_state, "rollouts")):
+        assert state(broken.folder / name) == state(whole.folder / name)
