@@ -58,10 +58,11 @@ def _stored(folder: Path) -> list[list[StoredRollout]]:
 def check(folder: Path, steps: int, dtype: str = "bfloat16", staleness: int = 0, tools: bool = True) -> None:
     """A finished run: each step with all its rollouts, of weights that are recent enough, and engine and trainer agree."""
     records, stored = _metrics(folder), _stored(folder)
+    assert any(update["engine_gap"] > 0 for record in records for update in record["updates"])  # 0 where nothing is to learn
     assert [record["step"] for record in records] == list(range(steps))
     for step, (record, members) in enumerate(zip(records, stored, strict=True)):
         gaps = [update["engine_gap"] for update in record["updates"]]
-        assert all(0 < gap < _GAP[dtype] for gap in gaps), gaps
+        assert all(gap < _GAP[dtype] for gap in gaps), gaps
         assert record["sync_bytes"] > 0 and len(record["staleness"]) <= staleness + 1
         assert len(members) == _PER_STEP
         for one in members:
@@ -259,7 +260,7 @@ def test_an_engine_that_is_killed_or_stopped_amid_a_run_comes_back_with_the_curr
         os.kill(engine.pid, number)
     ended = running.wait()
     assert ended.code == 0 and not ended.orphans, ended
-    assert ended.err.count("worker engine-0 was lost") == 2 and "has not answered" in ended.err
+    assert ended.err.count("; starting it again (") == 2 and "it has not answered for" in ended.err
     check(folder, steps=5, dtype="float32")
 
 
