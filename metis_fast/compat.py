@@ -1,8 +1,8 @@
 """Lets torchvision be imported beside a torch that it was not built for.
 
 Package indexes have torchvision as a CUDA build only. Beside torch's CPU build its extension does not load, and its import
-then fails ("operator torchvision::nms does not exist"), because it describes operators that nobody has declared. vLLM's Qwen3-VL
-and, once torchvision is there, transformers need that import; neither needs the operators. `tests/unit/test_compat.py`
+then fails ("operator torchvision::nms does not exist"), because it describes operators that nobody has declared. vLLM's
+Qwen3-VL and, once torchvision is there, transformers need that import; neither needs the operators. `tests/unit/test_compat.py`
 fails as soon as torchvision can be imported without this.
 """
 

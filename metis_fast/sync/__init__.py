@@ -4,12 +4,6 @@ staging     the run's process writes a version into shared memory, tensor by ten
 local_copy  on another machine: buckets come, in full or as a `delta`, and become a staged version there
 reader      an engine checks a staged version, all of it, before it loads anything
 
-The native engine runs the trainer's torch module, or gets a copy of other trainers' weights (`native`). vLLM's side of it is
-`rollout/vllm/transfer.py`.
+vLLM's side of it is `rollout/vllm/transfer.py`; `rollout/vllm/engine.py` sends. The native engine runs the trainer's torch module,
+or copies weights itself.
 """
-
-from __future__ import annotations
-
-from metis_fast.sync.native import push_weights
-
-__all__ = ["push_weights"]
