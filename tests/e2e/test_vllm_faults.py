@@ -35,7 +35,7 @@ import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import pytest
 from harness import Command, Ended, Moment, checkpoint_state, rollout_state
@@ -49,6 +49,7 @@ from metis_fast.data.parquet import PromptFiles
 from metis_fast.errors import EngineError
 from metis_fast.model import Policy, load_policy
 from metis_fast.rollout.chat import Chat
+from metis_fast.rollout.engine import Completion
 from metis_fast.rollout.episode import collect
 from metis_fast.rollout.store import read_rollouts
 from metis_fast.rollout.vllm import engine as engine_module
@@ -83,7 +84,9 @@ _GARBAGE = [
 class Engines:
     """Scripted engines with faults, opened as a run opens them. copy: mode of sending weights, "" for shared memory."""
 
-    def __init__(self, folder: Path, policy: Policy, chat: Chat, stack: ExitStack, copy: str, **vllm: float) -> None:
+    def __init__(
+        self, folder: Path, policy: Policy, chat: Chat, stack: ExitStack, copy: str, silence_s: float, **vllm: float
+    ) -> None:
         self.faults = Faults(folder / "faults")
         turns = [[policy.tokenizer.encode(_CALL % n) for n in range(2)], [policy.tokenizer.encode(_ANSWER)]]
         Script(turns, turn_start=policy.tokenizer.convert_tokens_to_ids("<|im_start|>")).write(folder / "faults")  # pyright: ignore[reportArgumentType]
@@ -99,7 +102,7 @@ class Engines:
                     "deterministic": False,
                 },
                 "sync": {"mode": copy or "full"},
-                "workers": {"silence_s": 2.0, "start_s": 30.0},
+                "workers": {"silence_s": silence_s, "start_s": 30.0},
             }
         )
         self.policy, self.chat = policy, chat
@@ -158,7 +161,7 @@ Open = Callable[..., Engines]
 @pytest.fixture
 def engines(tmp_path: Path, policy: Policy, chat: Chat) -> Iterator[Open]:
     with ExitStack() as stack:
-        yield lambda copy="", **vllm: Engines(tmp_path, policy, chat, stack, copy, **vllm)
+        yield lambda copy="", silence_s=2.0, **vllm: Engines(tmp_path, policy, chat, stack, copy, silence_s, **vllm)
 
 
 @pytest.fixture
@@ -198,6 +201,44 @@ def test_rollouts_of_an_engine_that_fails_go_on_elsewhere_from_their_last_whole_
 
     those.check(run(go()), prompts, {1})
     assert fault not in _IN_A_STEP or "message 2, try 1: worker engine-" in caplog.text
+
+
+@pytest.mark.slow
+def test_an_engine_whose_step_keeps_pythons_lock_ends_itself(
+    engines: Open, prompts: list[Prompt], caplog: pytest.LogCaptureFixture
+) -> None:
+    those = engines(silence_s=50.0)  # nobody else would end it
+
+    async def go() -> list[Group]:
+        await those.update(1)
+        those.faults.arm(Fault.BLOCK)
+        groups = await those.collect(prompts)
+        await those.checked_replicas(1, restarts=1)
+        return groups
+
+    those.check(run(go()), prompts, {1})
+    assert "its process ended with 1 " in caplog.text
+
+
+def test_rollouts_of_a_prompt_share_a_replica_and_prompts_are_spread(engines: Open, make_prompt: Callable[..., Prompt]) -> None:
+    those = engines()
+    prompts = [make_prompt(f"City {i}?", uid=f"p{i}") for i in range(6)]
+    asked: dict[str, set[str]] = {}
+    generate = those.engine.generate
+
+    async def noted(replica: Any, tokens: Sequence[int], *more: Any) -> Completion:
+        asked.setdefault(those.chat.decode(tokens).split("assistant")[0], set()).add(replica.worker.name)
+        return await generate(replica, tokens, *more)
+
+    those.engine.generate = noted  # pyright: ignore[reportAttributeAccessIssue]
+
+    async def go() -> list[Group]:
+        await those.update(1)
+        return await those.collect(prompts)
+
+    those.check(run(go()), prompts, {1})
+    assert len(asked) == 6 and all(len(names) == 1 for names in asked.values())
+    assert set.union(*asked.values()) == {"engine-0", "engine-1"}
 
 
 def test_an_only_engine_that_fails_again_and_again_is_waited_for(engines: Open, prompts: list[Prompt]) -> None:

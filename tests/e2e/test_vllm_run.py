@@ -62,7 +62,8 @@ def check(folder: Path, steps: int, dtype: str = "bfloat16", staleness: int = 0,
     assert [record["step"] for record in records] == list(range(steps))
     for step, (record, members) in enumerate(zip(records, stored, strict=True)):
         gaps = [update["engine_gap"] for update in record["updates"]]
-        assert all(gap < _GAP[dtype] for gap in gaps), gaps
+        # the trainer's weights are those of the step; what older ones sampled differs by the updates between
+        assert len(record["staleness"]) > 1 or all(gap < _GAP[dtype] for gap in gaps), gaps
         assert record["sync_bytes"] > 0 and len(record["staleness"]) <= staleness + 1
         assert len(members) == _PER_STEP
         for one in members:
@@ -296,8 +297,10 @@ def test_speculative_decoding_gives_the_log_probs_of_the_model(demo: Path, tmp_p
 def test_tensor_parallel_ranks_train_what_an_engine_samples(demo: Path, tmp_path: Path) -> None:
     shape = read_shape(HERE / "small_model.json")
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2}  # one group for each rank
-    texts = ["Which city lies in France?", "the answer is known", "1 2 3"]
-    build_tiny(tmp_path / "model", replace(shape, text_config=shape.text_config | heads), texts * 5, seed=0)
+    files = PromptFiles([demo / "data" / "train.parquet"])
+    prompts = PromptCursor(files, 0, shuffle=False).next(len(files))
+    texts = [message.content for prompt in prompts for message in prompt.messages]  # for the whole vocabulary, an even number
+    build_tiny(tmp_path / "model", replace(shape, text_config=shape.text_config | heads), texts, seed=0)
     folder = tmp_path / "run"
     settings = ["train.backend=megatron", "train.megatron.tensor_parallel=2", "rollout.max_prompt_tokens=512"]
     settings += [f"model.path={tmp_path / 'model'}", "model.dtype=float32"]
