@@ -49,7 +49,6 @@ from metis_fast.workers.hub import Hub, WorkerError, wait_ready
 from metis_fast.workers.launch import Launcher, LocalLauncher
 
 log = logging.getLogger(__name__)
-_GATE_ROWS = 64  # among which the truth gate finds its prompts
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -91,7 +90,7 @@ class Parts:
         self._asleep = False
         if trainer is None or files is None:
             return
-        self.trainer, self._files = trainer, files
+        self.trainer = trainer
         self._shared = trainer.shares_policy and sampler is policy and isinstance(engine, NativeEngine)
         self.cursor = PromptCursor(files, config.run.seed, config.data.shuffle, config.data.on_bad_row)
         self.store = RolloutStore(config.run.dir / "rollouts")
@@ -155,14 +154,16 @@ class Parts:
             self._asleep = True
 
     def gate(self) -> GateReport:
-        """Engine against trainer, on prompts from the start of the training data.
+        """Engine against trainer, on some of the prompts that come next.
 
         Raises:
             EngineError: they differ by more than `gate.threshold`.
         """
         if self._probes is None:
-            cursor = PromptCursor(self._files, 0, shuffle=False, on_bad_row="skip")
-            self._probes = choose(cursor.next(min(_GATE_ROWS, len(self._files))), self.config.gate.prompts)
+            place = self.cursor.state()
+            coming = self.cursor.next(self.config.rollout.prompts_per_step)
+            self.cursor.restore(place)
+            self._probes = choose(coming, self.config.gate.prompts)
         rollouts = self.interrupts.run(probe(self._probes, self.chat, self.engine, self.config))
         report = compare(rollouts, self.trainer.logprobs(rollouts))
         log.info("truth gate: log-probs differ by %.2e (largest %.2e, %d tokens)", report.mean, report.max, report.tokens)
