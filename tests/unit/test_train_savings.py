@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from dataclasses import fields, replace
 
 import pytest
@@ -68,7 +69,7 @@ def test_a_frozen_tower_and_head_have_no_backward_pass():
 @pytest.mark.parametrize("images", [(), ((1, 4, 6), (1, 8, 4), (2, 4, 4))])
 def test_the_flop_model_counts_what_torch_counts(policy, images):
     """Forward pass of transformers' own model with plain matrix products, text and images."""
-    config = policy.model.config
+    config = deepcopy(policy.model.config)  # the attention asked for below is written into it
     model = Qwen3VLForConditionalGeneration._from_config(config, attn_implementation="eager")
     flops = FlopModel.of(config)
     merged = [t * h * w // 4 for t, h, w in images]
