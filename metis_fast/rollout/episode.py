@@ -259,8 +259,8 @@ async def collect(
 ) -> list[Group]:
     """Sample `rollouts_per_prompt` rollouts of every prompt, at most `config.max_concurrent` at once.
 
-    Every prompt is encoded once, before anything is sampled. With `config.deterministic` the rollouts run in fixed blocks, so
-    that what shares a batch does not depend on timing.
+    Every prompt is encoded once, before anything is sampled. With `config.deterministic` the native engine's rollouts run in fixed
+    blocks, so that what shares a batch does not depend on timing.
     on_done is called after every rollout.
 
     Raises:
@@ -268,7 +268,8 @@ async def collect(
     """
     pieces = await encode_prompts(prompts, chat, config)
     total = len(prompts) * rollouts_per_prompt
-    gate = asyncio.Semaphore(total if config.deterministic else config.max_concurrent)
+    blocks = config.deterministic and config.engine == "native"  # others have no order that a block could keep
+    gate = asyncio.Semaphore(total if blocks else config.max_concurrent)
 
     async def one(order: int, session: EngineSession | None) -> Rollout:
         async with gate:
@@ -287,14 +288,11 @@ async def collect(
         return rollout
 
     rollouts: list[Rollout] = []
-    block = config.max_concurrent if config.deterministic else total
+    block = config.max_concurrent if blocks else total
     for start in range(0, total, block):
         orders = range(start, min(start + block, total))
         # opened before any of them runs: the engine must know whom to wait for
-        sessions = [
-            engine.session(order, prompts[order // rollouts_per_prompt].uid) if config.deterministic else None
-            for order in orders
-        ]
+        sessions = [engine.session(order, prompts[order // rollouts_per_prompt].uid) if blocks else None for order in orders]
         try:
             async with asyncio.TaskGroup() as tasks:
                 running = [tasks.create_task(one(order, session)) for order, session in zip(orders, sessions, strict=True)]

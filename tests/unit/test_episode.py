@@ -281,6 +281,33 @@ def test_a_batch_returns_groups_in_the_order_of_its_prompts(chat, policy, make_p
     assert len(done) == 6
 
 
+@pytest.mark.parametrize(("name", "waits"), [("native", True), ("vllm", False)])
+def test_only_the_native_engine_is_given_blocks_whose_slowest_rollout_the_next_one_waits_for(
+    chat, policy, make_prompt, name, waits
+):
+    engine = FakeEngine(policy.tokenizer, [["<answer>1</answer><|im_end|>"]] * 6)
+    opened, at_end = engine.session, []
+
+    def session(order, prompt=""):
+        made = opened(order, prompt)
+        generate = made.generate
+
+        async def slow(*arguments):
+            if order == 0:
+                for _ in range(50):
+                    await asyncio.sleep(0)
+                at_end.append(len(engine.asked))  # how many others were sampled meanwhile
+            return await generate(*arguments)
+
+        made.generate = slow
+        return made
+
+    engine.session = session
+    config = RolloutConfig(engine=name, max_concurrent=2)
+    asyncio.run(collect([make_prompt()], 6, chat, engine, FakeToolbox(), config, 0, "train/0"))
+    assert at_end == [1 if waits else 5]
+
+
 def test_every_message_of_a_run_has_a_seed_of_its_own():
     keys = [SampleKey(s, stream, o) for s in (0, 1) for stream in ("train/0", "train/1", "eval") for o in range(200)]
     seeds = {key.turn_seed(turn) for key in keys for turn in range(10)}
