@@ -259,8 +259,8 @@ async def collect(
 ) -> list[Group]:
     """Sample `rollouts_per_prompt` rollouts of every prompt, at most `config.max_concurrent` at once.
 
-    Every prompt is encoded once, before anything is sampled. With `config.deterministic` the native engine's rollouts run in fixed
-    blocks, so that what shares a batch does not depend on timing.
+    Every prompt is encoded once, before anything is sampled. With `config.deterministic` the native engine's rollouts run in
+    fixed blocks, so that what shares a batch does not depend on timing.
     on_done is called after every rollout.
 
     Raises:

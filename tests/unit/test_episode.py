@@ -292,12 +292,12 @@ def test_only_the_native_engine_is_given_blocks_whose_slowest_rollout_the_next_o
         made = opened(order, prompt)
         generate = made.generate
 
-        async def slow(*arguments):
+        async def slow(tokens, images, spans, sampling):
             if order == 0:
                 for _ in range(50):
                     await asyncio.sleep(0)
                 at_end.append(len(engine.asked))  # how many others were sampled meanwhile
-            return await generate(*arguments)
+            return await generate(tokens, images, spans, sampling)
 
         made.generate = slow
         return made
