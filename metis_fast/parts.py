@@ -46,7 +46,7 @@ from metis_fast.train.protocol import Trainer, TrainerState
 from metis_fast.train.torch_backend import TorchTrainer
 from metis_fast.types import Prompt
 from metis_fast.workers.hub import Hub, WorkerError, wait_ready
-from metis_fast.workers.launch import Launcher, LocalLauncher
+from metis_fast.workers.launch import Launcher, LocalLauncher, engine_gpus
 
 log = logging.getLogger(__name__)
 
@@ -301,7 +301,10 @@ def open_hub(config: Config, stack: ExitStack, check: Callable[[], None], traini
             ) from None
         launcher = RayLauncher(config, training and _ranks_by_ray(config), check)
     else:
-        launcher = LocalLauncher(config.run.dir.resolve() / "workers")
+        here = training and config.train.backend == "megatron" and config.train.megatron.launch == "local"
+        wanted = config.rollout.vllm.replicas * config.rollout.vllm.tensor_parallel
+        gpus = engine_gpus(torch.cuda.device_count(), config.train.megatron.num_ranks if here else 0, wanted)
+        launcher = LocalLauncher(config.run.dir.resolve() / "workers", gpus)
     stack.callback(launcher.close)
     return stack.enter_context(Hub(config.workers, launcher))
 

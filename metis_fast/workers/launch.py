@@ -17,6 +17,13 @@ from metis_fast.errors import ConfigError
 Role = Literal["engine", "tools", "judge", "rank"]
 
 
+def engine_gpus(total: int, ranks: int, wanted: int) -> list[str]:
+    """GPUs of this machine for engines: those behind the trainer's ranks; where these are too few, the same ones, shared."""
+    visible = [part.strip() for part in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if part.strip()]
+    names = visible[:total] if visible else [str(number) for number in range(total)]
+    return names[ranks:] if ranks + wanted <= total else names
+
+
 @dataclass(frozen=True, slots=True)
 class Job:
     """One worker to start.
@@ -87,12 +94,17 @@ class _Local:
 
 
 class LocalLauncher:
-    """Workers of this machine, each with a log in `logs`."""
+    """Workers of this machine, each with a log in `logs`.
+
+    gpus: ids, as CUDA_VISIBLE_DEVICES takes them, that jobs get, the same ones whenever a job is started again.
+    """
 
     host = "127.0.0.1"
 
-    def __init__(self, logs: Path) -> None:
+    def __init__(self, logs: Path, gpus: Sequence[str] = ()) -> None:
         self._logs = logs
+        self._free = list(gpus)
+        self._gpus: dict[str, list[str]] = {}
         self._started: list[_Local] = []
 
     def start(self, job: Job) -> Process:
@@ -106,7 +118,7 @@ class LocalLauncher:
                     stdin=subprocess.DEVNULL,
                     stdout=output,
                     stderr=subprocess.STDOUT,
-                    env={**os.environ, **job.environment},
+                    env={**os.environ, **self._visible(job), **job.environment},
                     start_new_session=True,  # Ctrl-C is for the run; and it ends with all that it started
                 )
         except OSError as error:
@@ -114,6 +126,18 @@ class LocalLauncher:
         started = _Local(process, log)
         self._started.append(started)
         return started
+
+    def _visible(self, job: Job) -> dict[str, str]:
+        if not job.gpus:
+            return {}
+        if job.name not in self._gpus:
+            if job.gpus > len(self._free):
+                raise ConfigError(
+                    f"worker {job.name} needs {job.gpus} GPUs of this machine, {len(self._free)} are left; lower "
+                    "rollout.vllm.replicas or tensor_parallel, or set workers.launcher=ray"
+                )
+            self._gpus[job.name], self._free = self._free[: job.gpus], self._free[job.gpus :]
+        return {"CUDA_VISIBLE_DEVICES": ",".join(self._gpus[job.name])}
 
     def close(self) -> None:
         """See `Launcher`."""

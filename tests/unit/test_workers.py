@@ -14,7 +14,7 @@ import pytest
 from metis_fast.config import WorkersConfig
 from metis_fast.errors import ConfigError, InfrastructureError
 from metis_fast.workers.hub import Hub, Worker, WorkerError, wait_ready
-from metis_fast.workers.launch import LocalLauncher
+from metis_fast.workers.launch import Job, LocalLauncher, engine_gpus
 
 PROBE = "metis_fast.testing.workers:Probe"
 
@@ -143,3 +143,22 @@ def test_workers_end_with_the_run(tmp_path: Path) -> None:
 def test_an_address_that_cannot_be_listened_at(tmp_path: Path, listen: str) -> None:
     with pytest.raises(ConfigError, match=r"workers\.listen"):
         Hub(WorkersConfig(listen=listen), LocalLauncher(tmp_path))
+
+
+def test_engines_get_gpus_of_their_own_and_keep_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert engine_gpus(8, 4, 4) == ["4", "5", "6", "7"]
+    assert engine_gpus(8, 8, 8) == engine_gpus(8, 0, 8) == [str(i) for i in range(8)]  # shared with the ranks, or all free
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3,5")
+    assert engine_gpus(3, 1, 2) == ["3", "5"]
+    launcher = LocalLauncher(tmp_path, ["3", "5"])
+    code = ("-c", "import os; print(os.environ['CUDA_VISIBLE_DEVICES'])")
+    for name in ("engine-0", "engine-1", "engine-0"):
+        process = launcher.start(Job(name, "engine", code, {}, gpus=1))
+        while process.exit_code() is None:
+            time.sleep(0.01)
+    assert (tmp_path / "engine-0.log").read_text().split() == ["3", "3"]
+    assert (tmp_path / "engine-1.log").read_text().split() == ["5"]
+    with pytest.raises(ConfigError, match="needs 1 GPUs of this machine, 0 are left"):
+        launcher.start(Job("engine-2", "engine", code, {}, gpus=1))
+    launcher.close()
