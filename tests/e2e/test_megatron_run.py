@@ -93,7 +93,7 @@ def assert_same_curve(folder: Path, reference: Path, rel: float, floor: float = 
                 assert one[name] < 1e-5 and value < 1e-5, (step, name, one[name], value)
             elif name.startswith(".updates.") and isinstance(value, float):
                 assert one[name] == pytest.approx(value, rel=rel, abs=floor), (step, name)
-            else:
+            elif name != ".sync_bytes":  # the torch back end's engine runs the trainer's own module
                 assert one[name] == value, (step, name)
             assert value or not name.endswith(".grad_norm"), "nothing is learnt"
 
