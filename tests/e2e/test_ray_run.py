@@ -50,6 +50,7 @@ def test_a_run_with_workers_on_ray_is_bit_for_bit_the_one_in_process(
     assert sorted(path.name for path in (tmp_path / "run" / "workers").iterdir()) == ["judge-0.log", "tools-0.log"]
 
 
+@pytest.mark.slow
 def test_a_run_whose_ranks_are_on_ray_stopped_by_a_signal_goes_on_when_started_again(
     on_ray: Callable[..., Job], tmp_path: Path
 ) -> None:
