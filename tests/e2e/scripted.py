@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from multiprocessing import forkserver
 from multiprocessing.context import ForkServerProcess
@@ -77,7 +78,7 @@ class ForkLauncher:
 
     host = "127.0.0.1"
 
-    def __init__(self, logs: Path) -> None:
+    def __init__(self, logs: Path, gpus: Sequence[str] = ()) -> None:
         logs.mkdir(parents=True, exist_ok=True)
         self._logs = logs
         self._started: list[_Forked] = []
