@@ -94,7 +94,7 @@ class VllmService:
         ready.put(None)
         try:
             self._serve()
-        except BaseException:
+        except BaseException:  # whatever a step raised, vLLM's state is unknown: the process must not go on
             traceback.print_exc()
             sys.stderr.flush()
             os._exit(_STEP_FAILED)
