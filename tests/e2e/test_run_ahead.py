@@ -35,9 +35,10 @@ def _sequence(demo: Path, num: int) -> list[str]:
 
 
 def _trained(folder: Path) -> list[list[str]]:
-    """Uids of the prompts of every step."""
+    """Uids of the prompts of every step; one that two epochs brought into the same step stands there twice."""
     parts = sorted((folder / "rollouts").glob("step-*.parquet"))
-    return [sorted({stored.rollout.prompt_uid for stored in read_rollouts(part)}) for part in parts]
+    firsts = [[stored.rollout for stored in read_rollouts(part) if stored.rollout.index == 0] for part in parts]
+    return [sorted(rollout.prompt_uid for rollout in rollouts) for rollouts in firsts]
 
 
 def _pending(folder: Path, demo: Path) -> list[str]:
