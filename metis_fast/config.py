@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from metis_fast.errors import ConfigError
 from metis_fast.types import Ability, ToolName
@@ -23,6 +23,17 @@ NonNegative = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+
+
+def _dtype_here(value: object) -> object:
+    """Without bfloat16 instructions torch multiplies bfloat16 matrices many times slower than float32 ones."""
+    if value != "auto":
+        return value
+    import torch  # at first use: reading a config needs nothing else of it
+
+    cpu = torch.cpu.get_capabilities()
+    native = torch.cuda.is_available() or any(cpu.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
+    return "bfloat16" if native else "float32"
 
 
 class _Section(BaseModel):
@@ -60,8 +71,9 @@ class ModelConfig(_Section):
     """Folder with config.json, *.safetensors, tokenizer and processor."""
     config: Path | None = None
     """A config.json that describes the model where `path` is not there yet, for `metis-fast plan`."""
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Type of weights and activations. With bfloat16 the optimizer keeps float32 masters."""
+    dtype: Annotated[Literal["bfloat16", "float32"], BeforeValidator(_dtype_here)] = "bfloat16"
+    """Type of weights and activations. With bfloat16 the optimizer keeps float32 masters. `auto` is bfloat16 on a machine with a GPU
+    or instructions for it (AVX-512 bf16, AMX), else float32; a run folder keeps which."""
     freeze: tuple[Literal["vision", "embeddings"], ...] = ()
     """Parts that are not trained: the vision tower (with its mergers), the token embeddings (with a tied LM head)."""
 

@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
@@ -240,6 +241,25 @@ def test_a_combination_that_cannot_work_says_what_to_set(overrides, message):
 @pytest.mark.parametrize("overrides", [["rollout.top_k=5", "loss.tis_cap=2"], ["loss.w_acc=0"], ["score.w_fmt=0"]])
 def test_combinations_that_only_look_odd_are_allowed(overrides):
     assert load(None, overrides) != Config()
+
+
+@pytest.mark.parametrize(
+    ("cuda", "instructions", "chosen"),
+    [
+        (False, {}, "float32"),
+        (False, {"avx512_bf16": False, "amx_bf16": False}, "float32"),
+        (False, {"avx512_bf16": True}, "bfloat16"),
+        (False, {"amx_bf16": True}, "bfloat16"),
+        (True, {}, "bfloat16"),
+    ],
+)
+def test_the_type_of_weights_may_be_what_this_machine_multiplies_fast(monkeypatch, cuda, instructions, chosen):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: instructions)
+    auto = load(None, ["model.dtype=auto"])
+    assert auto.model.dtype == chosen
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: not cuda)
+    assert build(yaml.safe_load(to_yaml(auto))) == auto  # on whatever machine it goes on
 
 
 def test_every_problem_is_reported_at_once():
