@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TypeVar
 
 import numpy as np
@@ -162,10 +162,10 @@ async def _beside(update: Callable[[], T]) -> T:
     A stop that is asked for meanwhile ends it at its next check; one that has taken an optimizer step is completed.
     """
     running = asyncio.ensure_future(asyncio.to_thread(update))
-    try:
-        return await asyncio.shield(running)
-    except asyncio.CancelledError:
-        return await running
+    while not running.done():  # Ctrl-C and then SIGTERM cancel twice
+        with suppress(asyncio.CancelledError):
+            await asyncio.shield(running)
+    return running.result()
 
 
 def _store(parts: Parts, scored: Sequence[ScoredGroup], step: int) -> None:
@@ -182,9 +182,11 @@ def _evaluate(parts: Parts, stream: str) -> dict[str, Slice]:
 
 
 def _gate_if_due(parts: Parts, step: int, first: int) -> None:
-    """The truth gate: before the first step of this process, and every `gate.every` steps."""
+    """The truth gate: before the first step of this process, before the second one, and every `gate.every` steps."""
     gate = parts.config.gate
-    if gate.prompts and (step == first or (gate.every and step % gate.every == 0)):
+    # at first both have the folder's weights, and an update that changes nothing in the engine would not show
+    changed = step == first + 1 and parts.config.rollout.engine == "vllm"
+    if gate.prompts and (step == first or changed or (gate.every and step % gate.every == 0)):
         parts.gate()
 
 

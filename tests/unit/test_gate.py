@@ -66,12 +66,12 @@ def test_another_mlp_is_named_with_the_path_of_every_token(
 
 
 def test_positions_are_blamed_for_what_grows() -> None:
-    report = GateReport(0.5, 2.0, 100, float("nan"), 0.5, 0.01, 1.0)
+    report = GateReport(0.5, 0.5, 2.0, 100, float("nan"), 0.5, 0.01, 1.0)
     assert report.likely(1e-4).startswith("rotary positions")
 
 
 def test_not_a_number_is_no_agreement() -> None:
-    report = GateReport(float("nan"), float("nan"), 100, 0.0, 0.0, 0.0, 0.0)
+    report = GateReport(float("nan"), float("nan"), float("nan"), 100, 0.0, 0.0, 0.0, 0.0)
     with pytest.raises(EngineError, match="differ by nan"):
         require(report, CONFIG)
 
@@ -83,8 +83,20 @@ def test_prompts_with_images_come_first_and_one_without_is_kept(prompts: list[Pr
     assert len(choose(prompts, 100)) == 6
 
 
+def test_one_message_that_differs_is_not_hidden_by_many_that_do_not(policy: Policy, prompts: list[Prompt]) -> None:
+    engine = NativeEngine(policy)
+    sampled = asyncio.run(probe(prompts, Chat(policy.tokenizer, policy.images), engine, CONFIG))
+    ours = [rollout.logp.copy() for rollout in sampled]
+    require(compare(sampled, ours), CONFIG)
+    ours[2][sampled[2].sampled] += 2e-4
+    report = compare(sampled, ours)
+    assert report.mean < 1e-4 < report.worst
+    with pytest.raises(EngineError, match="in the worst message"):
+        require(report, CONFIG)
+
+
 def test_the_threshold_follows_the_dtype() -> None:
-    report = GateReport(1e-3, 1e-2, 100, 1e-3, 1e-3, 1e-3, 1e-3)
+    report = GateReport(1e-3, 1e-3, 1e-2, 100, 1e-3, 1e-3, 1e-3, 1e-3)
     require(report, CONFIG.model_copy(update={"model": CONFIG.model.model_copy(update={"dtype": "bfloat16"})}))
     with pytest.raises(EngineError, match=r"allowed is 0\.0001"):
         require(report, CONFIG)
