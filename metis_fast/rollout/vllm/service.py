@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 _LOG = logging.getLogger(__name__)
 _IMAGE_CACHE_BYTES = 2 << 30
 _STEP_FAILED, _STALLED = 70, 75  # exit codes
+_DRAFTED, _ACCEPTED = "vllm:spec_decode_num_draft_tokens", "vllm:spec_decode_num_accepted_tokens"  # vLLM's counters
 _STALL_SLACK_S = 5.0  # twice that is longer than a machine under load lets a thread wait
 
 T = TypeVar("T")
@@ -309,7 +310,15 @@ class VllmService:
     async def stats(self) -> EngineStats:
         """Where the time went."""
         alive = time.perf_counter() - self._began
-        return EngineStats(alive, self._busy_s, self._steps, self._tokens, len(self._running))
+        drafted, accepted = self._drafts()
+        return EngineStats(alive, self._busy_s, self._steps, self._tokens, len(self._running), drafted, accepted)
+
+    def _drafts(self) -> tuple[int, int]:
+        """Tokens that speculation proposed, and how many of them the model took; vLLM counts them across steps."""
+        if self._settings.speculative is None or not self._engine.log_stats:
+            return 0, 0
+        totals = {metric.name: getattr(metric, "value", 0) for metric in self._engine.get_metrics()}
+        return int(totals.get(_DRAFTED, 0)), int(totals.get(_ACCEPTED, 0))
 
     async def load_staged(self, manifest: dict[str, Any]) -> float:
         """Sample with a version that lies in this machine's shared memory (`Manifest.to_dict`); seconds that requests waited.
@@ -445,7 +454,7 @@ def _open(settings: EngineSettings) -> LLMEngine:
         "tensor_parallel_size": settings.tensor_parallel,
         "enable_prefix_caching": True,
         "logprobs_mode": "processed_logprobs" if settings.processed_logprobs else "raw_logprobs",
-        "disable_log_stats": True,
+        "disable_log_stats": settings.speculative is None,  # what becomes of drafts is in vLLM's own counters only
         "weight_transfer_config": WeightTransferConfig(
             backend=plugin.TRANSFER if settings.transport == "staged" else settings.transport
         ),
@@ -462,13 +471,54 @@ def _open(settings: EngineSettings) -> LLMEngine:
     if unknown:
         raise EngineError(f"rollout.vllm.arguments has {', '.join(unknown)}, which are no engine arguments of vLLM")
     arguments |= settings.arguments
+    if settings.speculative is not None and settings.speculative.get("rejection_sample_method") == "synthetic":
+        raise EngineError(
+            "rollout.vllm.speculative.rejection_sample_method=synthetic takes drafts at random, whatever the model says of them, "
+            "so that the tokens are not the model's; leave it out"
+        )
     engine = LLMEngine.from_engine_args(EngineArgs(**arguments))
     # it says for every step that it keeps its number of threads
     logging.getLogger("vllm.v1.worker.cpu_worker").setLevel(logging.ERROR)
     engine.set_weight_version("0")
+    if settings.speculative is not None:
+        _check_banned(engine, settings)
+        _check_drafts(engine)
     if settings.transport == "staged":
         engine.collective_rpc("init_weight_transfer_engine", args=({},))
     return engine
+
+
+def _check_banned(engine: LLMEngine, settings: EngineSettings) -> None:
+    """With speculation, vLLM excludes placeholders by their text, which it makes token ids of."""
+    tokenizer = engine.get_tokenizer()
+    found = {text: tokenizer.encode(text, add_special_tokens=False) for text in settings.banned_text}
+    if sorted(found.values()) != sorted([token] for token in settings.banned):
+        raise EngineError(
+            "rollout.vllm.speculative excludes image placeholders by their text, and needs a tokenizer that makes exactly the "
+            f"tokens {sorted(settings.banned)} of it, one of each; it makes {found}"
+        )
+
+
+def _check_drafts(engine: LLMEngine) -> None:
+    if not _has_gpu() and not all(engine.collective_rpc(_spreads)):
+        raise EngineError(
+            "rollout.vllm.speculative needs a GPU: without one, this vLLM judges drafts by temperatures that it has not set "
+            "(its issue 55005), so that what it samples is not the model's; leave it out on this machine"
+        )
+
+
+def _spreads(worker: object) -> bool:
+    """Asked of each of vLLM's workers: whether a request's temperature, top-k and top-p get to its drafts.
+
+    Without a GPU and Triton, vLLM 0.32 writes them to a copy of the tensor that it goes on with; that one keeps whatever was in
+    its memory. Drafts are then taken, and others put in their place, as no model would: placeholders, too.
+    """
+    import torch
+    from vllm.v1.sample.rejection_sampler import expand_batch_to_tokens
+
+    temperature = torch.tensor([0.375, 1.625])
+    drafts = torch.tensor([1, 3], dtype=torch.int32)  # counted over the requests: one, then two
+    return expand_batch_to_tokens(temperature, drafts, 3).tolist() == [0.375, 1.625, 1.625]
 
 
 def _check_head_size(model: str) -> None:

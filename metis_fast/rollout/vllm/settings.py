@@ -76,10 +76,16 @@ class GenerateReply:
 
 @dataclass(frozen=True, slots=True)
 class EngineStats:
-    """Of an engine's process since it started. busy_s: seconds in steps; tokens: sampled."""
+    """Of an engine's process since it started. busy_s: seconds in steps; tokens: sampled.
+
+    drafted: tokens that speculation proposed, accepted: those of them that the model took (some behind the end of a message);
+    both 0 without it.
+    """
 
     alive_s: float
     busy_s: float
     steps: int
     tokens: int
     unfinished: int
+    drafted: int
+    accepted: int
