@@ -17,7 +17,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from harness import HERE, Command
+from harness import PROGRAM, Command
+from jobs import Job
+from test_megatron_run import job  # noqa: F401
 
 from metis_fast import parts as parts_module
 from metis_fast import pipeline
@@ -34,7 +36,6 @@ from metis_fast.rollout.gate import choose
 from metis_fast.rollout.store import StoredRollout, read_rollouts
 from metis_fast.rollout.vllm.engine import VllmEngine
 from metis_fast.testing.faults import flip_staged
-from metis_fast.testing.tiny import build_tiny, read_shape
 from metis_fast.types import Outcome, Prompt, Rollout
 from metis_fast.workers.hub import Hub
 
@@ -79,12 +80,16 @@ def check(folder: Path, steps: int, dtype: str = "bfloat16", staleness: int = 0,
 
 @pytest.fixture(scope="module")
 def opened(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Parts]:
-    """The parts of a run with a vLLM engine, which takes its time to start; the tests of this module share it, in order."""
+    """The parts of a run with a vLLM engine that a local Ray cluster has placed. Both take their time to start, so that the
+    tests of this module share them, in order."""
+    pytest.importorskip("ray")
     folder = tmp_path_factory.mktemp("vllm") / "run"
-    config = load(demo / "config.yaml", [*_VLLM, *_SHORT, f"run.dir={folder}", "train.steps=2"])
+    config = load(demo / "config.yaml", [*_VLLM, *_SHORT, "workers.launcher=ray", f"run.dir={folder}", "train.steps=2"])
     assert config.model.dtype == "bfloat16"
-    with Interrupts() as interrupts, open_parts(config, interrupts) as parts:
-        yield parts
+    with pytest.MonkeyPatch.context() as patch, Interrupts() as interrupts:
+        patch.setenv("RAY_ADDRESS", "local")  # not one that happens to run here
+        with open_parts(config, interrupts) as parts:
+            yield parts
 
 
 @pytest.fixture
@@ -279,6 +284,7 @@ def _use_copies() -> None:
 def test_two_replicas_ahead_of_training_get_what_changed_over_their_connections(demo: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     settings = ["rollout.mode=async", "rollout.max_staleness=2", "loss.tis_cap=2", "sync.mode=delta", "rollout.vllm.replicas=2"]
+    settings.append("gate.every=1")  # the engines' newest version against the trainer, at every step
     ended = Command(_command(demo, folder, *settings), tmp_path / "process", before=_use_copies).wait()
     assert ended.code == 0 and not ended.orphans, ended
     check(folder, steps=3, staleness=2)
@@ -295,18 +301,28 @@ def test_speculative_decoding_gives_the_log_probs_of_the_model(demo: Path, tmp_p
     check(folder, steps=3, dtype="float32")
 
 
+_AHEAD = ["rollout.mode=async", "rollout.max_staleness=2", "loss.tis_cap=2"]
+
+
 @pytest.mark.slow
-def test_tensor_parallel_ranks_train_what_an_engine_samples(demo: Path, tmp_path: Path) -> None:
-    shape = read_shape(HERE / "small_model.json")
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}  # one group for each rank
-    files = PromptFiles([demo / "data" / "train.parquet"])
-    prompts = PromptCursor(files, 0, shuffle=False).next(len(files))
-    texts = [message.content for prompt in prompts for message in prompt.messages]
-    shape = replace(shape, vocab_size=400, text_config=shape.text_config | heads)  # half of it for each rank
-    build_tiny(tmp_path / "model", shape, texts, seed=0)
+@pytest.mark.parametrize(
+    ("dtype", "settings"),
+    [("float32", ["workers.launcher=ray"]), ("bfloat16", ["workers.launcher=ray"]), ("float32", _AHEAD)],
+    ids=["ray", "ray-bfloat16", "ahead"],
+)
+def test_tensor_parallel_ranks_train_what_an_engine_samples(
+    job: Path,  # noqa: F811
+    tmp_path: Path,
+    dtype: str,
+    settings: list[str],
+) -> None:
     folder = tmp_path / "run"
-    settings = ["train.backend=megatron", "train.megatron.tensor_parallel=2", "rollout.max_prompt_tokens=512"]
-    settings += [f"model.path={tmp_path / 'model'}", "model.dtype=float32", "gate.every=1"]
-    ended = Command(_command(demo, folder, *settings), tmp_path / "process").wait()
-    assert ended.code == 0 and not ended.orphans, ended  # the gate let every step pass
-    check(folder, steps=3, dtype="float32", tools=False)
+    command = ["train", job, f"run.dir={folder}", *_VLLM, *_SHORT, "train.steps=3", f"model.dtype={dtype}", "gate.every=1"]
+    ranks = ["train.backend=megatron", "train.megatron.tensor_parallel=2"]
+    running = Job([PROGRAM, *command, *ranks, *settings], tmp_path / "job", HOME=str(tmp_path), RAY_ADDRESS="local")
+    try:
+        assert running.wait(limit_s=500, left_s=30) == 0, running.err.read_text()  # the gate let every step pass
+    finally:
+        running.end()
+    check(folder, steps=3, dtype=dtype, staleness=2 if settings == _AHEAD else 0)
+    assert all(update["grad_norm"] > 0 for record in _metrics(folder) for update in record["updates"]), "nothing is learnt"
