@@ -15,8 +15,6 @@ import logging
 import os
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 from collections import Counter
@@ -33,7 +31,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from metis_fast.config import Config, WorkersConfig
 from metis_fast.errors import ConfigError
 from metis_fast.train.megatron.wire import PARENT
-from metis_fast.workers.launch import Job, Process
+from metis_fast.workers.launch import Child, Job, Process
 
 _LOG = logging.getLogger(__name__)
 _NEWS_S = 15.0  # between two lines that say what is waited for
@@ -109,51 +107,47 @@ class Keeper:
     """An actor in a bundle. Its processes are in groups of their own: they end with all that they start, and Ray's must not."""
 
     def __init__(self) -> None:
-        self._processes: dict[str, subprocess.Popen[bytes]] = {}
+        self._processes: dict[str, Child] = {}
 
     async def node(self) -> str:
         """Where it runs."""
         return socket.gethostname()
 
     async def start(
-        self, name: str, command: Sequence[str], environment: Mapping[str, str], log: Path, gpus: tuple[int, int]
+        self,
+        name: str,
+        command: Sequence[str],
+        environment: Mapping[str, str],
+        log: Path,
+        gpus: tuple[int, int],
+        scratch: bool,
     ) -> None:
         """Start a process under a name, the one of that name before is ended.
 
-        environment: added to this process's own; keys in it go over Ray's connections, into no command line.
+        environment: added to this process's own; keys in it go over Ray's connections, into no command line. log, scratch: see
+        `Child`.
 
         Raises:
-            OSError: the log cannot be written.
+            OSError: see `Child`.
         """
         await self.kill(name)
         own = dict(os.environ)
         if gpus[1] > gpus[0] and own.get("CUDA_VISIBLE_DEVICES"):
             own["CUDA_VISIBLE_DEVICES"] = ",".join(own["CUDA_VISIBLE_DEVICES"].split(",")[slice(*gpus)])
-        log.parent.mkdir(parents=True, exist_ok=True)
-        with log.open("ab") as output:
-            self._processes[name] = subprocess.Popen(
-                [sys.executable, "-P", *command],
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                env={**own, **environment, PARENT: str(os.getpid())},
-                start_new_session=True,
-            )
+        self._processes[name] = Child(command, {**own, **environment, PARENT: str(os.getpid())}, log, scratch)
 
     async def wait(self, name: str) -> int:
         """Exit code of the process, once it has ended; negative: the signal that killed it."""
         process = self._processes[name]
-        while process.poll() is None:
+        while (code := process.exit_code()) is None:
             await asyncio.sleep(0.1)
-        return process.returncode
+        return code
 
     async def kill(self, name: str) -> None:
         """End the process, if there is one, and what it started."""
         process = self._processes.get(name)
         if process is not None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            await asyncio.to_thread(process.wait)
+            await asyncio.to_thread(process.kill)
 
 
 class _Placed:
@@ -306,7 +300,7 @@ class RayLauncher:
                 node = keeper.node.remote()
                 self._wait(f"room for {job.name}", lambda: None, functools.partial(_done, node))
                 place.node = str(ray.get(node))
-                started = keeper.start.remote(job.name, tuple(job.command), environment, log, seat.gpus)
+                started = keeper.start.remote(job.name, tuple(job.command), environment, log, seat.gpus, job.role != "rank")
                 ray.get(started, timeout=_CALL_S)
             except RayTaskError as error:
                 raise ConfigError(f"cannot start {job.name} on {place.node}: {_one_line(error)}") from None

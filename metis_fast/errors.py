@@ -63,5 +63,10 @@ class SyncError(EngineFailure):
     """A weight transfer that did not arrive as it was sent; the engine serves the version it had."""
 
 
+class StagingError(SyncError):
+    """A weight version that changed in shared memory after it was staged: no engine can take it any more, and only the trainer
+    can give it once more."""
+
+
 class Interrupted(Exception):
     """Somebody asked the run to stop (Ctrl-C, SIGTERM); the last whole step is on disk."""

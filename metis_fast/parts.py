@@ -14,6 +14,7 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from metis_fast import config as config_module
 from metis_fast.checkpoint.export import export_policy
@@ -28,7 +29,7 @@ from metis_fast.interrupt import Interrupts
 from metis_fast.model import Policy, load_policy
 from metis_fast.report.log import RunLog
 from metis_fast.rollout.chat import Chat
-from metis_fast.rollout.engine import Engine, SyncReport
+from metis_fast.rollout.engine import Engine, SyncReport, update
 from metis_fast.rollout.gate import GateReport, choose, compare, probe, require
 from metis_fast.rollout.native import NativeEngine
 from metis_fast.rollout.schedule import Pending, Rules, Schedule, group_player
@@ -144,8 +145,11 @@ class Parts:
         if self._asleep and isinstance(self.engine, VllmEngine):
             self.interrupts.run(self.engine.wake())
             self._asleep = False
-        weights = iter(()) if self._shared else self.trainer.weights()
-        return self.interrupts.run(self.engine.update(weights, version))
+
+        def weights() -> Iterator[tuple[str, Tensor]]:
+            return iter(()) if self._shared else self.trainer.weights()
+
+        return self.interrupts.run(update(self.engine, weights, version, self.config.sync.retries))
 
     def rest(self) -> None:
         """Until the next `sync`, the GPUs are the trainer's (`rollout.vllm.sleep`)."""

@@ -5,15 +5,20 @@ One rollout opens one `EngineSession`, so that an engine can keep what it comput
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
+from metis_fast.errors import EngineError, StagingError
 from metis_fast.types import ImageBlob, ImageSpan
+
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,9 +100,32 @@ class Engine(Protocol):
 
         Raises:
             EngineError: no engine can take them, after retries.
+            StagingError: they were damaged after they had been read; the same version may be given again (see `update`).
         """
         ...
 
     def close(self) -> None:
         """Free memory and processes."""
         ...
+
+
+async def update(engine: Engine, weights: Callable[[], Iterator[tuple[str, Tensor]]], version: int, retries: int) -> SyncReport:
+    """`Engine.update`, with the weights read anew where they were damaged on the way.
+
+    weights: called for every try. retries: tries after the first; those made are in the report.
+
+    Raises:
+        EngineError: no engine can take them, after retries.
+    """
+    began = time.perf_counter()
+    for attempt in range(retries + 1):
+        try:
+            report = await engine.update(weights(), version)
+        except StagingError as error:
+            _LOG.warning("weights, try %d: %s", attempt + 1, error)
+            continue
+        return replace(report, seconds=time.perf_counter() - began, retries=report.retries + attempt)
+    raise EngineError(
+        f"weight version {version} was damaged in shared memory in each of {retries + 1} tries (the log has them); see that "
+        "nothing else writes there and that this machine's memory is sound, then run the same command again"
+    )

@@ -17,7 +17,6 @@ import mmap
 import os
 import secrets
 import struct
-import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -31,7 +30,7 @@ from torch import Tensor
 from metis_fast.errors import EngineError, SyncError
 from metis_fast.sync.manifest import Manifest, Place
 
-FOLDER = Path("/dev/shm") if Path("/dev/shm").is_dir() else Path(tempfile.gettempdir())
+FOLDER = Path("/dev/shm") if Path("/dev/shm").is_dir() else Path("/tmp")  # whatever a process's own TMPDIR is
 HEADER = 64
 THREADS = min(8, os.cpu_count() or 1)
 

@@ -12,8 +12,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from metis_fast.errors import SyncError
 from metis_fast.sync.delta import Encoding, encode
 from metis_fast.sync.manifest import Bucket, Layout, Manifest, Place
+from metis_fast.sync.reader import Reader
 from metis_fast.sync.segment import THREADS, Segment, checksum, create, tensor_at
 
 
@@ -51,6 +53,7 @@ class Staging:
         self._at = 0
         self._current: Manifest | None = None
         self._previous: int | None = None
+        self._damage = ""
 
     def __enter__(self) -> Staging:
         return self
@@ -63,15 +66,30 @@ class Staging:
         """The last whole version."""
         return self._current
 
+    @property
+    def damage(self) -> str:
+        """What `examine` has found wrong with the current version, or ""."""
+        return self._damage
+
+    def examine(self) -> str:
+        """Read the current version as an engine would; returns `damage`. What is damaged can only be written again."""
+        if self._current is not None and not self._damage:
+            try:
+                Reader(self._current)
+            except SyncError as error:
+                self._damage = str(error)
+        return self._damage
+
     def write(self, weights: Iterator[tuple[str, Tensor]], version: int) -> Manifest:
         """Stage a version. Whatever is raised on the way, `current` is as it was.
 
         weights: all tensors, in any order, on any device; each is copied before the next one is asked for.
 
         Raises:
-            ValueError: a tensor is missing, unknown, came twice, or is of another shape or dtype; or the version is not newer.
+            ValueError: a tensor is missing, unknown, came twice, or is of another shape or dtype; or the version is not newer
+                (that of a damaged one may come again).
         """
-        if self._current is not None and version <= self._current.version:
+        if self._current is not None and version < self._current.version + (not self._damage):
             raise ValueError(f"weight version {version} came after version {self._current.version}")
         segment, layout = self._segments[1 - self._at], self.layout
         self._previous = None
@@ -100,8 +118,9 @@ class Staging:
             tuple(Bucket(offset, nbytes, crcs[i].result()) for i, (offset, nbytes) in enumerate(layout.ranges)),
         )
         segment.finish(manifest)
-        self._previous = None if self._current is None else self._current.version
-        self._current, self._at = manifest, 1 - self._at
+        # nobody has what a damaged segment holds, so nobody may be told what differs from it
+        self._previous = None if self._current is None or self._damage else self._current.version
+        self._current, self._at, self._damage = manifest, 1 - self._at, ""
         return manifest
 
     def _parts(self, place: Place) -> Iterator[tuple[int, int]]:

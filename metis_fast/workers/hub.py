@@ -86,7 +86,8 @@ class Worker:
     ) -> Any:
         """Run a method of the service. Waits for a worker that is being started, unless told not to.
 
-        deadline_s: a worker that takes longer counts as hung. preparing: for the `prepare` hook alone.
+        deadline_s: a worker that takes longer counts as hung. preparing: for a worker whose `prepare` hook runs, or has run in
+        this life; everybody else's calls wait for its end.
 
         Raises:
             WorkerError: the worker was lost, or raised what is no error of a kind that both ends know.

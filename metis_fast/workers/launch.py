@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
@@ -77,17 +79,76 @@ class Launcher(Protocol):
         ...
 
 
-class _Local:
-    def __init__(self, process: subprocess.Popen[bytes], log: Path) -> None:
-        self._process, self._log = process, log
+SCRATCH = "METIS_FAST_SCRATCH"
+"""Variable with a worker's folder for temporary files, which nobody needs after it."""
+
+_SOCKET_PATH = 107  # bytes that the path of a Unix socket may have
+_NAME = 64  # of them, for what is below TMPDIR: this folder's name, and the longest that vLLM, torch and Python choose
+
+
+def _make_scratch() -> str:
+    base = tempfile.gettempdir()
+    if len(os.fsencode(base)) > _SOCKET_PATH - _NAME:
+        base = "/tmp"
+    return tempfile.mkdtemp(prefix="metis-", dir=base)
+
+
+class Child:
+    """A process of this machine, in a group of its own.
+
+    command: after the Python interpreter. environment: all of it. log: takes its output, after what is there. scratch: give it
+    a folder for temporary files (TMPDIR) that is removed with it; vLLM leaves some behind however it ends.
+
+    Raises:
+        OSError: the log or the folder cannot be made, or no process be started.
+    """
+
+    def __init__(self, command: Sequence[str], environment: Mapping[str, str], log: Path, scratch: bool) -> None:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        self._scratch = _make_scratch() if scratch else ""
+        own = {"TMPDIR": self._scratch, SCRATCH: self._scratch} if scratch else {}
+        try:
+            with log.open("ab") as output:
+                self._process = subprocess.Popen(
+                    [sys.executable, "-P", *command],
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                    env={**environment, **own},
+                    start_new_session=True,  # Ctrl-C is for the run; and it ends with all that it started
+                )
+        except BaseException:
+            remove_scratch(self._scratch)
+            raise
 
     def exit_code(self) -> int | None:
+        """None while it runs."""
         return self._process.poll()
 
     def kill(self) -> None:
+        """End it and all that it started, and remove its temporary files. May be called twice."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
+        remove_scratch(self._scratch)
+
+
+def remove_scratch(folder: str) -> None:
+    """The folder that SCRATCH names, and all that is in it; nothing if that is empty."""
+    if folder:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+class _Local:
+    def __init__(self, child: Child, log: Path, ended: Callable[[_Local], None]) -> None:
+        self._child, self._log, self._ended = child, log, ended
+
+    def exit_code(self) -> int | None:
+        return self._child.exit_code()
+
+    def kill(self) -> None:
+        self._child.kill()
+        self._ended(self)
 
     def describe(self) -> str:
         return str(self._log)
@@ -105,26 +166,17 @@ class LocalLauncher:
         self._logs = logs
         self._free = list(gpus)
         self._gpus: dict[str, list[str]] = {}
-        self._started: list[_Local] = []
+        self._running: set[_Local] = set()
 
     def start(self, job: Job) -> Process:
         """See `Launcher`."""
         log = self._logs / f"{job.name}.log"
         try:
-            self._logs.mkdir(parents=True, exist_ok=True)
-            with log.open("ab") as output:
-                process = subprocess.Popen(
-                    [sys.executable, "-P", *job.command],
-                    stdin=subprocess.DEVNULL,
-                    stdout=output,
-                    stderr=subprocess.STDOUT,
-                    env={**os.environ, **self._visible(job), **job.environment},
-                    start_new_session=True,  # Ctrl-C is for the run; and it ends with all that it started
-                )
+            child = Child(job.command, {**os.environ, **self._visible(job), **job.environment}, log, scratch=True)
         except OSError as error:
             raise ConfigError(f"cannot start worker {job.name}: {error.strerror} ({error.filename or log})") from None
-        started = _Local(process, log)
-        self._started.append(started)
+        started = _Local(child, log, self._running.discard)
+        self._running.add(started)
         return started
 
     def _visible(self, job: Job) -> dict[str, str]:
@@ -141,6 +193,5 @@ class LocalLauncher:
 
     def close(self) -> None:
         """See `Launcher`."""
-        for process in self._started:
+        for process in list(self._running):
             process.kill()
-        self._started.clear()

@@ -21,6 +21,7 @@ from typing import Any
 
 from metis_fast import __version__
 from metis_fast.errors import ConfigError, InfrastructureError, MetisError
+from metis_fast.workers.launch import SCRATCH, remove_scratch
 from metis_fast.workers.wire import KEY, Call, Hello, Kind, Welcome, WireError, apply, encode, receive
 
 _LOG = logging.getLogger(__name__)
@@ -151,6 +152,7 @@ def run(join: str, name: str, wait_s: float) -> int:
     if not host or not port.isdigit():
         raise ConfigError(f"--join must be HOST:PORT, got {join!r}")
     key = os.environ.pop(KEY, "")  # not for what the service starts: an agent's code runs below it
+    scratch = os.environ.pop(SCRATCH, "")
     if not key:
         raise ConfigError(f"{KEY} is not set; it must hold the run's key")
     # wakes up one that was stopped (SIGSTOP) when what started it dies: it reads that the run is gone, and ends its group
@@ -162,12 +164,13 @@ def run(join: str, name: str, wait_s: float) -> int:
         asyncio.run(_main(host, int(port), name, key.encode(), wait_s))
     except WireError as error:
         print(f"worker {name}: {error}", file=sys.stderr, flush=True)
-        _end_group()
+        _end_group(scratch)
         return 1
     return 0
 
 
-def _end_group() -> None:
+def _end_group(scratch: str) -> None:
     """The run is gone: end what the service has started, too, and this process with it."""
+    remove_scratch(scratch)  # nobody else is there to do it
     if os.getpgrp() == os.getpid():  # started by a launcher, in a group of its own
         os.killpg(0, signal.SIGKILL)

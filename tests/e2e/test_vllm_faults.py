@@ -13,16 +13,18 @@
 | 9 a slow replica | gets fewer rollouts; one over `rollout.vllm.request_s` counts as hung | here |
 | 10 images forgotten | sent again | here |
 | 11 bucket cut short, with another bit, or with another checksum | sent again; the old version goes on serving | here |
-| 12 staged version damaged | refused; the old version goes on serving; tried again, then the engine is started again | here |
-| 13 engine dies, or hangs, while it loads weights | the others have them; it gets them when it is up again | here |
-| 14 engine dies between requests | as 1 | here |
-| 15 engine cannot be started any more | the run stops with a checkpoint, exit code 2; goes on when started again | here |
-| 16 the run is killed | its engines end; the same command goes on | here |
-| 17 Ctrl-C | checkpoint, exit code 130, no process is left | here |
-| 18 judge dead | no verdict, no reward; the run stops if none is left | unit/test_remote_judge.py |
-| 19 tool worker killed, stopped, out of memory | its episodes start again; no call, no reward | unit/test_remote_tools.py |
-| 20 disk full at a checkpoint | the run stops; the last checkpoint is whole | test_run_disk_full.py |
-| 21 Megatron rank killed or stopped | the run stops within its deadline; the last checkpoint is whole | test_megatron_run.py |
+| 12 a byte of the staged version changes | refused; the old version goes on serving; the trainer's is staged again | here |
+| 13 the same, and an engine starts | it waits for the next version, others sample; without others the run stops | here |
+| 14 a byte of the version that changes are told against | everything is sent | here |
+| 15 engine dies, or hangs, while it loads weights | the others have them; it gets them when it is up again | here |
+| 16 engine dies between requests | as 1 | here |
+| 17 engine cannot be started any more | the run stops with a checkpoint, exit code 2; goes on when started again | here |
+| 18 the run is killed | its engines end; the same command goes on | here |
+| 19 Ctrl-C | checkpoint, exit code 130, no process is left | here |
+| 20 judge dead | no verdict, no reward; the run stops if none is left | unit/test_remote_judge.py |
+| 21 tool worker killed, stopped, out of memory | its episodes start again; no call, no reward | unit/test_remote_tools.py |
+| 22 disk full at a checkpoint | the run stops; the last checkpoint is whole | test_run_disk_full.py |
+| 23 Megatron rank killed or stopped | the run stops within its deadline; the last checkpoint is whole | test_megatron_run.py |
 """
 
 from __future__ import annotations
@@ -46,15 +48,18 @@ from metis_fast.checkpoint.resume import CheckpointStore
 from metis_fast.config import Config, load
 from metis_fast.data.cursor import PromptCursor
 from metis_fast.data.parquet import PromptFiles
-from metis_fast.errors import EngineError
+from metis_fast.errors import EngineError, StagingError
 from metis_fast.model import Policy, load_policy
 from metis_fast.rollout.chat import Chat
-from metis_fast.rollout.engine import Completion
+from metis_fast.rollout.engine import Completion, update
 from metis_fast.rollout.episode import collect
 from metis_fast.rollout.store import read_rollouts
 from metis_fast.rollout.vllm import engine as engine_module
 from metis_fast.score.judge import open_judge
 from metis_fast.score.scoring import score_groups
+from metis_fast.sync.manifest import Manifest
+from metis_fast.sync.segment import tensor_at
+from metis_fast.sync.staging import Staging
 from metis_fast.testing.fakes import FakeToolbox
 from metis_fast.testing.faults import EngineState, Fault, Faults, Script, flip_staged
 from metis_fast.types import Group, Observation, Outcome, Prompt
@@ -118,10 +123,35 @@ class Engines:
             yield name, parameter.detach() + version
 
     async def update(self, version: int) -> int:
-        """Push weights; returns how often one had to be sent again."""
-        report = await self.engine.update(self.weights(version), version)
+        """Push weights as a run does; returns how often one had to be sent again."""
+        report = await update(self.engine, lambda: self.weights(version), version, self.config.sync.retries)
         assert report.version == version
         return report.retries
+
+    @property
+    def staging(self) -> Staging:
+        """The engines' own."""
+        assert self.engine._staging is not None
+        return self.engine._staging
+
+    def flip(self) -> None:
+        """Change a bit of the staged version."""
+        assert self.staging.current is not None
+        flip_staged(self.staging.current.to_dict())
+
+    def flip_next(self, times: int) -> None:
+        """Likewise, of versions that are staged from here on, before an engine sees them."""
+        write = self.staging.write
+        left = [times]
+
+        def damaged(weights: Iterator[tuple[str, Tensor]], version: int) -> Manifest:
+            manifest = write(weights, version)
+            if left[0]:
+                left[0] -= 1
+                self.flip()
+            return manifest
+
+        self.staging.write = damaged  # pyright: ignore[reportAttributeAccessIssue]
 
     async def collect(self, prompts: Sequence[Prompt], repeats: int = 4) -> list[Group]:
         """Play the real episodes."""
@@ -341,39 +371,116 @@ def test_an_engine_that_gets_no_whole_bucket_is_started_again_and_has_them_then(
     those.check(run(go()), prompts, {2})
 
 
-def test_a_staged_version_that_is_damaged_is_refused_and_the_old_one_goes_on(engines: Open, prompts: list[Prompt]) -> None:
-    those = engines(replicas=1)
+@pytest.mark.parametrize("copy", ["", "full", "delta"])
+def test_a_version_that_is_damaged_where_it_was_staged_is_staged_again_while_the_old_one_serves(
+    engines: Open, prompts: list[Prompt], copy: str
+) -> None:
+    those = engines(copy=copy)
 
     async def go() -> list[Group]:
         await those.update(1)
-        before = (await those.states())[0].digest
-        manifest = those.engine._staging.write(those.weights(2), 2).to_dict()  # pyright: ignore[reportOptionalMemberAccess]
-        flip_staged(manifest)
-        (worker,) = those.engine.workers()
-        with pytest.raises(engine_module.SyncError, match="CRC-32"):
-            await worker.call("load_staged", manifest)
-        (state,) = await those.states()
-        assert (state.version, state.digest) == (1, before)
-        those.faults.arm(Fault.DAMAGE, times=2)  # there, and back again before the second try
-        assert await those.update(3) == 1
-        groups = await those.collect(prompts)
+        old = [(state.version, state.digest) for state in await those.states()]
+        those.flip_next(3)
+        with pytest.raises(StagingError, match=r"weight version 2, bucket .*CRC-32"):
+            await those.engine.update(those.weights(2), 2)
+        assert [(state.version, state.digest) for state in await those.states()] == old
+        playing = asyncio.create_task(those.collect(prompts))
+        while len(those.toolbox.calls) < 2:  # first messages are whole
+            await asyncio.sleep(0.002)
+        assert await those.update(2) == 2
+        groups = await playing
+        await those.checked_replicas(2, restarts=0)
+        assert await those.update(3) == 0
         await those.checked_replicas(3, restarts=0)
         return groups
 
-    those.check(run(go()), prompts, {3})
+    groups = run(go())
+    those.check(groups, prompts, {1, 2})
+    versions = {int(one.weight_version[one.sampled][0]) for group in groups for one in group.rollouts}
+    assert 1 in versions  # the old one was serving meanwhile
 
 
-def test_a_staged_version_that_stays_damaged_stops_the_run(engines: Open, prompts: list[Prompt]) -> None:
-    those = engines(replicas=1, restarts=1)
+def test_memory_that_damages_every_version_stops_the_run_and_no_engine_is_blamed(engines: Open) -> None:
+    those = engines()
 
     async def go() -> None:
         await those.update(1)
-        those.faults.arm(Fault.DAMAGE)
-        await those.update(2)
-        with pytest.raises(EngineError, match=r"no engine is left: it could not be prepared: .*CRC-32"):
-            await those.collect(prompts)
+        those.flip_next(100)
+        with pytest.raises(EngineError, match="weight version 2 was damaged in shared memory in each of 3 tries"):
+            await those.update(2)
+        await those.checked_replicas(1, restarts=0)
 
     run(go())
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_an_engine_that_starts_while_the_staged_version_is_damaged_waits_for_the_next_and_others_sample(
+    engines: Open, prompts: list[Prompt], again: bool
+) -> None:
+    those = engines(restarts=1)
+    replica = those.engine._replicas[0]
+
+    async def go() -> list[Group]:
+        await those.update(1)
+        if again:  # between a failed update and its repetition
+            those.flip_next(1)
+            with pytest.raises(StagingError):
+                await those.engine.update(those.weights(2), 2)
+        else:
+            those.flip()
+        os.kill((await those.states())[0].pid, signal.SIGKILL)
+        while not replica.waits:
+            await asyncio.sleep(0)
+        if not again:
+            groups = await those.collect(prompts)
+            assert [(state.version, state.asked) for state in await those.states()] == [(0, 0), (1, 2 * 4 * len(prompts))]
+            assert all((one.weight_version[one.sampled] == 1).all() for group in groups for one in group.rollouts)
+            those.toolbox.calls.clear()
+        assert await those.update(2) == 0  # the engine may not be up yet, for the rest of the run
+        await those.checked_replicas(2, restarts=1)
+        groups = await those.collect(prompts)
+        assert min(state.asked for state in await those.states()) > 0
+        return groups
+
+    those.check(run(go()), prompts, {2})
+
+
+def test_an_only_engine_that_starts_while_the_staged_version_is_damaged_is_not_believed_before_the_next(
+    engines: Open, prompts: list[Prompt]
+) -> None:
+    those = engines(replicas=1, restarts=1)
+
+    async def go() -> list[Group]:
+        await those.update(1)
+        those.flip()
+        os.kill((await those.states())[0].pid, signal.SIGKILL)
+        with pytest.raises(EngineError, match=r"no engine has the current weights: .*CRC-32.*; run the same command again"):
+            await those.collect(prompts)
+        assert those.toolbox.num_open == 0 and not those.toolbox.calls
+        assert await those.update(2) == 0
+        groups = await those.collect(prompts)
+        await those.checked_replicas(2, restarts=1)
+        return groups
+
+    those.check(run(go()), prompts, {2})
+
+
+def test_changes_that_were_told_against_a_damaged_version_are_sent_in_full(engines: Open, prompts: list[Prompt]) -> None:
+    those = engines(copy="delta", replicas=1)
+
+    async def go() -> list[Group]:
+        await those.update(1)
+        those.flip()
+        # the new version is what the old one was damaged to: here it looks as if nothing had changed
+        held = those.staging._segments[those.staging._at].data
+        weights = {place.name: tensor_at(held, place).clone() for place in those.staging.layout.places}
+        report = await update(those.engine, lambda: iter(weights.items()), 2, retries=0)
+        assert (report.retries, report.num_bytes) == (1, held.nbytes)
+        groups = await those.collect(prompts)
+        await those.checked_replicas(2, restarts=0)
+        return groups
+
+    those.check(run(go()), prompts, {2})
 
 
 @pytest.mark.parametrize("fault", [Fault.KILL_LOADING, Fault.HANG_LOADING])
@@ -533,7 +640,10 @@ def test_a_run_goes_on_after_ctrl_c_kill_and_the_loss_of_all_its_engines_as_if_n
 
     broken.faults.clear()
     broken.faults.arm(Fault.KILL)  # one that can be started again does not end the run
+    broken.faults.arm(Fault.DAMAGE)  # nor does a version that can be staged again
     assert broken.end().code == 0
+    retries = [json.loads(line)["sync_retries"] for line in (broken.folder / "metrics.jsonl").read_text().splitlines()]
+    assert retries[done:] == [1] + [0] * (4 - done), retries
     broken.check(steps=5)
     for state, name in ((checkpoint_state, "checkpoints"), (rollout_state, "rollouts")):
         assert state(broken.folder / name) == state(whole.folder / name)

@@ -13,6 +13,7 @@ import pytest
 from harness import Command, Ended, error_line, run, run_state
 
 from metis_fast.rollout.store import read_rollouts
+from metis_fast.workers.launch import SCRATCH
 
 _QUICK = ("data.heldout=[]", "eval.every=0", "log.progress=false")
 _PER_STEP = 16  # rollouts
@@ -81,11 +82,14 @@ def test_no_worker_outlives_its_run(demo: Path, tmp_path: Path, number: signal.S
         assert running.alive, running.read("err")
         time.sleep(0.02)
     assert len(_workers(running)) == 2
+    scratch = [Path(process.environ()[SCRATCH]) for process in _workers(running)]
+    assert all(folder.is_dir() for folder in scratch)
     if number == signal.SIGKILL:
         _workers(running)[0].suspend()
     os.kill(running.pid, number)
     ended = running.wait()
     assert ended.code == (130 if number == signal.SIGINT else -number) and not ended.orphans, ended
+    assert not any(folder.exists() for folder in scratch)
 
 
 def test_what_a_tool_worker_lacks_is_one_line_of_the_command(demo: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import signal
 import subprocess
 import sys
@@ -13,7 +14,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from metis_fast.errors import EngineError, SyncError
+from metis_fast.errors import EngineError, StagingError, SyncError
+from metis_fast.rollout.engine import SyncReport, update
 from metis_fast.sync import segment
 from metis_fast.sync.delta import decode, encode
 from metis_fast.sync.local_copy import LocalCopy
@@ -21,6 +23,7 @@ from metis_fast.sync.manifest import Manifest
 from metis_fast.sync.measure import measure, synthetic
 from metis_fast.sync.reader import Reader
 from metis_fast.sync.staging import Staging
+from metis_fast.testing.fakes import FakeEngine
 
 SHAPES = {"a": (7, 5), "b": (300,), "c": (), "d": (64, 3)}  # odd sizes; "b" lies in several buckets
 
@@ -182,6 +185,58 @@ def test_faults_on_the_way_to_a_copy_leave_the_old_one_and_can_be_mended(staging
         assert copy.version == 1 and bits(Reader(old)) == bits(version(1))
         copy.bucket(0, "full", payloads[0].data, payloads[0].crc32)
         assert bits(Reader(copy.commit())) == bits(version(2))
+
+
+def test_a_damaged_version_may_be_written_again_and_no_changes_are_told_against_it(staging):
+    with LocalCopy() as copy:
+        staging.write(iter(version(1).items()), 1)
+        send(staging, copy, None)
+        damaged = staging.write(iter(version(2).items()), 2)
+        flip(damaged, 300)
+        with pytest.raises(ValueError, match="version 2 came after version 2"):  # nobody has looked yet
+            staging.write(iter(version(2).items()), 2)
+        assert "version 2, bucket 1" in staging.examine() and staging.current is damaged
+        again = staging.write(iter(version(2).items()), 2)
+        assert not staging.damage and not staging.examine()
+        assert again.segment != damaged.segment and again.digest == damaged.digest
+        assert staging.base(2) is None and staging.base(copy.version) is None  # version 1 was overwritten
+        assert bits(Reader(send(staging, copy, None))) == bits(version(2))
+        changed = version(2)
+        changed["b"][3] = -0.0
+        staging.write(iter(changed.items()), 3)
+        assert staging.base(copy.version) == 2
+        assert bits(Reader(send(staging, copy, 2))) == bits(changed)
+
+
+def test_no_changes_are_told_against_a_version_that_was_found_damaged_before_the_next_came(staging):
+    flip(staging.write(iter(version(1).items()), 1), 0)
+    assert staging.examine()
+    staging.write(iter(version(2).items()), 2)
+    assert staging.base(1) is None and not staging.damage
+
+
+class Refusing(FakeEngine):
+    """An engine whose staged version is damaged so many times."""
+
+    def __init__(self, times: int) -> None:
+        self.times, self.got = times, []
+
+    async def update(self, weights, version):
+        self.got.append((dict(weights), version))
+        if len(self.got) <= self.times:
+            raise StagingError("damaged")
+        return SyncReport(version, "full", retries=1)
+
+
+def test_an_update_is_made_again_with_fresh_weights_and_counted():
+    engine = Refusing(2)
+    report = asyncio.run(update(engine, lambda: iter([("a", torch.tensor(len(engine.got)))]), 7, retries=2))
+    assert (report.version, report.retries) == (7, 3)
+    assert engine.got == [({"a": torch.tensor(number)}, 7) for number in range(3)]
+    engine = Refusing(3)
+    with pytest.raises(EngineError, match="damaged in shared memory in each of 3 tries"):
+        asyncio.run(update(engine, lambda: iter(()), 7, retries=2))
+    assert len(engine.got) == 3
 
 
 def test_too_little_shared_memory_is_told_before_anything_is_written(monkeypatch):

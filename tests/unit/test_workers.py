@@ -4,6 +4,7 @@ import asyncio
 import os
 import signal
 import socket
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +15,7 @@ import pytest
 from metis_fast.config import WorkersConfig
 from metis_fast.errors import ConfigError, InfrastructureError
 from metis_fast.workers.hub import Hub, Worker, WorkerError, wait_ready
-from metis_fast.workers.launch import Job, LocalLauncher, engine_gpus
+from metis_fast.workers.launch import SCRATCH, Job, LocalLauncher, engine_gpus
 
 PROBE = "metis_fast.testing.workers:Probe"
 
@@ -27,6 +28,16 @@ def hub(tmp_path: Path) -> Iterator[Hub]:
 
 def _worker(hub: Hub, name: str = "probe", **options: int) -> Worker:
     return hub.worker(name, "tools", PROBE, **options)  # pyright: ignore[reportArgumentType]
+
+
+def _scratch(pid: int) -> Path:
+    """A worker's folder for temporary files, in which something is left."""
+    variables = dict(part.split("=", 1) for part in Path(f"/proc/{pid}/environ").read_text().split("\0") if "=" in part)
+    folder = Path(variables["TMPDIR"])
+    assert str(folder) == variables[SCRATCH] and folder.stat().st_mode & 0o777 == 0o700
+    (folder / "sub").mkdir()
+    (folder / "sub" / "left").touch()
+    return folder
 
 
 def test_calls_arrays_errors_and_cancellation(hub: Hub) -> None:
@@ -53,6 +64,7 @@ def test_a_lost_worker_fails_its_calls_and_is_started_again(hub: Hub, how: str) 
     async def go() -> None:
         worker = _worker(hub)
         pid = await worker.call("pid")
+        scratch = _scratch(pid)
         waiting = asyncio.create_task(worker.call("nap", 600.0))
         await asyncio.sleep(0.2)
         began = time.monotonic()
@@ -77,6 +89,8 @@ def test_a_lost_worker_fails_its_calls_and_is_started_again(hub: Hub, how: str) 
         assert worker.restarts == 1
         with pytest.raises(ProcessLookupError):  # nothing of the old one is left
             os.kill(pid, 0)
+        assert not scratch.exists()
+        assert isinstance(hub.launcher, LocalLauncher) and len(hub.launcher._running) == 1
 
     asyncio.run(go())
 
@@ -131,12 +145,29 @@ def test_workers_end_with_the_run(tmp_path: Path) -> None:
     hub = Hub(WorkersConfig(), LocalLauncher(tmp_path))
     worker = _worker(hub)
     pid = asyncio.run(worker.call("pid"))
+    scratch = _scratch(pid)
     began = time.monotonic()
     hub.close()
     hub.close()
     assert time.monotonic() - began < 5
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)
+    assert not scratch.exists()
+
+
+def test_temporary_files_of_workers_have_paths_that_sockets_can_have(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    long = tmp_path / ("x" * 100)
+    long.mkdir()
+    launcher = LocalLauncher(tmp_path / "logs")
+    code = ("-c", "import socket, tempfile; socket.socket(socket.AF_UNIX).bind(f'{tempfile.mkdtemp()}/{40 * chr(120)}')")
+    for base in (str(long), "/tmp"):
+        monkeypatch.setattr(tempfile, "tempdir", base)
+        process = launcher.start(Job("one", "engine", code, {}))
+        while process.exit_code() is None:
+            time.sleep(0.01)
+        assert process.exit_code() == 0, (tmp_path / "logs" / "one.log").read_text()
+        process.kill()
+    assert not list(long.iterdir()) and not launcher._running
 
 
 @pytest.mark.parametrize("listen", ["nowhere", "256.0.0.1:0", "127.0.0.1:x"])

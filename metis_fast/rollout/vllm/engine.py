@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from metis_fast.config import Config
-from metis_fast.errors import EngineError, EngineFailure, InfrastructureError, SyncError
+from metis_fast.errors import EngineError, EngineFailure, InfrastructureError, StagingError, SyncError
 from metis_fast.model import IMAGE_PAD, VISION_END, VISION_START, Policy
 from metis_fast.rollout.engine import Completion, Sampling, SyncReport
 from metis_fast.rollout.vllm.direct import DirectTransfer
@@ -49,12 +49,38 @@ _SLACK = 16
 
 @dataclass(slots=True, eq=False)
 class _Replica:
-    """A worker, and what the run knows of it. sent: images that it has. version: of its weights. sessions: open ones."""
+    """A worker, and what the run knows of it.
+
+    sent: images that it has. sessions: open ones. since: first weight version that it got in this life; what it sampled with an
+    older one is not to be used. None: it has those of the model's folder. waiting: the life (`Worker.restarts`) in which it
+    cannot have the current version any more.
+    """
 
     worker: Worker
     sent: set[str]
-    version: int = 0
     sessions: int = 0
+    since: int | None = 0
+    waiting: int | None = None
+
+    @property
+    def waits(self) -> bool:
+        """Whether it is up, but is of no use before the next update."""
+        return self.waiting == self.worker.restarts
+
+    def started(self) -> None:
+        """It is new."""
+        self.sent.clear()
+        self.since = None
+
+    def wait(self) -> None:
+        """The next update gives it weights."""
+        self.waiting = self.worker.restarts
+
+    def got(self, version: int) -> None:
+        """It has these weights."""
+        self.waiting = None
+        if self.since is None:
+            self.since = version
 
 
 class _Session:
@@ -70,7 +96,7 @@ class _Session:
         """See `EngineSession`."""
         if not self._open:
             raise ValueError("the session is closed")
-        if not self._replica.worker.alive:  # between two messages, its cache is lost anyway
+        if not self._replica.worker.alive or self._replica.waits:  # between two messages, its cache is lost anyway
             self._replica.sessions -= 1
             self._engine.left(self._prompt)
             self._replica = self._engine.route(self._prompt)
@@ -152,18 +178,17 @@ class VllmEngine:
         """The replica for a rollout of `prompt`: where others of it are, else the living one with the fewest rollouts.
 
         Raises:
-            EngineError: none can be started any more.
+            EngineError: none can be started any more, or none has the current weights.
         """
         usable = [replica for replica in self._replicas if replica.worker.broken is None]
         if not usable:
             raise EngineError(f"no engine is left: {self._replicas[0].worker.broken}")
-        if self._config.sync.transport != "staged":
-            usable = [replica for replica in usable if replica.version == self._version]
-            if not usable:
-                raise EngineError(
-                    f"no engine has weight version {self._version}, and sync.transport={self._config.sync.transport} can send "
-                    "it with the next update only; run the same command again"
-                )
+        usable = [replica for replica in usable if not replica.waits]
+        if not usable:
+            raise EngineError(
+                "no engine has the current weights: all were started anew, and the weights can be sent again with the next "
+                f"update only ({self._why_not()}); run the same command again"
+            )
         living = [replica for replica in usable if replica.worker.alive] or usable
         least = min(living, key=lambda replica: replica.sessions)
         home, count = self._home.get(prompt, (least, 0)) if prompt else (least, 0)
@@ -172,6 +197,11 @@ class VllmEngine:
         if prompt:
             self._home[prompt] = (home, count + 1)
         return home
+
+    def _why_not(self) -> str:
+        if self._staging is not None and self._staging.damage:
+            return self._staging.damage
+        return f"sync.transport={self._config.sync.transport}"
 
     def left(self, prompt: str) -> None:
         """A session of `prompt` was closed."""
@@ -207,6 +237,8 @@ class VllmEngine:
             why = f"it answered garbage: {problem}"
             await replica.worker.lose(why)
             raise EngineFailure(f"{replica.worker.name}: {why}")
+        if replica.since is None or (reply.version < replica.since).any():  # it was asked while it was being started
+            raise EngineFailure(f"{replica.worker.name} sampled before it had the current weights")
         stopped = reply.finish == STOPPED
         return Completion(reply.tokens, np.minimum(reply.logp, 0.0), reply.version, stopped)
 
@@ -293,8 +325,10 @@ class VllmEngine:
                 self._staging = Staging(shapes, self._policy.head.dtype, settings.bucket_mb << 20)
             # reading a trainer's weights may take long, and pings must be answered meanwhile
             manifest = await asyncio.to_thread(self._staging.write, weights, version)
-            living = [replica for replica in self._replicas if replica.worker.alive]
+            living = [replica for replica in self._replicas if replica.worker.alive or replica.waits]
             results = await asyncio.gather(*(self._push(replica) for replica in living))
+            if self._staging.damage:
+                raise StagingError(f"what was staged has changed: {self._staging.damage}")
         done = [result for result in results if result is not None]
         if not done and all(replica.worker.broken is not None for replica in self._replicas):
             raise EngineError(f"no engine took weight version {version}: {self._replicas[0].worker.broken}")
@@ -338,7 +372,7 @@ class VllmEngine:
             self._direct_lives = lives
         self._direct.send(pairs, version)
         for replica in self._replicas:
-            replica.version = version
+            replica.got(version)
         self._version = version
 
     def _ask_all(self, method: str, arguments: Sequence[tuple[object, ...]]) -> None:
@@ -352,12 +386,15 @@ class VllmEngine:
         self._hub.now(ask())
 
     async def _push(self, replica: _Replica) -> tuple[int, float, int] | None:
-        """Bytes sent, seconds that its requests waited, retries; None if the replica was lost."""
+        """Bytes sent, seconds that its requests waited, retries; None if the replica was lost, or the version is damaged."""
         for attempt in range(self._config.sync.retries + 1):
             try:
-                sent, pause = await self._send(replica.worker, preparing=False)
+                # one that waits may have to be asked before the hub has noted that it is up
+                sent, pause = await self._send(replica.worker, attempt, preparing=replica.waits)
             except SyncError as error:
                 _LOG.warning("weights for %s, try %d: %s", replica.worker.name, attempt + 1, error)
+                if await self._damaged():
+                    return None  # its old version goes on serving
                 continue
             except InfrastructureError as error:
                 _LOG.warning("weights for %s: %s", replica.worker.name, error)
@@ -366,13 +403,19 @@ class VllmEngine:
                 await replica.worker.lose(str(error))
                 return None
             assert self._staging is not None and self._staging.current is not None
-            replica.version = self._staging.current.version
+            replica.got(self._staging.current.version)
             return sent, pause, attempt
         await replica.worker.lose(f"it did not take the weights in {self._config.sync.retries + 1} tries")
         return None
 
-    async def _send(self, worker: Worker, preparing: bool) -> tuple[int, float]:
-        """Bytes sent over the connection (0: shared memory), and seconds that requests waited."""
+    async def _damaged(self) -> bool:
+        """Whether the staged version itself is, so that trying again is of no use."""
+        assert self._staging is not None
+        return bool(await asyncio.to_thread(self._staging.examine))
+
+    async def _send(self, worker: Worker, attempt: int, preparing: bool) -> tuple[int, float]:
+        """Bytes sent over the connection (0: shared memory), and seconds that requests waited. After a first attempt everything
+        is sent: what the changes are told against may be damaged, at either end."""
         staging = self._staging
         assert staging is not None and staging.current is not None
         assert worker.hello is not None
@@ -385,7 +428,7 @@ class VllmEngine:
         if worker.hello.host == socket.gethostname() and not self._copy_always:
             return 0, await call("load_staged", manifest)
         has = await call("copy_begin", manifest, self._config.sync.mode)
-        base = staging.base(has)
+        base = None if attempt else staging.base(has)
         await call("copy_base", base)
         sent = 0
         payloads = staging.payloads(base)
@@ -402,21 +445,29 @@ class VllmEngine:
         replica = next((one for one in self._replicas if one.worker is worker), None)
         if replica is None:  # the very first start, while the list is made
             return
-        replica.sent.clear()
+        replica.started()
         if self._config.sync.transport != "staged":
-            replica.version = 0  # the folder's; until the next update it serves nothing (see `route`)
+            if self._version:
+                replica.wait()
+            else:
+                replica.got(0)
             return
         async with self._sender():
-            if self._staging is not None and self._staging.current is not None:
-                for attempt in range(self._config.sync.retries + 1):
-                    try:
-                        await self._send(worker, preparing=True)
-                        break
-                    except SyncError as error:
-                        _LOG.warning("weights for %s, try %d: %s", worker.name, attempt + 1, error)
-                        if attempt == self._config.sync.retries:
-                            raise
-                replica.version = self._staging.current.version
+            if self._staging is None or self._staging.current is None:
+                replica.got(0)
+                return
+            for attempt in range(self._config.sync.retries + 1):
+                try:
+                    await self._send(worker, attempt, preparing=True)
+                    break
+                except SyncError as error:
+                    _LOG.warning("weights for %s, try %d: %s", worker.name, attempt + 1, error)
+                    if await self._damaged():  # no fault of its own
+                        replica.wait()
+                        return
+                    if attempt == self._config.sync.retries:
+                        raise
+            replica.got(self._staging.current.version)
 
     async def sleep(self) -> None:
         """Give the GPUs to the trainer (`rollout.vllm.sleep`); `wake` and `update` must follow."""
