@@ -473,8 +473,8 @@ def _open(settings: EngineSettings) -> LLMEngine:
     arguments |= settings.arguments
     if settings.speculative is not None and settings.speculative.get("rejection_sample_method") == "synthetic":
         raise EngineError(
-            "rollout.vllm.speculative.rejection_sample_method=synthetic takes drafts at random, whatever the model says of them, "
-            "so that the tokens are not the model's; leave it out"
+            "rollout.vllm.speculative.rejection_sample_method=synthetic takes drafts at random, so that what is sampled is not "
+            "the model's; leave it out"
         )
     engine = LLMEngine.from_engine_args(EngineArgs(**arguments))
     # it says for every step that it keeps its number of threads
