@@ -223,10 +223,13 @@ def save_config(config: Config) -> None:
     text = config_module.to_yaml(config)
     if path.exists():
         old = config_module.load(path)
-        # what may change between resumptions: where the folder lies, how long to train, how the model is cut, who works for it,
-        # what to watch
+        # what may change between resumptions: where the folder lies, how long to train, how the model is cut, who works for it
+        # and how weights get there, what to watch and what to tolerate
         free = {
             "run": {"dir"},
+            "rollout": {"vllm"},
+            "sync": True,
+            "gate": True,
             "workers": True,
             "train": {"steps", "megatron"},
             "log": True,
@@ -365,13 +368,14 @@ def open_parts(config: Config, interrupts: Interrupts, training: bool = True) ->
         stack.callback(toolbox.close)
         interrupts.run(judge.check())
         policy = load_policy(config.model)
-        sampler, waits = policy, config.rollout.mode == "sync"
+        # whether nothing is being sampled while the trainer steps
+        sampler, waits = policy, config.rollout.mode == "sync" and not config.rollout.over_provision
         if config.rollout.engine == "vllm":
             assert hub is not None
             engine = VllmEngine(config, policy, hub)
         else:
             if training and not waits and config.train.backend == "torch":
-                sampler = load_policy(config.model)  # the trainer steps while the engine samples
+                sampler = load_policy(config.model)
             engine = NativeEngine(sampler, config.rollout.deterministic and waits)
         stack.callback(engine.close)
         trainer = None

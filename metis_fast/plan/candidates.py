@@ -44,6 +44,9 @@ def evaluate(setting: Setting, layout: MegatronConfig, own: bool = False) -> Can
     ]
     worst = max(range(len(ranks)), key=lambda stage: ranks[stage].total)
     fits = ranks[worst].total <= setting.gpu.memory
+    if setting.asleep:  # while it is awake, what the trainer keeps between updates is there, too
+        awake = max(rank.persistent + rank.reserve for rank in ranks) + setting.engine_awake * setting.gpu.memory
+        fits = fits and awake <= setting.gpu.memory
     return Candidate(layout, ranks[worst], worst, step_seconds(setting, layout), fits, own)
 
 

@@ -19,6 +19,7 @@ from metis_fast.train.flops import FlopModel
 from metis_fast.train.megatron.layout import check
 
 _ROWS = 12
+_ENGINE_SHARE = 0.3
 """Layouts in the table; --json has all."""
 
 
@@ -37,8 +38,10 @@ def run(args: argparse.Namespace) -> int:
             f"--gpus: expected at most {NODE}, or a multiple of {NODE} (whole nodes), got {gpus}; "
             "set --gpus, or the sizes in train.megatron"
         )
-    if not 0 <= args.engine_share < 1:
-        raise ConfigError(f"--engine-share: expected a share from 0 to below 1, got {args.engine_share}")
+    asleep = 0.0 if config.rollout.vllm.sleep else _ENGINE_SHARE
+    engine_share = args.engine_share if args.engine_share is not None else asleep
+    if not 0 <= engine_share < 1:
+        raise ConfigError(f"--engine-share: expected a share from 0 to below 1, got {engine_share}")
     if own is not None and own.num_ranks != gpus:
         own = None
     if own is not None:
@@ -53,12 +56,12 @@ def run(args: argparse.Namespace) -> int:
         uniform=args.uniform,
     )
     shape, gpu = Shape.of(model_config), GPUS[args.gpu]
-    setting = Setting(config, shape, FlopModel.of(model_config), load, gpu, gpus, args.engine_share)
+    setting = Setting(config, shape, FlopModel.of(model_config), load, gpu, gpus, engine_share)
     longest = config.rollout.max_prompt_tokens + config.rollout.max_response_tokens
     if engine_tokens(setting) < longest:
         needed = (2 * shape.num_parameters + longest * shape.kv_bytes) / gpu.memory
         raise ConfigError(
-            f"an engine with {args.engine_share:.2f} of a GPU's memory cannot hold the weights and one rollout of {longest} "
+            f"an engine with {engine_share:.2f} of a GPU's memory cannot hold the weights and one rollout of {longest} "
             f"tokens; set --engine-share to {needed:.2f} or more, or to 0 where it has GPUs of its own"
         )
     found = candidates(setting, model_config, own)
@@ -168,11 +171,11 @@ def _name(layout: MegatronConfig) -> str:
 
 def _assumed(setting: Setting, gpu: str) -> str:
     config, load = setting.config, setting.load
-    engine = (
-        f"a rollout engine keeps {setting.engine_share:.0%} of every GPU"
-        if setting.engine_share
-        else "the rollout engine keeps nothing of these GPUs while the update runs (--engine-share 0)"
-    )
+    engine = "the rollout engine keeps nothing of these GPUs while the update runs (--engine-share 0)"
+    if setting.engine_share:
+        engine = f"a rollout engine keeps {setting.engine_share:.0%} of every GPU"
+    elif setting.asleep:
+        engine = f"a rollout engine sleeps during the update and then has {setting.engine_awake:.0%} of every GPU"
     return (
         f"PREDICTED, nothing here was measured: {setting.num_gpus} x {gpu}, a model of "
         f"{setting.shape.num_parameters / 1e9:.2f} B parameters in {config.model.dtype}; "

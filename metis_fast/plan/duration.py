@@ -71,6 +71,16 @@ class Setting:
     engine_share: float
     reached: Efficiency = field(default_factory=Efficiency)
 
+    @property
+    def asleep(self) -> bool:
+        """Whether engine and trainer take turns on the same GPUs."""
+        return self.engine_share == 0 and self.config.rollout.vllm.sleep
+
+    @property
+    def engine_awake(self) -> float:
+        """Share of a GPU's memory that an engine has while it samples."""
+        return self.engine_share or (self.config.rollout.vllm.gpu_memory if self.asleep else _ENGINE_ALONE)
+
 
 def step_seconds(setting: Setting, layout: MegatronConfig) -> StepSeconds:
     """One step: rollouts and update one after the other."""
@@ -186,8 +196,7 @@ def _weight_sync(setting: Setting) -> float:
 
 def engine_tokens(setting: Setting) -> float:
     """Tokens whose keys and values an engine on one GPU can hold."""
-    share = setting.engine_share or _ENGINE_ALONE
-    return (share * setting.gpu.memory - 2 * setting.shape.num_parameters) / setting.shape.kv_bytes
+    return (setting.engine_awake * setting.gpu.memory - 2 * setting.shape.num_parameters) / setting.shape.kv_bytes
 
 
 def _rollout(setting: Setting) -> float:

@@ -1,4 +1,4 @@
-"""Stands in for Slurm's srun on one machine, as far as configs/launch/slurm.sbatch uses it: starts the tasks, gives each its
+"""Stands in for Slurm's srun on one machine, as far as configs/launch/*.sbatch use it: starts the tasks, gives each its
 number and its output file, ends all when one fails, and passes SIGTERM on."""
 
 from __future__ import annotations
@@ -19,8 +19,11 @@ def main() -> int:
     parser.add_argument("--ntasks", type=int, required=True)
     parser.add_argument("--output", required=True)
     parser.add_argument("--cpus-per-task", type=int, required=True)
-    for name, value in (("--export", "ALL"), ("--mpi", "none"), ("--distribution", "block"), ("--kill-on-bad-exit", "1")):
+    for name, value in (("--export", "ALL"), ("--mpi", "none"), ("--kill-on-bad-exit", "1")):
         parser.add_argument(name, choices=[value], required=True)
+    place = parser.add_mutually_exclusive_group(required=True)
+    place.add_argument("--distribution", choices=["block"])
+    place.add_argument("--ntasks-per-node", choices=["1"])
     parser.add_argument("command", nargs=argparse.REMAINDER)
     args = parser.parse_args()
     tasks: list[subprocess.Popen[bytes]] = []

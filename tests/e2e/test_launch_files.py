@@ -8,6 +8,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -34,16 +35,17 @@ def start(demo: Path, tmp_path: Path) -> Iterator[Callable[..., Job]]:
 
 @pytest.fixture
 def slurm(start: Callable[..., Job], tmp_path: Path) -> Callable[..., Job]:
-    """Run slurm.sbatch as Slurm would on one node."""
+    """Run a launch file as Slurm would on one node."""
     tools = tmp_path / "bin"
     tools.mkdir()
     (tools / "srun").write_text(f'#!/bin/sh\nexec {sys.executable} {SRUN} "$@"\n')
     (tools / "srun").chmod(0o755)
 
-    def submit(*overrides: str, tasks: int = 2, nodes: int = 1, **environment: str) -> Job:
+    def submit(*overrides: str, file: str = "slurm.sbatch", tasks: int = 2, nodes: int = 1, **environment: str) -> Job:
         path = os.pathsep.join([str(tools), str(PROGRAM.parent), os.environ["PATH"]])
         job = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_NTASKS": str(tasks), "SLURM_JOB_NUM_NODES": str(nodes)}
-        return start(["bash", _LAUNCH / "slurm.sbatch"], *overrides, PATH=path, METIS_HOST="127.0.0.1", **job | environment)
+        job |= {"METIS_HOST": "127.0.0.1", "SLURM_CPUS_ON_NODE": "4"}
+        return start(["bash", _LAUNCH / file], *overrides, PATH=path, **job | environment)
 
     return submit
 
@@ -97,6 +99,32 @@ def test_a_run_whose_ranks_cannot_start_is_not_waited_for(slurm: Callable[..., J
         process.kill()
     assert job.wait() == 130
     assert "the ranks have ended" in job.err.read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("ray") is None, reason="needs Ray")
+def test_ray_on_the_nodes_of_a_job_runs_it_and_stops_with_it(slurm: Callable[..., Job], tmp_path: Path) -> None:
+    own = {"file": "ray.sbatch", "METIS_HOST": "127.0.0.1"}
+    job = slurm("train.steps=500", "checkpoint.every=0", "workers.tools=1", **own)
+    job.when(lambda: bool(_steps(tmp_path)))
+    os.kill(job.pid, signal.SIGTERM)
+    assert job.wait(left_s=60) == 130, job.err.read_text()
+    assert "run the same command again" in job.err.read_text()
+    done = len(_steps(tmp_path))
+    job = slurm(f"train.steps={done + 1}", "checkpoint.every=0", "workers.tools=1", **own)
+    assert job.wait(left_s=60) == 0, job.err.read_text()
+    assert _steps(tmp_path) == list(range(done + 1))
+    assert (tmp_path / "run" / "ray" / "node-0.log").read_text()
+    assert sorted(path.name for path in (tmp_path / "run" / "ranks").iterdir()) == ["rank-0.log", "rank-1.log"]
+
+
+@pytest.mark.skipif(find_spec("ray") is None, reason="needs Ray")
+def test_ray_that_does_not_start_is_said(slurm: Callable[..., Job], tmp_path: Path) -> None:
+    (tmp_path / "bin" / "ray").write_text("#!/bin/sh\nexit 1\n")
+    (tmp_path / "bin" / "ray").chmod(0o755)
+    job = slurm(file="ray.sbatch")
+    assert job.wait() == 2
+    assert job.err.read_text() == f"ray.sbatch: Ray did not start, see {tmp_path / 'run'}/ray\n"
 
 
 def test_a_job_with_other_tasks_than_the_layout_has_ranks_is_refused(slurm: Callable[..., Job]) -> None:

@@ -513,6 +513,22 @@ def test_what_is_no_qwen_is_refused(tmp_path, text, says):
         read_model_config(Config(), tmp_path / "none.json")
 
 
+def test_an_engine_that_sleeps_needs_room_beside_what_the_trainer_keeps_once_it_is_awake(plan, monkeypatch):
+    monkeypatch.chdir(CONFIGS.parent)
+
+    def own(share):
+        setting = f"rollout.vllm.gpu_memory={share}"
+        code, out, _ = plan("--json", setting, config=CONFIGS / "qwen3vl_8b_hdpo.yaml", model=False)
+        (found,) = [one for one in json.loads(out)["layouts"] if one["own"]]
+        return code, found
+
+    (code, small), (too_much, large) = own(0.5), own(0.6)  # 29 GiB of weights, gradients and states, 4 of reserve, of 79
+    assert (code, too_much) == (0, 1)
+    assert small["predicted"]["fits"] and not large["predicted"]["fits"]
+    memory = [one["predicted"]["memory_bytes"] for one in (small, large)]
+    assert memory[0] == memory[1] and memory[0]["engine"] == 0  # of the update, during which it sleeps
+
+
 @pytest.mark.parametrize("name", ["qwen3vl_8b_hdpo", "qwen3vl_8b_hdpo_64gpu", "qwen3vl_8b_hdpo_512gpu"])
 def test_a_shipped_config_fits_and_is_near_the_best(plan, name, monkeypatch):
     started = time.monotonic()

@@ -336,7 +336,10 @@ class Worker:
                 passes[i] = self._with_old(passes[i])
         if self._reference:
             passes = self._with_reference(passes)
-        return [self._step(batch, own, i) for i, (batch, own) in enumerate(zip(batches, passes, strict=True))]
+        results = [self._step(batch, own, i) for i, (batch, own) in enumerate(zip(batches, passes, strict=True))]
+        if self._config.rollout.vllm.sleep and self._context.device.type == "cuda":
+            torch.cuda.empty_cache()  # the engine wakes up on this GPU: what torch keeps for later would not be free
+        return results
 
     def steps_taken(self) -> int:
         """Optimizer steps."""
