@@ -190,8 +190,8 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", type=Path, metavar="FILE_OR_FOLDER", help="config.json; default: model.path, model.config")
     parser.add_argument(
         "--engine-share", type=float, metavar="F",
-        help="share of every GPU's memory that a rollout engine keeps (default 0.3; 0 with rollout.vllm.sleep); 0: it has other "
-        "GPUs, or sleeps",
+        help="share of every GPU's memory that a rollout engine keeps; 0: it has other GPUs, or sleeps "
+        "(default 0.3, with rollout.vllm.sleep 0)",
     )  # fmt: skip
     parser.add_argument("--prompt-tokens", type=int, metavar="N", help="mean; default: an eighth of rollout.max_prompt_tokens")
     parser.add_argument("--response-tokens", type=int, metavar="N", help="mean, observations included; default: an eighth")

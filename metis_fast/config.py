@@ -72,8 +72,8 @@ class ModelConfig(_Section):
     config: Path | None = None
     """A config.json that describes the model where `path` is not there yet, for `metis-fast plan`."""
     dtype: Annotated[Literal["bfloat16", "float32"], BeforeValidator(_dtype_here)] = "bfloat16"
-    """Type of weights and activations. With bfloat16 the optimizer keeps float32 masters. `auto` is bfloat16 on a machine with a GPU
-    or instructions for it (AVX-512 bf16, AMX), else float32; a run folder keeps which."""
+    """Type of weights and activations. With bfloat16 the optimizer keeps float32 masters. `auto` is bfloat16 on a machine with a
+    GPU or instructions for it (AVX-512 bf16, AMX), else float32; a run folder keeps which."""
     freeze: tuple[Literal["vision", "embeddings"], ...] = ()
     """Parts that are not trained: the vision tower (with its mergers), the token embeddings (with a tied LM head)."""
 
