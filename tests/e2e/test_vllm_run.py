@@ -292,15 +292,6 @@ def test_two_replicas_ahead_of_training_get_what_changed_over_their_connections(
     assert max(sent[1:]) < sent[0]
 
 
-@pytest.mark.slow
-def test_speculative_decoding_gives_the_log_probs_of_the_model(demo: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "run"
-    settings = "rollout.vllm.speculative={method: ngram, num_speculative_tokens: 2, prompt_lookup_max: 3}"
-    ended = Command(_command(demo, folder, settings, "model.dtype=float32"), tmp_path / "process").wait()
-    assert ended.code == 0 and not ended.orphans, ended
-    check(folder, steps=3, dtype="float32")
-
-
 _AHEAD = ["rollout.mode=async", "rollout.max_staleness=2", "loss.tis_cap=2"]
 
 
