@@ -36,6 +36,7 @@ import signal
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import ExitStack
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -44,6 +45,7 @@ from harness import Command, Ended, Moment, checkpoint_state, rollout_state
 from scripted import ForkLauncher, ScriptedEngines, left_running, use
 from torch import Tensor
 
+from metis_fast import parts
 from metis_fast.checkpoint.resume import CheckpointStore
 from metis_fast.config import Config, load
 from metis_fast.data.cursor import PromptCursor
@@ -55,6 +57,7 @@ from metis_fast.rollout.engine import Completion, update
 from metis_fast.rollout.episode import collect
 from metis_fast.rollout.store import read_rollouts
 from metis_fast.rollout.vllm import engine as engine_module
+from metis_fast.rollout.vllm.engine import VllmEngine
 from metis_fast.score.judge import open_judge
 from metis_fast.score.scoring import score_groups
 from metis_fast.sync.manifest import Manifest
@@ -64,6 +67,7 @@ from metis_fast.testing.fakes import FakeToolbox
 from metis_fast.testing.faults import EngineState, Fault, Faults, Script, flip_staged
 from metis_fast.types import Group, Observation, Outcome, Prompt
 from metis_fast.workers.hub import Hub
+from metis_fast.workers.launch import SCRATCH
 
 T = TypeVar("T")
 
@@ -647,3 +651,53 @@ def test_a_run_goes_on_after_ctrl_c_kill_and_the_loss_of_all_its_engines_as_if_n
     broken.check(steps=5)
     for state, name in ((checkpoint_state, "checkpoints"), (rollout_state, "rollouts")):
         assert state(broken.folder / name) == state(whole.folder / name)
+
+
+def _use_faulty() -> None:
+    class FaultyEngines(VllmEngine):
+        def __init__(self, config: Config, policy: Policy, hub: Hub) -> None:
+            super().__init__(config, policy, hub, "metis_fast.testing.faults:FaultyVllm")
+
+    parts.VllmEngine = FaultyEngines
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("vllm") is None, reason="vllm is not installed")
+def test_a_real_engine_goes_on_with_the_trainers_weights_after_each_fault_and_leaves_no_files(
+    demo: Path, tmp_path: Path
+) -> None:
+    folder, faults, scratch = tmp_path / "run", Faults(tmp_path / "faults"), set[Path]()
+    vllm = f"{{cpu_threads: 1, arguments: {{faults: {tmp_path / 'faults'}}}}}"
+    command = ["train", demo / "config.yaml", f"run.dir={folder}", "rollout.engine=vllm", f"rollout.vllm={vllm}"]
+    command += ["rollout.deterministic=false", "model.dtype=float32", "train.steps=6", "data.heldout=[]", "eval.every=0"]
+    running = Command([*command, "log.progress=false", "log.tensorboard=false"], tmp_path / "process", before=_use_faulty)
+
+    def records() -> list[dict[str, Any]]:
+        path = folder / "metrics.jsonl"
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    for fault in ((Fault.FORGET, Fault.REFUSE, Fault.DAMAGE), (Fault.RAISE,), (Fault.NAN,)):
+        done = len(records())
+        while len(records()) <= done:  # the start, and the gate, are over; an engine is up
+            assert running.alive, running.read("err")
+            time.sleep(0.02)
+        (engine,) = [one for one in running.family() if "engine-0" in one.cmdline()]
+        scratch.add(Path(engine.environ()[SCRATCH]))
+        assert any(path.name.startswith("vllm_dist_") for folder in scratch if folder.exists() for path in folder.iterdir())
+        for one in fault:
+            faults.arm(one)
+        while faults.armed():
+            assert running.alive, running.read("err")
+            time.sleep(0.02)
+    ended = running.wait()
+    assert ended.code == 0 and not ended.orphans and not ended.scratch, ended
+    assert ended.err.count("; starting it again (") == 2 and "answered garbage" in ended.err, ended.err
+    assert len(scratch) >= 2 and not any(folder.exists() for folder in scratch)
+    assert sum(record["sync_retries"] for record in records()) == 1
+    assert max(update["engine_gap"] for record in records() for update in record["updates"]) < 1e-4
+    for step in range(6):
+        stored = list(read_rollouts(folder / "rollouts" / f"step-{step:06d}.parquet"))
+        assert len(stored) == 4 * 4
+        for one in stored:
+            assert one.score.verdict is not None, one.rollout.error
+            assert set(one.rollout.weight_version[one.rollout.sampled].tolist()) == {step}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import sys
 from contextlib import ExitStack
 from pathlib import Path
@@ -86,6 +87,24 @@ def test_engines_that_cannot_sit_on_the_ranks_gpus_are_refused(
     config = settings(rollout={"engine": "vllm", "vllm": vllm}, train=train)
     with pytest.raises(ConfigError, match=said):
         cluster.plan(config, ranks=megatron is not None, on_gpus=True)
+
+
+def test_temporary_files_of_a_keepers_worker_go_with_it_and_a_rank_has_those_of_its_node(tmp_path: Path) -> None:
+    code = ("-c", "import tempfile; print(tempfile.mkdtemp(), flush=True); input()")
+
+    async def go() -> list[Path]:
+        keeper = cluster.Keeper()
+        for name, scratch in (("tools-0", True), ("rank-0", False)):
+            await keeper.start(name, code, {"TMPDIR": str(tmp_path)}, tmp_path / f"{name}.log", (0, 0), scratch)
+        assert [await keeper.wait(name) for name in ("tools-0", "rank-0")] == [1, 1]  # nothing comes in
+        made = [Path((tmp_path / f"{name}.log").read_text().splitlines()[0]) for name in ("tools-0", "rank-0")]
+        assert made[0].is_dir() and made[1].parent == tmp_path != made[0].parent
+        for name in ("tools-0", "rank-0"):
+            await keeper.kill(name)
+        return made
+
+    made = asyncio.run(go())
+    assert not made[0].parent.exists() and made[1].is_dir()
 
 
 def test_a_run_without_ray_says_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
