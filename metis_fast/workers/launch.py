@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import getpass
 import os
 import shutil
 import signal
@@ -93,6 +94,15 @@ def _make_scratch() -> str:
     return tempfile.mkdtemp(prefix="metis-", dir=base)
 
 
+def _torch_cache() -> str:
+    """Where torch keeps what it has compiled, below TMPDIR; a worker that starts without it waits for a compiler."""
+    try:
+        name = getpass.getuser()
+    except (KeyError, OSError):  # a container's user without a name
+        name = f"uid_{os.getuid()}"
+    return str(Path(tempfile.gettempdir()) / f"torchinductor_{name}")
+
+
 class Child:
     """A process of this machine, in a group of its own.
 
@@ -107,6 +117,7 @@ class Child:
         log.parent.mkdir(parents=True, exist_ok=True)
         self._scratch = _make_scratch() if scratch else ""
         own = {"TMPDIR": self._scratch, SCRATCH: self._scratch} if scratch else {}
+        kept = {"TORCHINDUCTOR_CACHE_DIR": _torch_cache()} if scratch else {}
         try:
             with log.open("ab") as output:
                 self._process = subprocess.Popen(
@@ -114,7 +125,7 @@ class Child:
                     stdin=subprocess.DEVNULL,
                     stdout=output,
                     stderr=subprocess.STDOUT,
-                    env={**environment, **own},
+                    env={**kept, **environment, **own},
                     start_new_session=True,  # Ctrl-C is for the run; and it ends with all that it started
                 )
         except BaseException:

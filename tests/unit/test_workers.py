@@ -170,6 +170,24 @@ def test_temporary_files_of_workers_have_paths_that_sockets_can_have(tmp_path: P
     assert not list(long.iterdir()) and not launcher._running
 
 
+@pytest.mark.parametrize("own", ["", "/elsewhere"])
+def test_what_torch_compiles_is_kept_for_the_next_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own: str) -> None:
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    if own:
+        monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", own)
+    launcher = LocalLauncher(tmp_path / "logs")
+    launcher.start(
+        Job("one", "engine", ("-c", "import os; print(os.environ['TORCHINDUCTOR_CACHE_DIR'], flush=True); input()"), {})
+    )
+    while not (said := (tmp_path / "logs" / "one.log").read_text().split("\n"))[1:]:
+        time.sleep(0.01)
+    launcher.close()
+    assert said[0] == (own or default_cache_dir())
+
+
 @pytest.mark.parametrize("listen", ["nowhere", "256.0.0.1:0", "127.0.0.1:x"])
 def test_an_address_that_cannot_be_listened_at(tmp_path: Path, listen: str) -> None:
     with pytest.raises(ConfigError, match=r"workers\.listen"):
