@@ -72,7 +72,7 @@ class ModelConfig(_Section):
     config: Path | None = None
     """A config.json that describes the model where `path` is not there yet, for `metis-fast plan`."""
     dtype: Annotated[Literal["bfloat16", "float32"], BeforeValidator(_dtype_here)] = "bfloat16"
-    """Type of weights and activations. With bfloat16 the optimizer keeps float32 masters. `auto` is bfloat16 on a machine with a
+    """Type of weights and activations. With bfloat16 the optimizer keeps float32 masters. `auto`: bfloat16 on a machine with a
     GPU or instructions for it (AVX-512 bf16, AMX), else float32; a run folder keeps which."""
     freeze: tuple[Literal["vision", "embeddings"], ...] = ()
     """Parts that are not trained: the vision tower (with its mergers), the token embeddings (with a tied LM head)."""
@@ -96,7 +96,8 @@ class VllmConfig(_Section):
     sleep: bool = False
     """Engine and trainer share GPUs: while the trainer works, the engine gives its memory back. For `rollout.mode=sync`."""
     speculative: dict[str, str | int | float | bool] | None = None
-    """vLLM's speculative_config, for example {method: ngram, num_speculative_tokens: 4, prompt_lookup_max: 4}."""
+    """vLLM's speculative_config, for example {method: ngram, num_speculative_tokens: 2, prompt_lookup_min: 2,
+    prompt_lookup_max: 3}. Needs a GPU."""
     arguments: dict[str, str | int | float | bool | None] = {}
     """Further engine arguments of vLLM, by their names there."""
     request_s: PositiveFloat = 1800.0
@@ -132,9 +133,9 @@ class RolloutConfig(_Section):
     temperature: PositiveFloat = 1.0
     """Sampling temperature; the loss uses the same one."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Nucleus; the loss is exact only at 1."""
+    """Nucleus; only 1, off, is what the loss assumes."""
     top_k: NonNegative = 0
-    """0 is off; the loss is exact only when off."""
+    """Only 0, off, is what the loss assumes."""
     max_prompt_tokens: Positive = 24576
     """A longer prompt is an error of the data."""
     max_response_tokens: Positive = 16384
@@ -560,10 +561,10 @@ class Config(_Section):
             raise ValueError(f"sync.mode=delta needs sync.transport=staged, got {self.sync.transport}")
         if rollout.max_turn_tokens > rollout.max_response_tokens:
             raise ValueError("rollout.max_turn_tokens is larger than rollout.max_response_tokens; lower it or set 0")
-        if (rollout.top_p < 1 or rollout.top_k) and self.loss.tis_cap == 0:
+        if rollout.top_p < 1 or rollout.top_k:
             raise ValueError(
-                "rollout.top_p < 1 or rollout.top_k > 0 samples from another distribution than the loss assumes; "
-                "set both off, or set loss.tis_cap"
+                "rollout.top_p < 1 or rollout.top_k > 0 samples from another distribution than the log-probs that the loss "
+                "compares are of, which no importance weight corrects; set both off"
             )
         if max(*train.optim.betas, *self.sft.optim.betas) >= 1:
             raise ValueError("optim.betas must be below 1; the usual values are [0.9, 0.999]")

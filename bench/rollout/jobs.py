@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 
 from metis_fast.config import RolloutConfig
 from metis_fast.errors import InfrastructureError
+from metis_fast.model import Policy
 from metis_fast.rollout.chat import Chat, parse_turn
 from metis_fast.rollout.engine import Sampling
 from metis_fast.rollout.episode import SampleKey
@@ -52,9 +53,10 @@ class Handed:
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """What a variant plays on."""
+    """What a variant plays on. policy: of the engine, and of a trainer that changes nothing."""
 
     plan: Plan
+    policy: Policy
     chat: Chat
     engine: ScriptedEngine
     toolbox: SlowToolbox
@@ -107,12 +109,14 @@ class _Cursor:
 
 
 async def _scheduled(stage: Stage, config: RolloutConfig, steps: int) -> Handed:
-    """Steps of a run whose updates take no time."""
+    """Steps of a run whose updates take no time; what goes on meanwhile has its cache computed again, as after any update."""
     play = group_player(stage.chat, stage.engine, stage.toolbox, config, stage.plan.seed)
     schedule = Schedule(Rules.of(config, steps), _Cursor(stage.plan), play)
     handed = Handed([])
     try:
         for step in range(steps):
+            if step:
+                await stage.engine.update(stage.policy.model.named_parameters(), step)
             taken = await schedule.batch(step)
             handed.groups += taken.groups
             handed.dropped += taken.dropped

@@ -229,7 +229,7 @@ class Runner:
 
     def __init__(self, policy: Policy, shape: Shape, seed: int, engine: Engine, clock: Clock) -> None:
         self.shape, self.seed, self.engine, self.clock = shape, seed, engine, clock
-        self._tokenizer = policy.tokenizer
+        self._policy, self._tokenizer = policy, policy.tokenizer
         self.chat = Chat(policy.tokenizer, policy.images)
         self.plan = Plan(shape, seed, self.chat, policy.tokenizer)
 
@@ -242,7 +242,7 @@ class Runner:
         plan = self.plan if latency == self.shape.latency else self.plan.with_latency(latency)
         scripted = ScriptedEngine(self.engine, plan, self._tokenizer)
         toolbox = SlowToolbox(latency, self.seed, plan.observation)
-        stage = Stage(plan, self.chat, scripted, toolbox, concurrency)
+        stage = Stage(plan, self._policy, self.chat, scripted, toolbox, concurrency)
         self.clock.clear()
         cpu, began = time.process_time(), time.perf_counter()
         if variant == GATHER:

@@ -141,7 +141,8 @@ def require(report: GateReport, config: Config) -> None:
     threshold = config.gate.threshold or _THRESHOLDS[config.model.dtype]
     if not report.worst <= threshold:  # NaN is above
         raise EngineError(
-            f"truth gate: log-probs of engine and trainer differ by {report.mean:.2e} on average, {report.worst:.2e} in the worst "
-            f"message (largest {report.max:.2e}, {report.tokens} tokens; with images {report.with_images:.2e}, without "
-            f"{report.without:.2e}), allowed is {threshold:g}. Look at: {report.likely(threshold)}. gate.threshold allows more, gate.prompts=0 all"
+            f"truth gate: log-probs of engine and trainer differ by {report.mean:.2e} on average, {report.worst:.2e} in the "
+            f"worst message (largest {report.max:.2e}, {report.tokens} tokens; with images {report.with_images:.2e}, without "
+            f"{report.without:.2e}), allowed is {threshold:g}. Look at: {report.likely(threshold)}. "
+            "gate.threshold allows more, gate.prompts=0 all"
         )

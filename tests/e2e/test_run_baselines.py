@@ -25,7 +25,7 @@ _VARIANTS = {
     "four mini-batches": ["train.prompts_per_mini_batch=1"],
     "kl": ["loss.kl_coef=0.05"],
     "entropy": ["loss.entropy_coef=0.01"],
-    "tis and nucleus": ["loss.tis_cap=2.0", "rollout.top_p=0.9", "rollout.top_k=50"],
+    "tis": ["loss.tis_cap=2.0"],
     "no dual clip": ["loss.dual_clip=.inf"],
     "float32": ["model.dtype=float32"],
     "reference kernels": ["loss.impl=reference", "train.attention=reference"],
