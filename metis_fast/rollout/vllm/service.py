@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import faulthandler
 import logging
+import multiprocessing
 import os
 import queue
 import sys
@@ -22,12 +23,13 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from io import BytesIO
+from multiprocessing.process import BaseProcess
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
 from metis_fast.errors import EngineError, EngineFailure, MetisError, ModelError, SyncError
-from metis_fast.rollout.vllm.settings import EngineSettings, EngineStats, GenerateReply, GenerateRequest
+from metis_fast.rollout.vllm.settings import UNTOUCHED, EngineSettings, EngineStats, GenerateReply, GenerateRequest
 
 if TYPE_CHECKING:
     from vllm import LLMEngine, SamplingParams
@@ -75,6 +77,8 @@ class VllmService:
         self._busy_s, self._steps, self._tokens = 0.0, 0, 0
         self._stepping_since: float | None = None
         self._copy: Any = None
+        self._paused = False  # a step of a paused engine that is a process of its own waits for ever
+        self._children: list[BaseProcess] = []
         ready: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._work, args=(ready,), name="engine", daemon=True)
         self._thread.start()
@@ -88,6 +92,7 @@ class VllmService:
     def _work(self, ready: queue.SimpleQueue[BaseException | None]) -> None:
         try:
             self._engine = self._open_engine()
+            self._children = multiprocessing.active_children()
         except Exception as error:  # handed on, whatever it is
             traceback.print_exc()
             ready.put(_explained(error, self._settings))
@@ -102,14 +107,12 @@ class VllmService:
 
     def _serve(self) -> None:
         while True:
-            idle = not self._running
-            while idle or not self._commands.empty():
+            while self._paused or not self._running or not self._commands.empty():
                 command = self._commands.get()
                 if command is None:
                     self._shut_down()
                     return
                 command()
-                idle = not self._running
             self._stepping_since = began = time.perf_counter()
             outputs = self._step()
             self._stepping_since = None
@@ -128,11 +131,16 @@ class VllmService:
         self._engine.engine_core.shutdown()
 
     def _watch(self) -> None:
-        """Ends the process when a step hangs: the thread that hangs cannot."""
+        """Ends the process when a step hangs: the thread that hangs cannot. Likewise when a process of vLLM's has died, which a
+        step that waits for it does not notice."""
         while True:
             # one that keeps Python's lock stops this thread, too, and then nobody puts this off any more
             faulthandler.dump_traceback_later(self._settings.stall_s + _STALL_SLACK_S, exit=True)
             time.sleep(1.0)
+            dead = [child for child in self._children if not child.is_alive()]
+            if dead:
+                print(f"{dead[0].name} of vLLM ended with {dead[0].exitcode}", file=sys.stderr, flush=True)
+                os._exit(_STEP_FAILED)
             since = self._stepping_since
             if since is not None and time.perf_counter() - since > self._settings.stall_s:
                 print(f"a step took longer than {self._settings.stall_s:g} s; where it is:", file=sys.stderr)
@@ -202,12 +210,18 @@ class VllmService:
         if future.cancelled():
             self._leaders.pop(request.tokens.tobytes(), None)
             return
+        from vllm.exceptions import VLLMClientError
+
         try:
             prompt = self._prompt(request)
             self._engine.add_request(request_id, prompt, self._params(request))
-        except (ValueError, EngineFailure) as error:  # vLLM's words for a request that it does not take
+        except (ValueError, OSError, VLLMClientError, EngineFailure) as error:  # what vLLM does not take, or no picture
             self._leaders.pop(request.tokens.tobytes(), None)
-            ours = error if isinstance(error, EngineFailure) else EngineError(f"vLLM refuses a request: {error}")
+            ours: Exception = error
+            if isinstance(error, ValueError):
+                ours = EngineError(f"vLLM refuses a request: {error}")
+            elif not isinstance(error, EngineFailure):
+                ours = EngineFailure(f"vLLM refuses a request: {error}")
             self._resolve(future, ours)
             return
         self._running[request_id] = _Running(future, request.tokens)
@@ -329,25 +343,36 @@ class VllmService:
         return await self._ask(lambda: self._load(manifest, int(manifest["version"])))
 
     def _load(self, update: dict[str, Any], version: int) -> float:
+        """Requests go on after success or a refusal; with weights half loaded they never do, and the run ends the engine."""
         engine = self._engine
         began = time.perf_counter()
-        engine.sleep(level=0, mode="keep")
+        self._pause()
         try:
             engine.collective_rpc("start_weight_update")
-            try:
-                engine.collective_rpc("update_weights", args=(update,))
-            except SyncError:
-                raise
-            except Exception as error:  # from vLLM's own worker process it comes as text
-                raise SyncError(f"weight version {version}: {error}") from None
-            engine.collective_rpc("finish_weight_update")
-            engine.set_weight_version(str(version))
-            # nothing computed with the old weights is used again
-            engine.reset_prefix_cache(reset_running_requests=True)
-            engine.reset_encoder_cache()
-        finally:
-            engine.wake_up(tags=["scheduling"])
+            engine.collective_rpc("update_weights", args=(update,))
+        except Exception as error:  # from vLLM's own worker process it comes as text
+            if not isinstance(error, SyncError) and UNTOUCHED not in str(error):
+                raise EngineError(f"weight version {version} was not loaded: {error}") from None
+            self._wake()
+            raise SyncError(f"weight version {version}: {error}") from None
+        engine.collective_rpc("finish_weight_update")
+        self._go_on(version)
         return time.perf_counter() - began
+
+    def _pause(self) -> None:
+        self._engine.sleep(level=0, mode="keep")
+        self._paused = True
+
+    def _wake(self) -> None:
+        self._engine.wake_up(tags=["scheduling"])
+        self._paused = False
+
+    def _go_on(self, version: int) -> None:
+        """With new weights: nothing computed with the old ones is used again."""
+        self._engine.set_weight_version(str(version))
+        self._engine.reset_prefix_cache(reset_running_requests=True)
+        self._engine.reset_encoder_cache()
+        self._wake()
 
     async def copy_begin(self, manifest: dict[str, Any], mode: str) -> int | None:
         """Expect buckets of a version, which lies on another machine. mode: "full" or "delta".
@@ -385,18 +410,11 @@ class VllmService:
 
     async def pause(self) -> None:
         """Make no further step; requests are kept."""
-        await self._ask(lambda: self._engine.sleep(level=0, mode="keep"))
+        await self._ask(self._pause)
 
     async def resume(self, version: int) -> None:
         """Go on after `pause` and `transfer`, with this version."""
-
-        def resume() -> None:
-            self._engine.set_weight_version(str(version))
-            self._engine.reset_prefix_cache(reset_running_requests=True)
-            self._engine.reset_encoder_cache()
-            self._engine.wake_up(tags=["scheduling"])
-
-        await self._ask(resume)
+        await self._ask(lambda: self._go_on(version))
 
     async def sleep(self) -> None:
         """Give the GPU's memory back. No request may be under way; the weights are gone until they are sent again."""

@@ -21,6 +21,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, 
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
 from metis_fast.errors import EngineError, SyncError
+from metis_fast.rollout.vllm.settings import UNTOUCHED
 from metis_fast.sync.manifest import Manifest
 from metis_fast.sync.reader import Reader
 from metis_fast.train.megatron.names import GATE_UP, QKV
@@ -60,7 +61,10 @@ class StagedWeightTransfer(WeightTransferEngine[StagedInitInfo, StagedUpdateInfo
         Raises:
             SyncError: it is no manifest, or a damaged one.
         """
-        return StagedUpdateInfo(Manifest.from_dict(update_dict))
+        try:
+            return StagedUpdateInfo(Manifest.from_dict(update_dict))
+        except SyncError as error:
+            raise SyncError(f"{error} {UNTOUCHED}") from None
 
     def start_weight_update(self) -> None:
         """Nothing: vLLM's reloading takes the old weights away, and the new ones are not verified yet.
@@ -118,9 +122,9 @@ class StagedWeightTransfer(WeightTransferEngine[StagedInitInfo, StagedUpdateInfo
             error = refused
         refusals = self._refusals(error is not None)
         if error is not None:
-            raise error
+            raise SyncError(f"{error} {UNTOUCHED}") from None
         if refusals:
-            raise SyncError(f"weight version {manifest.version} was refused by {refusals} other ranks of the engine")
+            raise SyncError(f"refused by {refusals} other ranks of the engine {UNTOUCHED}")
         assert reader is not None
         return reader
 
