@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from threading import Lock
 from types import TracebackType
 
 import numpy as np
@@ -54,6 +55,9 @@ class Staging:
         self._current: Manifest | None = None
         self._previous: int | None = None
         self._damage = ""
+        self._encoded: dict[int, Future[Payload]] = {}  # what differs from `_previous`, by bucket: once for all receivers
+        self._encoding = Lock()
+        self._pool = ThreadPoolExecutor(THREADS, "encode")
 
     def __enter__(self) -> Staging:
         return self
@@ -93,6 +97,7 @@ class Staging:
             raise ValueError(f"weight version {version} came after version {self._current.version}")
         segment, layout = self._segments[1 - self._at], self.layout
         self._previous = None
+        self._encoded.clear()
         segment.begin()
         left = list(self._bytes_in)
         missing = dict(self._places)
@@ -148,14 +153,26 @@ class Staging:
         """
         if self._current is None or base != self.base(base):
             raise ValueError(f"nothing staged, or weight version {base} is not the last but one ({self._previous})")
-        new, old = self._segments[self._at], self._segments[1 - self._at]
-        for index in range(len(self.layout.ranges)):
-            encoding, data = "full", self._bucket(new, index)
-            if base is not None:
-                encoding, data = encode(self._bucket(old, index), data, self.layout.itemsize)
-            yield Payload(index, encoding, data, checksum(data))
+        count = len(self.layout.ranges)
+        if base is None:
+            for index in range(count):
+                data = self._bucket(self._segments[self._at], index)
+                yield Payload(index, "full", data, checksum(data))
+            return
+        for index in range(count):
+            for ahead in range(index, min(index + THREADS, count)):
+                with self._encoding:
+                    if ahead not in self._encoded:
+                        self._encoded[ahead] = self._pool.submit(self._difference, ahead)
+            yield self._encoded[index].result()
+
+    def _difference(self, index: int) -> Payload:
+        new, old = (self._bucket(self._segments[at], index) for at in (self._at, 1 - self._at))
+        encoding, data = encode(old, new, self.layout.itemsize)
+        return Payload(index, encoding, data, checksum(data))
 
     def close(self) -> None:
         """Remove both segments."""
+        self._pool.shutdown()
         for segment in self._segments:
             segment.close()

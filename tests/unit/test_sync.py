@@ -6,6 +6,7 @@ import asyncio
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -163,6 +164,21 @@ def test_copies_by_full_and_delta_are_what_was_staged(staging):
         assert staging.base(copy.version) is None
         with pytest.raises(SyncError, match=r"against version 3, .* copy of 2; send it in full"):
             copy.begin(staging.current.to_dict(), 3)
+
+
+def test_what_changed_is_encoded_once_for_all_that_receive_it_at_once(staging):
+    with LocalCopy() as one, LocalCopy() as two:
+        staging.write(iter(version(1).items()), 1)
+        for copy in (one, two):
+            send(staging, copy, None)
+        for number in (2, 3):
+            staging.write(iter(version(number).items()), number)
+            ahead, behind = staging.payloads(number - 1), staging.payloads(number - 1)
+            pairs = [(next(ahead), next(behind)) for _ in range(len(staging.layout.ranges))]
+            assert all(a is b for a, b in pairs)
+            with ThreadPoolExecutor(2) as pool:
+                found = list(pool.map(lambda copy, base=number - 1: send(staging, copy, base), (one, two)))
+            assert all(bits(Reader(manifest)) == bits(version(number)) for manifest in found)
 
 
 def test_faults_on_the_way_to_a_copy_leave_the_old_one_and_can_be_mended(staging):
