@@ -29,6 +29,7 @@ _HANDSHAKE_S = 20.0
 _NEWS_S = 15.0  # between two lines that say what is waited for
 _EXIT_S = 0.5  # between a broken connection and the end of its process
 _LEAVE_S = 6.0  # for a worker told to stop
+_PAUSE_S, _LONGEST_PAUSE_S = 1.0, 30.0  # after a start that failed; twice as long after every further one
 
 T = TypeVar("T")
 
@@ -72,6 +73,8 @@ class Worker:
         self._ready = asyncio.Event()
         self.broken: Exception | None = None  # for good: it cannot be started
         self._lost: asyncio.Future[None] | None = None
+        self._served = False  # whether it was ever ready
+        self._failed_starts = 0  # since it was ready
         self.hello: Hello | None = None
 
     # -- for users, from any event loop ------------------------------------------------------------------------------
@@ -144,7 +147,11 @@ class Worker:
         return self._number, future
 
     async def keep(self) -> None:
-        """Start the process, and again whenever it is lost, until it cannot be or the hub closes."""
+        """Start the process, and again whenever it is lost, until it cannot be or the hub closes.
+
+        What a service raises in its very first start is final: it would refuse its settings again. Later it has shown that they
+        work, and what fails then may pass: memory that the process before has not given back yet, for example.
+        """
         while True:
             try:
                 await self._live()
@@ -203,6 +210,9 @@ class Worker:
 
     async def _live(self) -> None:
         """One life of the process; ends in an exception."""
+        if self._failed_starts:
+            await asyncio.sleep(min(_LONGEST_PAUSE_S, _PAUSE_S * 2.0 ** (self._failed_starts - 1)))
+        self._failed_starts += 1
         loop = asyncio.get_running_loop()
         hub = self._hub
         self._arrived, self._lost = loop.create_future(), loop.create_future()
@@ -229,9 +239,12 @@ class Worker:
                 await self._wait_for(preparing, lost, began, "it to be prepared")
                 try:
                     preparing.result()
-                except InfrastructureError as error:
+                except (InfrastructureError, MetisError) as error:
+                    if isinstance(error, MetisError) and not self._served:
+                        raise
                     raise _Lost(f"it could not be prepared: {error}") from None
             _LOG.info("worker %s is ready after %.1f s", self.name, time.monotonic() - began)
+            self._served, self._failed_starts = True, 0
             self._ready.set()
             await lost
         finally:
@@ -290,9 +303,8 @@ class Worker:
             if message.kind is Kind.READY:
                 ready.set_result(None)
             elif message.kind is Kind.FAILED and message.number == 0 and not ready.done():
-                ready.set_exception(
-                    _error(self.name, message) if isinstance(message.value, MetisError) else _Lost(str(message.value))
-                )
+                final = isinstance(message.value, MetisError) and not self._served
+                ready.set_exception(_error(self.name, message) if final else _Lost(f"it cannot start: {message.value}"))
             elif message.kind in (Kind.DONE, Kind.FAILED):
                 future = self._waiting.get(message.number)
                 if future is not None and not future.done():
@@ -386,7 +398,7 @@ class Hub:
         """A worker that serves "module:Class" made with `arguments`; it is started in the background, and calls wait for it.
 
         prepare: runs on the hub's loop after every start, before anybody else's calls; an InfrastructureError in it means that
-        the start has failed.
+        the start has failed, and so does a MetisError once the worker has been ready; before, that is final.
         """
 
         async def make() -> Worker:

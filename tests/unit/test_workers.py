@@ -1,21 +1,26 @@
 """Workers: called, lost in every way, started again; nothing waits for ever."""
 
 import asyncio
+import itertools
 import os
 import signal
 import socket
 import tempfile
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from metis_fast import __version__
 from metis_fast.config import WorkersConfig
-from metis_fast.errors import ConfigError, InfrastructureError
+from metis_fast.errors import ConfigError, EngineError, InfrastructureError, ModelError
+from metis_fast.workers import hub as hub_module
 from metis_fast.workers.hub import Hub, Worker, WorkerError, wait_ready
 from metis_fast.workers.launch import SCRATCH, Job, LocalLauncher, engine_gpus
+from metis_fast.workers.wire import KEY, Hello, Kind, apply, encode, receive
 
 PROBE = "metis_fast.testing.workers:Probe"
 
@@ -28,6 +33,84 @@ def hub(tmp_path: Path) -> Iterator[Hub]:
 
 def _worker(hub: Hub, name: str = "probe", **options: int) -> Worker:
     return hub.worker(name, "tools", PROBE, **options)  # pyright: ignore[reportArgumentType]
+
+
+Life = Callable[[int, asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
+
+
+class _Peer:
+    """A worker's side in a thread of this process, and the `Process` that it stands for."""
+
+    def __init__(self, life: Life, number: int, job: Job) -> None:
+        self._life, self._number, self._job = life, number, job
+        self._loop = asyncio.new_event_loop()
+        self._task: asyncio.Task[None] = self._loop.create_task(self._serve())
+        self._task.add_done_callback(lambda _: self._loop.stop())
+        self._thread = threading.Thread(target=self._loop.run_forever)
+        self._thread.start()
+
+    async def _serve(self) -> None:
+        host, port = self._job.command[4].split(":")
+        sock = socket.socket()
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 16)  # it holds little that was not read
+        sock.setblocking(False)
+        await self._loop.sock_connect(sock, (host, int(port)))
+        reader, writer = await asyncio.open_connection(sock=sock)
+        await apply(reader, writer, self._job.environment[KEY].encode())
+        _say(writer, Kind.HELLO, 0, Hello(self._job.name, __version__, "here", 0))
+        assert (await receive(reader)).kind is Kind.WELCOME
+        try:
+            await self._life(self._number, reader, writer)
+        finally:
+            writer.transport.abort()
+            await asyncio.sleep(0)
+
+    def exit_code(self) -> int | None:
+        return None if self._thread.is_alive() else 1
+
+    def kill(self) -> None:
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._task.cancel)
+            self._thread.join()
+            self._loop.close()
+
+    def describe(self) -> str:
+        return "nowhere"
+
+
+class _Peers:
+    """A launcher of workers that a test plays. life: called with the number of the start."""
+
+    host = "127.0.0.1"
+
+    def __init__(self, life: Life) -> None:
+        self._life = life
+        self.started: list[_Peer] = []
+
+    def start(self, job: Job) -> _Peer:
+        self.started.append(_Peer(self._life, len(self.started), job))
+        return self.started[-1]
+
+    def close(self) -> None:
+        for peer in self.started:
+            peer.kill()
+
+
+def _say(writer: asyncio.StreamWriter, kind: Kind, number: int = 0, value: object = None) -> None:
+    for part in encode(kind, number, value):
+        writer.write(part)
+
+
+async def _answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    """Serve: "die" ends it, any other method gives its arguments back."""
+    _say(writer, Kind.READY)
+    while (message := await receive(reader)).kind is not Kind.STOP:
+        if message.kind is Kind.PING:
+            _say(writer, Kind.PONG)
+        elif message.kind is Kind.CALL:
+            if message.value.method == "die":
+                return
+            _say(writer, Kind.DONE, message.number, message.value.arguments)
 
 
 def _scratch(pid: int) -> Path:
@@ -129,6 +212,53 @@ def test_a_service_that_refuses_its_settings_stops_at_once(hub: Hub) -> None:
     with pytest.raises(ConfigError, match="no such model"):
         wait_ready([worker], lambda: None)
     assert worker.restarts == 0
+
+
+@pytest.mark.parametrize("where", ["load", "prepare"])
+def test_a_worker_that_was_ready_may_fail_to_start_again_for_a_while(monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+    monkeypatch.setattr(hub_module, "_PAUSE_S", 0.01)
+
+    async def life(number: int, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if where == "load" and number in (1, 2):
+            _say(writer, Kind.FAILED, 0, ModelError("less free memory than desired"))
+            await reader.read()
+        await _answer(reader, writer)
+
+    async def prepare(worker: Worker) -> None:
+        if where == "prepare" and worker.restarts in (1, 2):
+            raise EngineError("of no version")
+
+    async def go() -> None:
+        with Hub(WorkersConfig(), peers) as hub:
+            worker = hub.worker("probe", "engine", PROBE, max_restarts=3, prepare=prepare)
+            for _ in range(2):
+                assert await worker.call("echo", 1) == (1,)
+                with pytest.raises(WorkerError):
+                    await worker.call("die")
+            with pytest.raises(WorkerError, match=r"started 4 times"):  # it has been started as often as promised
+                await worker.call("echo", 1)
+
+    peers = _Peers(life)
+    asyncio.run(asyncio.wait_for(go(), 20))
+    assert len(peers.started) == 4
+
+
+def test_starts_that_fail_are_farther_and_farther_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub_module, "_PAUSE_S", 0.1)
+    monkeypatch.setattr(hub_module, "_LONGEST_PAUSE_S", 0.3)
+    at: list[float] = []
+
+    async def life(number: int, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        at.append(time.monotonic())
+        _say(writer, Kind.FAILED, 0, "as asked")
+        await reader.read()
+
+    with Hub(WorkersConfig(), _Peers(life)) as hub:
+        worker = hub.worker("probe", "engine", PROBE, max_restarts=4)
+        with pytest.raises(WorkerError, match="cannot start: as asked"):
+            asyncio.run(asyncio.wait_for(worker.call("echo", 1), 20))
+    gaps = [later - earlier for earlier, later in itertools.pairwise(at)]
+    assert len(gaps) == 4 and all(gap >= least for gap, least in zip(gaps, (0.1, 0.2, 0.3, 0.3), strict=True)), gaps
 
 
 def test_strangers_are_turned_away(hub: Hub, caplog: pytest.LogCaptureFixture) -> None:
