@@ -9,6 +9,7 @@ where it can happen removes the file and fails, once.
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import os
 import signal
@@ -62,6 +63,7 @@ class Fault(StrEnum):
     TRUNCATE = "truncate"  # a bucket on the way to another machine comes short
     FLIP = "flip"  # with another bit
     WRONG_CRC = "wrong-crc"
+    NO_SPACE = "no-space"  # there is no room for it
     DAMAGE = "damage"  # a bit of the staged version changes, after it was staged
     KILL_LOADING = "kill-loading"  # SIGKILL while weights are loaded
     HANG_LOADING = "hang-loading"
@@ -189,6 +191,8 @@ class FaultyVllm(VllmService):
             data[len(data) // 2] ^= 1
         if take(Fault.WRONG_CRC):
             crc ^= 1
+        if take(Fault.NO_SPACE):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         await super().copy_bucket(index, encoding, data, crc)
 
 

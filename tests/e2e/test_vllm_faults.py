@@ -17,6 +17,7 @@
 | 13 the same, and an engine starts | it waits for the next version, others sample; without others the run stops | here |
 | 14 a byte of the version that changes are told against | everything is sent | here |
 | 15 engine dies, or hangs, while it loads weights | the others have them; it gets them when it is up again | here |
+| 15b engine fails to take weights, and lives | it is started again, and gets them then | here |
 | 16 engine dies between requests | as 1 | here |
 | 17 engine cannot be started any more | the run stops with a checkpoint, exit code 2; goes on when started again | here |
 | 18 the run is killed | its engines end; the same command goes on | here |
@@ -504,6 +505,24 @@ def test_an_engine_that_is_lost_while_it_loads_weights_has_them_when_it_is_up_ag
         return groups
 
     those.check(run(go()), prompts, {2})
+
+
+def test_an_engine_that_has_no_room_for_the_weights_does_not_go_on_with_its_old_ones(
+    engines: Open, prompts: list[Prompt], caplog: pytest.LogCaptureFixture
+) -> None:
+    those = engines(copy="full")
+
+    async def go() -> list[Group]:
+        await those.update(1)
+        those.faults.arm(Fault.NO_SPACE)
+        assert await those.update(2) == 0
+        groups = await those.collect(prompts)
+        assert not those.faults.armed()
+        await those.checked_replicas(2, restarts=1)
+        return groups
+
+    those.check(run(go()), prompts, {2})
+    assert "it did not take the weights: worker engine-" in caplog.text and "No space left" in caplog.text
 
 
 def test_an_engine_that_dies_between_two_buckets_does_not_hold_up_the_others(engines: Open, prompts: list[Prompt]) -> None:

@@ -326,7 +326,7 @@ class VllmEngine:
             # reading a trainer's weights may take long, and pings must be answered meanwhile
             manifest = await asyncio.to_thread(self._staging.write, weights, version)
             living = [replica for replica in self._replicas if replica.worker.alive or replica.waits]
-            results = await asyncio.gather(*(self._push(replica) for replica in living))
+            results = await asyncio.gather(*(self._push(replica, replica.worker.restarts) for replica in living))
             if self._staging.damage:
                 raise StagingError(f"what was staged has changed: {self._staging.damage}")
         done = [result for result in results if result is not None]
@@ -385,8 +385,11 @@ class VllmEngine:
 
         self._hub.now(ask())
 
-    async def _push(self, replica: _Replica) -> tuple[int, float, int] | None:
-        """Bytes sent, seconds that its requests waited, retries; None if the replica was lost, or the version is damaged."""
+    async def _push(self, replica: _Replica, life: int) -> tuple[int, float, int] | None:
+        """Bytes sent, seconds that its requests waited, retries; None if the replica was lost, or the version is damaged.
+
+        life: `Worker.restarts` when it was up.
+        """
         for attempt in range(self._config.sync.retries + 1):
             try:
                 # one that waits may have to be asked before the hub has noted that it is up
@@ -398,6 +401,7 @@ class VllmEngine:
                 continue
             except InfrastructureError as error:
                 _LOG.warning("weights for %s: %s", replica.worker.name, error)
+                await self._lose(replica, life, f"it did not take the weights: {error}")
                 return None  # it is being started again, and gets them then
             except EngineError as error:  # it is of no version any more
                 await replica.worker.lose(str(error))
@@ -407,6 +411,11 @@ class VllmEngine:
             return sent, pause, attempt
         await replica.worker.lose(f"it did not take the weights in {self._config.sync.retries + 1} tries")
         return None
+
+    async def _lose(self, replica: _Replica, life: int, why: str) -> None:
+        """Start it anew if it still lives that life: what failed may have left it with weights of another version."""
+        if replica.worker.restarts == life:
+            await replica.worker.lose(why)
 
     async def _damaged(self) -> bool:
         """Whether the staged version itself is, so that trying again is of no use."""
