@@ -17,7 +17,7 @@ import signal
 import socket
 import sys
 import traceback
-from typing import Any
+from typing import Any, NoReturn
 
 from metis_fast import __version__
 from metis_fast.errors import ConfigError, InfrastructureError, MetisError
@@ -27,7 +27,7 @@ from metis_fast.workers.wire import KEY, Call, Hello, Kind, Welcome, WireError, 
 _LOG = logging.getLogger(__name__)
 _RETRY_S = 0.2
 _LEAVE_S = 5.0  # for a service to close
-_OUT_OF_MEMORY = 71  # exit code
+_OUT_OF_MEMORY, _RUN_IS_GONE = 71, 1  # exit codes
 _PR_SET_PDEATHSIG = 1
 
 
@@ -128,7 +128,16 @@ async def _connect(host: str, port: int, wait_s: float) -> tuple[asyncio.StreamR
             await asyncio.sleep(_RETRY_S)
 
 
-async def _main(host: str, port: int, name: str, key: bytes, wait_s: float) -> None:
+async def _main(host: str, port: int, name: str, key: bytes, wait_s: float, scratch: str) -> None:
+    try:
+        await _serve(host, port, name, key, wait_s)
+    except WireError as error:
+        print(f"worker {name}: {error}", file=sys.stderr, flush=True)
+        # now: the end of an event loop waits for its threads, and the one that makes the service may never be done
+        _end_group(scratch)
+
+
+async def _serve(host: str, port: int, name: str, key: bytes, wait_s: float) -> None:
     reader, writer = await _connect(host, port, wait_s)
     sock: socket.socket = writer.get_extra_info("socket")
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -143,7 +152,7 @@ async def _main(host: str, port: int, name: str, key: bytes, wait_s: float) -> N
 
 
 def run(join: str, name: str, wait_s: float) -> int:
-    """Serve a run; the exit code is 0 only if the run ended the worker.
+    """Serve a run; the exit code is 0 only if the run ended the worker. Ends the process itself where the run is gone.
 
     Raises:
         ConfigError: no run there, no key, or a run that refuses.
@@ -160,17 +169,13 @@ def run(join: str, name: str, wait_s: float) -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # these are for the run, which ends its workers
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s", stream=sys.stderr)
-    try:
-        asyncio.run(_main(host, int(port), name, key.encode(), wait_s))
-    except WireError as error:
-        print(f"worker {name}: {error}", file=sys.stderr, flush=True)
-        _end_group(scratch)
-        return 1
+    asyncio.run(_main(host, int(port), name, key.encode(), wait_s, scratch))
     return 0
 
 
-def _end_group(scratch: str) -> None:
+def _end_group(scratch: str) -> NoReturn:
     """The run is gone: end what the service has started, too, and this process with it."""
     remove_scratch(scratch)  # nobody else is there to do it
     if os.getpgrp() == os.getpid():  # started by a launcher, in a group of its own
         os.killpg(0, signal.SIGKILL)
+    os._exit(_RUN_IS_GONE)

@@ -20,7 +20,7 @@ from metis_fast.errors import ConfigError, EngineError, InfrastructureError, Mod
 from metis_fast.workers import hub as hub_module
 from metis_fast.workers.hub import Hub, Worker, WorkerError, wait_ready
 from metis_fast.workers.launch import SCRATCH, Job, LocalLauncher, engine_gpus
-from metis_fast.workers.wire import KEY, Hello, Kind, apply, encode, receive
+from metis_fast.workers.wire import KEY, Hello, Kind, Welcome, admit, apply, encode, receive
 
 PROBE = "metis_fast.testing.workers:Probe"
 
@@ -283,6 +283,35 @@ def test_workers_end_with_the_run(tmp_path: Path) -> None:
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)
     assert not scratch.exists()
+
+
+def test_a_worker_whose_run_is_gone_while_it_loads_ends_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    launcher = LocalLauncher(tmp_path)
+
+    async def welcome(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await admit(reader, writer, b"key")
+        assert (await receive(reader)).kind is Kind.HELLO
+        _say(writer, Kind.WELCOME, 0, Welcome("time:sleep", (600.0,)))
+        _say(writer, Kind.PING)
+        while (await receive(reader)).kind is not Kind.PONG:
+            pass
+        await asyncio.sleep(0.2)  # it sleeps now
+        writer.close()
+
+    async def go() -> int:
+        async with await asyncio.start_server(welcome, "127.0.0.1", 0) as server:
+            address = "{}:{}".format(*server.sockets[0].getsockname())
+            command = ("-m", "metis_fast", "worker", "--join", address, "--name", "probe")
+            process = launcher.start(Job("probe", "engine", command, {KEY: "key"}))
+            while (code := process.exit_code()) is None:
+                await asyncio.sleep(0.05)
+            return code
+
+    assert asyncio.run(asyncio.wait_for(go(), 30)) == -signal.SIGKILL
+    assert not list(tmp_path.glob("metis-*"))  # its temporary files
+    assert "worker probe: connection lost" in (tmp_path / "probe.log").read_text()
+    launcher.close()
 
 
 def test_temporary_files_of_workers_have_paths_that_sockets_can_have(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
