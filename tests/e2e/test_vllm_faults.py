@@ -18,6 +18,7 @@
 | 14 a byte of the version that changes are told against | everything is sent | here |
 | 15 engine dies, or hangs, while it loads weights | the others have them; it gets them when it is up again | here |
 | 15b engine fails to take weights, and lives | it is started again, and gets them then | here |
+| 15c engine dies after a direct transfer | the others serve on; it gets the next version | here, with a pretended transfer |
 | 16 engine dies between requests | as 1 | here |
 | 17 engine cannot be started any more | the run stops with a checkpoint, exit code 2; goes on when started again | here |
 | 18 the run is killed | its engines end; the same command goes on | here |
@@ -39,7 +40,7 @@ from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import ExitStack
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import pytest
 from harness import Command, Ended, Moment, checkpoint_state, rollout_state
@@ -58,6 +59,7 @@ from metis_fast.rollout.engine import Completion, update
 from metis_fast.rollout.episode import collect
 from metis_fast.rollout.store import read_rollouts
 from metis_fast.rollout.vllm import engine as engine_module
+from metis_fast.rollout.vllm.direct import Ask, Client
 from metis_fast.rollout.vllm.engine import VllmEngine
 from metis_fast.score.judge import open_judge
 from metis_fast.score.scoring import score_groups
@@ -92,10 +94,19 @@ _GARBAGE = [
 
 
 class Engines:
-    """Scripted engines with faults, opened as a run opens them. copy: mode of sending weights, "" for shared memory."""
+    """Scripted engines with faults, opened as a run opens them. copy: mode of sending weights, "" for shared memory.
+    transport: of weights; those of vLLM's own are `PretendedTransfer`s."""
 
     def __init__(
-        self, folder: Path, policy: Policy, chat: Chat, stack: ExitStack, copy: str, silence_s: float, **vllm: float
+        self,
+        folder: Path,
+        policy: Policy,
+        chat: Chat,
+        stack: ExitStack,
+        copy: str,
+        silence_s: float,
+        transport: str = "staged",
+        **vllm: float,
     ) -> None:
         self.faults = Faults(folder / "faults")
         turns = [[policy.tokenizer.encode(_CALL % n) for n in range(2)], [policy.tokenizer.encode(_ANSWER)]]
@@ -111,7 +122,7 @@ class Engines:
                     "max_concurrent": 6,
                     "deterministic": False,
                 },
-                "sync": {"mode": copy or "full"},
+                "sync": {"mode": copy or "full", "transport": transport},
                 "workers": {"silence_s": silence_s, "start_s": 30.0},
             }
         )
@@ -196,7 +207,42 @@ Open = Callable[..., Engines]
 @pytest.fixture
 def engines(tmp_path: Path, policy: Policy, chat: Chat) -> Iterator[Open]:
     with ExitStack() as stack:
-        yield lambda copy="", silence_s=2.0, **vllm: Engines(tmp_path, policy, chat, stack, copy, silence_s, **vllm)
+        yield lambda copy="", silence_s=2.0, **more: Engines(tmp_path, policy, chat, stack, copy, silence_s, **more)
+
+
+class PretendedTransfer:
+    """`DirectTransfer` that asks the engines as vLLM's does, and moves nothing: a scripted engine has no weights.
+
+    opened: all of a test, in order. Those that are not closed would be leaks.
+    """
+
+    opened: ClassVar[list[PretendedTransfer]] = []
+
+    def __init__(self, transport: str, host: str, ask: Ask, engines: int, ranks: int) -> None:
+        self.host, self.engines, self.closed = host, engines, False
+        self._client = Client(ask, engines, ranks)
+        self._client.init_weight_transfer_engine({"rank_offset": 1})
+        self.opened.append(self)
+
+    def send(self, pairs: Sequence[tuple[str, Tensor]], version: int) -> None:
+        """See `DirectTransfer.send`."""
+        assert pairs
+        self._client.version = version
+        self._client.start_weight_update()
+        self._client.finish_weight_update()
+
+    def close(self) -> None:
+        """See `DirectTransfer.close`."""
+        self.closed = True
+
+
+@pytest.fixture
+def transfers(monkeypatch: pytest.MonkeyPatch) -> list[PretendedTransfer]:
+    """All that are opened in a test."""
+    PretendedTransfer.opened = []
+    monkeypatch.setattr(engine_module, "check_direct", lambda transport: None)
+    monkeypatch.setattr(engine_module, "DirectTransfer", PretendedTransfer)
+    return PretendedTransfer.opened
 
 
 @pytest.fixture
@@ -523,6 +569,31 @@ def test_an_engine_that_has_no_room_for_the_weights_does_not_go_on_with_its_old_
 
     those.check(run(go()), prompts, {2})
     assert "it did not take the weights: worker engine-" in caplog.text and "No space left" in caplog.text
+
+
+def test_after_a_direct_transfer_the_new_versions_tokens_are_believed_and_an_engine_started_later_gets_the_next(
+    engines: Open, prompts: list[Prompt], transfers: list[PretendedTransfer]
+) -> None:
+    those = engines(transport="nccl")
+
+    async def go() -> list[Group]:
+        for version in (1, 2):
+            assert (await those.update(version)) == 0
+        assert len(transfers) == 1
+        os.kill((await those.states())[0].pid, signal.SIGKILL)
+        groups = await those.collect(prompts)
+        assert those.engine.restarts == 1
+        await those.states()  # it is up again, without weights
+        assert all((one.weight_version[one.sampled] == 2).all() for group in groups for one in group.rollouts)
+        those.toolbox.calls.clear()
+        assert (await those.update(3)) == 0
+        groups = await those.collect(prompts)
+        assert {state.version for state in await those.states()} == {3}
+        assert those.engine.restarts == 1
+        return groups
+
+    those.check(run(go()), prompts, {3})
+    assert len(transfers) == 2  # one that was started anew is in no communicator
 
 
 def test_an_engine_that_dies_between_two_buckets_does_not_hold_up_the_others(engines: Open, prompts: list[Prompt]) -> None:

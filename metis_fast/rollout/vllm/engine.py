@@ -134,7 +134,7 @@ class VllmEngine:
         self._staging: Staging | None = None
         self._direct: DirectTransfer | None = None
         self._direct_lives: list[int] = []
-        self._version = 0
+        self._version = 0  # the last one that was sent, or is being sent
         self._lock: asyncio.Lock | None = None  # of the hub's loop: one sender at a time
         self._home: dict[str, tuple[_Replica, int]] = {}  # of a prompt: where, and by how many open sessions
         settings = _settings(config, policy)
@@ -280,9 +280,8 @@ class VllmEngine:
             return f"a token outside the vocabulary of {vocab}"
         if np.isin(reply.tokens, self._banned).any():
             return "it sampled an image placeholder"
-        newest = 0 if self._staging is None or self._staging.current is None else self._staging.current.version
-        if (reply.version < 0).any() or (reply.version > newest).any():
-            return f"a token of weight version {int(reply.version.max())}, the newest is {newest}"
+        if (reply.version < 0).any() or (reply.version > self._version).any():
+            return f"a token of weight version {int(reply.version.max())}, the newest is {self._version}"
         if not np.isfinite(reply.logp).all() or (reply.logp > 1e-3).any():
             return "a log-prob that is none"
         if (reply.finish == STOPPED) != (int(reply.tokens[-1]) in sampling.stop_ids):
@@ -317,7 +316,7 @@ class VllmEngine:
     async def _update(self, weights: Iterator[tuple[str, Tensor]], version: int) -> SyncReport:
         began = time.perf_counter()
         if self._config.sync.transport != "staged":
-            return await self._update_direct(list(weights), version)
+            return await self._update_direct(await asyncio.to_thread(list, weights), version)
         async with self._sender():
             if self._staging is None:
                 settings = self._config.sync
@@ -325,6 +324,7 @@ class VllmEngine:
                 self._staging = Staging(shapes, self._policy.head.dtype, settings.bucket_mb << 20)
             # reading a trainer's weights may take long, and pings must be answered meanwhile
             manifest = await asyncio.to_thread(self._staging.write, weights, version)
+            self._version = version
             living = [replica for replica in self._replicas if replica.worker.alive or replica.waits]
             results = await asyncio.gather(*(self._push(replica, replica.worker.restarts) for replica in living))
             if self._staging.damage:
@@ -370,10 +370,10 @@ class VllmEngine:
                 self._config.sync.transport, host, self._ask_all, len(self._replicas), self._config.rollout.vllm.tensor_parallel
             )
             self._direct_lives = lives
+        self._version = version
         self._direct.send(pairs, version)
         for replica in self._replicas:
             replica.got(version)
-        self._version = version
 
     def _ask_all(self, method: str, arguments: Sequence[tuple[object, ...]]) -> None:
         async def ask() -> None:
