@@ -121,15 +121,17 @@ class Worker:
             await self._ready.wait()
         if self.broken is not None:
             raise WorkerError(f"worker {self.name} is gone: {self.broken}")
+        if self._writer is None:  # a call of the `preparing` kind, for one that was just lost
+            raise WorkerError(f"worker {self.name} is being started again")
         number, future = self._new_call()
-        assert self._writer is not None
         writer = self._writer
         try:
             for part in encode(Kind.CALL, number, Call(method, arguments)):
                 writer.write(part)
-            with contextlib.suppress(OSError):  # whoever reads the connection notices
-                await writer.drain()
-            return await asyncio.wait_for(future, deadline_s)
+            async with asyncio.timeout(deadline_s):
+                with contextlib.suppress(OSError):  # whoever reads the connection notices
+                    await writer.drain()
+                return await future
         except TimeoutError:
             self._lose(f"{method} took longer than {deadline_s:g} s")
             raise WorkerError(f"worker {self.name}: {method} took longer than {deadline_s:g} s") from None
@@ -191,7 +193,7 @@ class Worker:
     def _fail(self, error: Exception) -> None:
         self._ready.clear()
         if self._writer is not None:
-            self._writer.close()
+            self._writer.transport.abort()  # closing it would first send what is left, to a node that may be gone
             self._writer = None
         for future in self._waiting.values():
             if not future.done():

@@ -243,6 +243,46 @@ def test_a_worker_that_was_ready_may_fail_to_start_again_for_a_while(monkeypatch
     assert len(peers.started) == 4
 
 
+def test_a_deadline_holds_while_a_worker_takes_nothing_more() -> None:
+    async def life(number: int, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if number == 0:
+            _say(writer, Kind.READY)
+            await asyncio.sleep(600)  # a node without power
+        await _answer(reader, writer)
+
+    async def go() -> None:
+        with Hub(WorkersConfig(), _Peers(life)) as hub:
+            worker = hub.worker("probe", "engine", PROBE)
+            other = asyncio.create_task(worker.call("echo", bytes(64 << 20)))
+            began = time.monotonic()
+            with pytest.raises(WorkerError, match=r"longer than 0\.3 s"):
+                await worker.call("echo", bytes(64 << 20), deadline_s=0.3)
+            with pytest.raises(WorkerError, match="was lost"):
+                await other
+            assert await worker.call("echo", 2) == (2,)
+            assert time.monotonic() - began < 5
+
+    asyncio.run(asyncio.wait_for(go(), 20))
+
+
+def test_a_worker_that_is_gone_refuses_what_prepares_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub_module, "_PAUSE_S", 600.0)
+
+    async def life(number: int, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        _say(writer, Kind.FAILED, 0, "as asked")
+        await reader.read()
+
+    async def go() -> None:
+        with Hub(WorkersConfig(), _Peers(life)) as hub:
+            worker = hub.worker("probe", "engine", PROBE)
+            while worker.restarts == 0:
+                await asyncio.sleep(0.01)
+            with pytest.raises(WorkerError, match="is being started again"):
+                await worker.call("echo", 1, preparing=True)
+
+    asyncio.run(asyncio.wait_for(go(), 20))
+
+
 def test_starts_that_fail_are_farther_and_farther_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hub_module, "_PAUSE_S", 0.1)
     monkeypatch.setattr(hub_module, "_LONGEST_PAUSE_S", 0.3)
