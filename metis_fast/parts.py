@@ -141,7 +141,13 @@ class Parts:
 
     def sync(self, version: int) -> SyncReport:
         """Let the engine sample with the trainer's weights. version: training steps done; `Rollout.weight_version` of what is
-        sampled from here on."""
+        sampled from here on.
+
+        Raises:
+            Interrupted: a stop was asked for. The weights have been read to their end: ranks that send them do nothing else
+                meanwhile, a checkpoint included.
+        """
+        self.interrupts.check()
         if self._asleep and isinstance(self.engine, VllmEngine):
             self.interrupts.run(self.engine.wake())
             self._asleep = False
@@ -149,7 +155,9 @@ class Parts:
         def weights() -> Iterator[tuple[str, Tensor]]:
             return iter(()) if self._shared else self.trainer.weights()
 
-        return self.interrupts.run(update(self.engine, weights, version, self.config.sync.retries))
+        report = self.interrupts.finish(update(self.engine, weights, version, self.config.sync.retries))
+        self.interrupts.check()
+        return report
 
     def rest(self) -> None:
         """Until the next `sync`, the GPUs are the trainer's (`rollout.vllm.sleep`)."""

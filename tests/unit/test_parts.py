@@ -1,0 +1,53 @@
+"""What a run's parts do with signals and engines."""
+
+import asyncio
+import os
+import signal
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from torch import Tensor, zeros
+
+from metis_fast.config import Config
+from metis_fast.errors import Interrupted
+from metis_fast.interrupt import Interrupts
+from metis_fast.model import Policy
+from metis_fast.parts import Parts
+from metis_fast.rollout.engine import SyncReport
+
+
+class _Streams:
+    """A trainer that is busy while its weights are read, and an engine that reads them in a thread."""
+
+    def __init__(self) -> None:
+        self.busy, self.read = False, 0
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """The second of three comes with a signal."""
+        self.busy = True
+        for number in range(3):
+            if number == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(0.05)  # whatever the signal cancels is over by then
+            yield str(number), zeros(1)
+        self.busy = False
+
+    async def update(self, weights: Iterator[tuple[str, Tensor]], version: int) -> SyncReport:
+        """See `Engine.update`."""
+        self.read = len(await asyncio.to_thread(list, weights))
+        return SyncReport(version, "full")
+
+
+def test_a_stop_during_a_weight_update_leaves_no_trainer_half_read(policy: Policy) -> None:
+    streams: Any = _Streams()
+    with Interrupts() as interrupts:
+        parts = Parts(Config(), interrupts, policy, policy, streams, streams, streams, None, None, None)
+        parts.trainer, parts._shared = streams, False
+        with pytest.raises(Interrupted):
+            parts.sync(1)
+        assert not streams.busy and streams.read == 3
+        with pytest.raises(Interrupted):  # nor is one begun any more
+            parts.sync(2)
+        assert not streams.busy
