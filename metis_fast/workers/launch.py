@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import getpass
+import logging
 import os
 import shutil
 import signal
@@ -16,6 +17,9 @@ from pathlib import Path
 from typing import Literal, Protocol
 
 from metis_fast.errors import ConfigError
+
+_LOG = logging.getLogger(__name__)
+_GONE_S = 10.0  # for a killed process
 
 Role = Literal["engine", "tools", "judge", "rank"]
 
@@ -137,10 +141,16 @@ class Child:
         return self._process.poll()
 
     def kill(self) -> None:
-        """End it and all that it started, and remove its temporary files. May be called twice."""
+        """End it and all that it started, and remove its temporary files. May be called twice.
+
+        One that does not go, since a device's driver or a file system holds it, is left where it is.
+        """
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
+        try:
+            self._process.wait(_GONE_S)
+        except subprocess.TimeoutExpired:
+            _LOG.warning("process %d was killed %g s ago and is still there; it is left alone", self._process.pid, _GONE_S)
         remove_scratch(self._scratch)
 
 

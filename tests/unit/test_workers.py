@@ -18,8 +18,9 @@ from metis_fast import __version__
 from metis_fast.config import WorkersConfig
 from metis_fast.errors import ConfigError, EngineError, InfrastructureError, ModelError
 from metis_fast.workers import hub as hub_module
+from metis_fast.workers import launch as launch_module
 from metis_fast.workers.hub import Hub, Worker, WorkerError, wait_ready
-from metis_fast.workers.launch import SCRATCH, Job, LocalLauncher, engine_gpus
+from metis_fast.workers.launch import SCRATCH, Child, Job, LocalLauncher, engine_gpus
 from metis_fast.workers.wire import KEY, Hello, Kind, Welcome, admit, apply, encode, receive
 
 PROBE = "metis_fast.testing.workers:Probe"
@@ -367,6 +368,19 @@ def test_temporary_files_of_workers_have_paths_that_sockets_can_have(tmp_path: P
         assert process.exit_code() == 0, (tmp_path / "logs" / "one.log").read_text()
         process.kill()
     assert not list(long.iterdir()) and not launcher._running
+
+
+def test_a_process_that_cannot_be_killed_is_waited_for_a_while_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    child = Child(("-c", "import time; time.sleep(600)"), {}, tmp_path / "log", scratch=True)
+    with monkeypatch.context() as held:
+        held.setattr(launch_module, "_GONE_S", 0.1)
+        held.setattr(os, "killpg", lambda pid, number: None)  # stands for one in the kernel, which no signal reaches
+        child.kill()
+    assert "is still there" in caplog.text and child.exit_code() is None
+    child.kill()
+    assert child.exit_code() == -signal.SIGKILL
 
 
 @pytest.mark.parametrize("own", ["", "/elsewhere"])
