@@ -1,12 +1,16 @@
-"""vLLM's direct transfers, as far as they go without a GPU: who is asked what, in which order."""
+"""vLLM's direct transfers, as far as they go without a GPU: who is asked what, in which order; and what engines are told."""
 
 from collections.abc import Sequence
 
 import pytest
 import torch
 
+from metis_fast.config import Config
 from metis_fast.errors import EngineError
+from metis_fast.model import Policy
 from metis_fast.rollout.vllm.direct import Client, DirectTransfer, Source
+from metis_fast.rollout.vllm.engine import _settings
+from metis_fast.tools.sandbox.wire import MAX_IMAGES
 
 
 def test_engines_get_their_own_ranks_and_stand_still_during_an_update() -> None:
@@ -46,3 +50,8 @@ def test_a_source_yields_the_tensors_that_it_was_given_detached() -> None:
 def test_without_a_gpu_it_says_so(transport: str) -> None:
     with pytest.raises(EngineError, match=f"sync.transport={transport} sends from a GPU"):
         DirectTransfer(transport, "127.0.0.1", lambda method, arguments: None, 1, 1)
+
+
+def test_a_rollout_whose_every_call_shows_as_many_pictures_as_it_may_is_taken(policy: Policy) -> None:
+    config = Config.model_validate({"rollout": {"engine": "vllm", "max_turns": 10}})
+    assert _settings(config, policy).images >= 1 + 10 * MAX_IMAGES

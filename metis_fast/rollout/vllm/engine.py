@@ -35,6 +35,7 @@ from metis_fast.rollout.vllm.settings import (
     GenerateRequest,
 )
 from metis_fast.sync.staging import Payload, Staging
+from metis_fast.tools.sandbox.wire import MAX_IMAGES
 from metis_fast.train.megatron.names import hf_shapes
 from metis_fast.types import ImageBlob, ImageSpan
 from metis_fast.workers.hub import Hub, Worker, WorkerError, wait_ready
@@ -45,6 +46,7 @@ _LOAD_S = 600.0  # for a replica to take a version
 _CALL_S = 60.0
 _SPREAD = 2.0  # a prompt's replica is left when it has so many times the rollouts of the least loaded one, and some more
 _SLACK = 16
+_PROMPT_IMAGES = 16
 
 
 @dataclass(slots=True, eq=False)
@@ -500,7 +502,8 @@ def _next(payloads: Iterator[Payload]) -> Payload | None:
 
 def _settings(config: Config, policy: Policy) -> EngineSettings:
     rollout, vllm = config.rollout, config.rollout.vllm
-    images = 1 + max(1, rollout.max_turns) * 4 if policy.reads_images else 0
+    # a tool call after every message, and each may show that many
+    images = _PROMPT_IMAGES + MAX_IMAGES * rollout.max_turns if policy.reads_images else 0
     return EngineSettings(
         model=str(policy.folder.resolve()),
         dtype=config.model.dtype,
