@@ -557,6 +557,21 @@ class Config(_Section):
             )
         if rollout.engine == "vllm" and self.sync.transport == "ipc" and not rollout.vllm.sleep:
             raise ValueError("sync.transport=ipc is for an engine that shares the trainer's GPU; set rollout.vllm.sleep=true")
+        if (
+            rollout.engine == "vllm"
+            and self.sync.transport == "ipc"
+            and rollout.vllm.replicas * rollout.vllm.tensor_parallel > 1
+        ):
+            raise ValueError(
+                "sync.transport=ipc reaches an engine on the run's own GPU only, got "
+                f"rollout.vllm.replicas={rollout.vllm.replicas}, tensor_parallel={rollout.vllm.tensor_parallel}; set both to 1, "
+                "or sync.transport=staged"
+            )
+        if rollout.vllm.sleep and self.sync.transport == "nccl":
+            raise ValueError(
+                "rollout.vllm.sleep is for an engine that shares the trainer's GPU, and NCCL does not send within one; set "
+                "sync.transport=staged, or rollout.vllm.sleep=false and give the engine GPUs of its own"
+            )
         if self.sync.mode == "delta" and self.sync.transport != "staged":
             raise ValueError(f"sync.mode=delta needs sync.transport=staged, got {self.sync.transport}")
         if rollout.max_turn_tokens > rollout.max_response_tokens:

@@ -295,3 +295,15 @@ changes = st.fixed_dictionaries(
 def test_any_config_survives_its_yaml(tree, only_changes):
     config = build(tree)
     assert build(yaml.safe_load(to_yaml(config, only_changes)) or {}) == config
+
+
+def test_direct_transfers_are_refused_where_the_engine_is_on_the_wrong_gpu():
+    vllm = ["rollout.engine=vllm", "rollout.deterministic=false"]
+    assert "set rollout.vllm.sleep=true" in refusal(*vllm, "sync.transport=ipc")
+    asleep = [*vllm, "rollout.vllm.sleep=true"]
+    load(None, [*asleep, "sync.transport=ipc"])
+    for key in ("replicas", "tensor_parallel"):
+        message = refusal(*asleep, "sync.transport=ipc", f"rollout.vllm.{key}=2")
+        assert f"{key}=2" in message and "set both to 1, or sync.transport=staged" in message
+    load(None, [*vllm, "sync.transport=nccl", "rollout.vllm.replicas=2"])
+    assert "NCCL does not send within one" in refusal(*asleep, "sync.transport=nccl")

@@ -1,6 +1,7 @@
 """vLLM's direct transfers, as far as they go without a GPU: who is asked what, in which order; and what engines are told."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -8,9 +9,21 @@ import torch
 from metis_fast.config import Config
 from metis_fast.errors import EngineError
 from metis_fast.model import Policy
+from metis_fast.rollout.vllm import engine as engine_module
 from metis_fast.rollout.vllm.direct import Client, DirectTransfer, Source
-from metis_fast.rollout.vllm.engine import _settings
+from metis_fast.rollout.vllm.engine import VllmEngine, _settings
 from metis_fast.tools.sandbox.wire import MAX_IMAGES
+
+
+class _Hub:
+    """Notes what workers are asked for, and starts none."""
+
+    def __init__(self) -> None:
+        self.environments: list[dict[str, str]] = []
+
+    def worker(self, *what: object, environment: Mapping[str, str], **more: object) -> None:
+        """See `Hub.worker`."""
+        self.environments.append(dict(environment))
 
 
 def test_engines_get_their_own_ranks_and_stand_still_during_an_update() -> None:
@@ -55,3 +68,15 @@ def test_without_a_gpu_it_says_so(transport: str) -> None:
 def test_a_rollout_whose_every_call_shows_as_many_pictures_as_it_may_is_taken(policy: Policy) -> None:
     config = Config.model_validate({"rollout": {"engine": "vllm", "max_turns": 10}})
     assert _settings(config, policy).images >= 1 + 10 * MAX_IMAGES
+
+
+@pytest.mark.parametrize("transport", ["staged", "ipc"])
+def test_vllm_takes_pickled_handles_from_its_run_only_where_it_gets_some(
+    policy: Policy, transport: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine_module, "check_direct", lambda transport: None)
+    vllm = {"engine": "vllm", "vllm": {"sleep": True}}
+    config = Config.model_validate({"rollout": vllm, "sync": {"transport": transport}})
+    hub: Any = _Hub()
+    VllmEngine(config, policy, hub)
+    assert hub.environments == [{"VLLM_ALLOW_INSECURE_SERIALIZATION": "1"} if transport == "ipc" else {}]

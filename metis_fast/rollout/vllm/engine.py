@@ -144,6 +144,8 @@ class VllmEngine:
         on_gpu = torch.cuda.is_available()
         for number in range(vllm.replicas):
             environment = {"OMP_NUM_THREADS": str(vllm.cpu_threads)} if vllm.cpu_threads and not on_gpu else {}
+            if config.sync.transport == "ipc":  # handles of GPU memory go to vLLM's own process pickled, which it must be told
+                environment["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
             worker = hub.worker(
                 f"engine-{number}",
                 "engine",
