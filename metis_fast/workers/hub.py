@@ -70,6 +70,7 @@ class Worker:
         self._waiting: dict[int, asyncio.Future[Any]] = {}
         self._number = 0
         self._heard = 0.0
+        self._written = 0  # bytes, in all lives
         self._ready = asyncio.Event()
         self.broken: Exception | None = None  # for good: it cannot be started
         self._lost: asyncio.Future[None] | None = None
@@ -126,8 +127,7 @@ class Worker:
         number, future = self._new_call()
         writer = self._writer
         try:
-            for part in encode(Kind.CALL, number, Call(method, arguments)):
-                writer.write(part)
+            self._write(writer, Kind.CALL, number, Call(method, arguments))
             async with asyncio.timeout(deadline_s):
                 with contextlib.suppress(OSError):  # whoever reads the connection notices
                     await writer.drain()
@@ -136,11 +136,15 @@ class Worker:
             self._lose(f"{method} took longer than {deadline_s:g} s")
             raise WorkerError(f"worker {self.name}: {method} took longer than {deadline_s:g} s") from None
         except asyncio.CancelledError:
-            for part in encode(Kind.CANCEL, number):
-                writer.write(part)
+            self._write(writer, Kind.CANCEL, number)
             raise
         finally:
             self._waiting.pop(number, None)
+
+    def _write(self, writer: asyncio.StreamWriter, kind: Kind, number: int = 0, value: object = None) -> None:
+        for part in encode(kind, number, value):
+            writer.write(part)
+            self._written += len(part)
 
     def _new_call(self) -> tuple[int, asyncio.Future[Any]]:
         self._number += 1
@@ -203,8 +207,7 @@ class Worker:
         """Let the service close itself."""
         if self._writer is None or self._process is None:
             return
-        for part in encode(Kind.STOP):
-            self._writer.write(part)
+        self._write(self._writer, Kind.STOP)
         for _ in range(int(_LEAVE_S / 0.05)):
             if self._process.exit_code() is not None:
                 return
@@ -231,8 +234,7 @@ class Worker:
             self._heard = time.monotonic()
             ready: asyncio.Future[None] = loop.create_future()
             background += [loop.create_task(self._read(reader, ready)), loop.create_task(self._ping())]
-            for part in encode(Kind.WELCOME, 0, self._welcome):
-                self._writer.write(part)
+            self._write(self._writer, Kind.WELCOME, 0, self._welcome)
             await self._wait_for(ready, lost, began, "it to be ready")
             ready.result()
             if self._prepare is not None:
@@ -284,14 +286,23 @@ class Worker:
             await asyncio.sleep(0.2)
 
     async def _ping(self) -> None:
-        while self._writer is not None:
-            for part in encode(Kind.PING):
-                self._writer.write(part)
+        writer = self._writer
+        assert writer is not None
+        while True:
+            self._write(writer, Kind.PING)
+            queued, sent = self._queued(writer)
             await asyncio.sleep(_PING_S)
+            if queued and self._queued(writer)[1] > sent:  # it takes what is before the ping, over a slow connection maybe
+                self._heard = time.monotonic()
             silence = time.monotonic() - self._heard
             if silence > self._hub.config.silence_s:
                 self._lose(f"it has not answered for {silence:.0f} s")
                 return
+
+    def _queued(self, writer: asyncio.StreamWriter) -> tuple[int, int]:
+        """Bytes that the connection has not taken yet, and those that it has."""
+        queued = writer.transport.get_write_buffer_size()
+        return queued, self._written - queued
 
     async def _read(self, reader: asyncio.StreamReader, ready: asyncio.Future[None]) -> None:
         while True:

@@ -266,6 +266,31 @@ def test_a_deadline_holds_while_a_worker_takes_nothing_more() -> None:
     asyncio.run(asyncio.wait_for(go(), 20))
 
 
+def test_a_slow_connection_is_alive_as_long_as_it_takes_something(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub_module, "_PING_S", 0.1)
+    size = 24 << 20
+    whole = asyncio.Event()
+
+    async def life(number: int, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        _say(writer, Kind.READY)
+        taken = 0
+        while taken < size:
+            taken += len(await reader.readexactly(1 << 20))
+            await asyncio.sleep(0.06)
+        whole.set()
+        await asyncio.sleep(600)
+
+    async def go() -> None:
+        with Hub(WorkersConfig(silence_s=0.5), _Peers(life)) as hub:
+            worker = hub.worker("probe", "engine", PROBE, max_restarts=0)
+            began = time.monotonic()
+            with pytest.raises(WorkerError, match="has not answered for"):
+                await worker.call("echo", bytes(size))
+            assert whole.is_set() and 1.5 < time.monotonic() - began < 5
+
+    asyncio.run(asyncio.wait_for(go(), 20))
+
+
 def test_a_worker_that_is_gone_refuses_what_prepares_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hub_module, "_PAUSE_S", 600.0)
 
