@@ -318,7 +318,8 @@ def open_hub(config: Config, stack: ExitStack, check: Callable[[], None], traini
     else:
         here = training and config.train.backend == "megatron" and config.train.megatron.launch == "local"
         wanted = config.rollout.vllm.replicas * config.rollout.vllm.tensor_parallel
-        gpus = engine_gpus(torch.cuda.device_count(), config.train.megatron.num_ranks if here else 0, wanted)
+        ranks = config.train.megatron.num_ranks if here else 0
+        gpus = engine_gpus(torch.cuda.device_count(), ranks, wanted, share=config.rollout.vllm.sleep)
         launcher = LocalLauncher(config.run.dir.resolve() / "workers", gpus)
     stack.callback(launcher.close)
     return stack.enter_context(Hub(config.workers, launcher))

@@ -24,11 +24,14 @@ _GONE_S = 10.0  # for a killed process
 Role = Literal["engine", "tools", "judge", "rank"]
 
 
-def engine_gpus(total: int, ranks: int, wanted: int) -> list[str]:
-    """GPUs of this machine for engines: those behind the trainer's ranks; where these are too few, the same ones, shared."""
+def engine_gpus(total: int, ranks: int, wanted: int, share: bool) -> list[str]:
+    """GPUs of this machine for engines, those behind the trainer's ranks. Fewer than wanted where there are no more.
+
+    share: where these are too few, all of them, the ranks' own as well: engine and trainer take turns.
+    """
     visible = [part.strip() for part in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if part.strip()]
     names = visible[:total] if visible else [str(number) for number in range(total)]
-    return names[ranks:] if ranks + wanted <= total else names
+    return names if share and ranks + wanted > total else names[ranks:]
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,8 +209,9 @@ class LocalLauncher:
         if job.name not in self._gpus:
             if job.gpus > len(self._free):
                 raise ConfigError(
-                    f"worker {job.name} needs {job.gpus} GPUs of this machine, {len(self._free)} are left; lower "
-                    "rollout.vllm.replicas or tensor_parallel, or set workers.launcher=ray"
+                    f"worker {job.name} needs {job.gpus} GPUs of this machine, {len(self._free)} are left beside those of the "
+                    "trainer's ranks and of other workers; lower rollout.vllm.replicas or tensor_parallel, set "
+                    "rollout.vllm.sleep=true for engines that share the ranks' GPUs, or workers.launcher=ray"
                 )
             self._gpus[job.name], self._free = self._free[: job.gpus], self._free[job.gpus :]
         return {"CUDA_VISIBLE_DEVICES": ",".join(self._gpus[job.name])}

@@ -432,10 +432,13 @@ def test_an_address_that_cannot_be_listened_at(tmp_path: Path, listen: str) -> N
 
 def test_engines_get_gpus_of_their_own_and_keep_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert engine_gpus(8, 4, 4) == ["4", "5", "6", "7"]
-    assert engine_gpus(8, 8, 8) == engine_gpus(8, 0, 8) == [str(i) for i in range(8)]  # shared with the ranks, or all free
+    for share in (False, True):
+        assert engine_gpus(8, 4, 4, share) == ["4", "5", "6", "7"]
+        assert engine_gpus(8, 0, 8, share) == [str(i) for i in range(8)]
+    assert engine_gpus(8, 8, 8, share=True) == engine_gpus(8, 6, 4, share=True) == [str(i) for i in range(8)]
+    assert (engine_gpus(8, 6, 4, share=False), engine_gpus(8, 8, 8, share=False)) == (["6", "7"], [])
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3,5")
-    assert engine_gpus(3, 1, 2) == ["3", "5"]
+    assert engine_gpus(3, 1, 2, share=False) == ["3", "5"]
     launcher = LocalLauncher(tmp_path, ["3", "5"])
     code = ("-c", "import os; print(os.environ['CUDA_VISIBLE_DEVICES'])")
     for name in ("engine-0", "engine-1", "engine-0"):
