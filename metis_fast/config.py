@@ -564,8 +564,8 @@ class Config(_Section):
         ):
             raise ValueError(
                 "sync.transport=ipc reaches an engine on the run's own GPU only, got "
-                f"rollout.vllm.replicas={rollout.vllm.replicas}, tensor_parallel={rollout.vllm.tensor_parallel}; set both to 1, "
-                "or sync.transport=staged"
+                f"rollout.vllm.replicas={rollout.vllm.replicas}, tensor_parallel={rollout.vllm.tensor_parallel}; "
+                "set both to 1, or sync.transport=staged"
             )
         if rollout.vllm.sleep and self.sync.transport == "nccl":
             raise ValueError(
