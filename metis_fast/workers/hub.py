@@ -15,6 +15,7 @@ import socket
 import threading
 import time
 from collections.abc import Awaitable, Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 from metis_fast import __version__
@@ -29,6 +30,7 @@ _HANDSHAKE_S = 20.0
 _NEWS_S = 15.0  # between two lines that say what is waited for
 _EXIT_S = 0.5  # between a broken connection and the end of its process
 _LEAVE_S = 6.0  # for a worker told to stop
+_STARTS = 256  # that may wait for room at once; a thread is made for each when it is needed
 _PAUSE_S, _LONGEST_PAUSE_S = 1.0, 30.0  # after a start that failed; twice as long after every further one
 
 T = TypeVar("T")
@@ -223,8 +225,8 @@ class Worker:
         self._arrived, self._lost = loop.create_future(), loop.create_future()
         arrived, lost = self._arrived, self._lost
         lost.add_done_callback(lambda future: None if future.cancelled() else future.exception())
-        self._process = await asyncio.to_thread(
-            hub.launcher.start, hub.job(self.name, self.role, self._cpus, self._gpus, self._environment)
+        self._process = await loop.run_in_executor(
+            hub.starts, hub.launcher.start, hub.job(self.name, self.role, self._cpus, self._gpus, self._environment)
         )
         background = [loop.create_task(self._watch_process())]
         began = time.monotonic()
@@ -370,6 +372,8 @@ class Hub:
         except OSError as error:
             raise ConfigError(f"cannot listen at workers.listen={config.listen}: {error.strerror or error}") from None
         self._address = "{}:{}".format(*self._socket.getsockname()[:2])
+        # a cluster without room lets starts wait for minutes, in which others' threads are needed to kill, watch and stage
+        self.starts = ThreadPoolExecutor(_STARTS, "start")
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="workers", daemon=True)
         self._thread.start()
@@ -467,6 +471,7 @@ class Hub:
         self._thread.join()
         self._loop.close()
         self.launcher.close()
+        self.starts.shutdown(wait=False, cancel_futures=True)
 
 
 def wait_ready(workers: list[Worker], check: Callable[[], None], poll_s: float = 0.2) -> None:

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,7 +68,7 @@ class Process(Protocol):
 
 
 class Launcher(Protocol):
-    """Starts workers, and the ranks of a trainer."""
+    """Starts workers, and the ranks of a trainer. Many threads start some at once."""
 
     @property
     def host(self) -> str:
@@ -191,17 +192,22 @@ class LocalLauncher:
         self._free = list(gpus)
         self._gpus: dict[str, list[str]] = {}
         self._running: set[_Local] = set()
+        self._lock = threading.Lock()
+        self._closed = False
 
     def start(self, job: Job) -> Process:
         """See `Launcher`."""
         log = self._logs / f"{job.name}.log"
-        try:
-            child = Child(job.command, {**os.environ, **self._visible(job), **job.environment}, log, scratch=True)
-        except OSError as error:
-            raise ConfigError(f"cannot start worker {job.name}: {error.strerror} ({error.filename or log})") from None
-        started = _Local(child, log, self._running.discard)
-        self._running.add(started)
-        return started
+        with self._lock:
+            if self._closed:
+                raise ConfigError("the run ends")
+            try:
+                child = Child(job.command, {**os.environ, **self._visible(job), **job.environment}, log, scratch=True)
+            except OSError as error:
+                raise ConfigError(f"cannot start worker {job.name}: {error.strerror} ({error.filename or log})") from None
+            started = _Local(child, log, self._running.discard)
+            self._running.add(started)
+            return started
 
     def _visible(self, job: Job) -> dict[str, str]:
         if not job.gpus:
@@ -218,5 +224,7 @@ class LocalLauncher:
 
     def close(self) -> None:
         """See `Launcher`."""
+        with self._lock:  # what is being started is there then, and nothing more comes
+            self._closed = True
         for process in list(self._running):
             process.kill()

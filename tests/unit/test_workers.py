@@ -291,6 +291,37 @@ def test_a_slow_connection_is_alive_as_long_as_it_takes_something(monkeypatch: p
     asyncio.run(asyncio.wait_for(go(), 20))
 
 
+def test_starts_that_wait_for_room_keep_nothing_else_waiting() -> None:
+    room = threading.Event()
+
+    class Full(_Peers):
+        def start(self, job: Job) -> _Peer:
+            room.wait()
+            return super().start(job)
+
+    async def life(number: int, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await _answer(reader, writer)
+
+    async def go() -> None:
+        with Hub(WorkersConfig(), Full(life)) as hub:
+            try:
+                workers = [_worker(hub, f"probe-{i}") for i in range(40)]  # more than asyncio's own threads
+                assert await asyncio.wait_for(hub.run(asyncio.to_thread(lambda: "watched")), 5) == "watched"
+            finally:
+                room.set()
+            assert await asyncio.gather(*(worker.call("echo", 1) for worker in workers)) == [(1,)] * 40
+
+    asyncio.run(asyncio.wait_for(go(), 20))
+
+
+def test_nothing_is_started_any_more_where_all_was_ended(tmp_path: Path) -> None:
+    launcher = LocalLauncher(tmp_path)
+    launcher.close()
+    with pytest.raises(ConfigError, match="the run ends"):
+        launcher.start(Job("late", "tools", ("-c", ""), {}))
+    assert not (tmp_path / "late.log").exists()
+
+
 def test_a_worker_that_is_gone_refuses_what_prepares_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hub_module, "_PAUSE_S", 600.0)
 
