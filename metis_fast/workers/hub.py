@@ -44,6 +44,10 @@ class _Lost(Exception):
     """Why a worker counts as dead."""
 
 
+class _Held(Exception):
+    """A start was put off."""
+
+
 class Worker:
     """One place for a worker, filled again when its process is lost. Made by `Hub.worker`.
 
@@ -76,6 +80,7 @@ class Worker:
         self._ready = asyncio.Event()
         self.broken: Exception | None = None  # for good: it cannot be started
         self._lost: asyncio.Future[None] | None = None
+        self._held, self._released = False, asyncio.Event()
         self._served = False  # whether it was ever ready
         self._failed_starts = 0  # since it was ready
         self.hello: Hello | None = None
@@ -109,11 +114,27 @@ class Worker:
 
         await self._hub.run(lose())
 
+    def hold(self) -> None:
+        """Start no process until `release`, for what it needs is somebody else's meanwhile; one that is being started is ended,
+        and started from anew then. One that is ready goes on. From any thread; may be called twice.
+        """
+        self._held = True
+        self._hub.soon(self._put_off)
+
+    def release(self) -> None:
+        """Start again what was lost since `hold`, or put off by it. From any thread; may be called twice, or without `hold`."""
+        self._held = False
+        self._hub.soon(self._released.set)
+
     # -- on the hub's loop -------------------------------------------------------------------------------------------
 
     def _lose(self, why: str) -> None:
         if self._lost is not None and not self._lost.done():
             self._lost.set_exception(_Lost(why))
+
+    def _put_off(self) -> None:
+        if self._held and not self._ready.is_set() and self._lost is not None and not self._lost.done():
+            self._lost.set_exception(_Held())
 
     async def _call(
         self, method: str, arguments: tuple[object, ...], deadline_s: float | None, preparing: bool, wait: bool
@@ -163,6 +184,10 @@ class Worker:
         while True:
             try:
                 await self._live()
+            except _Held:
+                self._failed_starts -= 1
+                self._fail(WorkerError(f"the start of worker {self.name} was put off"))
+                _LOG.info("the start of worker %s is put off", self.name)
             except _Lost as lost:
                 self._fail(WorkerError(f"worker {self.name} was lost: {lost}"))
                 if self.restarts >= self._max_restarts:
@@ -219,6 +244,9 @@ class Worker:
         """One life of the process; ends in an exception."""
         if self._failed_starts:
             await asyncio.sleep(min(_LONGEST_PAUSE_S, _PAUSE_S * 2.0 ** (self._failed_starts - 1)))
+        while self._held:
+            self._released.clear()
+            await self._released.wait()
         self._failed_starts += 1
         loop = asyncio.get_running_loop()
         hub = self._hub
@@ -250,6 +278,8 @@ class Worker:
                         raise
                     raise _Lost(f"it could not be prepared: {error}") from None
             _LOG.info("worker %s is ready after %.1f s", self.name, time.monotonic() - began)
+            if self._held:  # whoever held it took it for one that is not ready
+                raise _Held
             self._served, self._failed_starts = True, 0
             self._ready.set()
             await lost
@@ -394,6 +424,11 @@ class Hub:
         if asyncio.get_running_loop() is self._loop:
             return await coroutine
         return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(coroutine, self._loop))
+
+    def soon(self, function: Callable[[], None]) -> None:
+        """Run a function on the hub's loop, from any thread; not where the hub is closed."""
+        with contextlib.suppress(RuntimeError):  # its loop is closed
+            self._loop.call_soon_threadsafe(function)
 
     def job(self, name: str, role: Role, cpus: float, gpus: int, environment: dict[str, str]) -> Job:
         """What a launcher is told."""

@@ -124,6 +124,7 @@ class Child:
     def __init__(self, command: Sequence[str], environment: Mapping[str, str], log: Path, scratch: bool) -> None:
         log.parent.mkdir(parents=True, exist_ok=True)
         self._scratch = _make_scratch() if scratch else ""
+        self._gone = False  # killed, with its group
         own = {"TMPDIR": self._scratch, SCRATCH: self._scratch} if scratch else {}
         kept = {"TORCHINDUCTOR_CACHE_DIR": _torch_cache()} if scratch else {}
         try:
@@ -149,10 +150,13 @@ class Child:
 
         One that does not go, since a device's driver or a file system holds it, is left where it is.
         """
+        if self._gone:
+            return  # the number may be another's by now
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         try:
             self._process.wait(_GONE_S)
+            self._gone = True
         except subprocess.TimeoutExpired:
             _LOG.warning("process %d was killed %g s ago and is still there; it is left alone", self._process.pid, _GONE_S)
         remove_scratch(self._scratch)

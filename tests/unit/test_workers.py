@@ -314,6 +314,72 @@ def test_starts_that_wait_for_room_keep_nothing_else_waiting() -> None:
     asyncio.run(asyncio.wait_for(go(), 20))
 
 
+def test_a_worker_that_is_lost_while_held_is_started_at_its_release() -> None:
+    async def life(number: int, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await _answer(reader, writer)
+
+    async def go() -> None:
+        with Hub(WorkersConfig(), peers) as hub:
+            worker = _worker(hub)
+            assert await worker.call("echo", 1) == (1,)
+            worker.hold()
+            worker.hold()
+            assert await worker.call("echo", 2) == (2,)  # it is there, and stays
+            with pytest.raises(WorkerError, match="was lost"):
+                await worker.call("die")
+            waiting = asyncio.create_task(worker.call("echo", 3))
+            await asyncio.sleep(0.3)
+            assert not worker.alive and worker.restarts == 1 and len(peers.started) == 1 and not waiting.done()
+            worker.release()
+            assert await waiting == (3,)
+            with pytest.raises(WorkerError, match="was lost"):
+                await worker.call("die")
+            assert await worker.call("echo", 4) == (4,)
+            worker.hold()
+            with pytest.raises(WorkerError):
+                await worker.call("die")
+            while worker.restarts < 3:
+                await asyncio.sleep(0.01)
+        worker.release()  # of no use any more, and no harm
+        assert len(peers.started) == 3
+
+    peers = _Peers(life)
+    asyncio.run(asyncio.wait_for(go(), 20))
+
+
+@pytest.mark.parametrize("stage", ["load", "prepare"])
+def test_a_worker_that_is_held_while_it_starts_is_started_from_anew(monkeypatch: pytest.MonkeyPatch, stage: str) -> None:
+    monkeypatch.setattr(hub_module, "_PAUSE_S", 600.0)  # it has not failed, and no pause follows
+    at = threading.Event()
+
+    async def life(number: int, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if number == 0 and stage == "load":
+            at.set()
+            await reader.read()
+        await _answer(reader, writer)
+
+    async def prepare(worker: Worker) -> None:
+        if len(peers.started) == 1:
+            at.set()
+            await asyncio.sleep(600)
+
+    async def go() -> None:
+        with Hub(WorkersConfig(), peers) as hub:
+            worker = hub.worker("probe", "engine", PROBE, max_restarts=0, prepare=prepare)
+            await asyncio.to_thread(at.wait, 10)
+            worker.hold()
+            while peers.started[0].exit_code() is None:
+                await asyncio.sleep(0.01)
+            await asyncio.sleep(0.2)
+            assert not worker.alive and len(peers.started) == 1
+            worker.release()
+            assert await worker.call("echo", 1) == (1,)
+            assert worker.restarts == 0
+
+    peers = _Peers(life)
+    asyncio.run(asyncio.wait_for(go(), 20))
+
+
 def test_nothing_is_started_any_more_where_all_was_ended(tmp_path: Path) -> None:
     launcher = LocalLauncher(tmp_path)
     launcher.close()
