@@ -19,6 +19,8 @@
 | 15 engine dies, or hangs, while it loads weights | the others have them; it gets them when it is up again | here |
 | 15b engine fails to take weights, and lives | it is started again, and gets them then | here |
 | 15c engine dies after a direct transfer | the others serve on; it gets the next version | here, with a pretended transfer |
+| 15d direct transfer fails | made again, with engines started anew | here, with a pretended transfer |
+| 15e direct transfer hangs | the run stops | here, with a pretended transfer |
 | 16 engine dies between requests | as 1 | here |
 | 17 engine cannot be started any more | the run stops with a checkpoint, exit code 2; goes on when started again | here |
 | 18 the run is killed | its engines end; the same command goes on | here |
@@ -40,6 +42,7 @@ from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import ExitStack
 from importlib.util import find_spec
 from pathlib import Path
+from threading import Event, current_thread
 from typing import Any, ClassVar, TypeVar
 
 import pytest
@@ -213,10 +216,11 @@ def engines(tmp_path: Path, policy: Policy, chat: Chat) -> Iterator[Open]:
 class PretendedTransfer:
     """`DirectTransfer` that asks the engines as vLLM's does, and moves nothing: a scripted engine has no weights.
 
-    opened: all of a test, in order. Those that are not closed would be leaks.
+    opened: all of a test, in order. amid: called in the middle of each transfer.
     """
 
     opened: ClassVar[list[PretendedTransfer]] = []
+    amid: ClassVar[Callable[[], None]] = staticmethod(lambda: None)
 
     def __init__(self, transport: str, host: str, ask: Ask, engines: int, ranks: int) -> None:
         self.host, self.engines, self.closed = host, engines, False
@@ -229,6 +233,7 @@ class PretendedTransfer:
         assert pairs
         self._client.version = version
         self._client.start_weight_update()
+        self.amid()
         self._client.finish_weight_update()
 
     def close(self) -> None:
@@ -239,7 +244,7 @@ class PretendedTransfer:
 @pytest.fixture
 def transfers(monkeypatch: pytest.MonkeyPatch) -> list[PretendedTransfer]:
     """All that are opened in a test."""
-    PretendedTransfer.opened = []
+    monkeypatch.setattr(PretendedTransfer, "opened", [])
     monkeypatch.setattr(engine_module, "check_direct", lambda transport: None)
     monkeypatch.setattr(engine_module, "DirectTransfer", PretendedTransfer)
     return PretendedTransfer.opened
@@ -594,6 +599,56 @@ def test_after_a_direct_transfer_the_new_versions_tokens_are_believed_and_an_eng
 
     those.check(run(go()), prompts, {3})
     assert len(transfers) == 2  # one that was started anew is in no communicator
+
+
+def test_a_direct_transfer_that_fails_is_made_again_with_new_engines_and_without_one_that_cannot_be_started(
+    engines: Open, prompts: list[Prompt], transfers: list[PretendedTransfer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    those = engines(transport="nccl", restarts=2)
+    one, other = those.engine.workers()
+    times: list[int] = []
+
+    def kill() -> None:
+        times.append(len(times))
+        if len(times) == 2:
+            assert other.hello is not None
+            os.kill(other.hello.pid, signal.SIGKILL)
+
+    monkeypatch.setattr(PretendedTransfer, "amid", staticmethod(kill))
+
+    async def go() -> list[Group]:
+        assert await those.update(1) == 0
+        assert await those.update(2) == 1
+        assert [(each.engines, each.closed) for each in transfers] == [(2, True), (2, False)]
+        assert (one.restarts, other.restarts) == (1, 1)
+        other._max_restarts = 1
+        await other.lose("as asked")
+        while other.broken is None:
+            await asyncio.sleep(0.01)
+        assert await those.update(3) == 0
+        assert [(each.engines, each.closed) for each in transfers] == [(2, True), (2, True), (1, False)]
+        return await those.collect(prompts)
+
+    those.check(run(go()), prompts, {3})
+    assert {each.host for each in transfers} == {"127.0.0.1"}
+
+
+def test_a_direct_transfer_that_hangs_ends_the_run_and_no_thread_holds_it_back(
+    engines: Open, transfers: list[PretendedTransfer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    those, hangs = engines(transport="nccl", replicas=1), Event()
+    monkeypatch.setattr(engine_module, "_LOAD_S", 0.5)
+
+    def hang() -> None:
+        assert hangs.wait(_LIMIT_S) and current_thread().daemon
+
+    monkeypatch.setattr(PretendedTransfer, "amid", staticmethod(hang))
+    try:
+        with pytest.raises(EngineError, match=r"version 1 by nccl took longer than 0\.5 s: .*; run the same command again"):
+            run(those.update(1))
+    finally:
+        hangs.set()
+    assert len(transfers) == 1
 
 
 def test_an_engine_that_dies_between_two_buckets_does_not_hold_up_the_others(engines: Open, prompts: list[Prompt]) -> None:

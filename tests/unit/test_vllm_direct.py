@@ -19,6 +19,8 @@ class _Hub:
     """Notes what workers are asked for, and starts none."""
 
     def __init__(self) -> None:
+        self.launcher = self  # the part of one that is asked for
+        self.host = "node-1"
         self.environments: list[dict[str, str]] = []
 
     def worker(self, *what: object, environment: Mapping[str, str], **more: object) -> None:

@@ -1,22 +1,28 @@
 """vLLM's own weight transfers between GPUs (`sync.transport: nccl | ipc`), from the run's process. Imports vllm at first use.
 
 A tensor is put on the run's GPU when it is sent, broadcast (NCCL) or shared (CUDA IPC), and loaded as it comes: there is no old
-version to go back to, so engines of a transfer that fails are started anew. Has not been run on a GPU.
+version to go back to, so engines of a transfer that fails are started anew. What waits in NCCL for an engine that has died
+cannot be ended: it runs in a thread that the process leaves behind. Has not been run on a GPU.
 """
 
 from __future__ import annotations
 
+import asyncio
 import socket
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from metis_fast.errors import EngineError
+from metis_fast.errors import EngineError, InfrastructureError, SyncError
 
 if TYPE_CHECKING:
     from vllm.distributed.weight_transfer.base import ParamMeta
+
+T = TypeVar("T")
 
 Ask = Callable[[str, Sequence[tuple[object, ...]]], None]
 """Runs a method on every engine, with the arguments of each, and waits for all; an exception of one is raised."""
@@ -85,8 +91,41 @@ def check(transport: str) -> None:
         raise EngineError(f"sync.transport={transport} sends from a GPU of the run's process, which has none; use staged")
 
 
+def in_thread(call: Callable[[], T]) -> asyncio.Future[T]:
+    """Run it in a thread for which no end of the process waits, unlike those of `asyncio.to_thread`."""
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[T] = loop.create_future()
+
+    def set_result(result: T) -> None:
+        if not future.done():
+            future.set_result(result)
+
+    def set_exception(error: Exception) -> None:
+        if not future.done():
+            future.set_exception(error)
+
+    def work() -> None:
+        try:
+            result = call()
+        except Exception as error:  # handed on, whatever it is
+            with suppress(RuntimeError):  # the loop has been closed meanwhile
+                loop.call_soon_threadsafe(set_exception, error)
+            return
+        with suppress(RuntimeError):
+            loop.call_soon_threadsafe(set_result, result)
+
+    threading.Thread(target=work, name="weights", daemon=True).start()
+    return future
+
+
 class DirectTransfer:
-    """One set of engines and the run. Made anew when one of them was started again."""
+    """One set of engines and the run. Made anew when one of them was started again.
+
+    host: of this machine, as the engines reach it.
+
+    Raises:
+        InfrastructureError: an engine failed, or NCCL did.
+    """
 
     def __init__(self, transport: str, host: str, ask: Ask, engines: int, ranks: int) -> None:
         check(transport)
@@ -102,16 +141,33 @@ class DirectTransfer:
             info: Any = NCCLTrainerInitInfo(master_address=host, master_port=port, world_size=1 + engines * ranks, rank=0)
         else:
             info = IPCTrainerInitInfo(packed=True, rank=0)
-        self._sender = WeightTransferTrainerFactory.trainer_init(info, client=self._client, source=self._source)
+        self._sender: Any = _failing(
+            transport, lambda: WeightTransferTrainerFactory.trainer_init(info, client=self._client, source=self._source)
+        )
+        self._transport = transport
 
     def send(self, pairs: Sequence[tuple[str, Tensor]], version: int) -> None:
-        """All tensors, by Hugging Face names."""
+        """All tensors, by Hugging Face names.
+
+        Raises:
+            InfrastructureError: an engine failed, or NCCL did; what weights engines have now is unknown.
+        """
         self._source.pairs, self._client.version = pairs, version
         try:
-            self._sender.send_weights()
+            _failing(self._transport, self._sender.send_weights)
         finally:
             self._source.pairs = ()
 
     def close(self) -> None:
         """Leave the communicator."""
         self._sender.shutdown()
+
+
+def _failing(transport: str, call: Callable[[], T]) -> T:
+    """Run a call of vLLM's. What NCCL, or the store that its ranks meet at, comes to say arrives as RuntimeError."""
+    try:
+        return call()
+    except InfrastructureError:
+        raise
+    except RuntimeError as error:
+        raise SyncError(f"weights by {transport}: {type(error).__name__}: {error}") from error

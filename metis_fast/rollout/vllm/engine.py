@@ -13,17 +13,18 @@ import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from metis_fast.config import Config
+from metis_fast.config import Config, WorkersConfig
 from metis_fast.errors import EngineError, EngineFailure, InfrastructureError, StagingError, SyncError
 from metis_fast.model import IMAGE_PAD, VISION_END, VISION_START, Policy
 from metis_fast.rollout.engine import Completion, Sampling, SyncReport
-from metis_fast.rollout.vllm.direct import DirectTransfer
+from metis_fast.rollout.vllm.direct import DirectTransfer, in_thread
 from metis_fast.rollout.vllm.direct import check as check_direct
 from metis_fast.rollout.vllm.settings import (
     LENGTH,
@@ -44,6 +45,7 @@ _LOG = logging.getLogger(__name__)
 _MISSING = "is not here"  # ImagesMissingError's words; the class is the service's
 _LOAD_S = 600.0  # for a replica to take a version
 _CALL_S = 60.0
+_POLL_S = 0.05
 _SPREAD = 2.0  # a prompt's replica is left when it has so many times the rollouts of the least loaded one, and some more
 _SLACK = 16
 _PROMPT_IMAGES = 16
@@ -135,7 +137,9 @@ class VllmEngine:
         self._banned = np.asarray(policy.placeholder_ids, np.int64)
         self._staging: Staging | None = None
         self._direct: DirectTransfer | None = None
-        self._direct_lives: list[int] = []
+        self._direct_lives: list[tuple[str, int]] = []
+        listen = config.workers.listen  # the hub's rule: by default it is found where its launcher's machines find it
+        self._host = hub.launcher.host if listen == WorkersConfig().listen else listen.rpartition(":")[0]
         self._version = 0  # the last one that was sent, or is being sent
         self._lock: asyncio.Lock | None = None  # of the hub's loop: one sender at a time
         self._home: dict[str, tuple[_Replica, int]] = {}  # of a prompt: where, and by how many open sessions
@@ -346,17 +350,37 @@ class VllmEngine:
         )
 
     async def _update_direct(self, pairs: Sequence[tuple[str, Tensor]], version: int) -> SyncReport:
-        """By vLLM's own transfer, into all replicas at once; those of a failed one are started anew."""
-        began = time.perf_counter()
+        """By vLLM's own transfer, into all replicas at once; those of a failed one are started anew.
+
+        Raises:
+            EngineError: none is left, none took them after retries, or a transfer hangs.
+        """
+        began, transport = time.perf_counter(), self._config.sync.transport
         for attempt in range(self._config.sync.retries + 1):
+            await self._settled()
             async with self._sender():
+                replicas = [replica for replica in self._replicas if replica.worker.broken is None]
+                if not replicas:
+                    raise EngineError(f"no engine took weight version {version}: {self._replicas[0].worker.broken}")
+                lives = [replica.worker.restarts for replica in replicas]
+                sending = in_thread(partial(self._send_direct, replicas, pairs, version))
+                await asyncio.wait({sending}, timeout=_LOAD_S)
+                if not sending.done():
+                    sending.cancel()
+                    self._direct = None  # that thread's, for good
+                    for replica in replicas:  # which ends what that thread has asked them
+                        await replica.worker.lose("a weight transfer hangs")
+                    raise EngineError(
+                        f"weight version {version} by {transport} took longer than {_LOAD_S:g} s: an engine died or hangs in "
+                        "the middle, for which NCCL waits for ever; run the same command again, or set sync.transport=staged"
+                    )
                 try:
-                    await asyncio.to_thread(self._send_direct, pairs, version)
+                    sending.result()
                 except InfrastructureError as error:
-                    _LOG.warning("weights by %s, try %d: %s", self._config.sync.transport, attempt + 1, error)
-                    self._direct = None
-                    for replica in self._replicas:
-                        await replica.worker.lose(f"a weight transfer failed: {error}")
+                    _LOG.warning("weights by %s, try %d: %s", transport, attempt + 1, error)
+                    await self._leave_direct()
+                    for replica, life in zip(replicas, lives, strict=True):
+                        await self._lose(replica, life, f"a weight transfer failed: {error}")
                     continue
             seconds = time.perf_counter() - began
             num_bytes = sum(tensor.nbytes for _, tensor in pairs)
@@ -365,25 +389,43 @@ class VllmEngine:
             f"no engine took weight version {version} in {self._config.sync.retries + 1} tries by direct transfer"
         )
 
-    def _send_direct(self, pairs: Sequence[tuple[str, Tensor]], version: int) -> None:
+    async def _settled(self) -> None:
+        """Until no replica is being started."""
+        while any(not replica.worker.alive and replica.worker.broken is None for replica in self._replicas):
+            await asyncio.sleep(_POLL_S)
+
+    async def _leave_direct(self) -> None:
+        """Free the communicator, unless that hangs, too."""
+        direct, self._direct = self._direct, None
+        if direct is None:
+            return
+        closing = in_thread(direct.close)
+        await asyncio.wait({closing}, timeout=_CALL_S)
+        error = closing.exception() if closing.done() else f"took longer than {_CALL_S:g} s"
+        if error is not None:
+            closing.cancel()
+            _LOG.warning("closing a failed weight transfer: %s", error)
+
+    def _send_direct(self, replicas: Sequence[_Replica], pairs: Sequence[tuple[str, Tensor]], version: int) -> None:
         """In a thread: vLLM's side of it blocks."""
-        lives = [replica.worker.restarts for replica in self._replicas]
+        lives = [(replica.worker.name, replica.worker.restarts) for replica in replicas]
         if self._direct is None or self._direct_lives != lives:  # an engine that was started anew is in no communicator
-            host = self._config.workers.listen.rpartition(":")[0]
-            self._direct = DirectTransfer(
-                self._config.sync.transport, host, self._ask_all, len(self._replicas), self._config.rollout.vllm.tensor_parallel
-            )
+            if self._direct is not None:
+                self._direct.close()
+                self._direct = None
+            vllm = self._config.rollout.vllm
+            ask = partial(self._ask_all, replicas)
+            self._direct = DirectTransfer(self._config.sync.transport, self._host, ask, len(replicas), vllm.tensor_parallel)
             self._direct_lives = lives
-        self._version = version
-        self._direct.send(pairs, version)
-        for replica in self._replicas:
+        direct, self._version = self._direct, version
+        direct.send(pairs, version)
+        for replica in replicas:
             replica.got(version)
 
-    def _ask_all(self, method: str, arguments: Sequence[tuple[object, ...]]) -> None:
+    def _ask_all(self, replicas: Sequence[_Replica], method: str, arguments: Sequence[tuple[object, ...]]) -> None:
         async def ask() -> None:
             calls = [
-                replica.worker.call(method, *own, deadline_s=_LOAD_S)
-                for replica, own in zip(self._replicas, arguments, strict=True)
+                replica.worker.call(method, *own, deadline_s=_LOAD_S) for replica, own in zip(replicas, arguments, strict=True)
             ]
             await asyncio.gather(*calls)
 
