@@ -22,6 +22,7 @@
 | 15d direct transfer fails | made again, with engines started anew | here, with a pretended transfer |
 | 15e direct transfer hangs | the run stops | here, with a pretended transfer |
 | 16 engine dies between requests | as 1 | here |
+| 16b engine dies before or while it sleeps | started again when it is woken | here |
 | 17 engine cannot be started any more | the run stops with a checkpoint, exit code 2; goes on when started again | here |
 | 18 the run is killed | its engines end; the same command goes on | here |
 | 19 Ctrl-C | checkpoint, exit code 130, no process is left | here |
@@ -216,11 +217,10 @@ def engines(tmp_path: Path, policy: Policy, chat: Chat) -> Iterator[Open]:
 class PretendedTransfer:
     """`DirectTransfer` that asks the engines as vLLM's does, and moves nothing: a scripted engine has no weights.
 
-    opened: all of a test, in order. amid: called in the middle of each transfer.
+    opened: all of a test, in order.
     """
 
     opened: ClassVar[list[PretendedTransfer]] = []
-    amid: ClassVar[Callable[[], None]] = staticmethod(lambda: None)
 
     def __init__(self, transport: str, host: str, ask: Ask, engines: int, ranks: int) -> None:
         self.host, self.engines, self.closed = host, engines, False
@@ -235,6 +235,9 @@ class PretendedTransfer:
         self._client.start_weight_update()
         self.amid()
         self._client.finish_weight_update()
+
+    def amid(self) -> None:
+        """Called in the middle of every transfer."""
 
     def close(self) -> None:
         """See `DirectTransfer.close`."""
@@ -614,7 +617,7 @@ def test_a_direct_transfer_that_fails_is_made_again_with_new_engines_and_without
             assert other.hello is not None
             os.kill(other.hello.pid, signal.SIGKILL)
 
-    monkeypatch.setattr(PretendedTransfer, "amid", staticmethod(kill))
+    monkeypatch.setattr(PretendedTransfer, "amid", lambda self: kill())
 
     async def go() -> list[Group]:
         assert await those.update(1) == 0
@@ -642,7 +645,7 @@ def test_a_direct_transfer_that_hangs_ends_the_run_and_no_thread_holds_it_back(
     def hang() -> None:
         assert hangs.wait(_LIMIT_S) and current_thread().daemon
 
-    monkeypatch.setattr(PretendedTransfer, "amid", staticmethod(hang))
+    monkeypatch.setattr(PretendedTransfer, "amid", lambda self: hang())
     try:
         with pytest.raises(EngineError, match=r"version 1 by nccl took longer than 0\.5 s: .*; run the same command again"):
             run(those.update(1))
@@ -686,6 +689,51 @@ def test_an_engine_that_dies_between_requests_is_noticed_before_the_next(engines
         return groups
 
     those.check(run(go()), prompts, {1})
+
+
+def test_an_engine_that_is_lost_while_the_trainer_has_its_memory_starts_when_it_is_given_back(
+    engines: Open, prompts: list[Prompt], tmp_path: Path
+) -> None:
+    those = engines(sleep=True)
+    one, other = those.engine.workers()
+
+    def started() -> int:
+        return sum(path.suffix != ".log" for path in (tmp_path / "logs").glob("engine-*.*"))
+
+    async def go() -> list[Group]:
+        await those.update(1)
+        assert one.hello is not None and other.hello is not None
+        os.kill(one.hello.pid, signal.SIGKILL)
+        while one.alive:
+            await asyncio.sleep(0)
+        await those.engine.sleep()  # one is lost already
+        os.kill(other.hello.pid, signal.SIGKILL)
+        while not other.restarts:
+            await asyncio.sleep(0.01)
+        before = started()
+        await asyncio.sleep(0.5)
+        assert started() == before and not one.alive and not other.alive
+        await those.engine.wake()
+        await those.update(2)
+        groups = await those.collect(prompts)
+        await those.checked_replicas(2, restarts=2)
+        return groups
+
+    those.check(run(go()), prompts, {2})
+
+
+def test_engines_of_which_none_can_be_started_any_more_are_not_put_to_sleep(engines: Open) -> None:
+    those = engines(sleep=True, replicas=1, restarts=0)
+    (one,) = those.engine.workers()
+
+    async def go() -> None:
+        await one.lose("as asked")
+        while one.broken is None:
+            await asyncio.sleep(0.01)
+        with pytest.raises(EngineError, match="no engine is left: as asked, and it was started 1 times"):
+            await those.engine.sleep()
+
+    run(go())
 
 
 def test_engines_that_cannot_be_started_any_more_stop_the_run(engines: Open, prompts: list[Prompt]) -> None:

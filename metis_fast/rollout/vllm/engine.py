@@ -525,12 +525,41 @@ class VllmEngine:
             replica.got(self._staging.current.version)
 
     async def sleep(self) -> None:
-        """Give the GPUs to the trainer (`rollout.vllm.sleep`); `wake` and `update` must follow."""
-        await asyncio.gather(*(worker.call("sleep", deadline_s=_LOAD_S) for worker in self.workers()))
+        """Give the GPUs to the trainer (`rollout.vllm.sleep`); `wake` and `update` must follow. Replicas that are being
+        started, or are lost from here on, start after `wake`.
+
+        Raises:
+            EngineError: none can be started any more.
+        """
+        for worker in self.workers():
+            worker.hold()
+        await self._hub.run(self._ask_living("sleep"))
 
     async def wake(self) -> None:
-        """Take the GPUs back."""
-        await asyncio.gather(*(worker.call("wake", deadline_s=_LOAD_S) for worker in self.workers()))
+        """Take the GPUs back. One that is started only now gets its weights when it is up.
+
+        Raises:
+            EngineError: none can be started any more.
+        """
+        for replica in self._replicas:
+            if not replica.worker.alive:
+                replica.waiting = None  # a start that was put off counts as no other life
+            replica.worker.release()
+        await self._hub.run(self._ask_living("wake"))
+
+    async def _ask_living(self, method: str) -> None:
+        """One that fails is started again."""
+
+        async def ask(replica: _Replica, life: int) -> None:
+            try:
+                await replica.worker.call(method, deadline_s=_LOAD_S, wait=False)
+            except InfrastructureError as error:
+                _LOG.warning("%s of %s: %s", method, replica.worker.name, error)
+                await self._lose(replica, life, f"{method} failed: {error}")
+
+        await asyncio.gather(*(ask(one, one.worker.restarts) for one in self._replicas if one.worker.alive))
+        if all(worker.broken is not None for worker in self.workers()):
+            raise EngineError(f"no engine is left: {self._replicas[0].worker.broken}")
 
     def close(self) -> None:
         """Free what is held for weight updates. The workers end with their hub."""
