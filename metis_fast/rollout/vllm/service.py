@@ -79,6 +79,7 @@ class VllmService:
         self._copy: Any = None
         self._paused = False  # a step of a paused engine that is a process of its own waits for ever
         self._children: list[BaseProcess] = []
+        self._refusals: tuple[type[Exception], ...] = ()  # what vLLM raises for a request that it does not take
         ready: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._work, args=(ready,), name="engine", daemon=True)
         self._thread.start()
@@ -122,7 +123,11 @@ class VllmService:
                 self._take(output)
 
     def _open_engine(self) -> LLMEngine:
-        return _open(self._settings)
+        engine = _open(self._settings)
+        from vllm.exceptions import VLLMClientError
+
+        self._refusals = (VLLMClientError,)
+        return engine
 
     def _step(self) -> list[Any]:
         return self._engine.step()
@@ -210,12 +215,10 @@ class VllmService:
         if future.cancelled():
             self._leaders.pop(request.tokens.tobytes(), None)
             return
-        from vllm.exceptions import VLLMClientError
-
         try:
             prompt = self._prompt(request)
             self._engine.add_request(request_id, prompt, self._params(request))
-        except (ValueError, OSError, VLLMClientError, EngineFailure) as error:  # what vLLM does not take, or no picture
+        except (ValueError, OSError, EngineFailure, *self._refusals) as error:  # what vLLM does not take, or no picture
             self._leaders.pop(request.tokens.tobytes(), None)
             ours: Exception = error
             if isinstance(error, ValueError):
