@@ -373,6 +373,35 @@ def test_a_replica_that_misses_the_deadline_is_started_again(engines: Open, prom
     those.check(run(go()), prompts, {1})
 
 
+def test_a_request_that_waits_for_room_in_an_engine_has_its_whole_time_when_it_gets_some(
+    engines: Open, make_prompt: Callable[..., Prompt]
+) -> None:
+    those, most = engines(replicas=1, max_num_seqs=2, request_s=1.5), 0
+    prompts = [make_prompt(uid=f"p{i}") for i in range(6)]
+    (worker,) = those.engine.workers()
+    call, asked = worker.call, 0
+
+    async def counted(method: str, *arguments: object, **more: Any) -> Any:
+        nonlocal most, asked
+        asked += method == "generate"
+        most = max(most, asked)
+        try:
+            return await call(method, *arguments, **more)
+        finally:
+            asked -= method == "generate"
+
+    worker.call = counted  # pyright: ignore[reportAttributeAccessIssue]
+
+    async def go() -> list[Group]:
+        await those.update(1)
+        groups = await those.collect(prompts, repeats=2)
+        await those.checked_replicas(1, restarts=0)
+        return groups
+
+    those.check(run(go()), prompts, {1}, repeats=2)
+    assert most == 2
+
+
 def test_images_that_an_engine_has_forgotten_are_sent_again(
     engines: Open, make_prompt: Callable[..., Prompt], picture: Callable
 ) -> None:

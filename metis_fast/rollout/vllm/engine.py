@@ -12,7 +12,7 @@ import logging
 import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -57,11 +57,13 @@ class _Replica:
 
     sent: images that it has. sessions: open ones. since: first weight version that it got in this life; what it sampled with an
     older one is not to be used. None: it has those of the model's folder. waiting: the life (`Worker.restarts`) in which it
-    cannot have the current version any more.
+    cannot have the current version any more. slots: for the requests that vLLM runs at once; those beyond wait here, where no
+    deadline counts yet.
     """
 
     worker: Worker
-    sent: set[str]
+    slots: asyncio.Semaphore
+    sent: set[str] = field(default_factory=set)
     sessions: int = 0
     since: int | None = 0
     waiting: int | None = None
@@ -161,7 +163,7 @@ class VllmEngine:
                 prepare=self._prepare,
                 environment=environment,
             )
-            self._replicas.append(_Replica(worker, set()))
+            self._replicas.append(_Replica(worker, asyncio.Semaphore(vllm.max_num_seqs)))
 
     def wait(self, check: Callable[[], None]) -> None:
         """Until all replicas are ready.
@@ -264,9 +266,13 @@ class VllmEngine:
             sampling.top_k,
             sampling.seed,
         )
-        life = replica.worker.restarts
-        reply = await replica.worker.call("generate", request, deadline_s=self._config.rollout.vllm.request_s)
-        if life == replica.worker.restarts:
+        worker = replica.worker
+        life, alive = worker.restarts, worker.alive
+        async with replica.slots:
+            if alive and not (worker.alive and worker.restarts == life):  # another one may have room now
+                raise EngineFailure(f"{worker.name} was lost before the request's turn")
+            reply = await worker.call("generate", request, deadline_s=self._config.rollout.vllm.request_s)
+        if life == worker.restarts:
             replica.sent.update(new)
         return reply
 
