@@ -166,7 +166,7 @@ class Parts:
             self._asleep = True
 
     def gate(self) -> GateReport:
-        """Engine against trainer, on some of the prompts that come next.
+        """Engine against trainer, on some of the prompts that come next; every replica is asked.
 
         Raises:
             EngineError: they differ by more than `gate.threshold`.
@@ -175,7 +175,8 @@ class Parts:
             place = self.cursor.state()
             coming = self.cursor.next(self.config.rollout.prompts_per_step)
             self.cursor.restore(place)
-            self._probes = choose(coming, self.config.gate.prompts)
+            replicas = self.config.rollout.vllm.replicas if isinstance(self.engine, VllmEngine) else 1
+            self._probes = choose(coming, self.config.gate.prompts, least=replicas)
         rollouts = self.interrupts.run(probe(self._probes, self.chat, self.engine, self.config))
         report = compare(rollouts, self.trainer.logprobs(rollouts))
         log.info("truth gate: log-probs differ by %.2e (largest %.2e, %d tokens)", report.mean, report.max, report.tokens)

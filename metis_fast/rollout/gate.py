@@ -19,8 +19,9 @@ import numpy.typing as npt
 from metis_fast.config import Config
 from metis_fast.errors import EngineError, EngineFailure
 from metis_fast.rollout.chat import Chat
-from metis_fast.rollout.engine import Completion, Engine, Sampling
+from metis_fast.rollout.engine import Completion, Engine, EngineSession, Sampling
 from metis_fast.rollout.episode import SampleKey, Trace
+from metis_fast.rollout.vllm.engine import VllmEngine
 from metis_fast.types import Outcome, Prompt, Rollout
 
 log = logging.getLogger(__name__)
@@ -61,12 +62,16 @@ class GateReport:
         )
 
 
-def choose(prompts: Sequence[Prompt], count: int) -> list[Prompt]:
-    """Those that tell most: with images, but for the last one, which tells text from images where there are both."""
+def choose(prompts: Sequence[Prompt], count: int, least: int = 1) -> list[Prompt]:
+    """Those that tell most: with images, but for the last one, which tells text from images where there are both.
+
+    least: messages that are needed; for more than there are of those, they are repeated.
+    """
     with_images = [prompt for prompt in prompts if prompt.images]
     without = [prompt for prompt in prompts if not prompt.images]
     chosen = with_images[: count - 1 if without and count > 1 else count]
-    return [*chosen, *without[: count - len(chosen)]]
+    chosen += without[: count - len(chosen)]
+    return chosen + [chosen[i % len(chosen)] for i in range(len(chosen), least)]
 
 
 async def probe(prompts: Sequence[Prompt], chat: Chat, engine: Engine, config: Config) -> list[Rollout]:
@@ -104,8 +109,12 @@ async def _probe(prompts: Sequence[Prompt], chat: Chat, engine: Engine, config: 
         trace.tokens += message.tokens.tolist()
         return trace.finish(prompt, 0, Outcome.ANSWERED if message.stopped else Outcome.LENGTH)
 
+    def session(order: int, prompt: Prompt) -> EngineSession:
+        # weights may have failed to arrive at one replica only, so each is asked
+        return engine.probe_session(order) if isinstance(engine, VllmEngine) else engine.session(order, prompt.uid)
+
     # all are open before one asks: a deterministic engine waits for every open session
-    sessions = [engine.session(order, prompt.uid) for order, prompt in enumerate(prompts)]
+    sessions = [session(order, prompt) for order, prompt in enumerate(prompts)]
     return await asyncio.gather(*(one(order, prompt) for order, prompt in enumerate(prompts)))
 
 

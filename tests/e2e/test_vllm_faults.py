@@ -61,6 +61,7 @@ from metis_fast.model import Policy, load_policy
 from metis_fast.rollout.chat import Chat
 from metis_fast.rollout.engine import Completion, update
 from metis_fast.rollout.episode import collect
+from metis_fast.rollout.gate import choose, probe
 from metis_fast.rollout.store import read_rollouts
 from metis_fast.rollout.vllm import engine as engine_module
 from metis_fast.rollout.vllm.direct import Ask, Client
@@ -328,6 +329,26 @@ def test_rollouts_of_a_prompt_share_a_replica_and_prompts_are_spread(engines: Op
     those.check(run(go()), prompts, {1})
     assert len(asked) == 6 and all(len(names) == 1 for names in asked.values())
     assert set.union(*asked.values()) == {"engine-0", "engine-1"}
+
+
+def test_the_gate_asks_every_engine_that_is_up(engines: Open, prompts: list[Prompt]) -> None:
+    those = engines(replicas=3)
+
+    async def go() -> None:
+        await those.update(1)
+        probes = choose(prompts[:2], 2, least=3)
+        rollouts = await probe(probes, those.chat, those.engine, those.config)
+        assert [one.prompt_uid for one in rollouts] == ["p0", "p1", "p0"]
+        assert [state.asked for state in await those.states()] == [1, 1, 1]
+        one = those.engine.workers()[0]
+        await one.lose("as asked")
+        while one.alive:
+            await asyncio.sleep(0)
+        await probe(probes, those.chat, those.engine, those.config)
+        assert sorted(state.asked for state in await those.states()) == [0, 2, 3]
+        assert all(replica.sessions == 0 for replica in those.engine._replicas) and not those.engine._home
+
+    run(go())
 
 
 def test_an_only_engine_that_fails_again_and_again_is_waited_for(engines: Open, prompts: list[Prompt]) -> None:

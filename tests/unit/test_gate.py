@@ -83,6 +83,11 @@ def test_prompts_with_images_come_first_and_one_without_is_kept(prompts: list[Pr
     assert len(choose(prompts, 100)) == 6
 
 
+def test_prompts_are_repeated_where_there_are_more_replicas(prompts: list[Prompt]) -> None:
+    assert [prompt.uid for prompt in choose(prompts, 2, least=5)] == ["i0", "t0", "i0", "t0", "i0"]
+    assert choose(prompts, 4, least=3) == choose(prompts, 4)
+
+
 def test_one_message_that_differs_is_not_hidden_by_many_that_do_not(policy: Policy, prompts: list[Prompt]) -> None:
     engine = NativeEngine(policy)
     sampled = asyncio.run(probe(prompts, Chat(policy.tokenizer, policy.images), engine, CONFIG))

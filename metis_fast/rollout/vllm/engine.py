@@ -90,9 +90,9 @@ class _Replica:
 
 
 class _Session:
-    def __init__(self, engine: VllmEngine, prompt: str) -> None:
+    def __init__(self, engine: VllmEngine, prompt: str, replica: _Replica | None = None) -> None:
         self._engine, self._prompt = engine, prompt
-        self._replica = engine.route(prompt)
+        self._replica = engine.route(prompt) if replica is None else replica
         self._replica.sessions += 1
         self._open = True
 
@@ -183,6 +183,11 @@ class VllmEngine:
     def session(self, order: int, prompt: str = "") -> _Session:
         """See `Engine`."""
         return _Session(self, prompt)
+
+    def probe_session(self, order: int) -> _Session:
+        """A session on the replica whose turn it is: as many in a row as there are replicas reach all that are up."""
+        up = [replica for replica in self._replicas if replica.worker.alive and not replica.waits]
+        return _Session(self, "", up[order % len(up)] if up else None)
 
     def route(self, prompt: str) -> _Replica:
         """The replica for a rollout of `prompt`: where others of it are, else the living one with the fewest rollouts.
