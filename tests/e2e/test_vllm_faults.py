@@ -70,7 +70,7 @@ from metis_fast.score.judge import open_judge
 from metis_fast.score.scoring import score_groups
 from metis_fast.sync.manifest import Manifest
 from metis_fast.sync.segment import tensor_at
-from metis_fast.sync.staging import Staging
+from metis_fast.sync.staging import Payload, Staging
 from metis_fast.testing.fakes import FakeToolbox
 from metis_fast.testing.faults import EngineState, Fault, Faults, Script, flip_staged
 from metis_fast.types import Group, Observation, Outcome, Prompt
@@ -478,6 +478,33 @@ def test_an_engine_that_gets_no_whole_bucket_is_started_again_and_has_them_then(
         return groups
 
     those.check(run(go()), prompts, {2})
+
+
+def test_engines_of_a_machine_share_one_copy_and_outlive_the_one_that_holds_it(
+    engines: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    those = engines(copy="delta")
+
+    async def go() -> None:
+        await those.update(1)
+        payloads, sent = those.staging.payloads, []
+
+        def count(base: int | None) -> Iterator[Payload]:
+            sent.append(base)
+            return payloads(base)
+
+        monkeypatch.setattr(those.staging, "payloads", count)
+        await those.update(2)
+        assert sent == [1]  # what has changed since version 1, once for both
+        (copied,) = those.engine._copies.values()
+        await copied.worker.lose("told so")
+        await those.checked_replicas(2, restarts=1)
+        assert sent == [1, None]
+        await those.update(3)
+        assert sent == [1, None, 2]
+        await those.checked_replicas(3, restarts=1)
+
+    run(go())
 
 
 @pytest.mark.parametrize("copy", ["", "full", "delta"])

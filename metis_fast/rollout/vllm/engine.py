@@ -11,7 +11,7 @@ import asyncio
 import logging
 import socket
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -117,6 +117,19 @@ class _Session:
             self._engine.left(self._prompt)
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Copied:
+    """A version on another machine, in shared memory of one of the engines there. life: its `Worker.restarts` then."""
+
+    worker: Worker
+    life: int
+    version: int
+    manifest: dict[str, Any]
+
+    def holds(self, version: int) -> bool:
+        return self.version == version and self.worker.restarts == self.life and self.worker.broken is None
+
+
 class VllmEngine:
     """`Engine` over `rollout.vllm.replicas` workers, which start in the background: see `wait`.
 
@@ -138,6 +151,8 @@ class VllmEngine:
         vllm = config.rollout.vllm
         self._banned = np.asarray(policy.placeholder_ids, np.int64)
         self._staging: Staging | None = None
+        self._copies: dict[str, _Copied] = {}
+        self._copying: dict[str, asyncio.Lock] = {}
         self._direct: DirectTransfer | None = None
         self._direct_lives: list[tuple[str, int]] = []
         listen = config.workers.listen  # the hub's rule: by default it is found where its launcher's machines find it
@@ -491,8 +506,21 @@ class VllmEngine:
             # one that was lost meanwhile gets them when it is up again, and that waits until this has ended
             return await worker.call(method, *arguments, deadline_s=_LOAD_S, preparing=preparing, wait=False)
 
-        if worker.hello.host == socket.gethostname() and not self._copy_always:
-            return 0, await call("load_staged", manifest)
+        host, sent = worker.hello.host, 0
+        if host != socket.gethostname() or self._copy_always:
+            # once to a machine: its other engines load what the first one there has got
+            async with self._copying.setdefault(host, asyncio.Lock()):
+                copied = self._copies.get(host)
+                if attempt or copied is None or not copied.holds(staging.current.version):
+                    sent, own = await self._copy(staging, manifest, attempt, call)
+                    copied = self._copies[host] = _Copied(worker, worker.restarts, staging.current.version, own)
+            manifest = copied.manifest
+        return sent, await call("load_staged", manifest)
+
+    async def _copy(
+        self, staging: Staging, manifest: dict[str, Any], attempt: int, call: Callable[..., Awaitable[Any]]
+    ) -> tuple[int, dict[str, Any]]:
+        """To another machine: bytes sent, and the manifest of what is there now."""
         has = await call("copy_begin", manifest, self._config.sync.mode)
         base = None if attempt else staging.base(has)
         await call("copy_base", base)

@@ -402,9 +402,13 @@ class VllmService:
         """
         await asyncio.to_thread(self._copy.bucket, index, encoding, data, crc)
 
-    async def copy_commit(self) -> float:
-        """All buckets came: sample with them; see `load_staged`."""
-        return await self.load_staged(self._copy.commit().to_dict())
+    async def copy_commit(self) -> dict[str, Any]:
+        """All buckets came: the manifest of the version on this machine, for `load_staged` of any engine here.
+
+        Raises:
+            SyncError: not all came.
+        """
+        return self._copy.commit().to_dict()
 
     async def transfer(self, method: str, argument: dict[str, Any] | None) -> None:
         """A step of vLLM's own transfers (NCCL, CUDA IPC): `init_weight_transfer_engine`, `update_weights`, and so on."""
