@@ -388,6 +388,8 @@ def open_parts(config: Config, interrupts: Interrupts, training: bool = True) ->
                 sampler = load_policy(config.model)
             engine = NativeEngine(sampler, config.rollout.deterministic and waits)
         stack.callback(engine.close)
+        if isinstance(engine, VllmEngine) and config.rollout.vllm.sleep:
+            engine.wait(interrupts.check)  # they measure what their GPUs have left, which ranks that load would change
         trainer = None
         if training:
             if config.train.backend == "megatron":
