@@ -416,8 +416,17 @@ class Hub:
         self.close()
 
     def now(self, coroutine: Coroutine[Any, Any, T]) -> T:
-        """Run a coroutine on the hub's loop, from any other thread, and wait."""
-        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
+        """Run a coroutine on the hub's loop, from any other thread, and wait.
+
+        Raises:
+            WorkerError: the hub is closed.
+        """
+        try:
+            running = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        except RuntimeError:  # a thread that was left behind
+            coroutine.close()
+            raise WorkerError("the run ends") from None
+        return running.result()
 
     async def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
         """Run a coroutine on the hub's loop; may be awaited on any."""

@@ -29,7 +29,7 @@ def _chain(command: list[object], folder: Path, chain: list[Moment]) -> None:
         assert not ended.orphans, (moment, ended)
 
 
-@pytest.mark.parametrize("every", [1, 2])
+@pytest.mark.parametrize("every", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_run_killed_in_every_stage_ends_bit_identical_to_an_uninterrupted_one(demo: Path, tmp_path: Path, every: int) -> None:
     command = ["train", demo / "config.yaml", f"run.dir={tmp_path / 'run'}", f"checkpoint.every={every}"]
     _chain(command, tmp_path, moments(every, _STAGES, signal.SIGKILL))

@@ -44,6 +44,7 @@ from contextlib import ExitStack
 from importlib.util import find_spec
 from pathlib import Path
 from threading import Event, current_thread
+from threading import enumerate as threads
 from typing import Any, ClassVar, TypeVar
 
 import pytest
@@ -728,6 +729,9 @@ def test_a_direct_transfer_that_hangs_ends_the_run_and_no_thread_holds_it_back(
             run(those.update(1))
     finally:
         hangs.set()
+        for thread in threads():
+            if thread.name == "weights":
+                thread.join(_LIMIT_S)
     assert len(transfers) == 1
 
 
