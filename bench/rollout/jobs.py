@@ -53,7 +53,7 @@ class Handed:
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """What a variant plays on. policy: of the engine, and of a trainer that changes nothing."""
+    """What a variant plays on. policy: of the engine, and of a trainer that changes nothing. batch: trajectories of a step."""
 
     plan: Plan
     policy: Policy
@@ -61,6 +61,7 @@ class Stage:
     engine: ScriptedEngine
     toolbox: SlowToolbox
     concurrency: int
+    batch: int
 
     @property
     def config(self) -> RolloutConfig:
@@ -127,8 +128,8 @@ async def _scheduled(stage: Stage, config: RolloutConfig, steps: int) -> Handed:
 
 
 async def ours(stage: Stage, num: int) -> Handed:
-    """`rollout.mode: async`: a batch is `concurrency` trajectories, and those of later batches begin as slots get free."""
-    steps = max(1, num // stage.concurrency)
+    """`rollout.mode: async`, as many steps as `num` trajectories make: those of later batches begin as places get free."""
+    steps = max(1, num // stage.batch)
     size = stage.plan.shape.rollouts
     config = stage.config.model_copy(update={"mode": "async", "prompts_per_step": num // steps // size})
     return await _scheduled(stage, config, steps)

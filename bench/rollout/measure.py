@@ -102,11 +102,13 @@ def open_engine(name: str, policy: Policy, clock: Clock, scratch: Path, threads:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One run of a variant. cpu_s: of all threads, the client's process included; outside_s: of these, not in engine steps.
+    """One run of a variant. batch: trajectories of a step, of `ours`. cpu_s: of all threads, the client's process included;
+    outside_s: of these, not in engine steps.
     whole: [begin, end], window: that of busy_share, in seconds of perf_counter. See the top of this file."""
 
     variant: str
     concurrency: int
+    batch: int
     handed: Handed
     engine: ScriptedEngine
     clock: Clock
@@ -140,10 +142,12 @@ class Overhead:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A variant. rows: that decode together, in the mean over the busy time of the window."""
+    """A variant. concurrency, batch: trajectories at once, and of a step. rows: that decode together, in the mean over the busy
+    time of the window."""
 
     variant: str
     concurrency: int
+    batch: int
     busy_share: float
     busy_share_whole: float
     trajectories_per_s: float
@@ -233,8 +237,10 @@ class Runner:
         self.chat = Chat(policy.tokenizer, policy.images)
         self.plan = Plan(shape, seed, self.chat, policy.tokenizer)
 
-    async def run(self, variant: str, num: int, concurrency: int, latency: Latency, client: Client) -> Job:
-        """One job, checked.
+    async def run(
+        self, variant: str, num: int, concurrency: int, latency: Latency, client: Client, batch: int | None = None
+    ) -> Job:
+        """One job, checked. batch: of a step of `ours`; None: `concurrency`.
 
         Raises:
             WrongResult: it did not play what the plan says.
@@ -242,7 +248,8 @@ class Runner:
         plan = self.plan if latency == self.shape.latency else self.plan.with_latency(latency)
         scripted = ScriptedEngine(self.engine, plan, self._tokenizer)
         toolbox = SlowToolbox(latency, self.seed, plan.observation)
-        stage = Stage(plan, self._policy, self.chat, scripted, toolbox, concurrency)
+        batch = concurrency if batch is None else batch
+        stage = Stage(plan, self._policy, self.chat, scripted, toolbox, concurrency, batch)
         self.clock.clear()
         cpu, began = time.process_time(), time.perf_counter()
         if variant == GATHER:
@@ -253,7 +260,9 @@ class Runner:
         ended, cpu = time.perf_counter(), time.process_time() - cpu + client_s
         clock = self.clock.copy()
         stop = max(life.began for life in scripted.lives.values()) if variant == OURS and num > concurrency else ended
-        job = Job(variant, concurrency, handed, scripted, clock, failed, cpu, cpu - clock.cpu_s, (began, ended), (began, stop))
+        job = Job(
+            variant, concurrency, batch, handed, scripted, clock, failed, cpu, cpu - clock.cpu_s, (began, ended), (began, stop)
+        )
         wrong = await self._wrong(job, stage, num)
         if wrong:
             raise WrongResult("\n".join(f"{variant} at {concurrency}: {line}" for line in wrong))
@@ -288,6 +297,7 @@ def to_row(job: Job, overhead: Overhead | None) -> Row:
     return Row(
         variant=job.variant,
         concurrency=job.concurrency,
+        batch=job.batch,
         busy_share=job.clock.busy_s(start, stop) / (stop - start),
         busy_share_whole=job.clock.busy_s(*job.whole) / job.wall_s,
         trajectories_per_s=sum(life.ended <= stop for life in lives) / (stop - start),
@@ -365,9 +375,11 @@ async def measure(
         runner = Runner(policy, sizes, seed, opened, clock)
         async with Client.start(folder, shape, seed) as client:
 
-            async def play(variant: str, num: int, concurrency: int, latency: Latency = sizes.latency) -> Job:
+            async def play(
+                variant: str, num: int, concurrency: int, latency: Latency = sizes.latency, batch: int | None = None
+            ) -> Job:
                 progress(f"{variant}, {concurrency} at once" + ("" if latency.median_s else ", no tool time"))
-                return await runner.run(variant, num, concurrency, latency, client)
+                return await runner.run(variant, num, concurrency, latency, client, batch)
 
             rounds: dict[str, list[Job]] = {name: [] for name in OVERHEADS}
             for name in OVERHEADS:  # the first run of each loads and allocates
@@ -378,16 +390,16 @@ async def measure(
                 for name in [*OVERHEADS[at:], *OVERHEADS[:at]]:
                     rounds[name].append(await play(name, size, size, NO_TOOLS))
             overheads = {name: to_overhead(found, rounds[RAW]) for name, found in rounds.items()}
-            (first, num), *others = sizes.streams
-            jobs = [await play(OURS, num, first)]
+            jobs = [await play(OURS, num, concurrency, batch=batch) for concurrency, batch, num in sizes.streams]
             jobs += [await play(name, sizes.concurrency, sizes.concurrency) for name in BATCHES]
-            jobs += [await play(OURS, num, concurrency) for concurrency, num in others]
         progress("weight synchronisation")
         sync = await asyncio.to_thread(measure_sync, policy, sizes.sync_mb, runs)
         if engine == "vllm":
             sync.append(await asyncio.to_thread(measure_engine, opened, policy, runs))
     typical = sorted(rounds[RAW], key=lambda job: job.wall_s)[runs // 2]
-    rows = [to_row(job, overheads.get(job.variant) if job.concurrency == sizes.concurrency else None) for job in jobs]
+    rows = [
+        to_row(job, overheads.get(job.variant) if job.batch == job.concurrency == sizes.concurrency else None) for job in jobs
+    ]
     return Result([*rows, to_row(typical, overheads[RAW])], sync)
 
 

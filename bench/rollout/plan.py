@@ -68,14 +68,15 @@ STATED = Latency(median_s=1.0, p99_s=20.0, failing=0.02)
 class Shape:
     """Of the work.
 
-    concurrency: trajectories at once, of all variants, and size of a batch. streams: (trajectories at once, in all) of runs of
-    `ours`, the first at `concurrency`. rollouts: of a prompt. calls: tool calls of a trajectory, [least, most]. prompt_words,
-    message_tokens, observation_words: [least, most]. latency: of tools. over_provision: begun beyond a batch, as a share of it.
-    overhead_trajectories: of one run of the overhead measure, all at once. sync_mb: size of the weights that are synchronised.
+    concurrency: trajectories at once, of all variants, and size of a batch. streams: (trajectories at once, of a batch, in all)
+    of runs of `ours`, the first with both at `concurrency`. rollouts: of a prompt. calls: tool calls of a trajectory, [least,
+    most]. prompt_words, message_tokens, observation_words: [least, most]. latency: of tools. over_provision: begun beyond a
+    batch, as a share of it. overhead_trajectories: of one run of the overhead measure, all at once. sync_mb: size of the
+    weights that are synchronised.
     """
 
     concurrency: int = 64
-    streams: tuple[tuple[int, int], ...] = ((64, 192), (128, 256))
+    streams: tuple[tuple[int, int, int], ...] = ((64, 64, 512), (64, 128, 768), (128, 128, 768))
     rollouts: int = 8
     calls: tuple[int, int] = (1, 3)
     prompt_words: tuple[int, int] = (40, 80)
@@ -91,7 +92,7 @@ SHAPES: dict[str, Shape] = {
     "default": Shape(),
     "tiny": Shape(
         concurrency=4,
-        streams=((4, 12),),
+        streams=((4, 4, 12), (4, 8, 16)),
         rollouts=2,
         calls=(1, 2),
         prompt_words=(10, 20),
@@ -141,7 +142,7 @@ class Plan:
         self.shape, self.seed = shape, seed
         self._tokenizer = tokenizer
         self._vocabulary = _words(400)
-        most = max(num for _, num in shape.streams)
+        most = max(num for _, _, num in shape.streams)
         most = max(most, math.ceil(shape.concurrency * (1 + shape.over_provision)), shape.overhead_trajectories)
         self.prompts = [self._prompt(i) for i in range(-(-most // shape.rollouts))]
         self.messages = [self._messages(order) for order in range(len(self.prompts) * shape.rollouts)]

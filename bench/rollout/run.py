@@ -88,7 +88,7 @@ def to_json(result: Result, wanted: Request, machine: Machine) -> dict[str, Any]
     }
 
 
-_COLUMNS = ("variant", "at once", "busy", "rows", "traj/s", "p99 s", "failed", "dropped", "overhead", "CPU ms/message")
+_COLUMNS = ("variant", "at once", "batch", "busy", "rows", "traj/s", "p99 s", "failed", "dropped", "overhead", "CPU ms/message")
 _SYNC_COLUMNS = ("weight sync", "weights MB", "moved MB", "seconds", "GB/s")
 NOTES = (
     "busy: share of the time in which the engine was in a step; of `ours` until its last trajectory was begun, of the others "
@@ -111,6 +111,7 @@ def _cells(row: Row) -> list[str]:
     return [
         row.variant,
         str(row.concurrency),
+        str(row.batch),
         f"{row.busy_share:.3f}",
         f"{row.rows:.1f}",
         f"{row.trajectories_per_s:.2f}",

@@ -10,12 +10,14 @@ P prompts a step, S the bound, E extra prompts (`over_provision`). At step v, v 
     one_step_off   P + E, from when the last one is taken   1 (dropped), 2 (carried over); 1 without extra prompts
     async          (v + 1 + S) P (+ E, dropped) in all      max_staleness
 
-Where training is the slower part nothing is begun in `async` mode while a whole batch waits for it, since that would only age.
+In `async` mode a prompt counts as begun when its first rollout gets one of the `max_concurrent` places. Where training is the
+slower part nothing is added to what is in flight there while the next batch is complete, since that would only age.
 
 A step takes the first P groups that are finished, except that the rest must still meet its own bound: of the groups that have
 to be trained within n more steps there may be no more than n P left. Of those, the step takes what is too many first, and waits
-for it. With `slow: drop` nothing is waited for: what would be too old at the next step is cancelled, counted, and begun again
-ahead of new prompts; a prompt that was dropped is waited for like any other, so that none starves.
+for it. The first step of an asynchronous run takes the first P prompts: those that end first are the short ones, and at the
+start all of (1 + S) P are new. With `slow: drop` nothing is waited for: what would be too old at the next step is cancelled,
+counted, and begun again ahead of new prompts; a prompt that was dropped is waited for like any other, so that none starves.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ import asyncio
 import logging
 import math
 from collections.abc import Callable, Coroutine, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from metis_fast.config import RolloutConfig
@@ -101,12 +103,19 @@ class Taken:
     dropped: int
 
 
+Play = Callable[[Prompt, Pending, Callable[[], None]], Coroutine[Any, Any, Group]]
+"""Samples the group of a prompt. Calls its third argument when the first rollout begins, and may do so again."""
+
+
 @dataclass(slots=True, eq=False)
 class _Running:
     place: Pending
     prompt: Prompt
-    begun: int  # updates done when it was
-    task: asyncio.Task[Group]
+    last: int | None = None  # step that may train it; None: it is not begun
+    task: asyncio.Task[Group] = field(init=False)
+
+    def due(self, step: int) -> bool:
+        return self.last is not None and self.last <= step
 
 
 class Schedule:
@@ -115,12 +124,14 @@ class Schedule:
     cursor: is drawn from as prompts are begun. play: samples the group of a prompt.
     """
 
-    def __init__(self, rules: Rules, cursor: Cursor, play: Callable[[Prompt, Pending], Coroutine[Any, Any, Group]]) -> None:
+    def __init__(self, rules: Rules, cursor: Cursor, play: Play) -> None:
         self._rules, self._cursor, self._play = rules, cursor, play
         self._running: list[_Running] = []
         self._finished: list[_Running] = []  # of those, in the order in which they ended, well or not
         self._line: list[tuple[Pending, Prompt | None]] = []  # to be begun before anything is drawn
         self._drawn = 0
+        self._version = 0  # updates done at least
+        self._first = 0  # step that was the first one here
         self._taken = 0
         self._changed = asyncio.Event()
 
@@ -128,6 +139,7 @@ class Schedule:
         """Go on after `step` steps, with what a checkpoint of them kept."""
         assert not self._running
         self._line = [(place, None) for place in sorted(pending, key=lambda place: place.number)]
+        self._first = self._version = step
         self._taken = step * self._rules.per_step
         self._drawn = self._taken + len(self._line)
 
@@ -150,12 +162,13 @@ class Schedule:
             DataError: a prompt cannot be used.
             MetisError, or a defect: as a group raised it; nothing of it is trained.
         """
+        self._version = step
         self._begin(step)
         chosen = await self._choose(step, on_finished)
-        assert all(step - one.begun <= self._rules.max_age for one in chosen)
+        assert all(one.last is not None and step <= one.last for one in chosen)
         self._remove(chosen)
         self._taken += len(chosen)
-        late = [one for one in self._running if one.begun + self._rules.max_age <= step]
+        late = [one for one in self._running if one.due(step)]
         assert self._rules.drop or not late
         await self._drop(late)
         carried = len(self._running)
@@ -174,10 +187,8 @@ class Schedule:
         room = (step + 1 + rules.ahead) * rules.per_step + rules.extra - self._taken - len(self._running)
         if rules.ahead == 0 and not rules.closed:  # one_step_off: the next batch, whatever the update is doing
             room = rules.per_step + rules.extra - len(self._running)
-        if rules.ahead and len(self._finished) >= rules.per_step:
+        if rules.ahead and self._choice(self._taken // rules.per_step) is not None:
             room = 0  # the next batch is there; what would be begun now would only grow old
-        if rules.ahead and self._taken == step * rules.per_step and not self._running:
-            room = rules.per_step + rules.extra  # of more, the first batch would be those that end fastest
         again, self._line = self._line[: max(0, room)], self._line[max(0, room) :]
         new = max(0, min(room - len(again), rules.steps * rules.per_step + rules.extra - self._drawn))
         drawn = (
@@ -186,9 +197,16 @@ class Schedule:
         self._drawn += new
         for place, prompt in [*again, *drawn]:
             prompt = prompt if prompt is not None else self._cursor.read(place.row)
-            one = _Running(place, prompt, step, asyncio.create_task(self._play(prompt, place)))
+            one = _Running(place, prompt)
+            if not rules.ahead:
+                self._started(one)
+            one.task = asyncio.create_task(self._play(prompt, place, lambda one=one: self._started(one)))
             self._running.append(one)
             one.task.add_done_callback(lambda _, one=one: self._ended(one))
+
+    def _started(self, one: _Running) -> None:
+        if one.last is None:
+            one.last = self._version + self._rules.max_age
 
     def _ended(self, one: _Running) -> None:
         if one in self._running:  # and was not given up
@@ -216,17 +234,20 @@ class Schedule:
         P, max_age, drop = self._rules.per_step, self._rules.max_age, self._rules.drop
         if len(self._finished) < P:
             return None
+        in_turn = bool(self._rules.ahead) and step == self._first
+        order = self._running if in_turn else self._finished
         chosen: dict[_Running, None] = {}  # a set that keeps its order
         for later in range(max_age + 1):  # what has to be trained at this step, within one more, ...
-            due = {one for one in self._running if one.begun + max_age <= step + later and (one.place.tries or not drop)}
+            due = {one for one in self._running if one.due(step + later) and (one.place.tries or not drop)}
             num = max(0, min(P, len(due) - later * P) - len(due & chosen.keys()))
-            ready = [one for one in self._finished if one in due and one not in chosen]
+            ready = [one for one in order if one in due and one not in chosen]
             if len(ready) < num:
                 return None
             chosen |= dict.fromkeys(ready[:num])
         # the others as they come; where the slow ones are dropped, first those that would be
-        rest = sorted((one for one in self._finished if one not in chosen), key=lambda one: one.begun + max_age > step)
-        return [*chosen, *rest[: P - len(chosen)]]
+        rest = sorted((one for one in order if one not in chosen), key=lambda one: not one.due(step))
+        batch = [*chosen, *rest[: P - len(chosen)]]
+        return batch if set(batch) <= set(self._finished) else None
 
     async def _drop(self, late: Sequence[_Running]) -> None:
         await self._cancel(late)
@@ -252,9 +273,7 @@ class Schedule:
         self._finished = [one for one in self._finished if one not in gone]
 
 
-def group_player(
-    chat: Chat, engine: Engine, toolbox: Toolbox, config: RolloutConfig, seed: int
-) -> Callable[[Prompt, Pending], Coroutine[Any, Any, Group]]:
+def group_player(chat: Chat, engine: Engine, toolbox: Toolbox, config: RolloutConfig, seed: int) -> Play:
     """Samples the rollouts of one prompt by `run_episode`, at most `config.max_concurrent` at once over all its calls.
 
     The noise of a prompt is that of its place in the run's sequence, as in the synchronous mode, and another one after a drop.
@@ -262,13 +281,14 @@ def group_player(
     gate = asyncio.Semaphore(config.max_concurrent)
     G = config.rollouts_per_prompt
 
-    async def play(prompt: Prompt, place: Pending) -> Group:
+    async def play(prompt: Prompt, place: Pending, started: Callable[[], None]) -> Group:
         (piece,) = await encode_prompts([prompt], chat, config)
         step, index = divmod(place.number, config.prompts_per_step)
         stream = f"train/{step}" + (f"/{place.tries}" if place.tries else "")
 
         async def one(i: int) -> None:
             async with gate:
+                started()
                 key = SampleKey(seed, stream, index * G + i)
                 rollouts[i] = await run_episode(prompt, i, chat, engine, toolbox, config, key, piece)
 

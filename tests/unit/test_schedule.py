@@ -80,7 +80,8 @@ def make_run(rules_of, mode, seed, make_prompt, rows=None):
     noise = random.Random(seed)
     rows = rows if rows is not None else Rows(make_prompt)
 
-    async def play(prompt, place):
+    async def play(prompt, place, started):
+        started()
         run.begun[place.row] = run.version
         assert place.row not in run.running
         assert place.number == place.row
@@ -185,7 +186,8 @@ class Gated:
         self.gates, self.tries = {}, {}
         self.schedule = Schedule(Rules.of(rules, steps), Rows(make_prompt), self.play)
 
-    async def play(self, prompt, place):
+    async def play(self, prompt, place, started):
+        started()
         self.tries[place.row] = place.tries
         self.gates[place.row] = asyncio.get_running_loop().create_future()
         await self.gates[place.row]
@@ -274,17 +276,55 @@ def test_nothing_is_begun_while_a_whole_batch_waits_for_the_trainer(make_prompt)
     async def run():
         gated = Gated(make_prompt, config("async", prompts_per_step=1))
         batch = asyncio.create_task(gated.schedule.batch(0))
-        await gated.settle()
-        assert sorted(gated.gates) == [0]  # the first batch is no choice of the fastest
+        await gated.end(1, 2)
+        assert sorted(gated.gates) == [0, 1, 2] and not batch.done()
         await gated.end(0)
         assert rows_of(await batch) == [0]
-        await gated.end(1, 2)
         assert rows_of(await gated.schedule.batch(1)) == [1]
         await gated.settle()
         assert sorted(gated.gates) == [0, 1, 2]
         assert rows_of(await gated.schedule.batch(2)) == [2]  # now there is none left
         await gated.settle()
         assert sorted(gated.gates) == [0, 1, 2, 3, 4]
+        await gated.schedule.close()
+
+    asyncio.run(run())
+
+
+def test_the_first_batch_is_the_first_prompts_and_no_choice_of_the_fastest(make_prompt):
+    async def run():
+        for first in (0, 2):
+            gated = Gated(make_prompt, config("async"))
+            gated.schedule.restore(first, [])
+            batch = asyncio.create_task(gated.schedule.batch(first))
+            await gated.end(1, 2, 3, 4, 5)
+            assert sorted(gated.gates) == list(range(3 * P)) and not batch.done()  # the others are not held up
+            await gated.end(0)
+            assert rows_of(await batch) == [0, 1, 2]
+            await gated.end(8)
+            assert rows_of(await gated.schedule.batch(first + 1)) == [3, 4, 5]
+            await gated.schedule.close()
+
+    asyncio.run(run())
+
+
+def test_new_groups_begin_while_a_batch_waits_for_what_is_due(make_prompt):
+    """Enough have ended for the next batch, and it is not there: one that has to be trained now has not."""
+
+    async def run():
+        gated = Gated(make_prompt, config("async"))
+        batch = asyncio.create_task(gated.schedule.batch(0))
+        await gated.end(0, 1, 2)
+        assert rows_of(await batch) == [0, 1, 2]
+        batch = asyncio.create_task(gated.schedule.batch(1))
+        await gated.end(3, 4, 5)
+        assert rows_of(await batch) == [3, 4, 5]
+        await gated.end(6, 7, 9, 10, 11)
+        batch = asyncio.create_task(gated.schedule.batch(2))
+        await gated.settle()
+        assert sorted(gated.gates) == list(range(15)) and not batch.done()
+        await gated.end(8)
+        assert rows_of(await batch) == [6, 7, 8]
         await gated.schedule.close()
 
     asyncio.run(run())
@@ -330,7 +370,7 @@ def test_a_stop_while_a_batch_is_waited_for_leaves_every_prompt_in_line(make_pro
         batch.cancel()
         with pytest.raises(asyncio.CancelledError):
             await batch
-        assert [place.row for place in gated.schedule.pending()] == list(range(3))
+        assert [place.row for place in gated.schedule.pending()] == list(range(3 * P))
         await gated.schedule.close()
         assert all(gate.done() for gate in gated.gates.values())
 
@@ -351,7 +391,7 @@ def played(chat, policy, make_prompt, scripts, limits=None, prompt=None, place=N
 
     async def run():
         play = group_player(chat, engine, toolbox, rollout, 7)
-        return await play(prompt if prompt is not None else make_prompt(), place)
+        return await play(prompt if prompt is not None else make_prompt(), place, lambda: None)
 
     return asyncio.run(run()), engine, toolbox
 
@@ -380,7 +420,7 @@ def test_a_defect_in_one_episode_closes_the_others_of_its_group(chat, policy, ma
     async def run():
         play = group_player(chat, engine, toolbox, config("async", rollouts_per_prompt=2), 0)
         with pytest.raises(IndexError):  # the first script ends too soon
-            await play(make_prompt(), Pending(0, 0))
+            await play(make_prompt(), Pending(0, 0), lambda: None)
 
     asyncio.run(run())
     assert (engine.num_open, toolbox.num_open) == (0, 0)
