@@ -6,7 +6,9 @@ Groups are sampled by a fake whose latencies are random; `Run` plays the part of
 from __future__ import annotations
 
 import asyncio
+import math
 import random
+import selectors
 from dataclasses import dataclass, field
 
 import pytest
@@ -18,6 +20,7 @@ from metis_fast.errors import DataError, EngineFailure
 from metis_fast.rollout.episode import SampleKey
 from metis_fast.rollout.schedule import Pending, Rules, Schedule, group_player
 from metis_fast.testing.fakes import FakeEngine, FakeToolbox
+from metis_fast.testing.latency import Latency
 from metis_fast.types import Group, Outcome
 
 STEPS, P = 7, 3
@@ -76,11 +79,13 @@ class Run:
 
 
 def make_run(rules_of, mode, seed, make_prompt, rows=None):
-    """latencies: of a group, in turns of the event loop; one in five is a straggler."""
+    """latencies: of a group, in turns of the event loop; one in five is a straggler, one in three waits for a place before."""
     noise = random.Random(seed)
     rows = rows if rows is not None else Rows(make_prompt)
 
     async def play(prompt, place, started):
+        for _ in range(noise.choice((0, 0, 8))):
+            await asyncio.sleep(0)
         started()
         run.begun[place.row] = run.version
         assert place.row not in run.running
@@ -375,6 +380,100 @@ def test_a_stop_while_a_batch_is_waited_for_leaves_every_prompt_in_line(make_pro
         assert all(gate.done() for gate in gated.gates.values())
 
     asyncio.run(run())
+
+
+# -- how busy an engine is, in virtual time -------------------------------------------------------------------------------
+
+
+class Waits(selectors.DefaultSelector):
+    """Waits for nothing: `now` goes on by what it was asked to wait."""
+
+    now = 0.0
+
+    def select(self, timeout=None):
+        assert timeout is not None, "everything waits for something that nobody does"
+        self.now += max(0.0, timeout)
+        return super().select(0)
+
+
+class VirtualLoop(asyncio.SelectorEventLoop):
+    def __init__(self):
+        self.waits = Waits()
+        super().__init__(self.waits)
+
+    def time(self):
+        return self.waits.now
+
+
+class SteppingEngine:
+    """Ten tokens of every message that is asked for, again and again; seconds as they were for the model of `bench rollout`."""
+
+    def __init__(self):
+        self.left, self.asked, self.spans = {}, asyncio.Event(), []
+
+    async def generate(self, num_tokens):
+        done = asyncio.get_running_loop().create_future()
+        self.left[done] = num_tokens
+        self.asked.set()
+        await done
+
+    async def run(self):
+        loop = asyncio.get_running_loop()
+        while True:
+            self.asked.clear()
+            if not self.left:
+                await self.asked.wait()
+            began = loop.time()
+            await asyncio.sleep(10 * (0.0055 + 0.0006 * len(self.left)))
+            self.spans.append((began, loop.time()))
+            self.left = {done: left - 10 for done, left in self.left.items()}
+            for done in [done for done, left in self.left.items() if left <= 0]:
+                del self.left[done]
+                done.set_result(None)
+
+
+def busy_share(make_prompt, mode, places, batch, num, seed):
+    """Share of the time until the last trajectory is begun (`async`) or ends (`sync`) in which the engine was in a step.
+
+    Tools: median 1 s, 99th percentile 20 s. 8 trajectories a prompt, 1 to 3 calls, messages of 48 to 144 tokens.
+    """
+    G, tools = 8, Latency(failing=0.0)
+    rules = config(mode, prompts_per_step=batch // G, deterministic=False)
+    steps, begun = num // batch, []
+
+    async def main():
+        loop, engine, gate = asyncio.get_running_loop(), SteppingEngine(), asyncio.Semaphore(places)
+
+        async def trajectory(noise, started):
+            async with gate:
+                started()
+                begun.append(loop.time())
+                for call in range(noise.randint(1, 3) + 1):
+                    if call:
+                        await asyncio.sleep(tools.median_s * math.exp(tools.sigma * noise.gauss(0, 1)))
+                    await engine.generate(noise.randint(48, 144))
+
+        async def play(prompt, place, started):
+            await asyncio.gather(*(trajectory(random.Random(f"{seed} {place.number} {i}"), started) for i in range(G)))
+            return Group(prompt, ())
+
+        running = asyncio.create_task(engine.run())
+        schedule = Schedule(Rules.of(rules, steps), Rows(make_prompt), play)
+        for step in range(steps):
+            assert len((await schedule.batch(step)).groups) == batch // G
+        end = max(begun) if mode == "async" else loop.time()
+        running.cancel()
+        return sum(max(0.0, min(b, end) - a) for a, b in engine.spans if a < end) / end
+
+    with asyncio.Runner(loop_factory=VirtualLoop) as runner:
+        return runner.run(main())
+
+
+@pytest.mark.parametrize(("places", "batch"), [(64, 128), (128, 128)])
+def test_tools_of_seconds_leave_an_engine_busy_where_steps_are_not_waited_for(make_prompt, places, batch):
+    shares = [busy_share(make_prompt, "async", places, batch, 768, seed) for seed in range(3)]
+    assert sorted(shares)[1] > 0.95 and min(shares) > 0.75, shares  # a call in 10,000 takes minutes
+    assert busy_share(make_prompt, "sync", places, batch, 256, 0) < 0.8
 
 
 # -- with real episodes ---------------------------------------------------------------------------------------------------
