@@ -316,4 +316,6 @@ def test_tensor_parallel_ranks_train_what_an_engine_samples(
     finally:
         running.end()
     check(folder, steps=3, dtype=dtype, staleness=2 if settings == _AHEAD else 0)
-    assert all(update["grad_norm"] > 0 for record in _metrics(folder) for update in record["updates"]), "nothing is learnt"
+    # a mini-batch whose groups agree with themselves teaches nothing, which is skipped
+    assert all(update["grad_norm"] > 0 or update["skipped_step"] for r in _metrics(folder) for update in r["updates"])
+    assert all(any(update["grad_norm"] > 0 for update in record["updates"]) for record in _metrics(folder)), "nothing is learnt"
