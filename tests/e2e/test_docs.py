@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -118,6 +119,12 @@ def test_documented_ray_commands_parse() -> None:
     for line in lines:
         verb, *words = shlex.split(line)
         scripts.cli.commands[verb].make_context(verb, words)
+
+
+def test_no_two_test_files_have_the_same_name() -> None:
+    """pytest takes them for one, and `make test-gpu` and `make test-slow`, which collect all folders at once, would stop there."""
+    names = Counter(path.name for path in (_ROOT / "tests").rglob("test_*.py"))
+    assert [name for name, num in names.items() if num > 1] == []
 
 
 def test_the_pages_show_commands_at_all() -> None:

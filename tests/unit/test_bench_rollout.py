@@ -39,7 +39,7 @@ from metis_fast.testing.latency import Latency, SlowToolbox
 from metis_fast.types import Observation, Outcome
 
 FAST = Latency(0.001, 0.01, 0.15)
-CLIENT: Client = None  # pyright: ignore[reportAssignmentType] - only `gather` needs one, see tests/e2e/test_bench_rollout.py
+CLIENT: Client = None  # pyright: ignore[reportAssignmentType] - only `gather` needs one, see tests/e2e/test_bench_rollout_run.py
 
 
 @pytest.fixture(scope="module")
