@@ -122,7 +122,7 @@ def test_documented_ray_commands_parse() -> None:
 
 
 def test_no_two_test_files_have_the_same_name() -> None:
-    """pytest takes them for one, and `make test-gpu` and `make test-slow`, which collect all folders at once, would stop there."""
+    """pytest takes them for one: `make test-gpu` and `make test-slow`, which collect all folders at once, would stop there."""
     names = Counter(path.name for path in (_ROOT / "tests").rglob("test_*.py"))
     assert [name for name, num in names.items() if num > 1] == []
 
