@@ -38,8 +38,8 @@ class Interrupts:
         self._loop.close()
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        signal.signal(number, self._previous[number])  # first: whoever sees `requested` may rely on it
         self.requested = True
-        signal.signal(number, self._previous[number])
         if self._task is not None:
             self._loop.call_soon_threadsafe(self._task.cancel)
 
