@@ -225,6 +225,15 @@ def test_a_stopped_rank_is_silent_and_the_job_ends(own, tmp_path, monkeypatch):
     assert not alive(pids)
 
 
+@pytest.fixture
+def default_handler():
+    """Python's own for Ctrl-C, which whatever ran in this process before may have replaced."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("default_handler")
 def test_a_second_interrupt_kills_the_ranks(own, tmp_path):
     ranks, pids = own
     started = time.monotonic()
