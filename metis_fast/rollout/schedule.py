@@ -94,8 +94,9 @@ class Cursor(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Taken:
-    """What a step trains on. groups: P, in the order of their numbers. in_flight: groups that go on being sampled; carried: of
-    these, or finished and waiting, those that were begun before this step's batch was complete. dropped: cancelled."""
+    """What a step trains on. groups: P, in the order of their numbers. in_flight: groups that go on being sampled, wait for a
+    place, or are finished and wait for their step; carried: of these, what was there before this step's batch was complete.
+    dropped: cancelled."""
 
     groups: list[Group]
     in_flight: int
