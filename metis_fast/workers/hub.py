@@ -441,7 +441,9 @@ class Hub:
 
     def job(self, name: str, role: Role, cpus: float, gpus: int, environment: dict[str, str]) -> Job:
         """What a launcher is told."""
-        command = ("-m", "metis_fast", "worker", "--join", self._address, "--name", name)
+        # by the module's own name: a Python that `multiprocessing` spawns from there (each rank of a tensor-parallel vLLM)
+        # imports it, and metis_fast with it, before anything else; it passes over what is called __main__
+        command = ("-m", "metis_fast.cli", "worker", "--join", self._address, "--name", name)
         return Job(name, role, command, {**environment, KEY: self._key}, cpus, gpus)
 
     def worker(
