@@ -22,7 +22,7 @@ from metis_fast.data.parquet import PromptFiles
 from metis_fast.data.scripted import ScriptedEngine, ScriptStyle
 from metis_fast.errors import ConfigError, DataError, Interrupted
 from metis_fast.interrupt import Interrupts
-from metis_fast.model import ImagePreparer, load_policy, load_tokenizer
+from metis_fast.model import ImagePreparer, first_device, load_policy, load_tokenizer
 from metis_fast.parts import save_config
 from metis_fast.report.progress import progress
 from metis_fast.rollout.chat import Chat
@@ -116,7 +116,7 @@ def sft(config: Config, out: Path) -> None:
     torch.manual_seed(config.run.seed)
     folder = config.run.dir / "sft"
     save_config(config.model_copy(update={"run": config.run.model_copy(update={"dir": folder})}))
-    policy = load_policy(config.model)
+    policy = load_policy(config.model, device=first_device())
     # everything is trained in the cold start: what HDPO freezes has to be learnt first
     unfrozen = config.model_copy(update={"model": config.model.model_copy(update={"freeze": ()})})
     trainer = TorchTrainer(policy, unfrozen, config.sft.optim, len(schedule))

@@ -175,7 +175,7 @@ class Policy:
         """Run the vision tower over images (each of them once)."""
         assert not isinstance(self.model, Qwen3ForCausalLM)
         patches = [self.images(image) for image in images]
-        grid = torch.tensor([p.grid for p in patches])
+        grid = torch.tensor([p.grid for p in patches], device=self.head.device)
         pixels = torch.cat([p.pixels for p in patches]).to(self.head.device)
         # transformers annotates its tensors as FloatTensor and LongTensor, which no torch function returns
         encode = cast(Callable[[Tensor, Tensor], BaseModelOutputWithDeepstackFeatures], self.model.model.get_image_features)
@@ -258,8 +258,13 @@ def load_tokenizer(folder: Path, vision: bool = True) -> PreTrainedTokenizerBase
     return tokenizer
 
 
-def load_policy(config: ModelConfig, folder: Path | None = None) -> Policy:
-    """Load `folder` (default: config.path) for training and sampling.
+def first_device() -> torch.device:
+    """Where one process computes: the first GPU, else the CPU."""
+    return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def load_policy(config: ModelConfig, folder: Path | None = None, device: torch.device | None = None) -> Policy:
+    """Load `folder` (default: config.path) for training and sampling. device: None is the CPU.
 
     Raises:
         ModelError: see `check_model_folder`; also weights that do not fit the config.
@@ -280,6 +285,8 @@ def load_policy(config: ModelConfig, folder: Path | None = None) -> Policy:
     missing = sorted(info["missing_keys"])
     if missing:
         raise ModelError(f"{folder} lacks {len(missing)} weights (first: {missing[0]}); the folder is incomplete")
+    if device is not None:
+        model.to(device)  # pyright: ignore[reportArgumentType]
     tokenizer = load_tokenizer(folder, vision)
     if isinstance(model, Qwen3ForCausalLM):
         return Policy(model, tokenizer, None, folder)

@@ -26,7 +26,7 @@ from metis_fast.data.cursor import CursorState, PromptCursor
 from metis_fast.data.parquet import PromptFiles
 from metis_fast.errors import ConfigError, ToolSetupError
 from metis_fast.interrupt import Interrupts
-from metis_fast.model import Policy, load_policy
+from metis_fast.model import Policy, first_device, load_policy
 from metis_fast.report.log import RunLog
 from metis_fast.rollout.chat import Chat
 from metis_fast.rollout.engine import Engine, SyncReport, update
@@ -346,6 +346,13 @@ def _open_toolbox(config: Config, scratch: Path, hub: Hub | None, check: Callabl
     return RemoteToolbox(config.tools, workers)
 
 
+def _device(config: Config, training: bool) -> torch.device:
+    """Of the policy in this process: a GPU where it samples, and trains, here. Megatron's ranks and vLLM's engines have the
+    GPUs to themselves."""
+    elsewhere = config.rollout.engine == "vllm" or (training and config.train.backend == "megatron")
+    return torch.device("cpu") if elsewhere else first_device()
+
+
 @contextmanager
 def open_parts(config: Config, interrupts: Interrupts, training: bool = True) -> Iterator[Parts]:
     """Open everything that a run needs, cheapest checks first, and close it in reverse order.
@@ -377,7 +384,8 @@ def open_parts(config: Config, interrupts: Interrupts, training: bool = True) ->
         toolbox = _open_toolbox(config, scratch, hub, interrupts.check)
         stack.callback(toolbox.close)
         interrupts.run(judge.check())
-        policy = load_policy(config.model)
+        device = _device(config, training)
+        policy = load_policy(config.model, device=device)
         # whether nothing is being sampled while the trainer steps
         sampler, waits = policy, config.rollout.mode == "sync" and not config.rollout.over_provision
         if config.rollout.engine == "vllm":
@@ -385,7 +393,7 @@ def open_parts(config: Config, interrupts: Interrupts, training: bool = True) ->
             engine = VllmEngine(config, policy, hub)
         else:
             if training and not waits and config.train.backend == "torch":
-                sampler = load_policy(config.model)
+                sampler = load_policy(config.model, device=device)
             engine = NativeEngine(sampler, config.rollout.deterministic and waits)
         stack.callback(engine.close)
         if isinstance(engine, VllmEngine) and config.rollout.vllm.sleep:

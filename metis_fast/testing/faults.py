@@ -24,6 +24,7 @@ from uuid import uuid4
 
 import numpy as np
 
+from metis_fast.errors import SyncError
 from metis_fast.rollout.vllm.service import VllmService
 from metis_fast.rollout.vllm.settings import EngineSettings, EngineStats, GenerateReply, GenerateRequest
 
@@ -342,13 +343,20 @@ class _ScriptedLLM:
         elif len(sampled.token_ids) in (request.max_tokens, len(message)):
             sampled.finish_reason, output.finished = "length", True
 
-    def collective_rpc(self, method: str, args: tuple[Any, ...] = ()) -> None:
+    def collective_rpc(self, method: str, args: tuple[Any, ...] = ()) -> list[str]:
+        if method != "load_staged":
+            return []
+        try:
+            self._load_staged(*args)
+        except SyncError as error:
+            return [str(error)]
+        return [""]
+
+    def _load_staged(self, update: Mapping[str, Any]) -> None:
         from metis_fast.sync.manifest import Manifest
         from metis_fast.sync.reader import Reader
 
-        if method != "update_weights":
-            return
-        manifest = Manifest.from_dict(args[0])
+        manifest = Manifest.from_dict(update)
         reader = Reader(manifest, self._newest)
         if self._faults.take(Fault.KILL_LOADING):
             os.kill(os.getpid(), signal.SIGKILL)

@@ -272,6 +272,28 @@ def test_an_engine_that_is_killed_or_stopped_amid_a_run_comes_back_with_the_curr
     check(folder, steps=5, dtype="float32")
 
 
+@pytest.mark.slow
+def test_a_tensor_parallel_engine_gets_every_version_and_outlives_a_rank_that_is_killed_or_stopped(
+    demo: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    settings = ["rollout.vllm.tensor_parallel=2", "rollout.vllm.stall_s=15", "model.dtype=float32", "train.steps=5"]
+    settings.append("gate.every=1")  # what both ranks say with the newest weights against the trainer, at every step
+    running = Command(_command(demo, folder, *settings), tmp_path / "process")
+    for rank, number, steps in ((1, signal.SIGKILL, 1), (0, signal.SIGSTOP, 3)):
+        while not (folder / "metrics.jsonl").exists() or len(_metrics(folder)) < steps:
+            assert running.alive, running.read("err")
+            time.sleep(0.01)
+        time.sleep(0.2)  # the next step's messages are being sampled
+        ranks = sorted(one.pid for one in running.family() if any("spawn_main" in word for word in one.cmdline()))
+        assert len(ranks) == 2
+        os.kill(ranks[rank], number)
+    ended = running.wait()
+    assert ended.code == 0 and not ended.orphans, ended
+    assert ended.err.count("; starting it again (") == 2, ended.err
+    check(folder, steps=5, dtype="float32")
+
+
 def _use_copies() -> None:
     class Copying(VllmEngine):
         def __init__(self, config: Config, policy: Policy, hub: Hub) -> None:

@@ -1,6 +1,6 @@
 """The process of `test_sync_vllm.py`: a real vLLM engine and a torch trainer; what they say is written as JSON.
 
-Usage: python sync_vllm_process.py FOLDER OUT
+Usage: python sync_vllm_process.py FOLDER OUT RANKS
 """
 
 from __future__ import annotations
@@ -30,10 +30,9 @@ from tiny_shape import SHAPE, TEXTS
 
 import metis_fast.compat  # noqa: F401
 from metis_fast.config import Config, ModelConfig
-from metis_fast.errors import SyncError
 from metis_fast.model import load_policy
 from metis_fast.rollout.chat import Chat
-from metis_fast.rollout.vllm.plugin import TRANSFER, register
+from metis_fast.rollout.vllm.plugin import LOADING, TRANSFER, register
 from metis_fast.sync.local_copy import LocalCopy
 from metis_fast.sync.segment import FOLDER, HEADER
 from metis_fast.sync.staging import Staging
@@ -74,12 +73,13 @@ def picture(seed: int, width: int, height: int) -> ImageBlob:
 class Run:
     """An engine and a trainer of the same model."""
 
-    def __init__(self, folder: Path, dtype: str) -> None:
+    def __init__(self, folder: Path, dtype: str, ranks: int) -> None:
         from vllm import LLMEngine
         from vllm.config import WeightTransferConfig
         from vllm.engine.arg_utils import EngineArgs
 
         register()
+        self.ranks = ranks
         config = Config.model_validate({"model": {"path": folder, "dtype": dtype}})
         self.policy = load_policy(config.model)
         self.trainer = TorchTrainer(self.policy, config, config.train.optim, 10)
@@ -97,7 +97,9 @@ class Run:
                 max_num_seqs=4,
                 enforce_eager=True,
                 enable_prefix_caching=True,
+                tensor_parallel_size=ranks,
                 weight_transfer_config=WeightTransferConfig(backend=TRANSFER),
+                worker_extension_cls=LOADING,
                 limit_mm_per_prompt={"image": 2, "video": 0},
                 mm_processor_kwargs={"use_fast": False},
             )
@@ -162,16 +164,13 @@ class Run:
                     parameter.add_((noise * factor).to(parameter.dtype))
 
     def load(self, manifest: dict) -> str:
-        """The calls of an update; returns what was refused."""
-        self.engine.collective_rpc("start_weight_update")
-        try:
-            self.engine.collective_rpc("update_weights", args=(manifest,))
-        except SyncError as error:
-            return str(error)
-        self.engine.collective_rpc("finish_weight_update")
-        self.engine.reset_prefix_cache(reset_running_requests=True)
-        self.engine.reset_encoder_cache()
-        return ""
+        """An update; returns what was refused: by all ranks, if by one."""
+        refusals = self.engine.collective_rpc("load_staged", args=(manifest,))
+        assert len(refusals) == self.ranks and len({bool(refusal) for refusal in refusals}) == 1
+        if not any(refusals):
+            self.engine.reset_prefix_cache(reset_running_requests=True)
+            self.engine.reset_encoder_cache()
+        return refusals[0]
 
     def close(self) -> None:
         from vllm.distributed import cleanup_dist_env_and_memory
@@ -186,11 +185,9 @@ def logp(rollouts: list[Rollout]) -> Logp:
     return [rollout.logp[rollout.sampled].tolist() for rollout in rollouts]
 
 
-def everything(folder: Path) -> dict:
+def everything(folder: Path, ranks: int) -> dict:
     """float32: updates of some weights and of all, faults, delta."""
-    from metis_fast.rollout.vllm.transfer import StagedWeightTransfer
-
-    run = Run(folder, "float32")
+    run = Run(folder, "float32", ranks)
     start = run.sample()
     found: dict = {"gaps": {"before": run.gap(start)}, "stale": {}, "said": {"before": logp(start)}}
 
@@ -206,13 +203,12 @@ def everything(folder: Path) -> dict:
     step("vision", "visual", 0.3, 2)
     step("all", "", 0.1, 3)
 
-    # what vLLM's own reloading makes of a tied head; `_refresh_tied_head` may go when this is no gap any more
-    refresh, StagedWeightTransfer._refresh_tied_head = StagedWeightTransfer._refresh_tied_head, lambda self: None
     run.change("embed_tokens", 0.1)
-    assert run.load(run.staging.write(run.trainer.weights(), 4).to_dict()) == ""
-    found["tied head of vLLM"] = run.gap(run.sample())
-    StagedWeightTransfer._refresh_tied_head = refresh
-    assert run.staging.current is not None and run.load(run.staging.current.to_dict()) == ""  # the same version may come again
+    manifest = run.staging.write(run.trainer.weights(), 4).to_dict()
+    if ranks == 1:  # in this process
+        found["tied head of vLLM"] = without_tied_head(run, manifest)
+    assert run.load(manifest) == ""
+    assert run.load(manifest) == ""  # the same version may come again
     now = run.sample()
     found["gaps"]["again"], found["said"]["again"] = run.gap(now), logp(now)
 
@@ -265,9 +261,20 @@ def everything(folder: Path) -> dict:
     return found
 
 
-def bfloat16(folder: Path) -> dict:
+def without_tied_head(run: Run, manifest: dict) -> float:
+    """The gap that vLLM's own reloading leaves; `_refresh_tied_head` may go when it is none any more."""
+    from metis_fast.rollout.vllm.transfer import StagedWeightTransfer
+
+    refresh, StagedWeightTransfer._refresh_tied_head = StagedWeightTransfer._refresh_tied_head, lambda self: None
+    assert run.load(manifest) == ""
+    gap = run.gap(run.sample())
+    StagedWeightTransfer._refresh_tied_head = refresh
+    return gap
+
+
+def bfloat16(folder: Path, ranks: int) -> dict:
     """One update."""
-    run = Run(folder, "bfloat16")
+    run = Run(folder, "bfloat16", ranks)
     found: dict = {"gaps": {"before": run.gap(run.sample())}}
     run.change("", 0.1)
     found["stale"] = run.gap(run.sample())
@@ -278,7 +285,7 @@ def bfloat16(folder: Path) -> dict:
 
 
 if __name__ == "__main__":
-    model = Path(sys.argv[1])
+    model, ranks = Path(sys.argv[1]), int(sys.argv[3])
     build(model)
-    found = {"float32": everything(model), "bfloat16": bfloat16(model)}
+    found = {"float32": everything(model, ranks), "bfloat16": bfloat16(model, ranks)}
     Path(sys.argv[2]).write_text(json.dumps(found, indent=1))

@@ -15,15 +15,18 @@ pytest.importorskip("vllm")
 HERE = Path(__file__).parent
 
 
-@pytest.fixture(scope="module")
-def said(tmp_path_factory):
-    """What `sync_vllm_process.py` wrote. vLLM changes a process for good, so that it gets one of its own."""
+@pytest.fixture(scope="module", params=[1, pytest.param(2, marks=pytest.mark.slow)], ids=["one-rank", "two-ranks"])
+def said(request, tmp_path_factory):
+    """What `sync_vllm_process.py` wrote. vLLM changes a process for good, so that it gets one of its own.
+
+    two-ranks: the engine is tensor parallel, and a version that one rank refuses no rank loads.
+    """
     folder = tmp_path_factory.mktemp("sync")
     done = subprocess.run(
-        [sys.executable, HERE / "sync_vllm_process.py", folder / "model", folder / "out.json"],
+        [sys.executable, HERE / "sync_vllm_process.py", folder / "model", folder / "out.json", str(request.param)],
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=300 * request.param,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr[-4000:]
@@ -79,4 +82,6 @@ def test_a_delta_makes_the_same_engine_as_the_whole(said):
 
 def test_vllm_needs_help_with_a_tied_head(said):
     """`StagedWeightTransfer._refresh_tied_head` may go when this fails."""
+    if "tied head of vLLM" not in said["float32"]:
+        pytest.skip("it is switched off in the test's own process, where two ranks are not")
     assert said["float32"]["tied head of vLLM"] > 1e-2

@@ -172,7 +172,7 @@ class VllmEngine:
                 "engine",
                 service,
                 settings,
-                cpus=1.0 if on_gpu else float(max(1, vllm.cpu_threads)),
+                cpus=1.0 if on_gpu else float(max(1, vllm.cpu_threads) * vllm.tensor_parallel),
                 gpus=vllm.tensor_parallel if on_gpu else 0,
                 max_restarts=vllm.restarts,
                 prepare=self._prepare,

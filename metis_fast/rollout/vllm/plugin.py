@@ -5,6 +5,9 @@ from __future__ import annotations
 TRANSFER = "metis_fast"
 """Name of `transfer.StagedWeightTransfer` in vLLM's factory."""
 
+LOADING = "metis_fast.rollout.vllm.transfer.StagedLoading"
+"""vLLM's `worker_extension_cls`."""
+
 
 def register() -> None:
     """Called by vLLM, in some processes more than once."""

@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from metis_fast.errors import EngineError, EngineFailure, MetisError, ModelError, SyncError
-from metis_fast.rollout.vllm.settings import UNTOUCHED, EngineSettings, EngineStats, GenerateReply, GenerateRequest
+from metis_fast.rollout.vllm.settings import EngineSettings, EngineStats, GenerateReply, GenerateRequest
 
 if TYPE_CHECKING:
     from vllm import LLMEngine, SamplingParams
@@ -351,14 +351,12 @@ class VllmService:
         began = time.perf_counter()
         self._pause()
         try:
-            engine.collective_rpc("start_weight_update")
-            engine.collective_rpc("update_weights", args=(update,))
+            refusals = engine.collective_rpc("load_staged", args=(update,))
         except Exception as error:  # from vLLM's own worker process it comes as text
-            if not isinstance(error, SyncError) and UNTOUCHED not in str(error):
-                raise EngineError(f"weight version {version} was not loaded: {error}") from None
+            raise EngineError(f"weight version {version} was not loaded: {error}") from None
+        if any(refusals):  # by all ranks, then
             self._wake()
-            raise SyncError(f"weight version {version}: {error}") from None
-        engine.collective_rpc("finish_weight_update")
+            raise SyncError(f"weight version {version}: {next(filter(None, refusals))}")
         self._go_on(version)
         return time.perf_counter() - began
 
@@ -483,6 +481,7 @@ def _open(settings: EngineSettings) -> LLMEngine:
         "weight_transfer_config": WeightTransferConfig(
             backend=plugin.TRANSFER if settings.transport == "staged" else settings.transport
         ),
+        "worker_extension_cls": plugin.LOADING,
         "speculative_config": None if settings.speculative is None else dict(settings.speculative),
     }
     if _has_gpu():

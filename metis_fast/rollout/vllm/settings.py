@@ -9,8 +9,6 @@ import numpy as np
 import numpy.typing as npt
 
 SERVICE = "metis_fast.rollout.vllm.service:VllmService"
-UNTOUCHED = "(nothing was loaded)"
-"""In the text of a refused weight version: from vLLM's own processes, errors come as text."""
 
 STOPPED, LENGTH = "stop", "length"
 

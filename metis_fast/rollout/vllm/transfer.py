@@ -1,9 +1,10 @@
 """The receiving end of staged weight updates, in every worker process of a vLLM engine.
 
-vLLM makes one by the name `plugin.TRANSFER` (`weight_transfer_config`) and calls, for an update: `start_weight_update`,
-`update_weights` with the manifest, `finish_weight_update`. Until the whole version is verified, by all tensor-parallel ranks,
-the model is not touched: a refused version leaves the old one serving, and vLLM's session closed, so that the same three calls
-may be made again. The caller makes vLLM forget what was computed with the old weights (prefix cache, encoder cache).
+vLLM makes one by the name `plugin.TRANSFER` (`weight_transfer_config`). An update is three calls in each worker, which
+`StagedLoading.load_staged` makes: `start_weight_update`, `update_weights` with the manifest, `finish_weight_update`. Until the
+whole version is verified, by all tensor-parallel ranks, the model is not touched: a refused version leaves the old one serving,
+and vLLM's session closed, so that it may come again. The caller makes vLLM forget what was computed with the old weights
+(prefix cache, encoder cache).
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -21,10 +22,12 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, 
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
 from metis_fast.errors import EngineError, SyncError
-from metis_fast.rollout.vllm.settings import UNTOUCHED
 from metis_fast.sync.manifest import Manifest
 from metis_fast.sync.reader import Reader
 from metis_fast.train.megatron.names import GATE_UP, QKV
+
+if TYPE_CHECKING:
+    from vllm.v1.worker.gpu_worker import Worker
 
 # what vLLM makes of the matrices that both it and Megatron-core fuse; `load_weights` does it, here it only names them
 _FUSED = {f".{name}.": ".qkv_proj." for name in QKV} | {f".{name}.": ".gate_up_proj." for name in GATE_UP}
@@ -61,10 +64,7 @@ class StagedWeightTransfer(WeightTransferEngine[StagedInitInfo, StagedUpdateInfo
         Raises:
             SyncError: it is no manifest, or a damaged one.
         """
-        try:
-            return StagedUpdateInfo(Manifest.from_dict(update_dict))
-        except SyncError as error:
-            raise SyncError(f"{error} {UNTOUCHED}") from None
+        return StagedUpdateInfo(Manifest.from_dict(update_dict))
 
     def start_weight_update(self) -> None:
         """Nothing: vLLM's reloading takes the old weights away, and the new ones are not verified yet.
@@ -122,9 +122,9 @@ class StagedWeightTransfer(WeightTransferEngine[StagedInitInfo, StagedUpdateInfo
             error = refused
         refusals = self._refusals(error is not None)
         if error is not None:
-            raise SyncError(f"{error} {UNTOUCHED}") from None
+            raise error
         if refusals:
-            raise SyncError(f"refused by {refusals} other ranks of the engine {UNTOUCHED}")
+            raise SyncError(f"refused by {refusals} other ranks of the engine")
         assert reader is not None
         return reader
 
@@ -167,6 +167,26 @@ class StagedWeightTransfer(WeightTransferEngine[StagedInitInfo, StagedUpdateInfo
         for name, tensor in reader:
             # out of page-locked memory a GPU reads twice as fast, and vLLM's loaders take the rank's part from there
             yield name, tensor.pin_memory() if self.device.type == "cuda" else tensor
+
+
+class StagedLoading:
+    """What every worker of an engine can do besides vLLM's own (`worker_extension_cls`)."""
+
+    def load_staged(self, manifest: dict[str, Any]) -> str:
+        """A whole update; returns why the version was refused, or "". A refusal is no exception: vLLM's multi-process executor
+        raises the first rank's at once and takes the next rank's, which it has left unread, for the answer to its next call.
+
+        Raises:
+            EngineError: see `StagedWeightTransfer`; the engine must be started again.
+        """
+        worker = cast("Worker", self)
+        worker.start_weight_update()
+        try:
+            worker.update_weights(manifest)
+        except SyncError as error:
+            return str(error)
+        worker.finish_weight_update()
+        return ""
 
 
 @contextmanager
