@@ -181,7 +181,13 @@ class Policy:
         encode = cast(Callable[[Tensor, Tensor], BaseModelOutputWithDeepstackFeatures], self.model.model.get_image_features)
         out = encode(pixels, grid)
         assert out.pooler_output is not None and out.deepstack_features is not None
-        return ImageFeatures(tuple(out.pooler_output), tuple(tuple(layer) for layer in out.deepstack_features))
+        sizes = [t * h * w // self.merge**2 for t, h, w in (p.grid for p in patches)]
+
+        def by_image(features: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
+            # transformers up to 5.17 leave the deepstack features of all images in one tensor
+            return tuple(features.split(sizes) if isinstance(features, Tensor) else features)
+
+        return ImageFeatures(by_image(out.pooler_output), tuple(map(by_image, out.deepstack_features)))
 
     def hidden(
         self,
