@@ -68,10 +68,10 @@ class Tokens:
 def bounds(advantage_L: Tensor, clip: Clip) -> tuple[Tensor, Tensor]:
     """Range of rho in which the surrogate of that advantage has a gradient, bounds included."""
     negative = advantage_L < 0
-    # tensors, not numbers: torch.where of two Python numbers has the default dtype, which would round the bounds
-    number = advantage_L.new_tensor
-    low = torch.where(negative, number(1 - clip.eps_low), number(0.0))
-    high = torch.where(negative, number(clip.dual_clip), number(1 + clip.eps_high))
+    # tensors, not numbers: torch.where of two Python numbers has the default dtype, which would round the bounds. Filled on the
+    # device: a copy of a number from the host waits for all that a GPU has still to do
+    low = torch.where(negative, advantage_L.new_full((), 1 - clip.eps_low), 0.0)
+    high = torch.where(negative, advantage_L.new_full((), clip.dual_clip), advantage_L.new_full((), 1 + clip.eps_high))
     return low, high
 
 

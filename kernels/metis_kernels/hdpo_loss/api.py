@@ -216,7 +216,7 @@ def _inverse(name: str, num: float | Tensor, device: torch.device) -> Tensor:
         return torch.where(value == 0, 0.0, 1 / value)
     if not (isinstance(num, Real) and num >= 0 and math.isfinite(num)):
         raise ValueError(f"{name}: expected a number of tokens >= 0, got {num!r}")
-    return torch.tensor(1 / num if num else 0.0, dtype=torch.float64, device=device)
+    return torch.full((), 1 / num if num else 0.0, dtype=torch.float64, device=device)
 
 
 @torch.library.custom_op("metis_kernels::hdpo_loss", mutates_args=("head_grad",))

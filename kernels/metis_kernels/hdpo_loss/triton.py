@@ -11,8 +11,8 @@ For each chunk of live rows, with an anchor c_i close to the log-sum-exp that is
 
 E needs no correction other than a row scale, so both products take it as it lies. An anchor that is off by more than
 `_DRIFT_LIMIT` flags its row, which gets v = 0; flagged rows run again with the exact log-sum-exp of their logits. That takes
-one look from the host, after all chunks. With an entropy bonus dL/dz is no row scale times E; there a second row kernel
-turns Z into it.
+one look from the host, at flags that are known before the last chunk's gradients, while those are computed. With an entropy
+bonus dL/dz is no row scale times E; there a second row kernel turns Z into it.
 
 Memory, extra to inputs and results: C V (4 + size of the dtype) bytes for Z and E (4 for float32, in place), C H (4 + size of
 the dtype) for X and dX; traffic of the row pass the same C V bytes, or 8 for float32.
@@ -130,6 +130,28 @@ class _Call:
         return math.log2(math.e) / self.temperature
 
 
+class _Look:
+    """Whether any row is flagged: asked for before the last products, so that the host waits while they run, not after them."""
+
+    def __init__(self) -> None:
+        self._found: Tensor | None = None
+        self._copied: torch.cuda.Event | None = None
+
+    def ask(self, flagged_L: Tensor) -> None:
+        found = flagged_L.any()
+        if found.is_cuda:
+            self._found = torch.empty((), dtype=torch.bool, pin_memory=True).copy_(found, non_blocking=True)
+            self._copied = torch.cuda.Event()
+            self._copied.record(torch.cuda.current_stream(found.device))
+        elif not found.is_meta:
+            self._found = found
+
+    def answer(self) -> bool:
+        if self._copied is not None:
+            self._copied.synchronize()
+        return self._found is not None and bool(self._found)
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class _Buffers:
     """Of one chunk, used again by the next. e_CV is z_CV for float32 heads; d_CH: dHidden before its row scale."""
@@ -195,17 +217,16 @@ def hdpo_loss(
 
     if unit is not None and head_grad_VH is not None:
         head_grad_VH /= unit
-    _run(call, rows, results)
-    if rows.anchor_L is not None and not hidden_TH.is_meta:
-        # the one look from the host: how many rows, if any, have to run again
+    look = None if rows.anchor_L is None else _Look()
+    _run(call, rows, results, look)
+    if look is not None and look.answer():
         again = results.flagged_L.nonzero()[:, 0]
-        if len(again):
-            exact = _Results.empty(len(again), hidden_TH.device)
-            _run(call, replace(rows, anchor_L=None).at(again), exact)
-            results.logp_L[again] = exact.logp_L
-            results.lse_L[again] = exact.lse_L
-            if with_entropy:
-                results.entropy_L[again] = exact.entropy_L
+        exact = _Results.empty(len(again), hidden_TH.device)
+        _run(call, replace(rows, anchor_L=None).at(again), exact, None)
+        results.logp_L[again] = exact.logp_L
+        results.lse_L[again] = exact.lse_L
+        if with_entropy:
+            results.entropy_L[again] = exact.entropy_L
     if unit is not None and head_grad_VH is not None:
         head_grad_VH *= unit
     return results.logp_L, results.lse_L, results.entropy_L
@@ -247,21 +268,30 @@ def _anchor_of_targets(call: _Call, rows: _Rows) -> Tensor | None:
     return _shard.sum_over_ranks(z_L, call.group) / call.temperature - logp_L
 
 
-def _run(call: _Call, rows: _Rows, results: _Results) -> None:
-    """All chunks of these rows."""
+def _run(call: _Call, rows: _Rows, results: _Results, look: _Look | None) -> None:
+    """All chunks of these rows. look: asked for flagged ones, as soon as all are known."""
     num = len(rows.live_L)
     buffers = _Buffers.of(call, min(call.chunk, num))
     for start in range(0, num, call.chunk):
         which = slice(start, min(start + call.chunk, num))
-        _run_chunk(call, rows.at(which), buffers.first(which.stop - start), results.at(which))
+        chunk = rows.at(which), buffers.first(which.stop - start), results.at(which)
+        x_CH, row_scale_C = _forward_chunk(call, *chunk)
+        if look is not None and which.stop == num:
+            look.ask(results.flagged_L)
+        _backward_chunk(call, *chunk[:2], x_CH, row_scale_C)
 
 
-def _run_chunk(call: _Call, rows: _Rows, buffers: _Buffers, results: _Results) -> None:
+def _forward_chunk(call: _Call, rows: _Rows, buffers: _Buffers, results: _Results) -> tuple[Tensor, Tensor]:
+    """(x [C, H], row scales v [C]). Fills E and the results."""
     x_CH = call.hidden_TH.index_select(0, rows.live_L)
     _gemm.multiply(x_CH, call.head_VH.T, buffers.z_CV)
     guard = rows.anchor_L is not None
     anchor_C = rows.anchor_L if rows.anchor_L is not None else _exact_anchor(call, buffers.z_CV)
-    row_scale_C = _anchored_softmax(call, rows, anchor_C, guard, buffers, results)
+    return x_CH, _anchored_softmax(call, rows, anchor_C, guard, buffers, results)
+
+
+def _backward_chunk(call: _Call, rows: _Rows, buffers: _Buffers, x_CH: Tensor, row_scale_C: Tensor) -> None:
+    """Both gradients. x_CH is scaled in place."""
     if call.head_grad_VH is not None:
         _scale_rows(x_CH, row_scale_C, call.grad_unit, None, x_CH)
         _gemm.accumulate(call.head_grad_VH, buffers.e_CV.T, x_CH)
