@@ -35,9 +35,9 @@ class Tile:
     stages: int
 
 
-FORWARD = {2: Tile(128, 64, 8, 3), 4: Tile(32, 16, 8, 2)}
-QUERY_GRADIENT = {2: Tile(128, 32, 8, 2), 4: Tile(32, 16, 4, 2)}
-KEY_GRADIENT = {2: Tile(64, 64, 8, 2), 4: Tile(32, 16, 8, 2)}
+FORWARD = {2: Tile(64, 64, 4, 3), 4: Tile(32, 16, 8, 2)}
+QUERY_GRADIENT = {2: Tile(64, 32, 4, 3), 4: Tile(32, 16, 4, 2)}
+KEY_GRADIENT = {2: Tile(32, 64, 4, 3), 4: Tile(32, 16, 8, 2)}
 """By bytes of an element. Products of float32 stay float32, so they run outside of the tensor cores, from registers."""
 
 DELTA_ROWS = 64
