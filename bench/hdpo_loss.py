@@ -20,7 +20,7 @@ from .candidate import Candidate, Errors, Op, Outcome, PeerMissing, Plan, Reques
 from .head_case import DUAL_CLIP, EPS_HIGH, EPS_LOW, W_ACC, W_TOOL, HeadCase, dual_loss, eager_logp
 from .peers import LogpOf, cce_logp, need_compiler, verl_logp
 
-LIMITS = {"bf16": Errors(1e-5, (3e-3, 3e-3)), "fp32": Errors(1e-5, (1e-5, 1e-5))}
+GRADIENT_LIMITS = {"bf16": (3e-3, 3e-3), "fp32": (1e-5, 1e-5)}
 
 
 def _leaves(case: HeadCase) -> tuple[Tensor, Tensor]:
@@ -186,7 +186,8 @@ def _plan(request: Request) -> Plan:
         )
 
     num_tokens, num_live = len(case.targets_T), int(case.live_T.sum())
-    candidates = [candidate(name, prepare, LIMITS[request.dtype]) for name, prepare in OURS.items()]
+    limits = Errors(head_case.logp_limit(request), GRADIENT_LIMITS[request.dtype])
+    candidates = [candidate(name, prepare, limits) for name, prepare in OURS.items()]
     candidates.append(Candidate("floor", lambda: _floor(case, num_tokens), None, None, 1.0))
     if num_live < num_tokens:
         candidates.append(Candidate("floor_live", lambda: _floor(case, num_live), None, None, case.live_fraction))

@@ -21,6 +21,8 @@ _NEAR, _FAR = 0.1, (0.3, 0.5)
 """|logp - old| of tokens inside the clip range and of clipped ones. The bounds are at 0.18 and 0.22: nothing is so close to
 them that an error of a peer's log-probability (bf16 logits: up to 0.05) decides which side it is on."""
 _CLIPPED = 0.2
+LOGP_LIMIT, TENSOR_CORE_LOGP_LIMIT = 1e-5, 1e-4
+"""Largest error of a log-probability that one of ours may have. Tensor cores truncate their float32 sums: docs/kernels.md."""
 _CHECKED = 128
 _CHUNK = 256
 
@@ -97,6 +99,11 @@ class HeadCase:
             int((adv_tool != 0).sum()),
             self.num_rollouts,
         )
+
+
+def logp_limit(request: Request) -> float:
+    """What holds for this device and dtype."""
+    return TENSOR_CORE_LOGP_LIMIT if request.device.type == "cuda" and request.dtype == "bf16" else LOGP_LIMIT
 
 
 def make(request: Request) -> HeadCase:

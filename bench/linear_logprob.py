@@ -16,8 +16,6 @@ from .candidate import Candidate, Errors, Op, Outcome, Plan, Request, Step, larg
 from .head_case import HeadCase, eager_logp
 from .peers import LogpOf, cce_logp, need_compiler, verl_logp
 
-LIMITS = Errors(values=1e-5)
-
 
 def _ours(case: HeadCase, impl: Impl) -> Step:
     return lambda: Outcome(linear_logprob(case.hidden_TH, case.head_VH, case.targets_T, impl=impl).logp_T)
@@ -78,7 +76,8 @@ def _plan(request: Request) -> Plan:
         visible = not (name == "cce" and request.device.type == "cuda")
         return Candidate(name, lambda: prepare(case), check, limits, 1.0, visible)
 
-    candidates = [candidate(name, prepare, LIMITS) for name, prepare in OURS.items()]
+    limits = Errors(values=head_case.logp_limit(request))
+    candidates = [candidate(name, prepare, limits) for name, prepare in OURS.items()]
     candidates.append(Candidate("floor", lambda: _floor(case), None, None, 1.0))
     candidates += [candidate(name, PEERS[name], None) for name in request.peers]
     return Plan(
