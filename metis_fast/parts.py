@@ -24,13 +24,14 @@ from metis_fast.checkpoint.safetensors_folder import write_folder
 from metis_fast.config import Config
 from metis_fast.data.cursor import CursorState, PromptCursor
 from metis_fast.data.parquet import PromptFiles
-from metis_fast.errors import ConfigError, ToolSetupError
+from metis_fast.errors import ConfigError, EngineError, ToolSetupError
 from metis_fast.interrupt import Interrupts
 from metis_fast.model import Policy, first_device, load_policy
 from metis_fast.report.log import RunLog
 from metis_fast.rollout.chat import Chat
 from metis_fast.rollout.engine import Engine, SyncReport, update
-from metis_fast.rollout.gate import GateReport, choose, compare, probe, require
+from metis_fast.rollout.gate import GateReport, choose, compare, locate, probe, require, worst
+from metis_fast.rollout.layers import reference
 from metis_fast.rollout.native import NativeEngine
 from metis_fast.rollout.schedule import Pending, Rules, Schedule, group_player
 from metis_fast.rollout.store import RolloutStore
@@ -178,9 +179,17 @@ class Parts:
             replicas = self.config.rollout.vllm.replicas if isinstance(self.engine, VllmEngine) else 1
             self._probes = choose(coming, self.config.gate.prompts, least=replicas)
         rollouts = self.interrupts.run(probe(self._probes, self.chat, self.engine, self.config))
-        report = compare(rollouts, self.trainer.logprobs(rollouts))
+        own = self.trainer.logprobs(rollouts)
+        report = compare(rollouts, own)
         log.info("truth gate: log-probs differ by %.2e (largest %.2e, %d tokens)", report.mean, report.max, report.tokens)
-        require(report, self.config)
+        try:
+            require(report, self.config)
+        except EngineError as error:
+            log.warning("%s; looking for the layer", error)  # said now: what follows takes memory for the model once more
+            order = worst(rollouts, own)
+            model = reference(self.policy, self.trainer.weights(), rollouts[order], self.config.rollout.temperature)
+            where = self.interrupts.run(locate(order, rollouts[order], own[order], model, self.engine, self.config))
+            raise EngineError(f"{error}. {where}") from None
         return report
 
     def export(self, out: Path) -> None:

@@ -3,7 +3,7 @@
 A few messages are sampled by the engine as in training, prompts with images first, and their log-probabilities compared with
 the trainer's on the same token ids. Reinforcement learning goes on silently, and wrongly, where the two differ: another image
 preprocessing, another rotary base, weights that did not arrive. So a run refuses to start above a threshold, and says where to
-look: that follows from which prompts differ, and from where in the messages.
+look: that follows from which prompts differ, from where in the messages, and from a third opinion (`layers`).
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ import numpy as np
 import numpy.typing as npt
 
 from metis_fast.config import Config
-from metis_fast.errors import EngineError, EngineFailure
+from metis_fast.errors import EngineError, EngineFailure, InfrastructureError
 from metis_fast.rollout.chat import Chat
 from metis_fast.rollout.engine import Completion, Engine, EngineSession, Sampling
 from metis_fast.rollout.episode import SampleKey, Trace
+from metis_fast.rollout.layers import Reference, first_difference
 from metis_fast.rollout.vllm.engine import VllmEngine
 from metis_fast.types import Outcome, Prompt, Rollout
 
@@ -142,12 +143,48 @@ def compare(rollouts: Sequence[Rollout], trainer_logp: Sequence[npt.NDArray[np.f
     )
 
 
+def worst(rollouts: Sequence[Rollout], trainer_logp: Sequence[npt.NDArray[np.float32]]) -> int:
+    """Which message differs most; arguments as for `compare`."""
+    gaps = [np.abs(own - one.logp)[one.sampled].mean() for one, own in zip(rollouts, trainer_logp, strict=True)]
+    return int(np.argmax(np.nan_to_num(gaps, nan=np.inf)))
+
+
+async def locate(
+    order: int,
+    rollout: Rollout,
+    trainer_logp: npt.NDArray[np.float32],
+    model: Reference,
+    engine: Engine,
+    config: Config,
+) -> str:
+    """In words: who computes something else than transformers' own model, and if that is the engine, in which layer.
+
+    order: of the message among those of `probe`. trainer_logp [S]. model: with the trainer's weights.
+    """
+    engines = float(np.abs(rollout.logp[rollout.sampled] - model.logp).mean())
+    trainers = float(np.abs(trainer_logp[rollout.sampled] - model.logp).mean())
+    found = f"From transformers' own model the engine differs by {engines:.2e} there, the trainer by {trainers:.2e}"
+    if not trainers <= _threshold(config):
+        found += ": the trainer computes something else (its attention, how rollouts share prompts and packs)"
+    if engines <= _threshold(config) or not isinstance(engine, VllmEngine):
+        return found
+    try:
+        layers = await engine.layer_outputs(order, rollout)
+    except InfrastructureError as error:
+        return f"{found}; the engine's layers could not be compared ({error})"
+    return f"{found}; {first_difference(layers, model.layers, config.model.dtype)}"
+
+
+def _threshold(config: Config) -> float:
+    return config.gate.threshold or _THRESHOLDS[config.model.dtype]
+
+
 def require(report: GateReport, config: Config) -> None:
     """
     Raises:
         EngineError: the difference is above the threshold.
     """
-    threshold = config.gate.threshold or _THRESHOLDS[config.model.dtype]
+    threshold = _threshold(config)
     if not report.worst <= threshold:  # NaN is above
         raise EngineError(
             f"truth gate: log-probs of engine and trainer differ by {report.mean:.2e} on average, {report.worst:.2e} in the "

@@ -26,7 +26,7 @@ from metis_fast import pipeline
 from metis_fast.config import Config, load
 from metis_fast.data.cursor import PromptCursor
 from metis_fast.data.parquet import PromptFiles
-from metis_fast.errors import SyncError
+from metis_fast.errors import EngineError, SyncError
 from metis_fast.interrupt import Interrupts
 from metis_fast.model import Policy
 from metis_fast.parts import Parts, open_parts
@@ -162,6 +162,30 @@ def test_the_main_job_trains_on_what_vllm_samples(opened: Parts, monkeypatch: py
     pipeline.train(opened.config)
     check(opened.config.run.dir, steps=2)
     assert (opened.config.run.dir / "trained" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    ("weights", "layer"),
+    [
+        ("language_model.layers.1.self_attn.q_norm.weight", "layers.1.self_attn:"),
+        ("visual.merger.linear_fc2", "visual.merger:"),
+    ],
+)
+def test_the_gate_names_the_layer_that_the_engine_computes_with_other_weights(
+    sampler: Sampler, opened: Parts, weights: str, layer: str
+) -> None:
+    opened.gate()
+    changed = [p for name, p in opened.policy.model.named_parameters() if weights in name]
+    kept = [parameter.detach().clone() for parameter in changed]
+    with torch.no_grad():
+        for parameter in changed:
+            parameter.add_(torch.randn_like(parameter) * 0.5)
+    with pytest.raises(EngineError, match=f"the likely layer is {layer}"):
+        opened.gate()
+    with torch.no_grad():
+        for parameter, value in zip(changed, kept, strict=True):
+            parameter.copy_(value)
+    opened.gate()  # the engine samples on
 
 
 def test_an_update_shows_in_the_log_probs_which_then_match_again(sampler: Sampler, prompts: list[Prompt]) -> None:

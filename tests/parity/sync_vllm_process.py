@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
@@ -32,7 +33,8 @@ import metis_fast.compat  # noqa: F401
 from metis_fast.config import Config, ModelConfig
 from metis_fast.model import load_policy
 from metis_fast.rollout.chat import Chat
-from metis_fast.rollout.vllm.plugin import LOADING, TRANSFER, register
+from metis_fast.rollout.layers import first_difference, reference, unpack
+from metis_fast.rollout.vllm.plugin import EXTENSION, TRANSFER, register
 from metis_fast.sync.local_copy import LocalCopy
 from metis_fast.sync.segment import FOLDER, HEADER
 from metis_fast.sync.staging import Staging
@@ -99,7 +101,7 @@ class Run:
                 enable_prefix_caching=True,
                 tensor_parallel_size=ranks,
                 weight_transfer_config=WeightTransferConfig(backend=TRANSFER),
-                worker_extension_cls=LOADING,
+                worker_extension_cls=EXTENSION,
                 limit_mm_per_prompt={"image": 2, "video": 0},
                 mm_processor_kwargs={"use_fast": False},
             )
@@ -116,18 +118,39 @@ class Run:
         never = {token: -1e9 for token in self.policy.placeholder_ids}
         params = SamplingParams(temperature=0, max_tokens=TOKENS, logprobs=0, ignore_eos=True, logit_bias=never)
         for index, piece in enumerate(self.pieces):
-            # an image is one token for vLLM, which makes as many of it as the image takes
-            inside = {at for span in piece.spans for at in range(span.start + 1, span.stop)}
-            request: Any = {"prompt_token_ids": [t for i, t in enumerate(piece.tokens) if i not in inside]}
+            request = self._request(index, piece.tokens)
             assert request["prompt_token_ids"].count(pad) == len(piece.spans)
-            if piece.images:
-                request["multi_modal_data"] = {"image": [Image.open(BytesIO(image.data)) for image in piece.images]}
             self.engine.add_request(f"{self._requests}-{index}", request, params)
         self._requests += 1
         done = {}
         while self.engine.has_unfinished_requests():
             done |= {int(out.request_id.split("-")[1]): out for out in self.engine.step() if out.finished}
         return [self._rollout(index, done[index].outputs[0]) for index in range(len(self.pieces))]
+
+    def _request(self, index: int, tokens: Sequence[int]) -> Any:
+        # an image is one token for vLLM, which makes as many of it as the image takes
+        piece = self.pieces[index]
+        inside = {at for span in piece.spans for at in range(span.start + 1, span.stop)}
+        request: Any = {"prompt_token_ids": [t for i, t in enumerate(tokens) if i not in inside]}
+        if piece.images:
+            request["multi_modal_data"] = {"image": [Image.open(BytesIO(image.data)) for image in piece.images]}
+        return request
+
+    def first_difference(self, rollout: Rollout) -> str:
+        """Of the engine's layers from those of transformers with the trainer's weights; rollout: the one with images."""
+        from vllm import SamplingParams
+
+        self.engine.reset_prefix_cache(reset_running_requests=True)
+        self.engine.reset_encoder_cache()
+        self.engine.collective_rpc("record_layers")
+        self.engine.add_request("layers", self._request(1, rollout.tokens[:-1].tolist()), SamplingParams(max_tokens=1))
+        while self.engine.has_unfinished_requests():
+            self.engine.step()
+        recorded = self.engine.collective_rpc("recorded_layers")
+        assert len(recorded) == self.ranks and all(one.keys() == recorded[0].keys() for one in recorded)
+        dtype = str(self.policy.head.dtype).removeprefix("torch.")
+        model = reference(self.policy, self.trainer.weights(), rollout, 1.0)
+        return first_difference(unpack(recorded[-1]), model.layers, dtype)
 
     def _rollout(self, index: int, out) -> Rollout:
         piece, new = self.pieces[index], list(out.token_ids)
@@ -189,18 +212,20 @@ def everything(folder: Path, ranks: int) -> dict:
     """float32: updates of some weights and of all, faults, delta."""
     run = Run(folder, "float32", ranks)
     start = run.sample()
-    found: dict = {"gaps": {"before": run.gap(start)}, "stale": {}, "said": {"before": logp(start)}}
+    found: dict = {"gaps": {"before": run.gap(start)}, "stale": {}, "said": {"before": logp(start)}, "layers": {}}
+    found["layers"]["before"] = run.first_difference(start[1])
 
     def step(what: str, names: str, factor: float, version: int) -> None:
         before = run.sample()
         run.change(names, factor)
         found["stale"][what] = run.gap(before)
+        found["layers"][what] = run.first_difference(before[1])
         assert run.load(run.staging.write(run.trainer.weights(), version).to_dict()) == ""
         now = run.sample()
         found["gaps"][what], found["said"][what] = run.gap(now), logp(now)
 
     step("qkv", "q_proj", 0.3, 1)
-    step("vision", "visual", 0.3, 2)
+    step("vision", "visual.blocks.1.mlp", 0.5, 2)
     step("all", "", 0.1, 3)
 
     run.change("embed_tokens", 0.1)
@@ -275,7 +300,10 @@ def without_tied_head(run: Run, manifest: dict) -> float:
 def bfloat16(folder: Path, ranks: int) -> dict:
     """One update."""
     run = Run(folder, "bfloat16", ranks)
-    found: dict = {"gaps": {"before": run.gap(run.sample())}}
+    start = run.sample()
+    found: dict = {"gaps": {"before": run.gap(start)}, "layers": {"before": run.first_difference(start[1])}}
+    run.change("layers.1.mlp.up_proj", 0.5)
+    found["layers"]["up_proj"] = run.first_difference(start[1])
     run.change("", 0.1)
     found["stale"] = run.gap(run.sample())
     assert run.load(run.staging.write(run.trainer.weights(), 1).to_dict()) == ""

@@ -47,6 +47,22 @@ def test_an_update_shows_in_what_the_engine_says(said, when, before):
     assert (text == old_text) == (when == "vision")
 
 
+@pytest.mark.parametrize(
+    ("dtype", "when", "layer"),
+    [
+        ("float32", "before", ""),
+        ("float32", "qkv", "layers.0.self_attn or the embeddings before it"),
+        ("float32", "vision", "visual.blocks.1.mlp"),
+        ("bfloat16", "before", ""),
+        ("bfloat16", "up_proj", "layers.1.mlp"),
+    ],
+)
+def test_the_layer_that_computes_with_other_weights_is_named(said, dtype, when, layer):
+    """In every rank; where the weights are the same, none is."""
+    named = f"the likely layer is {layer}: " if layer else "no layer stands out"
+    assert said[dtype]["layers"][when].startswith(named)
+
+
 def test_bfloat16_agrees_before_and_after(said):
     gaps = said["bfloat16"]["gaps"]
     assert gaps["before"] < 2e-2 and gaps["after"] < 2e-2 < 5e-2 < said["bfloat16"]["stale"]

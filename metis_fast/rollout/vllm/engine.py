@@ -24,6 +24,7 @@ from metis_fast.config import Config, WorkersConfig
 from metis_fast.errors import EngineError, EngineFailure, InfrastructureError, StagingError, SyncError
 from metis_fast.model import IMAGE_PAD, VISION_END, VISION_START, Policy
 from metis_fast.rollout.engine import Completion, Sampling, SyncReport
+from metis_fast.rollout.layers import Layers, unpack
 from metis_fast.rollout.vllm.direct import DirectTransfer, in_thread
 from metis_fast.rollout.vllm.direct import check as check_direct
 from metis_fast.rollout.vllm.settings import (
@@ -38,7 +39,7 @@ from metis_fast.rollout.vllm.settings import (
 from metis_fast.sync.staging import Payload, Staging
 from metis_fast.tools.sandbox.wire import MAX_IMAGES
 from metis_fast.train.megatron.names import hf_shapes
-from metis_fast.types import ImageBlob, ImageSpan
+from metis_fast.types import ImageBlob, ImageSpan, Rollout
 from metis_fast.workers.hub import Hub, Worker, WorkerError, wait_ready
 
 _LOG = logging.getLogger(__name__)
@@ -201,8 +202,11 @@ class VllmEngine:
 
     def probe_session(self, order: int) -> _Session:
         """A session on the replica whose turn it is: as many in a row as there are replicas reach all that are up."""
-        up = [replica for replica in self._replicas if replica.worker.alive and not replica.waits]
+        up = self._up()
         return _Session(self, "", up[order % len(up)] if up else None)
+
+    def _up(self) -> list[_Replica]:
+        return [replica for replica in self._replicas if replica.worker.alive and not replica.waits]
 
     def route(self, prompt: str) -> _Replica:
         """The replica for a rollout of `prompt`: where others of it are, else the living one with the fewest rollouts.
@@ -321,6 +325,21 @@ class VllmEngine:
         if (reply.finish == STOPPED) != (int(reply.tokens[-1]) in sampling.stop_ids):
             return f"it ended with {reply.finish!r} at token {int(reply.tokens[-1])}"
         return ""
+
+    async def layer_outputs(self, order: int, rollout: Rollout) -> Layers:
+        """What the layers of an engine make of a rollout's tokens but the last. order: of the session (`probe_session`).
+
+        Raises:
+            InfrastructureError: it failed, or none is up.
+        """
+        up = self._up()
+        if not up:
+            raise EngineFailure("no engine is up")
+        worker = up[order % len(up)].worker
+        spans = tuple((span.start, span.stop, span.sha256) for span in rollout.image_spans)
+        images = {image.sha256: image.data for image in rollout.images}
+        request = GenerateRequest(rollout.tokens[:-1], spans, images, 1, (), 1.0, 1.0, 0, 0)
+        return unpack(await worker.call("layer_outputs", request, deadline_s=self._config.rollout.vllm.request_s))
 
     async def stats(self) -> list[EngineStats]:
         """Of every living replica."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 TRANSFER = "metis_fast"
 """Name of `transfer.StagedWeightTransfer` in vLLM's factory."""
 
-LOADING = "metis_fast.rollout.vllm.transfer.StagedLoading"
+EXTENSION = "metis_fast.rollout.vllm.transfer.WorkerExtension"
 """vLLM's `worker_extension_cls`."""
 
 

@@ -313,6 +313,26 @@ class VllmService:
             self._forget(request_id)
             self._engine.abort_request([request_id])
 
+    async def layer_outputs(self, request: GenerateRequest) -> dict[str, bytes]:
+        """What the layers make of a request's tokens (`LayerRecorder.stop`). Requests under way fail."""
+        self._keep(request)
+        return await self._ask(lambda: self._layer_outputs(request))
+
+    def _layer_outputs(self, request: GenerateRequest) -> dict[str, bytes]:
+        engine = self._engine
+        while self._running:
+            request_id, running = next(iter(self._running.items()))
+            self._abort(request_id)
+            self._resolve(running.future, EngineFailure("the engine was asked for what its layers make"))
+        engine.reset_prefix_cache(reset_running_requests=True)
+        engine.reset_encoder_cache()
+        prompt, params = self._prompt(request), self._params(request)
+        engine.collective_rpc("record_layers")
+        engine.add_request("layers", prompt, params)
+        while engine.has_unfinished_requests():
+            engine.step()
+        return engine.collective_rpc("recorded_layers")[0]  # the same in all ranks
+
     def _keep(self, request: GenerateRequest) -> None:
         for sha256, data in request.images.items():
             if sha256 not in self._images:
@@ -481,7 +501,7 @@ def _open(settings: EngineSettings) -> LLMEngine:
         "weight_transfer_config": WeightTransferConfig(
             backend=plugin.TRANSFER if settings.transport == "staged" else settings.transport
         ),
-        "worker_extension_cls": plugin.LOADING,
+        "worker_extension_cls": plugin.EXTENSION,
         "speculative_config": None if settings.speculative is None else dict(settings.speculative),
     }
     if _has_gpu():

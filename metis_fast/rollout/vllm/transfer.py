@@ -1,7 +1,7 @@
 """The receiving end of staged weight updates, in every worker process of a vLLM engine.
 
-vLLM makes one by the name `plugin.TRANSFER` (`weight_transfer_config`). An update is three calls in each worker, which
-`StagedLoading.load_staged` makes: `start_weight_update`, `update_weights` with the manifest, `finish_weight_update`. Until the
+vLLM makes one by the name `plugin.TRANSFER` (`weight_transfer_config`). An update is three calls in each worker, made by
+`WorkerExtension.load_staged`: `start_weight_update`, `update_weights` with the manifest, `finish_weight_update`. Until the
 whole version is verified, by all tensor-parallel ranks, the model is not touched: a refused version leaves the old one serving,
 and vLLM's session closed, so that it may come again. The caller makes vLLM forget what was computed with the old weights
 (prefix cache, encoder cache).
@@ -22,6 +22,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, 
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
 from metis_fast.errors import EngineError, SyncError
+from metis_fast.rollout.layers import LayerRecorder
 from metis_fast.sync.manifest import Manifest
 from metis_fast.sync.reader import Reader
 from metis_fast.train.megatron.names import GATE_UP, QKV
@@ -169,8 +170,10 @@ class StagedWeightTransfer(WeightTransferEngine[StagedInitInfo, StagedUpdateInfo
             yield name, tensor.pin_memory() if self.device.type == "cuda" else tensor
 
 
-class StagedLoading:
-    """What every worker of an engine can do besides vLLM's own (`worker_extension_cls`)."""
+class WorkerExtension:
+    """What every worker of an engine can do besides vLLM's own (`worker_extension_cls`), which mixes this into its worker."""
+
+    _recorder: LayerRecorder | None = None
 
     def load_staged(self, manifest: dict[str, Any]) -> str:
         """A whole update; returns why the version was refused, or "". A refusal is no exception: vLLM's multi-process executor
@@ -187,6 +190,16 @@ class StagedLoading:
             return str(error)
         worker.finish_weight_update()
         return ""
+
+    def record_layers(self) -> None:
+        """From here on, keep what the layers make."""
+        self._recorder = LayerRecorder(cast("Worker", self).get_model())
+
+    def recorded_layers(self) -> dict[str, bytes]:
+        """Stop that, and give it back (`LayerRecorder.stop`)."""
+        assert self._recorder is not None
+        recorder, self._recorder = self._recorder, None
+        return recorder.stop()
 
 
 @contextmanager
