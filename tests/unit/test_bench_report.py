@@ -113,6 +113,18 @@ def test_peers_that_are_not_installed_are_named_with_the_reason(bench, reference
     assert all(entry["why"].startswith("not installed (pip install ") for entry in found["missing"])
 
 
+def _out_of_memory(case: HeadCase) -> Step:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 34.00 GiB.")
+
+
+def test_what_does_not_fit_into_memory_is_missing_and_the_others_run(bench, monkeypatch):
+    monkeypatch.setattr(hdpo_loss, "OURS", {"ours": REFERENCE, "ours_reference": _out_of_memory})
+    code, found = bench("hdpo_loss", *SHAPE, "--peers", "")
+    assert code == 0
+    assert list(_rows(found)) == ["ours", "floor"]
+    assert found["missing"][0]["why"].startswith("OutOfMemoryError: CUDA out of memory")
+
+
 def _scaled(factor: float) -> Callable[[HeadCase], Step]:
     """The reference with dHidden off by a factor."""
 
