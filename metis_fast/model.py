@@ -291,6 +291,7 @@ def load_policy(config: ModelConfig, folder: Path | None = None, device: torch.d
     missing = sorted(info["missing_keys"])
     if missing:
         raise ModelError(f"{folder} lacks {len(missing)} weights (first: {missing[0]}); the folder is incomplete")
+    torch.backends.cudnn.allow_tf32 = False  # float32 is float32 in the vision tower's convolution, too
     if device is not None:
         model.to(device)  # pyright: ignore[reportArgumentType]
     tokenizer = load_tokenizer(folder, vision)

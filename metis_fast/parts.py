@@ -150,6 +150,8 @@ class Parts:
         """
         self.interrupts.check()
         if self._asleep and isinstance(self.engine, VllmEngine):
+            if self.policy.head.device.type == "cuda":
+                torch.cuda.empty_cache()  # of the update; the engine takes what it had
             self.interrupts.run(self.engine.wake())
             self._asleep = False
 
@@ -328,7 +330,8 @@ def open_hub(config: Config, stack: ExitStack, check: Callable[[], None], traini
     else:
         here = training and config.train.backend == "megatron" and config.train.megatron.launch == "local"
         wanted = config.rollout.vllm.replicas * config.rollout.vllm.tensor_parallel
-        ranks = config.train.megatron.num_ranks if here else 0
+        own = _has_gpu(config, training) and not config.rollout.vllm.sleep
+        ranks = config.train.megatron.num_ranks if here else int(own)
         gpus = engine_gpus(torch.cuda.device_count(), ranks, wanted, share=config.rollout.vllm.sleep)
         launcher = LocalLauncher(config.run.dir.resolve() / "workers", gpus)
     stack.callback(launcher.close)
@@ -356,10 +359,23 @@ def _open_toolbox(config: Config, scratch: Path, hub: Hub | None, check: Callabl
 
 
 def _device(config: Config, training: bool) -> torch.device:
-    """Of the policy in this process: a GPU where it samples, and trains, here. Megatron's ranks and vLLM's engines have the
-    GPUs to themselves."""
-    elsewhere = config.rollout.engine == "vllm" or (training and config.train.backend == "megatron")
-    return torch.device("cpu") if elsewhere else first_device()
+    """Of the policy in this process: a GPU where it samples, or trains, here. Megatron's ranks and vLLM's engines have the
+    GPUs to themselves, but for the first one where the torch back end has that (`_has_gpu`)."""
+    if training and config.train.backend == "megatron":
+        return torch.device("cpu")
+    return first_device() if config.rollout.engine == "native" or _has_gpu(config, training) else torch.device("cpu")
+
+
+def _has_gpu(config: Config, training: bool) -> bool:
+    """Whether the torch back end has this machine's first GPU beside vLLM engines: by turns, or because they leave one."""
+    vllm = config.rollout.vllm
+    taken = 0 if vllm.sleep else vllm.replicas * vllm.tensor_parallel
+    return (
+        training
+        and config.train.backend == "torch"
+        and config.workers.launcher == "local"
+        and (torch.cuda.device_count() > taken)
+    )
 
 
 @contextmanager

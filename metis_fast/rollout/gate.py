@@ -28,6 +28,7 @@ from metis_fast.types import Outcome, Prompt, Rollout
 log = logging.getLogger(__name__)
 _THRESHOLDS = {"bfloat16": 2e-2, "float32": 1e-4}
 _STREAM = "gate"
+_FEW = 16
 _GROWTH = 4.0  # how much larger the difference is late in a message than early, where positions or caches are to blame
 
 
@@ -35,7 +36,8 @@ _GROWTH = 4.0  # how much larger the difference is late in a message than early,
 class GateReport:
     """Engine against trainer, absolute difference of log-probabilities.
 
-    mean, max: over all `tokens` sampled tokens. worst: the largest mean of one message, which a single replica has sampled.
+    mean, max: over all `tokens` sampled tokens. worst: the largest mean of one message, which a single replica has sampled; a
+    message of less than 16 tokens counts as if the others agreed, since so few tell rounding from error by chance only.
     with_images, without: means over prompts of a kind, NaN where there is none. early, late: means over the first and the last
     quarter of the messages.
     """
@@ -133,7 +135,7 @@ def compare(rollouts: Sequence[Rollout], trainer_logp: Sequence[npt.NDArray[np.f
     quarter = [max(1, len(gap) // 4) for gap in gaps]
     return GateReport(
         mean=mean(gaps),
-        worst=float(np.max([gap.mean() for gap in gaps])),  # NaN if one is
+        worst=float(np.max([_of_message(gap) for gap in gaps])),  # NaN if one is
         max=max(float(gap.max()) for gap in gaps),
         tokens=sum(map(len, gaps)),
         with_images=mean([gap for rollout, gap in zip(rollouts, gaps, strict=True) if rollout.images]),
@@ -145,8 +147,12 @@ def compare(rollouts: Sequence[Rollout], trainer_logp: Sequence[npt.NDArray[np.f
 
 def worst(rollouts: Sequence[Rollout], trainer_logp: Sequence[npt.NDArray[np.float32]]) -> int:
     """Which message differs most; arguments as for `compare`."""
-    gaps = [np.abs(own - one.logp)[one.sampled].mean() for one, own in zip(rollouts, trainer_logp, strict=True)]
+    gaps = [_of_message(np.abs(own - one.logp)[one.sampled]) for one, own in zip(rollouts, trainer_logp, strict=True)]
     return int(np.argmax(np.nan_to_num(gaps, nan=np.inf)))
+
+
+def _of_message(gaps: npt.NDArray[np.float32]) -> float:
+    return float(gaps.sum()) / max(len(gaps), _FEW)
 
 
 async def locate(

@@ -648,9 +648,8 @@ def test_a_gpu_takes_the_step_that_a_cpu_takes(load_tiny, trained, groups):
     policy.model.to("cuda")
     trainer = TorchTrainer(policy, settings, settings.train.optim, 10)
     rollouts = [rollout for group in groups for rollout in group.rollouts]
-    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # of the vision tower's patches
-        before = TorchTrainer(load_tiny(), settings, settings.train.optim, 10).logprobs(rollouts)
-        for got, want in zip(trainer.logprobs(rollouts), before, strict=True):
-            np.testing.assert_allclose(got, want, rtol=0, atol=2e-5)
-        trainer.update(groups)
+    before = TorchTrainer(load_tiny(), settings, settings.train.optim, 10).logprobs(rollouts)
+    for got, want in zip(trainer.logprobs(rollouts), before, strict=True):
+        np.testing.assert_allclose(got, want, rtol=0, atol=2e-5)
+    trainer.update(groups)
     assert_close({name: value.cpu() for name, value in gradients(trainer).items()}, gradients(expected), share=1e-5)

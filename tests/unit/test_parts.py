@@ -8,13 +8,14 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor, zeros
 
 from metis_fast.config import Config
 from metis_fast.errors import Interrupted
 from metis_fast.interrupt import Interrupts
 from metis_fast.model import Policy
-from metis_fast.parts import Parts
+from metis_fast.parts import Parts, _device
 from metis_fast.rollout.engine import SyncReport
 
 
@@ -51,3 +52,26 @@ def test_a_stop_during_a_weight_update_leaves_no_trainer_half_read(policy: Polic
         with pytest.raises(Interrupted):  # nor is one begun any more
             parts.sync(2)
         assert not streams.busy
+
+
+@pytest.mark.parametrize(
+    ("settings", "gpus", "expected"),
+    [
+        ({}, 1, "cuda"),
+        ({}, 0, "cpu"),
+        ({"train": {"backend": "megatron"}}, 8, "cpu"),  # its ranks have them
+        ({"rollout": {"engine": "vllm"}}, 1, "cpu"),  # the engine has it
+        ({"rollout": {"engine": "vllm"}}, 2, "cuda"),
+        ({"rollout": {"engine": "vllm", "vllm": {"replicas": 2, "tensor_parallel": 2}}}, 4, "cpu"),
+        ({"rollout": {"engine": "vllm", "vllm": {"replicas": 2, "tensor_parallel": 2}}}, 5, "cuda"),
+        ({"rollout": {"engine": "vllm", "vllm": {"sleep": True}}}, 1, "cuda"),  # by turns
+        ({"rollout": {"engine": "vllm", "vllm": {"sleep": True}}, "workers": {"launcher": "ray"}}, 1, "cpu"),
+    ],
+)
+def test_the_policy_is_on_a_gpu_that_no_rank_and_no_engine_has(
+    monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], gpus: int, expected: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    config = Config.model_validate(settings | {"rollout": {"deterministic": False} | settings.get("rollout", {})})
+    assert _device(config, training=True).type == expected

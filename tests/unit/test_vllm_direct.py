@@ -64,7 +64,7 @@ def test_a_source_yields_the_tensors_that_it_was_given_detached() -> None:
 @pytest.mark.parametrize("transport", ["nccl", "ipc"])
 def test_without_a_gpu_it_says_so(transport: str) -> None:
     with pytest.raises(EngineError, match=f"sync.transport={transport} sends from a GPU"):
-        DirectTransfer(transport, "127.0.0.1", lambda method, arguments: None, 1, 1)
+        DirectTransfer(transport, "127.0.0.1", lambda method, arguments: None, 1, 1, 0)
 
 
 def test_a_rollout_whose_every_call_shows_as_many_pictures_as_it_may_is_taken(policy: Policy) -> None:

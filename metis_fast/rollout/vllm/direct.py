@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from vllm.distributed.weight_transfer.base import ParamMeta
 
 T = TypeVar("T")
+_IPC_BUFFER = 1 << 28  # bytes; it stays with the run's process between updates
 
 Ask = Callable[[str, Sequence[tuple[object, ...]]], None]
 """Runs a method on every engine, with the arguments of each, and waits for all; an exception of one is raised."""
@@ -121,13 +122,13 @@ def in_thread(call: Callable[[], T]) -> asyncio.Future[T]:
 class DirectTransfer:
     """One set of engines and the run. Made anew when one of them was started again.
 
-    host: of this machine, as the engines reach it.
+    host: of this machine, as the engines reach it. largest: bytes of the largest tensor.
 
     Raises:
         InfrastructureError: an engine failed, or NCCL did.
     """
 
-    def __init__(self, transport: str, host: str, ask: Ask, engines: int, ranks: int) -> None:
+    def __init__(self, transport: str, host: str, ask: Ask, engines: int, ranks: int, largest: int) -> None:
         check(transport)
         from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
         from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
@@ -140,7 +141,8 @@ class DirectTransfer:
                 port = server.getsockname()[1]
             info: Any = NCCLTrainerInitInfo(master_address=host, master_port=port, world_size=1 + engines * ranks, rank=0)
         else:
-            info = IPCTrainerInitInfo(packed=True, rank=0)
+            # a tensor has to fit into the buffer: the embeddings of an 8B model are larger than vLLM's default
+            info = IPCTrainerInitInfo(packed=True, rank=0, packed_buffer_size_bytes=max(largest, _IPC_BUFFER))
         self._sender: Any = _failing(
             transport, lambda: WeightTransferTrainerFactory.trainer_init(info, client=self._client, source=self._source)
         )

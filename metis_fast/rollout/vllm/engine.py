@@ -460,7 +460,10 @@ class VllmEngine:
                 self._direct = None
             vllm = self._config.rollout.vllm
             ask = partial(self._ask_all, replicas)
-            self._direct = DirectTransfer(self._config.sync.transport, self._host, ask, len(replicas), vllm.tensor_parallel)
+            largest = max(tensor.nbytes for _, tensor in pairs)
+            self._direct = DirectTransfer(
+                self._config.sync.transport, self._host, ask, len(replicas), vllm.tensor_parallel, largest
+            )
             self._direct_lives = lives
         direct, self._version = self._direct, version
         direct.send(pairs, version)

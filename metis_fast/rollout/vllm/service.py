@@ -460,12 +460,15 @@ class VllmService:
 def _open(settings: EngineSettings) -> LLMEngine:
     environment = {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "1" if _has_gpu() else "0",  # on a GPU, scheduling beside the model's passes
+        "VLLM_WORKER_MULTIPROC_METHOD": "spawn",  # CUDA is asked for before; a fork could not use it then
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "VLLM_CPU_KVCACHE_SPACE": str(settings.cpu_cache_gb),
         "HF_HUB_OFFLINE": "1",  # the model is a folder; nothing may wait for a hub
         "VLLM_LOGGING_LEVEL": "WARNING",
     }
+    if settings.dtype == "float32":  # is not TF32, in vLLM's Triton attention and in convolutions
+        environment |= {"TRITON_F32_DEFAULT": "ieee", "NVIDIA_TF32_OVERRIDE": "0"}
     for name, value in environment.items():
         os.environ.setdefault(name, value)
     try:

@@ -244,6 +244,7 @@ def _join_group(number: int, host: str, welcome: Welcome, started: bool, asked: 
             )
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
+        torch.backends.cudnn.allow_tf32 = False  # see `load_policy`
     else:
         # Megatron's fused functions would each be compiled by inductor and g++, for 13 s in all
         os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
