@@ -176,7 +176,7 @@ async def locate(
         return found
     try:
         layers = await engine.layer_outputs(order, rollout)
-    except InfrastructureError as error:
+    except (InfrastructureError, EngineError) as error:
         return f"{found}; the engine's layers could not be compared ({error})"
     return f"{found}; {first_difference(layers, model.layers, config.model.dtype)}"
 

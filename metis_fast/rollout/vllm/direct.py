@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from vllm.distributed.weight_transfer.base import ParamMeta
 
 T = TypeVar("T")
-_IPC_BUFFER = 1 << 28  # bytes; it stays with the run's process between updates
+_IPC_BUFFER = 1 << 28  # bytes at least, made for each transfer
 
 Ask = Callable[[str, Sequence[tuple[object, ...]]], None]
 """Runs a method on every engine, with the arguments of each, and waits for all; an exception of one is raised."""
