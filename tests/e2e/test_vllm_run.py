@@ -26,7 +26,7 @@ from metis_fast import pipeline
 from metis_fast.config import Config, load
 from metis_fast.data.cursor import PromptCursor
 from metis_fast.data.parquet import PromptFiles
-from metis_fast.errors import EngineError, SyncError
+from metis_fast.errors import EngineError, EngineFailure, SyncError
 from metis_fast.interrupt import Interrupts
 from metis_fast.model import Policy
 from metis_fast.parts import Parts, open_parts
@@ -238,6 +238,26 @@ def test_a_message_ends_at_its_limit_or_its_stop_token_and_holds_no_placeholder(
     expected = sum(lengths) * len(parts.policy.placeholder_ids) / len(ids)
     assert expected > 10  # that many would have come if they were allowed
     assert any(message.stopped for _, message in sampled)
+
+
+def test_an_engine_that_is_asked_for_its_layers_fails_what_is_under_way_and_goes_on(
+    sampler: Sampler, prompts: list[Prompt]
+) -> None:
+    engine = sampler.parts.engine
+    assert isinstance(engine, VllmEngine)
+    rollout = sampler(prompts[:1], 1, 8)[0][0]
+
+    async def go() -> None:
+        running = asyncio.ensure_future(sampler.ask(prompts, 4, 150))
+        while (await engine.stats())[0].unfinished == 0:
+            await asyncio.sleep(0.02)
+        layers = await engine.layer_outputs(0, rollout)
+        assert len(layers["norm"]) == len(rollout.tokens) - 1  # nobody else's rows
+        with pytest.raises(EngineFailure, match="asked for what its layers make"):
+            await running
+
+    sampler.parts.interrupts.run(go())
+    assert sampler.gap(sampler(prompts, 4, 24)) < _GAP["bfloat16"]
 
 
 def test_damaged_weights_are_refused_and_the_old_ones_go_on(sampler: Sampler, prompts: list[Prompt]) -> None:

@@ -2,7 +2,7 @@
 
 A tensor is put on the run's GPU when it is sent, broadcast (NCCL) or shared (CUDA IPC), and loaded as it comes: there is no old
 version to go back to, so engines of a transfer that fails are started anew. What waits in NCCL for an engine that has died
-cannot be ended: it runs in a thread that the process leaves behind. Has not been run on a GPU.
+cannot be ended: it runs in a thread that the process leaves behind. CUDA IPC has been run on a GPU, NCCL has not.
 """
 
 from __future__ import annotations
