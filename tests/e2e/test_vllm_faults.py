@@ -224,7 +224,8 @@ class PretendedTransfer:
 
     opened: ClassVar[list[PretendedTransfer]] = []
 
-    def __init__(self, transport: str, host: str, ask: Ask, engines: int, ranks: int) -> None:
+    def __init__(self, transport: str, host: str, ask: Ask, engines: int, ranks: int, largest: int) -> None:
+        assert largest > 0
         self.host, self.engines, self.closed = host, engines, False
         self._client = Client(ask, engines, ranks)
         self._client.init_weight_transfer_engine({"rank_offset": 1})
