@@ -34,8 +34,7 @@ train: setup
 
 # end-to-end tests by themselves: they start processes of their own, and break them at chosen moments
 test: setup
-	@# files with the longest tests first, so that no core waits at the end for the other one's
-	OMP_NUM_THREADS=1 $(PYTEST) -n 2 --dist loadfile --no-loadscope-reorder -m "not slow and not gpu" tests/parity tests/kernels tests/unit
+	OMP_NUM_THREADS=1 $(PYTEST) -n 2 --dist loadfile -m "not slow and not gpu" tests/unit tests/kernels tests/parity
 	$(PYTEST) -m "not slow and not gpu" tests/e2e
 
 # pytest ends with 5 where no test has the mark, which is no failure

@@ -7,11 +7,13 @@ import os
 import subprocess
 from pathlib import Path
 
+import pytest
 from harness import PROGRAM
 
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.slow  # two minutes; tests/unit/test_bench_update_step.py compares variants in one process
 def test_every_variant_has_the_gradient_of_the_reference_and_ours_costs_less():
     done = subprocess.run(
         [str(PROGRAM), "bench", "update_step", "--shape", "tiny", "--threads", "1", "--json"],
