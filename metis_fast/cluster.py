@@ -96,7 +96,7 @@ def plan(config: Config, ranks: bool, on_gpus: bool) -> list[Bundle]:
             seats += [Seat(f"engine-{i}", (i * each - start, (i + 1) * each - start)) for i in range(first, last)]
         bundles.append(Bundle("ranks", size, size if on_gpus else 0, tuple(seats)))
     if not shared:
-        cpus, gpus = (each, each) if on_gpus else (max(each, vllm.cpu_threads), 0)
+        cpus, gpus = (each, each) if on_gpus else (each * max(1, vllm.cpu_threads), 0)
         bundles += [Bundle("engine", cpus, gpus, (Seat(f"engine-{i}", (0, each)),)) for i in range(engines)]
     bundles += [Bundle("tools", 1, 0, (Seat(f"tools-{i}"),)) for i in range(workers.tools)]
     bundles += [Bundle("judge", 1, 0, (Seat(f"judge-{i}"),)) for i in range(workers.judges)]

@@ -84,7 +84,7 @@ class VllmConfig(_Section):
     replicas: Positive = 1
     """Engines, each a process of its own with the whole model; a rollout stays on the one that holds its cache."""
     tensor_parallel: Positive = 1
-    """GPUs of an engine."""
+    """GPUs of an engine; without any, its processes."""
     max_num_seqs: Positive = 256
     """Requests that an engine runs at once."""
     gpu_memory: Annotated[float, Field(gt=0, le=1)] = 0.85
@@ -92,7 +92,7 @@ class VllmConfig(_Section):
     cpu_cache_gb: Positive = 1
     """KV cache of an engine without a GPU."""
     cpu_threads: NonNegative = 0
-    """Threads of an engine without a GPU; 0: all."""
+    """Threads of each process of an engine without a GPU; 0: as vLLM chooses."""
     sleep: bool = False
     """Engine and trainer share GPUs: while the trainer works, the engine gives its memory back. For `rollout.mode=sync`."""
     speculative: dict[str, str | int | float | bool] | None = None

@@ -85,7 +85,8 @@ def test_what_cannot_be_compared_is_said(policy: Policy, rollout: Rollout) -> No
     assert first_difference(broken, model, "float32").startswith("the likely layer is layers.1.mlp:")
 
 
-def test_vllms_layers_are_read_by_the_same_names() -> None:
+@pytest.mark.parametrize("names", [("language_model", "model"), ("model",)], ids=["with images", "text only"])
+def test_vllms_layers_are_read_by_the_same_names(names: tuple[str, ...]) -> None:
     """In as many calls as the prompt is cut into; of a tuple the first is the output."""
 
     class Norm(torch.nn.Module):
@@ -93,7 +94,9 @@ def test_vllms_layers_are_read_by_the_same_names() -> None:
             return rows, rows * 3.0
 
     norm = Norm()
-    model = torch.nn.ModuleDict({"language_model": torch.nn.ModuleDict({"model": torch.nn.ModuleDict({"norm": norm})})})
+    model = torch.nn.ModuleDict({"norm": norm})
+    for name in reversed(names):
+        model = torch.nn.ModuleDict({name: model})
     rows = torch.randn(5, 32)
     recorder = LayerRecorder(model)
     norm(rows[:3])
