@@ -46,6 +46,8 @@ def test_without_gpus_cpu_slots_are_asked_for() -> None:
     config = settings(rollout={"engine": "vllm", "vllm": {"cpu_threads": 4}}, train=MEGATRON)
     assert [(each.cpus, each.gpus) for each in cluster.plan(config, ranks=False, on_gpus=False)] == [(4, 0)]
     assert {(each.cpus, each.gpus) for each in cluster.plan(config, ranks=True, on_gpus=False)} == {(2, 0), (4, 0)}
+    both = settings(rollout={"engine": "vllm", "vllm": {"cpu_threads": 3, "tensor_parallel": 2}}, train=MEGATRON)
+    assert [each.cpus for each in cluster.plan(both, ranks=False, on_gpus=False)] == [6]  # threads of each of its ranks
 
 
 @pytest.mark.parametrize(
@@ -132,9 +134,3 @@ def test_only_what_needs_workers_has_a_hub() -> None:
     assert not needs_hub(settings(train=joined, workers={"launcher": "ray"}))
     for one in ({"rollout": VLLM}, {"workers": {"tools": 1}}, {"workers": {"judges": 1}}):
         assert needs_hub(settings(**one), training=False)
-
-
-def test_each_rank_of_an_engine_without_gpus_has_its_threads() -> None:
-    config = settings(rollout={"engine": "vllm", "vllm": {"cpu_threads": 3, "tensor_parallel": 2}}, train=MEGATRON)
-    (engine,) = [bundle for bundle in plan(config, ranks=False, on_gpus=False) if bundle.role == "engine"]
-    assert (engine.cpus, engine.gpus) == (6, 0)
