@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from metis_fast.testing.tiny import TinyShape
 
 SHAPE = TinyShape(
@@ -28,6 +30,14 @@ SHAPE = TinyShape(
         "spatial_merge_size": 2,
         "num_position_embeddings": 16,
         "deepstack_visual_indexes": [0],
+    },
+)
+HEADS_OF_32 = replace(  # the smallest that vLLM's attention takes
+    SHAPE,
+    text_config=SHAPE.text_config
+    | {
+        "head_dim": 32,
+        "rope_parameters": SHAPE.text_config["rope_parameters"] | {"mrope_section": [8, 4, 4]},
     },
 )
 TEXTS = [

@@ -28,6 +28,7 @@ from metis_fast.config import Config
 from metis_fast.errors import EngineError
 from metis_fast.model import load_policy
 from metis_fast.rollout.chat import Chat, TokenPiece
+from metis_fast.rollout.vllm import library
 from metis_fast.rollout.vllm import service as service_module
 from metis_fast.rollout.vllm.engine import _settings
 from metis_fast.rollout.vllm.service import VllmService
@@ -154,6 +155,7 @@ def test_a_run_does_not_start_where_speculation_would_not_sample_from_the_model(
 
 def _right_vllm() -> None:
     """Give vLLM's CPU build what its issue 55005 asks for, so that its speculation is that of a GPU."""
+    library.load()
     from vllm.utils import cpu_triton_utils
 
     def expand(output: Any, values: Any, ends: Any, replace_from: float, replace_to: float, MAX_NUM_TOKENS: int) -> None:

@@ -6,35 +6,25 @@ Usage: python sync_vllm_process.py FOLDER OUT RANKS
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-os.environ |= {
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    "VLLM_NO_USAGE_STATS": "1",
-    "VLLM_LOGGING_LEVEL": "WARNING",
-    "HF_HUB_OFFLINE": "1",
-}
 sys.path.append(str(Path(__file__).parents[1]))
 
 import numpy as np
 import torch
 from PIL import Image
-from tiny_shape import SHAPE, TEXTS
+from tiny_shape import HEADS_OF_32, TEXTS
 
-import metis_fast.compat  # noqa: F401
 from metis_fast.config import Config, ModelConfig
 from metis_fast.model import load_policy
 from metis_fast.rollout.chat import Chat
 from metis_fast.rollout.layers import first_difference, reference, unpack
-from metis_fast.rollout.vllm.plugin import EXTENSION, TRANSFER, register
+from metis_fast.rollout.vllm import library
+from metis_fast.rollout.vllm.plugin import EXTENSION, TRANSFER
 from metis_fast.sync.local_copy import LocalCopy
 from metis_fast.sync.segment import FOLDER, HEADER
 from metis_fast.sync.staging import Staging
@@ -43,21 +33,13 @@ from metis_fast.train.megatron.names import hf_shapes
 from metis_fast.train.torch_backend import TorchTrainer
 from metis_fast.types import Ability, ImageBlob, Message, Outcome, Prompt, Rollout
 
-SHAPE = replace(
-    SHAPE,
-    text_config=SHAPE.text_config
-    | {
-        "head_dim": 32,  # the smallest that vLLM's attention takes
-        "rope_parameters": SHAPE.text_config["rope_parameters"] | {"mrope_section": [8, 4, 4]},
-    },
-)
 TOKENS = 6
 Logp = list[list[float]]
 
 
 def build(folder: Path) -> None:
     """As `tiny_folder` of the tests: predictions depend on what is read."""
-    build_tiny(folder, SHAPE, TEXTS * 5, seed=0)
+    build_tiny(folder, HEADS_OF_32, TEXTS * 5, seed=0)
     policy = load_policy(ModelConfig(path=folder, dtype="float32"))
     with torch.no_grad():
         for name, weight in policy.decoder.named_parameters():
@@ -76,11 +58,11 @@ class Run:
     """An engine and a trainer of the same model."""
 
     def __init__(self, folder: Path, dtype: str, ranks: int) -> None:
+        library.load()
         from vllm import LLMEngine
         from vllm.config import WeightTransferConfig
         from vllm.engine.arg_utils import EngineArgs
 
-        register()
         self.ranks = ranks
         config = Config.model_validate({"model": {"path": folder, "dtype": dtype}})
         self.policy = load_policy(config.model)

@@ -19,6 +19,7 @@ HERE = Path(__file__).parent
 def said(request, tmp_path_factory):
     """What `sync_vllm_process.py` wrote. vLLM changes a process for good, so that it gets one of its own.
 
+    Nothing that an earlier process left in vLLM's cache is there.
     two-ranks: the engine is tensor parallel, and a version that one rank refuses no rank loads.
     """
     folder = tmp_path_factory.mktemp("sync")
@@ -27,7 +28,7 @@ def said(request, tmp_path_factory):
         capture_output=True,
         text=True,
         timeout=300 * request.param,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        env=os.environ | {"OMP_NUM_THREADS": "1", "VLLM_CACHE_ROOT": str(folder / "cache")},
     )
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads((folder / "out.json").read_text())

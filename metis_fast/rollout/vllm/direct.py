@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from metis_fast.errors import EngineError, InfrastructureError, SyncError
+from metis_fast.rollout.vllm import library
 
 if TYPE_CHECKING:
     from vllm.distributed.weight_transfer.base import ParamMeta
@@ -74,7 +75,7 @@ class Source:
 
     def metadata(self) -> list[ParamMeta]:
         """Name, dtype and shape of each, in the order of iteration."""
-        from vllm.distributed.weight_transfer.base import ParamMeta
+        from vllm.distributed.weight_transfer.base import ParamMeta  # vLLM asks for it
 
         return [ParamMeta(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in self.pairs]
 
@@ -130,6 +131,7 @@ class DirectTransfer:
 
     def __init__(self, transport: str, host: str, ask: Ask, engines: int, ranks: int, largest: int) -> None:
         check(transport)
+        library.load()
         from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
         from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
         from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo

@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from metis_fast.errors import EngineError, EngineFailure, MetisError, ModelError, SyncError
+from metis_fast.rollout.vllm import library, plugin
 from metis_fast.rollout.vllm.settings import EngineSettings, EngineStats, GenerateReply, GenerateRequest
 
 if TYPE_CHECKING:
@@ -458,35 +459,11 @@ class VllmService:
 
 
 def _open(settings: EngineSettings) -> LLMEngine:
-    environment = {
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "1" if _has_gpu() else "0",  # on a GPU, scheduling beside the model's passes
-        "VLLM_WORKER_MULTIPROC_METHOD": "spawn",  # CUDA is asked for before; a fork could not use it then
-        "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        "VLLM_CPU_KVCACHE_SPACE": str(settings.cpu_cache_gb),
-        "HF_HUB_OFFLINE": "1",  # the model is a folder; nothing may wait for a hub
-        "VLLM_LOGGING_LEVEL": "WARNING",
-    }
-    if settings.dtype == "float32":  # is not TF32, in vLLM's Triton attention and in convolutions
-        environment |= {"TRITON_F32_DEFAULT": "ieee", "NVIDIA_TF32_OVERRIDE": "0"}
-    for name, value in environment.items():
-        os.environ.setdefault(name, value)
-    try:
-        from vllm import LLMEngine
-        from vllm.config import WeightTransferConfig
-        from vllm.engine.arg_utils import EngineArgs
-        from vllm.model_executor.models import registry
-    except ImportError as error:
-        raise EngineError(
-            f"rollout.engine=vllm needs vllm 0.32, which cannot be imported ({error}); install metis-fast[vllm], or see "
-            "docs/rollouts.md for machines without a GPU"
-        ) from None
-    from metis_fast.rollout.vllm import plugin
+    library.load(settings.cpu_cache_gb, exact_float32=settings.dtype == "float32")
+    from vllm import LLMEngine
+    from vllm.config import WeightTransferConfig
+    from vllm.engine.arg_utils import EngineArgs
 
-    # vLLM looks at a model's class in a Python of its own, which must be able to import torchvision, too (metis_fast.compat)
-    command = "import metis_fast, runpy; runpy.run_module('vllm.model_executor.models.registry', run_name='__main__')"
-    registry._SUBPROCESS_COMMAND = [sys.executable, "-c", command]
-    plugin.register()
     if settings.cpu_threads:
         import torch
 

@@ -1,0 +1,39 @@
+"""One door to vLLM (`metis_fast.rollout.vllm.library`): nothing of the project reaches it by another way."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+# what vLLM itself loads, in processes that it has made ready by then
+LOADED_BY_VLLM = {"metis_fast/rollout/vllm/plugin.py", "metis_fast/rollout/vllm/transfer.py"}
+DOOR = "metis_fast.rollout.vllm.library"
+
+
+def _imports(tree: ast.AST) -> Iterator[str]:
+    """Modules that a file imports when it runs; not those for a type checker alone."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            continue
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        yield from _imports(node)
+
+
+def _files() -> list[Path]:
+    return sorted(path for folder in ("metis_fast", "bench", "tests", "kernels") for path in (ROOT / folder).rglob("*.py"))
+
+
+def test_every_file_that_imports_vllm_comes_through_the_door() -> None:
+    users = set()
+    for path in _files():
+        names = list(_imports(ast.parse(path.read_text())))
+        if any(name.split(".")[0] == "vllm" for name in names):
+            users.add(path.relative_to(ROOT).as_posix())
+            assert DOOR in names or str(path.relative_to(ROOT)) in LOADED_BY_VLLM or path.name == "library.py", path
+    assert "metis_fast/rollout/vllm/library.py" in users and users > LOADED_BY_VLLM
