@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,7 @@ import yaml
 from pydantic import ValidationError
 
 from metis_fast.config.reading import Source, read_file, read_override, shown
+from metis_fast.config.section import NUMERIC
 from metis_fast.config.sft import SftPhase
 from metis_fast.config.tree import Config, known_keys, settings
 from metis_fast.errors import ConfigError
@@ -21,6 +22,13 @@ if TYPE_CHECKING:
 
 _WHOLE = {"", *(key for key, section in settings() if section is not None)}
 """Whose checks name the settings that they concern."""
+_EXPECTED = {
+    "tuple_type": "expected a list, [] for none",
+    "dict_type": "expected names and values, {name: value}",
+    "model_type": "expected settings, {key: value}",
+    "path_type": "expected a path",
+}
+"""Instead of what pydantic says, whose words are Python's."""
 _KEYS = (*known_keys(), *(f"sft.phases.{key}" for key, _ in settings(SftPhase)))
 
 
@@ -48,7 +56,14 @@ def build(tree: dict[str, Any], source: str = "config") -> Config:
 def to_yaml(config: Config, only_changes: bool = False) -> str:
     """The config as YAML that `load` reads as the same; `only_changes` leaves out what equals the defaults."""
     tree = config.model_dump(mode="json", exclude_defaults=only_changes, context="file")
-    return yaml.safe_dump(tree, sort_keys=False, default_flow_style=None, allow_unicode=True, width=110)
+    return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, default_flow_style=None, allow_unicode=True, width=110)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes text that would be read as a number; PyYAML itself has other rules for 1e3 and 08."""
+
+
+_Dumper.add_implicit_resolver("tag:yaml.org,2002:float", NUMERIC, list("+-.0123456789"))
 
 
 def _checked(tree: dict[str, Any], source: str, places: Mapping[str, str]) -> Config:
@@ -63,8 +78,9 @@ def _explain(errors: Sequence[ErrorDetails], source: str, places: Mapping[str, s
     told: dict[str, tuple[str, str]] = {}  # the members of a union fail one by one; the first says enough
     for item in errors:
         path = ".".join(map(str, item["loc"]))
-        given = next((key for key in _outwards(path) if key in places), "")
-        told.setdefault(path if item["type"] == "missing" else given or path, (places.get(given, source), _problem(path, item)))
+        given = _given(path, places)
+        place = source if path in _WHOLE else places.get(given, source)
+        told.setdefault(path if item["type"] == "missing" else given, (place, _problem(path, item)))
     parts: list[str] = []
     last = ""
     for place, problem in told.values():
@@ -73,11 +89,14 @@ def _explain(errors: Sequence[ErrorDetails], source: str, places: Mapping[str, s
     return "; ".join(parts)
 
 
-def _outwards(path: str) -> Iterator[str]:
-    """The path, and what it lies in."""
-    while path:
-        yield path
-        path = path.rpartition(".")[0]
+def _given(path: str, places: Mapping[str, str]) -> str:
+    """What was written there: the path itself, what an override has in it, or what it lies in."""
+    if path in places:
+        return path
+    outwards = path
+    while outwards and outwards not in places:
+        outwards = outwards.rpartition(".")[0]
+    return next((key for key in places if key.startswith(f"{path}.")), outwards or path)
 
 
 def _problem(path: str, item: ErrorDetails) -> str:
@@ -86,7 +105,8 @@ def _problem(path: str, item: ErrorDetails) -> str:
     if item["type"] == "missing":
         return f"{path}: expected a value, got none"
     if item["type"] != "value_error":
-        return f"{path}: {item['msg'][0].lower()}{item['msg'][1:]}, got {shown(item['input'])}"
+        message = _EXPECTED.get(item["type"], item["msg"])
+        return f"{path}: {message[0].lower()}{message[1:]}, got {shown(item['input'])}"
     problem = str(item.get("ctx", {}).get("error", item["msg"]))
     return problem if path in _WHOLE else f"{path}: {problem}, got {shown(item['input'])}"
 
@@ -95,8 +115,10 @@ def _nearest(path: str, name: str) -> str:
     """`name`: the last part of the path, as it was written."""
     if name == "base":
         return "; `base: other.yaml` stands at the top of a file"
-    if "." in name:
+    if "." in name and path in _KEYS:
         return f"; in a file write {name.replace('.', ': {')}: ...{'}' * name.count('.')}"
+    if ":" in name:
+        return "; in YAML a blank stands behind the colon"
     path = re.sub(r"\.\d+(?=\.)", "", path).lower().replace("-", "_").replace("/", ".")
     leaf = path.rpartition(".")[2]
     close = [key for key in _KEYS if "." in key and key.rpartition(".")[2] == leaf]  # a right leaf in a wrong section

@@ -20,7 +20,7 @@ class LossConfig(Section):
     """Lower clip range."""
     eps_high: NonNegativeFloat = 0.2
     """Upper clip range."""
-    dual_clip: Annotated[float, Number, Field(gt=1)] = 3.0
+    dual_clip: Annotated[float, Field(gt=1), Number] = 3.0
     """c; `.inf` switches the dual clip off."""
     entropy_coef: NonNegativeFloat = 0.0
     """Entropy bonus."""

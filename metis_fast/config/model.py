@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator
+from pydantic import AfterValidator
 
 from metis_fast.config.section import FilePath, OrNone, Section, Several
 
 
-def _dtype_here(value: object) -> object:
+def _dtype_here(value: str) -> str:
     """Without bfloat16 instructions torch multiplies bfloat16 matrices many times slower than float32 ones."""
     if value != "auto":
         return value
@@ -28,10 +28,7 @@ class ModelConfig(Section):
     """Folder with config.json, *.safetensors, tokenizer and processor."""
     config: OrNone[FilePath] = None
     """A config.json that describes the model where `path` is not there yet, for `metis-fast plan`."""
-    dtype: Annotated[
-        Literal["bfloat16", "float32"],
-        BeforeValidator(_dtype_here, json_schema_input_type=Literal["auto", "bfloat16", "float32"]),
-    ] = "bfloat16"
+    dtype: Annotated[Literal["auto", "bfloat16", "float32"], AfterValidator(_dtype_here)] = "bfloat16"
     """Type of weights and activations. With bfloat16 the optimizer keeps float32 masters. `auto`: bfloat16 on a machine with a
     GPU or instructions for it (AVX-512 bf16, AMX), else float32; a run folder keeps which."""
     freeze: Several[Literal["vision", "embeddings"]] = ()

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from yaml.composer import ComposerError
+from yaml.reader import ReaderError
 
 from metis_fast.config.section import Plain, expand, is_nothing
 from metis_fast.config.tree import known_keys, settings
@@ -66,7 +68,7 @@ def read_file(path: Path, named_in: str = "", seen: tuple[Path, ...] = ()) -> So
     try:
         below = path.parent / expand(base)
     except ValueError as error:
-        raise ConfigError(f"{place}: base: {error}") from None
+        raise ConfigError(f"{place}: base: {error}, got {shown(base)}") from None
     return source.over(read_file(below, place, (*seen, path.resolve())))
 
 
@@ -78,13 +80,13 @@ def read_override(override: str) -> Source:
     """
     place = f"override {override!r}"
     key, equals, text = (part.strip() for part in override.partition("="))
-    if not equals or not key:
+    *parents, leaf = key.split(".")
+    if not equals or not all((*parents, leaf)):
         raise ConfigError(f"{place}: expected section.key=value, for example loss.w_tool=0.2, without blanks around the `=`")
     document = _Document(lambda mark: place)
     document.places[key] = place
     quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
     value = document.read(text, key, place) if quoted or text[:1] in ("[", "{") else document.section(Plain(text), key)
-    *parents, leaf = key.split(".")
     tree = {leaf: value}
     for parent in reversed(parents):
         tree = {parent: tree}
@@ -120,7 +122,7 @@ class _Loader(yaml.SafeLoader):
         node = super().compose_node(parent, index)
         if node is not None and node.tag not in (_MERGE, *(_PREFIX + kind for kind in ("str", "seq", "map"))):
             tag = node.tag.replace(_PREFIX, "!!")
-            raise yaml.composer.ComposerError(None, None, f"remove the tag {tag}; settings know their types", node.start_mark)
+            raise ComposerError(None, None, f"remove the tag {tag}; settings know their types", node.start_mark)
         return node
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
@@ -128,10 +130,10 @@ class _Loader(yaml.SafeLoader):
         lines: dict[str, int] = {}
         for key, _ in node.value:
             if not isinstance(key, yaml.ScalarNode):
-                raise yaml.composer.ComposerError(None, None, "expected the name of a setting before `:`", key.start_mark)
+                raise ComposerError(None, None, "expected the name of a setting before `:`", key.start_mark)
             if key.value in lines:
                 twice = f"{key.value!r} is given twice, first in line {lines[key.value]}; keep one of them"
-                raise yaml.composer.ComposerError(None, None, twice, key.start_mark)
+                raise ComposerError(None, None, twice, key.start_mark)
             lines[key.value] = key.start_mark.line + 1
         return node
 
@@ -158,7 +160,7 @@ class _Document:
             hint = "; indent with blanks, not with tabs" if "'\\t'" in what else ""
             mark = error.problem_mark or error.context_mark
             raise ConfigError(f"{self.place(mark) if mark else name} is not valid YAML: {what}{hint}") from None
-        except yaml.reader.ReaderError as error:
+        except ReaderError as error:
             raise ConfigError(f"{name} is not text: it has the character U+{error.character:04X}; remove it") from None
         except RecursionError:
             raise ConfigError(f"{name} is not valid YAML: nested too deeply, or an anchor that contains itself") from None
@@ -173,7 +175,8 @@ class _Document:
         raise ConfigError(f"{self.places[key]}: {key} is a section: expected settings like {example}, got {shown(value)}")
 
     def _value(self, node: yaml.Node, key: str) -> Any:
-        self.places.setdefault(key, self.place(node.start_mark))
+        if key:
+            self.places.setdefault(key, self.place(node.start_mark))
         if isinstance(node, yaml.SequenceNode):
             return self.section([self._value(item, f"{key}.{i}") for i, item in enumerate(node.value)], key)
         if isinstance(node, yaml.MappingNode):
@@ -184,5 +187,6 @@ class _Document:
                 self.places[below] = self.place(name.start_mark)
                 tree[name.value] = self._value(value, below)
             return tree
+        assert isinstance(node, yaml.ScalarNode)
         text = node.value.rstrip("\n") if node.style in ("|", ">") else node.value
         return self.section(text if node.style else Plain(text), key)

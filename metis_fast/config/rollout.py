@@ -7,9 +7,9 @@ from typing import Annotated, Literal, Self
 from pydantic import BeforeValidator, Field, model_validator
 
 from metis_fast.config.section import (
-    Arguments,
     Fraction,
     Free,
+    Named,
     NonNegative,
     Number,
     OrNone,
@@ -32,7 +32,7 @@ class VllmConfig(Section):
     """GPUs of an engine; without any, its processes."""
     max_num_seqs: Positive = 256
     """Requests that an engine runs at once."""
-    gpu_memory: Annotated[float, Number, Field(gt=0, le=1)] = 0.85
+    gpu_memory: Annotated[float, Field(gt=0, le=1), Number] = 0.85
     """Share of a GPU's memory that an engine takes; lower where it shares the GPU with the trainer."""
     cpu_cache_gb: Positive = 1
     """KV cache of an engine without a GPU."""
@@ -43,7 +43,7 @@ class VllmConfig(Section):
     speculative: OrNone[dict[str, Free]] = None
     """vLLM's speculative_config, for example {method: ngram, num_speculative_tokens: 2, prompt_lookup_min: 2,
     prompt_lookup_max: 3}. Needs a GPU."""
-    arguments: Arguments = Field(default={})
+    arguments: Annotated[dict[str, OrNone[Free]], Named] = Field(default={})
     """Further engine arguments of vLLM, by their names there."""
     request_s: PositiveFloat = 1800.0
     """Longest time of one message; then the engine counts as hung."""
@@ -77,7 +77,7 @@ class RolloutConfig(Section):
     """G, rollouts of each prompt."""
     temperature: PositiveFloat = 1.0
     """Sampling temperature; the loss uses the same one."""
-    top_p: Annotated[float, Number, Field(gt=0, le=1)] = 1.0
+    top_p: Annotated[float, Field(gt=0, le=1), Number] = 1.0
     """Nucleus; only 1, off, is what the loss assumes."""
     top_k: Annotated[NonNegative, BeforeValidator(_off)] = 0
     """Only 0, off (vLLM writes -1), is what the loss assumes."""

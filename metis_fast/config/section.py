@@ -10,7 +10,7 @@ import os
 import re
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, SerializationInfo
 
@@ -31,7 +31,7 @@ class Plain(str):
 
 def is_nothing(value: object) -> bool:
     """Whether a value was left out, or is YAML's null."""
-    return value is None or (isinstance(value, Plain) and value.lower() in ("", "~", "null"))
+    return value is None or (isinstance(value, Plain) and value in ("", "~", "null", "Null", "NULL"))
 
 
 # -- numbers --------------------------------------------------------------------------------------------------------------
@@ -45,11 +45,15 @@ def _number(value: object) -> object:
         return float(re.sub(r"^([+-]?)\.(inf|nan)$", r"\1\2", text.lower()))  # YAML's spelling
     except ValueError:
         pass
-    if re.fullmatch(r"[+-]?[\d.]*\d%", text) and text.count(".") < 2:
-        raise ValueError(f"expected a number, for example {float(text[:-1]) / 100:g} for {text}")
-    if re.fullmatch(r"[+-]?\d+(,\d+)+(\.\d+)?", text):
-        raise ValueError("expected a number without a comma (0.2 for two tenths, 1000 for a thousand)")
-    return value
+    if re.fullmatch(r"[+-]?\d*\.?\d+%", text):
+        raise ValueError(f"expected a number; write {float(text[:-1]) / 100:g} for {text}")
+    return _without_comma(value)
+
+
+def _without_comma(text: str) -> str:
+    if re.fullmatch(r"\s*[+-]?\d+(,\d+)+(\.\d+)?\s*", text):
+        raise ValueError("expected a number without a comma; write 0.2 for two tenths, 1000 for a thousand")
+    return text
 
 
 def _whole(value: object) -> object:
@@ -59,20 +63,21 @@ def _whole(value: object) -> object:
     try:
         number = Decimal(value.strip())
     except InvalidOperation:
-        return _number(value)
+        return _without_comma(value)
     if number.is_finite() and number.adjusted() < 19 and number == number.to_integral_value():
         return int(number)
     return value
 
 
+# they come last: a bound behind one would be checked, but be missing from the schema
 Number = BeforeValidator(_number)
 Whole = BeforeValidator(_whole)
 Int = Annotated[int, Whole]
-Positive = Annotated[int, Whole, Field(gt=0)]
-NonNegative = Annotated[int, Whole, Field(ge=0)]
-PositiveFloat = Annotated[float, Number, Field(gt=0, allow_inf_nan=False)]
-NonNegativeFloat = Annotated[float, Number, Field(ge=0, allow_inf_nan=False)]
-Fraction = Annotated[float, Number, Field(ge=0, le=1, allow_inf_nan=False)]
+Positive = Annotated[int, Field(gt=0), Whole]
+NonNegative = Annotated[int, Field(ge=0), Whole]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False), Number]
+NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False), Number]
+Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False), Number]
 
 
 # -- text and paths -------------------------------------------------------------------------------------------------------
@@ -97,17 +102,23 @@ def _variable(match: re.Match[str]) -> str:
     return os.environ[name]
 
 
-def expand(value: object) -> object:
-    """`~` and environment variables in a path that is still text."""
-    value = _text(value)
-    if not isinstance(value, str):
-        return value
-    if not value:
-        raise ValueError("expected a path, got nothing")
-    home = os.path.expanduser(value)
+def expand(text: str) -> Path:
+    """A path with its `~` and environment variables filled in.
+
+    Raises:
+        ValueError: there is none, or one of them is unknown.
+    """
+    if not text:
+        raise ValueError("expected a path")
+    home = os.path.expanduser(text)
     if home.startswith("~"):
-        raise ValueError(f"no user has the home folder that is named; write ./{value} for a name that begins with ~")
+        raise ValueError(f"no user has this home folder; write ./{text} for a name that begins with ~")
     return Path(re.sub(r"\$(?:(\$)|(\w+)|\{(\w+)\})?", _variable, home))
+
+
+def _path(value: object) -> object:
+    value = _text(value)
+    return expand(value) if isinstance(value, str) else value
 
 
 def _write_path(path: Path, info: SerializationInfo) -> str:
@@ -119,7 +130,7 @@ def _write_path(path: Path, info: SerializationInfo) -> str:
 
 
 Text = Annotated[str, BeforeValidator(_text)]
-FilePath = Annotated[Path, BeforeValidator(expand), PlainSerializer(_write_path, when_used="json")]
+FilePath = Annotated[Path, BeforeValidator(_path), PlainSerializer(_write_path, when_used="json")]
 
 
 # -- what may be left out, and lists --------------------------------------------------------------------------------------
@@ -140,20 +151,24 @@ Several = Annotated[tuple[T, ...], Listed]
 
 # -- settings of other programs -------------------------------------------------------------------------------------------
 
-_WORDS = dict.fromkeys(("true", "yes", "on"), True) | dict.fromkeys(("false", "no", "off"), False)
+_WORDS = {
+    spelt: word in ("true", "yes", "on")
+    for word in ("true", "yes", "on", "false", "no", "off")
+    for spelt in (word, word.capitalize(), word.upper())
+}
+NUMERIC = re.compile(r"^[-+]?\.?[0-9][0-9_.]*([eE][-+]?[0-9]+)?$")
+"""Plain text that may be a number; as text it has to be quoted."""
 
 
 def _guess(value: object) -> object:
     """What plain text means where no type says it: as in YAML, and 1e-3 is a number."""
-    if isinstance(value, (list, dict)):
-        raise ValueError("expected one value: a number, true, false or text")
+    if is_nothing(value) or isinstance(value, (list, dict)):
+        raise ValueError("expected a number, true, false or text")
     if not isinstance(value, Plain):
         return value
-    if is_nothing(value):
-        return None
-    if value.lower() in _WORDS:
-        return _WORDS[value.lower()]
-    if re.match(r"[+-]?\.?\d", value):
+    if value in _WORDS:
+        return _WORDS[value]
+    if NUMERIC.match(value):
         for parse in (int, float):
             try:
                 return parse(value)
@@ -162,11 +177,5 @@ def _guess(value: object) -> object:
     return str(value)
 
 
-Free = Annotated[str | int | float | bool | None, BeforeValidator(_guess)]
-
-
-def _keyed(value: object) -> Any:
-    return {} if is_nothing(value) else value
-
-
-Arguments = Annotated[dict[str, Free], BeforeValidator(_keyed)]
+Free = Annotated[str | int | float | bool, BeforeValidator(_guess)]
+Named = BeforeValidator(lambda value: {} if is_nothing(value) else value)

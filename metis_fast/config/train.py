@@ -18,7 +18,7 @@ from metis_fast.config.section import (
     Text,
 )  # fmt: skip
 
-Average = Annotated[float, Number, Field(ge=0, lt=1)]
+Average = Annotated[float, Field(ge=0, lt=1), Number]
 
 
 class OptimConfig(Section):
