@@ -170,7 +170,9 @@ def test_direct_transfers_are_refused_where_the_engine_is_on_the_wrong_gpu():
 paths = st.text(st.characters(codec="utf-8", exclude_categories=["C"]), min_size=1) | st.sampled_from(
     ["~", "~/a", "a$b", "$HOME/a", "$$", "null", "on", "007", "1e3", "2026-11-29", "a,b", "-1", "."]
 )
-texts = st.text(st.characters(codec="utf-8", exclude_categories=["C"])) | st.sampled_from(["null", "~", "1e3", "08", "off", "nULL", "yEs"])
+texts = st.text(st.characters(codec="utf-8", exclude_categories=["C"])) | st.sampled_from(
+    ["null", "~", "1e3", "08", "off", "nULL", "yEs"]
+)
 frees = texts | st.integers() | st.floats(allow_nan=False) | st.booleans()
 
 
