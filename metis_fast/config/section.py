@@ -156,7 +156,7 @@ _WORDS = {
     for word in ("true", "yes", "on", "false", "no", "off")
     for spelt in (word, word.capitalize(), word.upper())
 }
-NUMERIC = re.compile(r"^[-+]?\.?[0-9][0-9_.]*([eE][-+]?[0-9]+)?$")
+NUMERIC = re.compile(r"[-+]?(\.?[0-9][0-9_.]*([eE][-+]?[0-9]+)?|\.(inf|Inf|INF|nan|NaN|NAN))\Z")
 """Plain text that may be a number; as text it has to be quoted."""
 
 
@@ -169,11 +169,11 @@ def _guess(value: object) -> object:
     if value in _WORDS:
         return _WORDS[value]
     if NUMERIC.match(value):
-        for parse in (int, float):
-            try:
-                return parse(value)
-            except ValueError:
-                pass
+        try:
+            return int(value)
+        except ValueError:
+            number = _number(value)
+            return number if isinstance(number, float) else str(value)
     return str(value)
 
 
