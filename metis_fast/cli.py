@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 from metis_fast import __version__
 from metis_fast import config as config_module
-from metis_fast.config import Config, reference, schema
+from metis_fast.config import Config
 from metis_fast.errors import ConfigError, Interrupted, MetisError
 
 if TYPE_CHECKING:
@@ -61,7 +61,9 @@ def _config(args: argparse.Namespace) -> int:
     if args.schema or args.reference:
         if path is not None or overrides:
             raise ConfigError("config --schema and --reference are about all config files; give them no file and no settings")
-        print(json.dumps(schema.schema(), indent=2) if args.schema else reference.reference(), end="\n" if args.schema else "")
+        from metis_fast.config import reference, schema
+
+        print(json.dumps(schema.schema(), indent=2) if args.schema else reference.reference().rstrip("\n"))
         return 0
     config = config_module.load(path, overrides)
     if args.json:

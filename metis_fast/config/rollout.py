@@ -16,7 +16,7 @@ from metis_fast.config.section import (
     Positive,
     PositiveFloat,
     Section,
-)  # fmt: skip
+)
 
 
 def _off(value: object) -> object:

@@ -16,7 +16,7 @@ from metis_fast.config.section import (
     PositiveFloat,
     Section,
     Text,
-)  # fmt: skip
+)
 
 Average = Annotated[float, Field(ge=0, lt=1), Number]
 

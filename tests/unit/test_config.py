@@ -49,6 +49,7 @@ def test_a_shipped_config_parses_and_its_resolved_form_loads_as_the_same(path, w
     config = load(path)
     assert load(write("all.yaml", to_yaml(config))) == config
     assert load(write("changes.yaml", to_yaml(config, only_changes=True))) == config
+    assert load(write("former.yaml", yaml.safe_dump(config.model_dump(mode="json"), default_flow_style=None))) == config
 
 
 def test_the_defaults_are_the_papers_recipe():
