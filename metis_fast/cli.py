@@ -13,6 +13,7 @@ import importlib.util
 import json
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -54,7 +55,17 @@ def _load(args: argparse.Namespace) -> Config:
 
 
 def _config(args: argparse.Namespace) -> int:
-    config = config_module.load(args.config, args.overrides)
+    path, overrides = args.config, args.overrides
+    if path is not None and "=" in str(path) and not path.exists():  # settings alone, without a file
+        path, overrides = None, [str(path), *overrides]
+    if args.schema or args.reference:
+        if path is not None or overrides:
+            raise ConfigError("config --schema and --reference are about all config files; give them no file and no settings")
+        from metis_fast.config import reference, schema
+
+        print(json.dumps(schema.schema(), indent=2) if args.schema else reference.reference().rstrip("\n"))
+        return 0
+    config = config_module.load(path, overrides)
     if args.json:
         print(json.dumps(config.model_dump(mode="json")))
     else:
@@ -285,8 +296,11 @@ def build_parser() -> argparse.ArgumentParser:
     sub = verb(verbs, "config", _config, "Check a config and show it with all defaults.")
     sub.add_argument("config", type=Path, nargs="?", help="YAML file; none: the defaults (the paper's recipe)")
     sub.add_argument("overrides", nargs="*", metavar="section.key=value")
-    sub.add_argument("--changes", action="store_true", help="show only what differs from the defaults")
+    what = sub.add_mutually_exclusive_group()
+    what.add_argument("--changes", action="store_true", help="show only what differs from the defaults")
     sub.add_argument("--json", action="store_true")
+    what.add_argument("--schema", action="store_true", help="print the JSON schema of config files, for editors")
+    what.add_argument("--reference", action="store_true", help="print the page of all settings (docs/settings.md)")
     data = verbs.add_parser("data", help="Check data files, or make the demo set.").add_subparsers(
         required=True, metavar="VERB"
     )
@@ -326,10 +340,25 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _without_dashes(argv: Sequence[str]) -> list[str]:
+    """`--section.key=value` and `--section.key value`, as other programs have settings, are `section.key=value`."""
+    words: list[str] = []
+    value_follows = False
+    for word in argv:
+        if value_follows and not word.startswith("--"):
+            words[-1] += f"={word}"
+            value_follows = False
+            continue
+        setting = re.match(r"--[\w-]+\.", word) is not None
+        words.append(word[2:] if setting else word)
+        value_follows = setting and "=" not in word
+    return words
+
+
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse a command line; overrides may stand before and after options, which argparse alone does not take."""
     parser = build_parser()
-    args, rest = parser.parse_known_args(argv)
+    args, rest = parser.parse_known_args(_without_dashes(sys.argv[1:] if argv is None else argv))
     if rest and (any(word.startswith("-") for word in rest) or not hasattr(args, "overrides")):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:

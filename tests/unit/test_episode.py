@@ -92,8 +92,10 @@ def test_the_response_limit_counts_observations_and_is_never_exceeded(episode):
 
 
 def test_a_message_never_outgrows_the_response(episode):
-    rollout, engine, _ = episode(["x" * 500], max_response_tokens=40, max_turn_tokens=60)
-    assert engine.sampling[0].max_tokens == 40 == rollout.num_sampled
+    rollout, engine, _ = episode([CALL, "x" * 500], max_response_tokens=120, max_turn_tokens=100)
+    left = 120 - (rollout.turns[1].start - rollout.prompt_len)
+    assert left < 100 and [s.max_tokens for s in engine.sampling] == [100, left]
+    assert len(rollout.tokens) - rollout.prompt_len == 120
 
 
 def test_an_observation_that_leaves_no_room_is_left_out_of_the_tokens_but_its_call_counts(episode):

@@ -1,0 +1,42 @@
+"""Configuration: a small tree of frozen typed classes, a file for each section.
+
+A YAML file holds only what differs from the defaults here (the paper's recipe); `base: other.yaml` starts from another file;
+`section.key=value` on the command line overrides both (`reading.py`). Unknown keys are refused with the nearest known one
+(`load.py`); what concerns one section is checked there, what concerns several in `Config` (`tree.py`).
+"""
+
+from metis_fast.config.load import build, load, to_yaml
+from metis_fast.config.log import LogConfig
+from metis_fast.config.loss import LossConfig
+from metis_fast.config.model import ModelConfig
+from metis_fast.config.reading import merge
+from metis_fast.config.rollout import RolloutConfig
+from metis_fast.config.score import LlmJudgeConfig, ScoreConfig
+from metis_fast.config.sft import SftPhase
+from metis_fast.config.tools import ImageSearchConfig, PythonToolConfig, TextSearchConfig, ToolsConfig
+from metis_fast.config.train import MegatronConfig, OptimConfig
+from metis_fast.config.tree import Config, known_keys
+from metis_fast.config.workers import WorkersConfig
+
+__all__ = [
+    "Config",
+    "ImageSearchConfig",
+    "LlmJudgeConfig",
+    "LogConfig",
+    "LossConfig",
+    "MegatronConfig",
+    "ModelConfig",
+    "OptimConfig",
+    "PythonToolConfig",
+    "RolloutConfig",
+    "ScoreConfig",
+    "SftPhase",
+    "TextSearchConfig",
+    "ToolsConfig",
+    "WorkersConfig",
+    "build",
+    "known_keys",
+    "load",
+    "merge",
+    "to_yaml",
+]

@@ -1,0 +1,18 @@
+"""Evaluation."""
+
+from __future__ import annotations
+
+from metis_fast.config.section import NonNegative, NonNegativeFloat, Positive, Section
+
+
+class EvalConfig(Section):
+    """Evaluation on the held-out prompts."""
+
+    every: NonNegative = 0
+    """Steps between evaluations while training; 0: only before and after."""
+    rollouts_per_prompt: Positive = 1
+    """Samples of each held-out prompt."""
+    temperature: NonNegativeFloat = 1.0
+    """Sampling temperature; 0 is greedy."""
+    max_prompts: NonNegative = 0
+    """Only the first ones; 0: all."""

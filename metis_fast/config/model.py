@@ -1,0 +1,35 @@
+"""The policy."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator
+
+from metis_fast.config.section import FilePath, OrNone, Section, Several
+
+
+def _dtype_here(value: str) -> str:
+    """Without bfloat16 instructions torch multiplies bfloat16 matrices many times slower than float32 ones."""
+    if value != "auto":
+        return value
+    import torch  # at first use: reading a config needs nothing else of it
+
+    cpu = torch.cpu.get_capabilities()
+    native = torch.cuda.is_available() or any(cpu.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
+    return "bfloat16" if native else "float32"
+
+
+class ModelConfig(Section):
+    """The policy: any Qwen3-VL folder with safetensors."""
+
+    path: FilePath = Path("models/Metis-8B-ColdStart")
+    """Folder with config.json, *.safetensors, tokenizer and processor."""
+    config: OrNone[FilePath] = None
+    """A config.json that describes the model where `path` is not there yet, for `metis-fast plan`."""
+    dtype: Annotated[Literal["auto", "bfloat16", "float32"], AfterValidator(_dtype_here)] = "bfloat16"
+    """Type of weights and activations. With bfloat16 the optimizer keeps float32 masters. `auto`: bfloat16 on a machine with a
+    GPU or instructions for it (AVX-512 bf16, AMX), else float32; a run folder keeps which."""
+    freeze: Several[Literal["vision", "embeddings"]] = ()
+    """Parts that are not trained: the vision tower (with its mergers), the token embeddings (with a tied LM head)."""

@@ -1,0 +1,18 @@
+"""Where a run lives, and what makes it repeatable."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from metis_fast.config.section import FilePath, Int, NonNegative, Section
+
+
+class RunConfig(Section):
+    """Where a run lives and what makes it repeatable."""
+
+    dir: FilePath = Path("runs/default")
+    """Folder of this run: resolved config, metrics, rollouts, checkpoints, report."""
+    seed: Int = 0
+    """Seeds data order, sampling and initialisation."""
+    threads: NonNegative = 0
+    """CPU threads for torch; 0 leaves torch's own choice. Runs are bit-repeatable for a fixed number."""

@@ -1,0 +1,117 @@
+"""The whole tree, what has to fit across its sections, and its keys."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Self
+
+from pydantic import model_validator
+
+from metis_fast.config.checkpoint import CheckpointConfig
+from metis_fast.config.data import DataConfig
+from metis_fast.config.demo import DemoConfig
+from metis_fast.config.eval import EvalConfig
+from metis_fast.config.gate import GateConfig
+from metis_fast.config.log import LogConfig
+from metis_fast.config.loss import LossConfig
+from metis_fast.config.model import ModelConfig
+from metis_fast.config.rollout import RolloutConfig
+from metis_fast.config.run import RunConfig
+from metis_fast.config.score import ScoreConfig
+from metis_fast.config.section import Section
+from metis_fast.config.sft import SftConfig
+from metis_fast.config.sync import SyncConfig
+from metis_fast.config.tools import ToolsConfig
+from metis_fast.config.train import TrainConfig
+from metis_fast.config.workers import WorkersConfig
+
+
+class Config(Section):
+    """The whole tree. Defaults are the recipe of the Metis paper (ALGORITHM section 5)."""
+
+    run: RunConfig = RunConfig()
+    data: DataConfig = DataConfig()
+    model: ModelConfig = ModelConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    tools: ToolsConfig = ToolsConfig()
+    workers: WorkersConfig = WorkersConfig()
+    sync: SyncConfig = SyncConfig()
+    gate: GateConfig = GateConfig()
+    score: ScoreConfig = ScoreConfig()
+    loss: LossConfig = LossConfig()
+    train: TrainConfig = TrainConfig()
+    sft: SftConfig = SftConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    eval: EvalConfig = EvalConfig()
+    log: LogConfig = LogConfig()
+    demo: DemoConfig = DemoConfig()
+
+    @model_validator(mode="after")
+    def _sizes_fit(self) -> Self:
+        rollout, train = self.rollout, self.train
+        if rollout.prompts_per_step % train.prompts_per_mini_batch:
+            raise ValueError(
+                f"rollout.prompts_per_step={rollout.prompts_per_step} is no multiple of "
+                f"train.prompts_per_mini_batch={train.prompts_per_mini_batch}; choose a divisor for the latter"
+            )
+        longest = rollout.max_prompt_tokens + rollout.max_response_tokens
+        if longest > train.tokens_per_micro_batch:
+            raise ValueError(
+                f"a rollout may have rollout.max_prompt_tokens + rollout.max_response_tokens = {longest} tokens, more than "
+                f"train.tokens_per_micro_batch={train.tokens_per_micro_batch}; raise the latter or lower one of the former"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _loss_fits_what_was_sampled(self) -> Self:
+        rollout, loss = self.rollout, self.loss
+        if loss.normalization == "reference" and self.score.estimator != "hdpo":
+            raise ValueError("loss.normalization=reference reproduces HDPO only; set score.estimator=hdpo")
+        if loss.proximal == "engine" or loss.tis_cap:  # both correct for older weights
+            return self
+        if rollout.mode != "sync":
+            raise ValueError(
+                f"rollout.mode={rollout.mode} trains on what older weights sampled; set loss.tis_cap (2 is usual), which "
+                "corrects it, or loss.proximal=engine"
+            )
+        if rollout.over_provision and rollout.slow == "carry":
+            raise ValueError(
+                "rollout.over_provision with rollout.slow=carry trains on what older weights sampled; set loss.tis_cap (2 is "
+                "usual), or rollout.slow=drop"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _weights_reach_the_engines(self) -> Self:
+        vllm, transport = self.rollout.vllm, self.sync.transport
+        if vllm.sleep and transport == "nccl":
+            raise ValueError(
+                "rollout.vllm.sleep is for an engine that shares the trainer's GPU, and NCCL does not send within one; set "
+                "sync.transport=staged, or rollout.vllm.sleep=false and give the engine GPUs of its own"
+            )
+        if self.rollout.engine != "vllm" or transport != "ipc":
+            return self
+        if not vllm.sleep:
+            raise ValueError("sync.transport=ipc is for an engine that shares the trainer's GPU; set rollout.vllm.sleep=true")
+        if vllm.replicas * vllm.tensor_parallel > 1:
+            raise ValueError(
+                "sync.transport=ipc reaches an engine on the run's own GPU only, got "
+                f"rollout.vllm.replicas={vllm.replicas}, tensor_parallel={vllm.tensor_parallel}; "
+                "set both to 1, or sync.transport=staged"
+            )
+        return self
+
+
+def settings(model: type[Section] = Config, prefix: str = "") -> Iterator[tuple[str, type[Section] | None]]:
+    """Every dotted key in the tree's order; with a section its class, and its keys behind it."""
+    for name, info in model.model_fields.items():
+        kind = info.annotation
+        section = kind if isinstance(kind, type) and issubclass(kind, Section) else None
+        yield prefix + name, section
+        if section is not None:
+            yield from settings(section, f"{prefix}{name}.")
+
+
+def known_keys() -> tuple[str, ...]:
+    """Every dotted key of the tree, sections included."""
+    return tuple(key for key, _ in settings())

@@ -1,0 +1,28 @@
+"""Processes that work for a run."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from metis_fast.config.section import NonNegative, PositiveFloat, Section, Text
+
+
+class WorkersConfig(Section):
+    """Processes that work for a run: where they run, and when they count as dead (docs/rollouts.md)."""
+
+    launcher: Literal["local", "ray"] = "local"
+    """`local`: processes of this machine. `ray`: Ray places them, on a running cluster or one that is started here."""
+    ray_address: Text = "auto"
+    """`auto`: the cluster that RAY_ADDRESS or `ray start` on this machine names; else this machine becomes one."""
+    tools: NonNegative = 0
+    """Processes that run the tools; 0: the run itself does."""
+    judges: NonNegative = 0
+    """Processes that judge; 0: the run itself does."""
+    listen: Text = "127.0.0.1:0"
+    """Address at which workers find the run; port 0 takes a free one. With Ray: that of this machine in the cluster."""
+    silence_s: PositiveFloat = 20.0
+    """A worker that does not answer for so long is killed and started again."""
+    start_s: PositiveFloat = 600.0
+    """Time that a worker may take to be ready."""
+    wait_s: PositiveFloat = 600.0
+    """How long to wait for room in a Ray cluster."""
