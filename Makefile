@@ -32,15 +32,14 @@ $(VENV)/.installed: pyproject.toml constraints.txt CMakeLists.txt $(wildcard ker
 train: setup
 	$(BIN)/metis-fast demo configs/demo.yaml
 
-# end-to-end tests by themselves: they start processes of their own, and break them at chosen moments
 test: setup
-	OMP_NUM_THREADS=1 $(PYTEST) -n 2 --dist loadfile -m "not slow and not gpu" tests/unit tests/kernels tests/parity
-	$(PYTEST) -m "not slow and not gpu" tests/e2e
+	$(BIN)/python tests/run.py
+
+# one after the other: most of them start many processes
+test-slow: setup
+	$(BIN)/python tests/run.py -m "slow and not gpu" -n 1
 
 # pytest ends with 5 where no test has the mark, which is no failure
-test-slow: setup
-	$(PYTEST) -m "slow and not gpu" || [ $$? -eq 5 ]
-
 test-gpu: setup
 	$(PYTEST) -m gpu || [ $$? -eq 5 ]
 

@@ -33,6 +33,7 @@ from metis_fast.rollout.store import read_rollouts
 
 HERE = Path(__file__).parent
 SMALL = HERE / "small.yaml"
+AGENT = HERE / "agent"
 PROGRAM = Path(sys.executable).with_name("metis-fast")
 FORK = multiprocessing.get_context("forkserver")
 FORK.set_forkserver_preload(["metis_fast.demo", "metis_fast.report.html", "metis_fast.score.llm", "metis_fast.cli"])

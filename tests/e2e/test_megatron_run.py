@@ -13,30 +13,16 @@ from typing import Any
 
 import pytest
 import torch
-from harness import SMALL, Ended, Moment, run, run_state, succeed
+from harness import AGENT, Ended, Moment, run, run_state, succeed
 from test_run_disk_full import _Disk, disk  # noqa: F401
 from transformers import Qwen3VLForConditionalGeneration
 
 from metis_fast.checkpoint.resume import CheckpointStore
 
-HERE = Path(__file__).parent
 STEPS = 4
 FLOOR = 5e-7  # float32 rounds a log-probability to this; what is smaller is noise
 AGAIN = "run the same command again: it resumes from the last checkpoint"
 TP, PP, DP = (f"train.megatron.{axis}_parallel=2" for axis in ("tensor", "pipeline", "data"))
-
-
-@pytest.fixture(scope="module")
-def job(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The config of a cold-started demo whose model two ranks can split: heads and key/value heads for both."""
-    folder = tmp_path_factory.mktemp("job")
-    shape = json.loads((HERE / "small_model.json").read_text())
-    shape["text_config"] |= {"num_attention_heads": 4, "num_key_value_heads": 2}
-    (folder / "shape.json").write_text(json.dumps(shape))
-    model = f"demo.model_shape={folder / 'shape.json'}"
-    few = ("train.steps=1", "checkpoint.every=0", "log.progress=false", "log.tensorboard=false", "model.dtype=float32")
-    succeed(["demo", SMALL, f"run.dir={folder / 'demo'}", model, *few], folder / "process")
-    return folder / "demo" / "config.yaml"
 
 
 def train(job: Path, folder: Path, *settings: str) -> list[object]:
@@ -121,7 +107,7 @@ def test_the_main_job_on_2_x_2_ranks_has_the_metrics_and_weights_of_the_torch_ba
     )
     weights = dict(four.named_parameters())
     moved = 0
-    start = dict(Qwen3VLForConditionalGeneration.from_pretrained(job.parent / "model").named_parameters())
+    start = dict(Qwen3VLForConditionalGeneration.from_pretrained(AGENT).named_parameters())
     for name, expected in one.named_parameters():
         assert float((weights[name] - expected).detach().norm()) <= 1e-4 * float(expected.detach().norm()), name
         moved += not torch.equal(weights[name], start[name])

@@ -19,7 +19,6 @@ import pytest
 import torch
 from harness import PROGRAM, Command
 from jobs import Job
-from test_megatron_run import job  # noqa: F401
 
 from metis_fast import parts as parts_module
 from metis_fast import pipeline
@@ -368,7 +367,7 @@ _AHEAD = ["rollout.mode=async", "rollout.max_staleness=2", "loss.tis_cap=2"]
     ids=["ray", "ray-bfloat16", "ahead"],
 )
 def test_tensor_parallel_ranks_train_what_an_engine_samples(
-    job: Path,  # noqa: F811
+    job: Path,
     tmp_path: Path,
     dtype: str,
     settings: list[str],
