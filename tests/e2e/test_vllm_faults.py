@@ -64,9 +64,10 @@ from metis_fast.rollout.engine import Completion, update
 from metis_fast.rollout.episode import collect
 from metis_fast.rollout.gate import choose, probe
 from metis_fast.rollout.store import read_rollouts
-from metis_fast.rollout.vllm import engine as engine_module
+from metis_fast.rollout.vllm import direct, staged
 from metis_fast.rollout.vllm.direct import Ask, Client
 from metis_fast.rollout.vllm.engine import VllmEngine
+from metis_fast.rollout.vllm.staged import StagedWeights
 from metis_fast.score.judge import open_judge
 from metis_fast.score.scoring import score_groups
 from metis_fast.sync.manifest import Manifest
@@ -153,8 +154,8 @@ class Engines:
     @property
     def staging(self) -> Staging:
         """The engines' own."""
-        assert self.engine._staging is not None
-        return self.engine._staging
+        assert isinstance(self.engine.weights, StagedWeights) and self.engine.weights.staging is not None
+        return self.engine.weights.staging
 
     def flip(self) -> None:
         """Change a bit of the staged version."""
@@ -251,8 +252,8 @@ class PretendedTransfer:
 def transfers(monkeypatch: pytest.MonkeyPatch) -> list[PretendedTransfer]:
     """All that are opened in a test."""
     monkeypatch.setattr(PretendedTransfer, "opened", [])
-    monkeypatch.setattr(engine_module, "check_direct", lambda transport: None)
-    monkeypatch.setattr(engine_module, "DirectTransfer", PretendedTransfer)
+    monkeypatch.setattr(direct, "check", lambda transport: None)
+    monkeypatch.setattr(direct, "DirectTransfer", PretendedTransfer)
     return PretendedTransfer.opened
 
 
@@ -348,7 +349,7 @@ def test_the_gate_asks_every_engine_that_is_up(engines: Open, prompts: list[Prom
             await asyncio.sleep(0)
         await probe(probes, those.chat, those.engine, those.config)
         assert sorted(state.asked for state in await those.states()) == [0, 2, 3]
-        assert all(replica.sessions == 0 for replica in those.engine._replicas) and not those.engine._home
+        assert all(replica.sessions == 0 for replica in those.engine.replicas) and not those.engine.homes
 
     run(go())
 
@@ -498,7 +499,8 @@ def test_engines_of_a_machine_share_one_copy_and_outlive_the_one_that_holds_it(
         monkeypatch.setattr(those.staging, "payloads", count)
         await those.update(2)
         assert sent == [1]  # what has changed since version 1, once for both
-        (copied,) = those.engine._copies.values()
+        assert isinstance(those.engine.weights, StagedWeights)
+        (copied,) = those.engine.weights.copies.values()
         await copied.worker.lose("told so")
         await those.checked_replicas(2, restarts=1)
         assert sent == [1, None]
@@ -556,7 +558,7 @@ def test_an_engine_that_starts_while_the_staged_version_is_damaged_waits_for_the
     engines: Open, prompts: list[Prompt], again: bool
 ) -> None:
     those = engines(restarts=1)
-    replica = those.engine._replicas[0]
+    replica = those.engine.replicas[0]
 
     async def go() -> list[Group]:
         await those.update(1)
@@ -625,7 +627,7 @@ def test_changes_that_were_told_against_a_damaged_version_are_sent_in_full(engin
 def test_an_engine_that_is_lost_while_it_loads_weights_has_them_when_it_is_up_again(
     engines: Open, prompts: list[Prompt], fault: Fault, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engine_module, "_LOAD_S", 2.0)
+    monkeypatch.setattr(staged, "LOAD_S", 2.0)
     those = engines()
 
     async def go() -> list[Group]:
@@ -719,7 +721,7 @@ def test_a_direct_transfer_that_hangs_ends_the_run_and_no_thread_holds_it_back(
     engines: Open, transfers: list[PretendedTransfer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     those, hangs = engines(transport="nccl", replicas=1), Event()
-    monkeypatch.setattr(engine_module, "_LOAD_S", 0.5)
+    monkeypatch.setattr(direct, "LOAD_S", 0.5)
 
     def hang() -> None:
         assert hangs.wait(_LIMIT_S) and current_thread().daemon
@@ -742,7 +744,7 @@ def test_an_engine_that_dies_between_two_buckets_does_not_hold_up_the_others(eng
 
     async def go() -> list[Group]:
         await those.update(1)
-        payloads = those.engine._staging.payloads  # pyright: ignore[reportOptionalMemberAccess]
+        payloads = those.staging.payloads
 
         def dying(base: int | None) -> Iterator[object]:
             if one.alive and not one.restarts:
@@ -751,7 +753,7 @@ def test_an_engine_that_dies_between_two_buckets_does_not_hold_up_the_others(eng
                 time.sleep(0.01)
             yield from payloads(base)
 
-        those.engine._staging.payloads = dying  # pyright: ignore
+        those.staging.payloads = dying  # pyright: ignore[reportAttributeAccessIssue]
         assert await those.update(2) == 0
         groups = await those.collect(prompts)
         await those.checked_replicas(2, restarts=1)

@@ -28,7 +28,7 @@ from metis_fast.config import Config
 from metis_fast.errors import EngineError
 from metis_fast.model import load_policy
 from metis_fast.rollout.chat import Chat, TokenPiece
-from metis_fast.rollout.vllm.engine import _settings
+from metis_fast.rollout.vllm.engine import engine_settings
 from metis_fast.rollout.vllm.opening import check_banned
 from metis_fast.rollout.vllm.service import VllmService
 from metis_fast.rollout.vllm.settings import GenerateReply, GenerateRequest
@@ -204,7 +204,7 @@ class _Run:
             chat.encode_prompt(Prompt("p", "test", (Message("user", text),), seen, Ability.SEARCH, ("x",), "rule", text))
             for text, seen in (("<image> abcdabcdabcd", (ImageBlob.of(data.getvalue()),)), ("abcdabcdefgh", ()))
         ]
-        self.settings = _settings(config, self.policy)
+        self.settings = engine_settings(config, self.policy)
         self.service = VllmService(self.settings)
         self.staging = Staging(hf_shapes(self.policy.model.config), torch.float32, 1 << 20)
         self._loop = asyncio.new_event_loop()
