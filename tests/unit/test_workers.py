@@ -17,11 +17,12 @@ import pytest
 from metis_fast import __version__
 from metis_fast.config import WorkersConfig
 from metis_fast.errors import ConfigError, EngineError, InfrastructureError, ModelError
-from metis_fast.workers import hub as hub_module
 from metis_fast.workers import launch as launch_module
-from metis_fast.workers.hub import Hub, Worker, WorkerError, wait_ready
+from metis_fast.workers import worker as worker_module
+from metis_fast.workers.hub import Hub
 from metis_fast.workers.launch import SCRATCH, Child, Job, LocalLauncher, engine_gpus
 from metis_fast.workers.wire import KEY, Hello, Kind, Welcome, admit, apply, encode, receive
+from metis_fast.workers.worker import Worker, WorkerError, wait_ready
 
 PROBE = "metis_fast.testing.workers:Probe"
 
@@ -217,7 +218,7 @@ def test_a_service_that_refuses_its_settings_stops_at_once(hub: Hub) -> None:
 
 @pytest.mark.parametrize("where", ["load", "prepare"])
 def test_a_worker_that_was_ready_may_fail_to_start_again_for_a_while(monkeypatch: pytest.MonkeyPatch, where: str) -> None:
-    monkeypatch.setattr(hub_module, "_PAUSE_S", 0.01)
+    monkeypatch.setattr(worker_module, "_PAUSE_S", 0.01)
 
     async def life(number: int, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         if where == "load" and number in (1, 2):
@@ -267,7 +268,7 @@ def test_a_deadline_holds_while_a_worker_takes_nothing_more() -> None:
 
 
 def test_a_slow_connection_is_alive_as_long_as_it_takes_something(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hub_module, "_PING_S", 0.1)
+    monkeypatch.setattr(worker_module, "_PING_S", 0.1)
     size = 24 << 20
     whole = asyncio.Event()
 
@@ -349,7 +350,7 @@ def test_a_worker_that_is_lost_while_held_is_started_at_its_release() -> None:
 
 @pytest.mark.parametrize("stage", ["load", "prepare"])
 def test_a_worker_that_is_held_while_it_starts_is_started_from_anew(monkeypatch: pytest.MonkeyPatch, stage: str) -> None:
-    monkeypatch.setattr(hub_module, "_PAUSE_S", 600.0)  # it has not failed, and no pause follows
+    monkeypatch.setattr(worker_module, "_PAUSE_S", 600.0)  # it has not failed, and no pause follows
     at = threading.Event()
 
     async def life(number: int, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -389,7 +390,7 @@ def test_nothing_is_started_any_more_where_all_was_ended(tmp_path: Path) -> None
 
 
 def test_a_worker_that_is_gone_refuses_what_prepares_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hub_module, "_PAUSE_S", 600.0)
+    monkeypatch.setattr(worker_module, "_PAUSE_S", 600.0)
 
     async def life(number: int, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         _say(writer, Kind.FAILED, 0, "as asked")
@@ -407,8 +408,8 @@ def test_a_worker_that_is_gone_refuses_what_prepares_it(monkeypatch: pytest.Monk
 
 
 def test_starts_that_fail_are_farther_and_farther_apart(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hub_module, "_PAUSE_S", 0.1)
-    monkeypatch.setattr(hub_module, "_LONGEST_PAUSE_S", 0.3)
+    monkeypatch.setattr(worker_module, "_PAUSE_S", 0.1)
+    monkeypatch.setattr(worker_module, "_LONGEST_PAUSE_S", 0.3)
     at: list[float] = []
 
     async def life(number: int, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -425,7 +426,7 @@ def test_starts_that_fail_are_farther_and_farther_apart(monkeypatch: pytest.Monk
 
 
 def test_strangers_are_turned_away(hub: Hub, caplog: pytest.LogCaptureFixture) -> None:
-    host, port = hub.job("x", "tools", 1, 0, {}).command[4].split(":")
+    host, port = hub.address.split(":")
     with socket.create_connection((host, int(port)), timeout=5) as stranger:
         assert len(stranger.recv(200)) > 32
         stranger.sendall(b"\0" * 64)

@@ -34,7 +34,8 @@ from metis_fast.rollout.vllm.settings import (
 from metis_fast.rollout.vllm.staged import StagedWeights
 from metis_fast.tools.sandbox.wire import MAX_IMAGES
 from metis_fast.types import ImageBlob, ImageSpan, Rollout
-from metis_fast.workers.hub import Hub, Worker, WorkerError, wait_ready
+from metis_fast.workers.hub import Hub
+from metis_fast.workers.worker import Worker, WorkerError, wait_ready
 
 _LOG = logging.getLogger(__name__)
 _MISSING = "is not here"  # ImagesMissingError's words; the class is the service's

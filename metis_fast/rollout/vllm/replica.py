@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from dataclasses import dataclass, field
 
-from metis_fast.workers.hub import Worker
+from metis_fast.workers.worker import Worker
 
 LOAD_S = 600.0  # for a replica to take a version
 

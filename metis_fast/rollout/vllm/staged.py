@@ -23,7 +23,7 @@ from metis_fast.rollout.engine import SyncReport
 from metis_fast.rollout.vllm.replica import LOAD_S, Replica
 from metis_fast.sync.staging import Payload, Staging
 from metis_fast.train.megatron.names import hf_shapes
-from metis_fast.workers.hub import Worker
+from metis_fast.workers.worker import Worker
 
 _LOG = logging.getLogger(__name__)
 
