@@ -47,8 +47,9 @@ from metis_fast.train.megatron.names import hf_shapes
 from metis_fast.train.protocol import Trainer, TrainerState
 from metis_fast.train.torch_backend import TorchTrainer
 from metis_fast.types import Prompt
-from metis_fast.workers.hub import Hub, WorkerError, wait_ready
+from metis_fast.workers.hub import Hub
 from metis_fast.workers.launch import Launcher, LocalLauncher, engine_gpus
+from metis_fast.workers.worker import WorkerError, wait_ready
 
 log = logging.getLogger(__name__)
 

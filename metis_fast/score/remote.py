@@ -13,7 +13,8 @@ from metis_fast.errors import InfrastructureError, JudgeError
 from metis_fast.score.judge import open_judge
 from metis_fast.score.protocol import JudgeUnavailable
 from metis_fast.types import Prompt, Rollout, Verdict
-from metis_fast.workers.hub import Hub, Worker, WorkerError
+from metis_fast.workers.hub import Hub
+from metis_fast.workers.worker import Worker, WorkerError
 
 SERVICE = "metis_fast.score.remote:JudgeService"
 _MATH_S = 300.0  # a few comparisons of three CPU seconds each, behind others of the same kind, on a loaded machine

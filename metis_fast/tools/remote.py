@@ -18,7 +18,8 @@ from metis_fast.config import ToolsConfig
 from metis_fast.errors import InfrastructureError, ToolSetupError
 from metis_fast.tools.toolbox import LocalSession, LocalToolbox
 from metis_fast.types import ImageBlob, Observation, ToolName
-from metis_fast.workers.hub import Hub, Worker, WorkerError
+from metis_fast.workers.hub import Hub
+from metis_fast.workers.worker import Worker, WorkerError
 
 SERVICE = "metis_fast.tools.remote:ToolService"
 _SLACK_S = 90.0  # beyond a call's own time-out: a cold start of the sandbox takes up to 60 s on a loaded machine

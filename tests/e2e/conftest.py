@@ -1,17 +1,25 @@
 """One small run for all end-to-end tests, with what it was made of.
 
 Its agent comes with the tests (`agent`, made as agent.yaml says): it calls tools and is right about as often as it is wrong.
-So no test hangs on what a model that is trained on the machine happens to learn.
+So no test hangs on what a model that is trained on the machine happens to learn. Beside it, engines with faults.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+from faulty_engines import Engines, Open, PretendedTransfer
 from filelock import FileLock
 from harness import AGENT, HERE, SMALL, phases, succeed
+
+from metis_fast.model import Policy
+from metis_fast.rollout.chat import Chat
+from metis_fast.rollout.vllm import direct
+from metis_fast.types import Prompt
 
 # All tests again in another number format or with more threads: METIS_TEST_SETTINGS="model.dtype=bfloat16 run.threads=2"
 _SETTINGS = os.environ.get("METIS_TEST_SETTINGS", "").split()
@@ -49,3 +57,25 @@ def job(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("job") / "job.yaml"
     path.write_text(f"base: {demo / 'config.yaml'}\nmodel: {{dtype: float32}}\nlog: {{progress: false, tensorboard: false}}\n")
     return path
+
+
+@pytest.fixture
+def engines(tmp_path: Path, policy: Policy, chat: Chat) -> Iterator[Open]:
+    """Opens some; closed when the test ends."""
+    with ExitStack() as stack:
+        yield lambda copy="", silence_s=2.0, **more: Engines(tmp_path, policy, chat, stack, copy, silence_s, **more)
+
+
+@pytest.fixture
+def transfers(monkeypatch: pytest.MonkeyPatch) -> list[PretendedTransfer]:
+    """Direct transfers are pretended: all that are opened in a test."""
+    monkeypatch.setattr(PretendedTransfer, "opened", [])
+    monkeypatch.setattr(direct, "check", lambda transport: None)
+    monkeypatch.setattr(direct, "DirectTransfer", PretendedTransfer)
+    return PretendedTransfer.opened
+
+
+@pytest.fixture
+def prompts(make_prompt: Callable[..., Prompt]) -> list[Prompt]:
+    """Three, of text."""
+    return [make_prompt(uid=f"p{i}") for i in range(3)]

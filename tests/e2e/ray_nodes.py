@@ -10,7 +10,8 @@ import time
 from ray.cluster_utils import Cluster
 
 from metis_fast import cluster, config
-from metis_fast.workers.hub import Hub, wait_ready
+from metis_fast.workers.hub import Hub
+from metis_fast.workers.worker import wait_ready
 
 PROBE = "metis_fast.testing.workers:Probe"
 

@@ -34,6 +34,7 @@ from metis_fast.rollout.episode import Trace
 from metis_fast.rollout.gate import choose
 from metis_fast.rollout.store import StoredRollout, read_rollouts
 from metis_fast.rollout.vllm.engine import VllmEngine
+from metis_fast.rollout.vllm.staged import StagedWeights
 from metis_fast.testing.faults import flip_staged
 from metis_fast.types import Outcome, Prompt, Rollout
 from metis_fast.workers.hub import Hub
@@ -261,18 +262,20 @@ def test_an_engine_that_is_asked_for_its_layers_fails_what_is_under_way_and_goes
 
 def test_damaged_weights_are_refused_and_the_old_ones_go_on(sampler: Sampler, prompts: list[Prompt]) -> None:
     engine = sampler.parts.engine
-    assert isinstance(engine, VllmEngine) and engine._staging is not None
+    assert isinstance(engine, VllmEngine) and isinstance(engine.weights, StagedWeights)
+    staging = engine.weights.staging
+    assert staging is not None
     (worker,) = engine.workers()
     old = [parameter.detach().clone() for parameter in sampler.parts.policy.model.parameters()]
     sampler.shake()
-    manifest = engine._staging.write(sampler.parts.trainer.weights(), 13).to_dict()
+    manifest = staging.write(sampler.parts.trainer.weights(), 13).to_dict()
     flip_staged(manifest)
     with pytest.raises(SyncError, match="CRC-32"):
         sampler.parts.interrupts.run(worker.call("load_staged", manifest))
     flip_staged(manifest)
     sampler.parts.interrupts.run(worker.call("copy_begin", manifest, "full"))
     sampler.parts.interrupts.run(worker.call("copy_base", None))
-    (payload, *_) = engine._staging.payloads(None)
+    (payload, *_) = staging.payloads(None)
     for data in (payload.data[:-1], payload.data ^ np.uint8(1)):
         with pytest.raises(SyncError, match="CRC-32"):
             sampler.parts.interrupts.run(worker.call("copy_bucket", 0, "full", data, payload.crc32))

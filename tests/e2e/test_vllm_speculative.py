@@ -29,8 +29,8 @@ from metis_fast.errors import EngineError
 from metis_fast.model import load_policy
 from metis_fast.rollout.chat import Chat, TokenPiece
 from metis_fast.rollout.vllm import library
-from metis_fast.rollout.vllm import service as service_module
-from metis_fast.rollout.vllm.engine import _settings
+from metis_fast.rollout.vllm.engine import engine_settings
+from metis_fast.rollout.vllm.opening import check_banned
 from metis_fast.rollout.vllm.service import VllmService
 from metis_fast.rollout.vllm.settings import GenerateReply, GenerateRequest
 from metis_fast.sync.staging import Staging
@@ -134,7 +134,7 @@ def test_a_placeholder_that_is_several_tokens_of_text_is_refused(found: Found) -
 @pytest.mark.parametrize(
     ("more", "why"),
     [
-        ("", "needs a GPU"),  # when this fails, vLLM is right, and `_right_vllm` and `service._check_drafts` may go
+        ("", "needs a GPU"),  # when this fails, vLLM is right, and `_right_vllm` and `opening._check_drafts` may go
         (", rejection_sample_method: synthetic, synthetic_acceptance_length: 2", "takes drafts at random"),
     ],
     ids=["no-gpu", "synthetic"],
@@ -206,7 +206,7 @@ class _Run:
             chat.encode_prompt(Prompt("p", "test", (Message("user", text),), seen, Ability.SEARCH, ("x",), "rule", text))
             for text, seen in (("<image> abcdabcdabcd", (ImageBlob.of(data.getvalue()),)), ("abcdabcdefgh", ()))
         ]
-        self.settings = _settings(config, self.policy)
+        self.settings = engine_settings(config, self.policy)
         self.service = VllmService(self.settings)
         self.staging = Staging(hf_shapes(self.policy.model.config), torch.float32, 1 << 20)
         self._loop = asyncio.new_event_loop()
@@ -289,7 +289,7 @@ class _Run:
         """What is said of a placeholder that is no token."""
         texts = ("two words", *self.settings.banned_text[1:])
         try:
-            service_module._check_banned(self.service._engine, replace(self.settings, banned_text=texts))
+            check_banned(self.service._engine, replace(self.settings, banned_text=texts))
         except EngineError as error:
             return str(error)
         return ""

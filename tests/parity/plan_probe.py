@@ -62,9 +62,9 @@ class Probe:
         weights, known = weigh(p for policy in worker._policies for p in policy.parameters())
         buffers = [buffer for model in worker._models for buffer in cast(Any, model).buffers]
         gradients, more = weigh([buffer.grad_data for buffer in buffers], known)
-        optimizer = worker._optimizer
-        states = [value for state in optimizer.optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
-        masters = [master for group in optimizer.optimizer.param_groups for master in group["params"]]
+        optimizer = worker._optimizer.inner
+        states = [value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
+        masters = [master for group in optimizer.param_groups for master in group["params"]]
         gradients_of_masters = [master.grad for master in masters if master.grad is not None]
         beside, _ = weigh([*states, *masters, *gradients_of_masters], [*known, *more])
         return weights, gradients, beside

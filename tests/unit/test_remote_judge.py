@@ -21,8 +21,9 @@ from metis_fast.score.remote import RemoteJudge, start_judge_workers
 from metis_fast.score.scoring import score_groups
 from metis_fast.testing.judge import text_rollout
 from metis_fast.types import Ability, Group, ImageBlob, ImageSpan, Message, Outcome, Prompt, Rollout
-from metis_fast.workers.hub import Hub, Worker, wait_ready
+from metis_fast.workers.hub import Hub
 from metis_fast.workers.launch import LocalLauncher
+from metis_fast.workers.worker import Worker, wait_ready
 
 FRAGILE = "metis_fast.testing.fragile:FragileJudge"
 STYLES = ("rule", "choice")

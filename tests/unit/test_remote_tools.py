@@ -19,8 +19,9 @@ from metis_fast.testing.fakes import FakeEngine
 from metis_fast.tools import open_toolbox
 from metis_fast.tools.remote import RemoteToolbox, SessionLost, start_tool_workers
 from metis_fast.types import Observation, Outcome
-from metis_fast.workers.hub import Hub, Worker, WorkerError, wait_ready
+from metis_fast.workers.hub import Hub
 from metis_fast.workers.launch import LocalLauncher
+from metis_fast.workers.worker import Worker, WorkerError, wait_ready
 
 CONFIG = ToolsConfig.model_validate({"enabled": ["python"], "python": {"timeout_s": 1.5}})
 FRAGILE = "metis_fast.testing.fragile:FragileTools"

@@ -9,9 +9,9 @@ import torch
 from metis_fast.config import Config
 from metis_fast.errors import EngineError
 from metis_fast.model import Policy
-from metis_fast.rollout.vllm import engine as engine_module
+from metis_fast.rollout.vllm import direct
 from metis_fast.rollout.vllm.direct import Client, DirectTransfer, Source
-from metis_fast.rollout.vllm.engine import VllmEngine, _settings
+from metis_fast.rollout.vllm.engine import VllmEngine, engine_settings
 from metis_fast.tools.sandbox.wire import MAX_IMAGES
 
 
@@ -69,14 +69,14 @@ def test_without_a_gpu_it_says_so(transport: str) -> None:
 
 def test_a_rollout_whose_every_call_shows_as_many_pictures_as_it_may_is_taken(policy: Policy) -> None:
     config = Config.model_validate({"rollout": {"engine": "vllm", "max_turns": 10}})
-    assert _settings(config, policy).images >= 1 + 10 * MAX_IMAGES
+    assert engine_settings(config, policy).images >= 1 + 10 * MAX_IMAGES
 
 
 @pytest.mark.parametrize("transport", ["staged", "ipc"])
 def test_vllm_takes_pickled_handles_from_its_run_only_where_it_gets_some(
     policy: Policy, transport: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engine_module, "check_direct", lambda transport: None)
+    monkeypatch.setattr(direct, "check", lambda transport: None)
     vllm = {"engine": "vllm", "vllm": {"sleep": True}}
     config = Config.model_validate({"rollout": vllm, "sync": {"transport": transport}})
     hub: Any = _Hub()

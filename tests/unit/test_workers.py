@@ -17,11 +17,11 @@ import pytest
 from metis_fast import __version__
 from metis_fast.config import WorkersConfig
 from metis_fast.errors import ConfigError, EngineError, InfrastructureError, ModelError
-from metis_fast.workers import hub as hub_module
-from metis_fast.workers import launch as launch_module
-from metis_fast.workers.hub import Hub, Worker, WorkerError, wait_ready
-from metis_fast.workers.launch import SCRATCH, Child, Job, LocalLauncher, engine_gpus
+from metis_fast.workers import worker as worker_module
+from metis_fast.workers.hub import Hub
+from metis_fast.workers.launch import SCRATCH, Job, LocalLauncher
 from metis_fast.workers.wire import KEY, Hello, Kind, Welcome, admit, apply, encode, receive
+from metis_fast.workers.worker import Worker, WorkerError, wait_ready
 
 PROBE = "metis_fast.testing.workers:Probe"
 
@@ -217,7 +217,7 @@ def test_a_service_that_refuses_its_settings_stops_at_once(hub: Hub) -> None:
 
 @pytest.mark.parametrize("where", ["load", "prepare"])
 def test_a_worker_that_was_ready_may_fail_to_start_again_for_a_while(monkeypatch: pytest.MonkeyPatch, where: str) -> None:
-    monkeypatch.setattr(hub_module, "_PAUSE_S", 0.01)
+    monkeypatch.setattr(worker_module, "_PAUSE_S", 0.01)
 
     async def life(number: int, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         if where == "load" and number in (1, 2):
@@ -267,7 +267,7 @@ def test_a_deadline_holds_while_a_worker_takes_nothing_more() -> None:
 
 
 def test_a_slow_connection_is_alive_as_long_as_it_takes_something(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hub_module, "_PING_S", 0.1)
+    monkeypatch.setattr(worker_module, "_PING_S", 0.1)
     size = 24 << 20
     whole = asyncio.Event()
 
@@ -349,7 +349,7 @@ def test_a_worker_that_is_lost_while_held_is_started_at_its_release() -> None:
 
 @pytest.mark.parametrize("stage", ["load", "prepare"])
 def test_a_worker_that_is_held_while_it_starts_is_started_from_anew(monkeypatch: pytest.MonkeyPatch, stage: str) -> None:
-    monkeypatch.setattr(hub_module, "_PAUSE_S", 600.0)  # it has not failed, and no pause follows
+    monkeypatch.setattr(worker_module, "_PAUSE_S", 600.0)  # it has not failed, and no pause follows
     at = threading.Event()
 
     async def life(number: int, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -380,16 +380,8 @@ def test_a_worker_that_is_held_while_it_starts_is_started_from_anew(monkeypatch:
     asyncio.run(asyncio.wait_for(go(), 20))
 
 
-def test_nothing_is_started_any_more_where_all_was_ended(tmp_path: Path) -> None:
-    launcher = LocalLauncher(tmp_path)
-    launcher.close()
-    with pytest.raises(ConfigError, match="the run ends"):
-        launcher.start(Job("late", "tools", ("-c", ""), {}))
-    assert not (tmp_path / "late.log").exists()
-
-
 def test_a_worker_that_is_gone_refuses_what_prepares_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hub_module, "_PAUSE_S", 600.0)
+    monkeypatch.setattr(worker_module, "_PAUSE_S", 600.0)
 
     async def life(number: int, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         _say(writer, Kind.FAILED, 0, "as asked")
@@ -407,8 +399,8 @@ def test_a_worker_that_is_gone_refuses_what_prepares_it(monkeypatch: pytest.Monk
 
 
 def test_starts_that_fail_are_farther_and_farther_apart(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hub_module, "_PAUSE_S", 0.1)
-    monkeypatch.setattr(hub_module, "_LONGEST_PAUSE_S", 0.3)
+    monkeypatch.setattr(worker_module, "_PAUSE_S", 0.1)
+    monkeypatch.setattr(worker_module, "_LONGEST_PAUSE_S", 0.3)
     at: list[float] = []
 
     async def life(number: int, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -425,7 +417,7 @@ def test_starts_that_fail_are_farther_and_farther_apart(monkeypatch: pytest.Monk
 
 
 def test_strangers_are_turned_away(hub: Hub, caplog: pytest.LogCaptureFixture) -> None:
-    host, port = hub.job("x", "tools", 1, 0, {}).command[4].split(":")
+    host, port = hub.address.split(":")
     with socket.create_connection((host, int(port)), timeout=5) as stranger:
         assert len(stranger.recv(200)) > 32
         stranger.sendall(b"\0" * 64)
@@ -477,73 +469,7 @@ def test_a_worker_whose_run_is_gone_while_it_loads_ends_at_once(tmp_path: Path, 
     launcher.close()
 
 
-def test_temporary_files_of_workers_have_paths_that_sockets_can_have(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    long = tmp_path / ("x" * 100)
-    long.mkdir()
-    launcher = LocalLauncher(tmp_path / "logs")
-    code = ("-c", "import socket, tempfile; socket.socket(socket.AF_UNIX).bind(f'{tempfile.mkdtemp()}/{40 * chr(120)}')")
-    for base in (str(long), "/tmp"):
-        monkeypatch.setattr(tempfile, "tempdir", base)
-        process = launcher.start(Job("one", "engine", code, {}))
-        while process.exit_code() is None:
-            time.sleep(0.01)
-        assert process.exit_code() == 0, (tmp_path / "logs" / "one.log").read_text()
-        process.kill()
-    assert not list(long.iterdir()) and not launcher._running
-
-
-def test_a_process_that_cannot_be_killed_is_waited_for_a_while_only(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    child = Child(("-c", "import time; time.sleep(600)"), {}, tmp_path / "log", scratch=True)
-    with monkeypatch.context() as held:
-        held.setattr(launch_module, "_GONE_S", 0.1)
-        held.setattr(os, "killpg", lambda pid, number: None)  # stands for one in the kernel, which no signal reaches
-        child.kill()
-    assert "is still there" in caplog.text and child.exit_code() is None
-    child.kill()
-    assert child.exit_code() == -signal.SIGKILL
-
-
-@pytest.mark.parametrize("own", ["", "/elsewhere"])
-def test_what_torch_compiles_is_kept_for_the_next_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own: str) -> None:
-    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
-
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
-    if own:
-        monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", own)
-    launcher = LocalLauncher(tmp_path / "logs")
-    launcher.start(Job("one", "engine", ("-c", "import os; print(os.environ['TORCHINDUCTOR_CACHE_DIR'])"), {}))
-    while not (said := (tmp_path / "logs" / "one.log").read_text().split("\n"))[1:]:
-        time.sleep(0.01)
-    launcher.close()
-    assert said[0] == (own or default_cache_dir())
-
-
 @pytest.mark.parametrize("listen", ["nowhere", "256.0.0.1:0", "127.0.0.1:x"])
 def test_an_address_that_cannot_be_listened_at(tmp_path: Path, listen: str) -> None:
     with pytest.raises(ConfigError, match=r"workers\.listen"):
         Hub(WorkersConfig(listen=listen), LocalLauncher(tmp_path))
-
-
-def test_engines_get_gpus_of_their_own_and_keep_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    for share in (False, True):
-        assert engine_gpus(8, 4, 4, share) == ["4", "5", "6", "7"]
-        assert engine_gpus(8, 0, 8, share) == [str(i) for i in range(8)]
-    assert engine_gpus(8, 8, 8, share=True) == engine_gpus(8, 6, 4, share=True) == [str(i) for i in range(8)]
-    assert (engine_gpus(8, 6, 4, share=False), engine_gpus(8, 8, 8, share=False)) == (["6", "7"], [])
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3,5")
-    assert engine_gpus(3, 1, 2, share=False) == ["3", "5"]
-    launcher = LocalLauncher(tmp_path, ["3", "5"])
-    code = ("-c", "import os; print(os.environ['CUDA_VISIBLE_DEVICES'])")
-    for name in ("engine-0", "engine-1", "engine-0"):
-        process = launcher.start(Job(name, "engine", code, {}, gpus=1))
-        while process.exit_code() is None:
-            time.sleep(0.01)
-    assert (tmp_path / "engine-0.log").read_text().split() == ["3", "3"]
-    assert (tmp_path / "engine-1.log").read_text().split() == ["5"]
-    with pytest.raises(ConfigError, match="needs 1 GPUs of this machine, 0 are left"):
-        launcher.start(Job("engine-2", "engine", code, {}, gpus=1))
-    launcher.close()

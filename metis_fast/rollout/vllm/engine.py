@@ -9,24 +9,19 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import socket
-import time
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import partial
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from metis_fast.config import Config, WorkersConfig
-from metis_fast.errors import EngineError, EngineFailure, InfrastructureError, StagingError, SyncError
+from metis_fast.config import Config
+from metis_fast.errors import EngineError, EngineFailure, InfrastructureError
 from metis_fast.model import IMAGE_PAD, VISION_END, VISION_START, Policy
 from metis_fast.rollout.engine import Completion, Sampling, SyncReport
 from metis_fast.rollout.layers import Layers, unpack
-from metis_fast.rollout.vllm.direct import DirectTransfer, in_thread
-from metis_fast.rollout.vllm.direct import check as check_direct
+from metis_fast.rollout.vllm.direct import DirectWeights
+from metis_fast.rollout.vllm.replica import LOAD_S, Replica
 from metis_fast.rollout.vllm.settings import (
     LENGTH,
     SERVICE,
@@ -36,62 +31,22 @@ from metis_fast.rollout.vllm.settings import (
     GenerateReply,
     GenerateRequest,
 )
-from metis_fast.sync.staging import Payload, Staging
+from metis_fast.rollout.vllm.staged import StagedWeights
 from metis_fast.tools.sandbox.wire import MAX_IMAGES
-from metis_fast.train.megatron.names import hf_shapes
 from metis_fast.types import ImageBlob, ImageSpan, Rollout
-from metis_fast.workers.hub import Hub, Worker, WorkerError, wait_ready
+from metis_fast.workers.hub import Hub
+from metis_fast.workers.worker import Worker, WorkerError, wait_ready
 
 _LOG = logging.getLogger(__name__)
 _MISSING = "is not here"  # ImagesMissingError's words; the class is the service's
-_LOAD_S = 600.0  # for a replica to take a version
 _CALL_S = 60.0
-_POLL_S = 0.05
 _SPREAD = 2.0  # a prompt's replica is left when it has so many times the rollouts of the least loaded one, and some more
 _SLACK = 16
 _PROMPT_IMAGES = 16
 
 
-@dataclass(slots=True, eq=False)
-class _Replica:
-    """A worker, and what the run knows of it.
-
-    sent: images that it has. sessions: open ones. since: first weight version that it got in this life; what it sampled with an
-    older one is not to be used. None: it has those of the model's folder. waiting: the life (`Worker.restarts`) in which it
-    cannot have the current version any more. slots: for the requests that vLLM runs at once; those beyond wait here, where no
-    deadline counts yet.
-    """
-
-    worker: Worker
-    slots: asyncio.Semaphore
-    sent: set[str] = field(default_factory=set)
-    sessions: int = 0
-    since: int | None = 0
-    waiting: int | None = None
-
-    @property
-    def waits(self) -> bool:
-        """Whether it is up, but is of no use before the next update."""
-        return self.waiting == self.worker.restarts
-
-    def started(self) -> None:
-        """It is new."""
-        self.sent.clear()
-        self.since = None
-
-    def wait(self) -> None:
-        """The next update gives it weights."""
-        self.waiting = self.worker.restarts
-
-    def got(self, version: int) -> None:
-        """It has these weights."""
-        self.waiting = None
-        if self.since is None:
-            self.since = version
-
-
 class _Session:
-    def __init__(self, engine: VllmEngine, prompt: str, replica: _Replica | None = None) -> None:
+    def __init__(self, engine: VllmEngine, prompt: str, replica: Replica | None = None) -> None:
         self._engine, self._prompt = engine, prompt
         self._replica = engine.route(prompt) if replica is None else replica
         self._replica.sessions += 1
@@ -118,24 +73,12 @@ class _Session:
             self._engine.left(self._prompt)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Copied:
-    """A version on another machine, in shared memory of one of the engines there. life: its `Worker.restarts` then."""
-
-    worker: Worker
-    life: int
-    version: int
-    manifest: dict[str, Any]
-
-    def holds(self, version: int) -> bool:
-        return self.version == version and self.worker.restarts == self.life and self.worker.broken is None
-
-
 class VllmEngine:
     """`Engine` over `rollout.vllm.replicas` workers, which start in the background: see `wait`.
 
     policy: for tokens and shapes; its weights are not used. service: what a worker serves (tests put failures in). copy_always:
-    send weights over the connection also on this machine.
+    send weights over the connection also on this machine. weights: how replicas get theirs. homes: of a prompt with open
+    sessions, its replica and how many they are.
     """
 
     def __init__(
@@ -146,23 +89,17 @@ class VllmEngine:
         service: str = SERVICE,
         copy_always: bool = False,
     ) -> None:
-        if config.sync.transport != "staged":
-            check_direct(config.sync.transport)
-        self._config, self._policy, self._hub, self._copy_always = config, policy, hub, copy_always
+        self._config, self._policy, self._hub = config, policy, hub
         vllm = config.rollout.vllm
         self._banned = np.asarray(policy.placeholder_ids, np.int64)
-        self._staging: Staging | None = None
-        self._copies: dict[str, _Copied] = {}
-        self._copying: dict[str, asyncio.Lock] = {}
-        self._direct: DirectTransfer | None = None
-        self._direct_lives: list[tuple[str, int]] = []
-        listen = config.workers.listen  # the hub's rule: by default it is found where its launcher's machines find it
-        self._host = hub.launcher.host if listen == WorkersConfig().listen else listen.rpartition(":")[0]
-        self._version = 0  # the last one that was sent, or is being sent
-        self._lock: asyncio.Lock | None = None  # of the hub's loop: one sender at a time
-        self._home: dict[str, tuple[_Replica, int]] = {}  # of a prompt: where, and by how many open sessions
-        settings = _settings(config, policy)
-        self._replicas: list[_Replica] = []
+        self.replicas: list[Replica] = []
+        self.weights = (
+            StagedWeights(config.sync, policy, self.replicas, copy_always)
+            if config.sync.transport == "staged"
+            else DirectWeights(config, hub, self.replicas)
+        )
+        self.homes: dict[str, tuple[Replica, int]] = {}
+        settings = engine_settings(config, policy)
         on_gpu = torch.cuda.is_available()
         for number in range(vllm.replicas):
             environment = {"OMP_NUM_THREADS": str(vllm.cpu_threads)} if vllm.cpu_threads and not on_gpu else {}
@@ -179,7 +116,7 @@ class VllmEngine:
                 prepare=self._prepare,
                 environment=environment,
             )
-            self._replicas.append(_Replica(worker, asyncio.Semaphore(vllm.max_num_seqs)))
+            self.replicas.append(Replica(worker, asyncio.Semaphore(vllm.max_num_seqs)))
 
     def wait(self, check: Callable[[], None]) -> None:
         """Until all replicas are ready.
@@ -205,49 +142,44 @@ class VllmEngine:
         up = self._up()
         return _Session(self, "", up[order % len(up)] if up else None)
 
-    def _up(self) -> list[_Replica]:
-        return [replica for replica in self._replicas if replica.worker.alive and not replica.waits]
+    def _up(self) -> list[Replica]:
+        return [replica for replica in self.replicas if replica.worker.alive and not replica.waits]
 
-    def route(self, prompt: str) -> _Replica:
+    def route(self, prompt: str) -> Replica:
         """The replica for a rollout of `prompt`: where others of it are, else the living one with the fewest rollouts.
 
         Raises:
             EngineError: none can be started any more, or none has the current weights.
         """
-        usable = [replica for replica in self._replicas if replica.worker.broken is None]
+        usable = [replica for replica in self.replicas if replica.worker.broken is None]
         if not usable:
-            raise EngineError(f"no engine is left: {self._replicas[0].worker.broken}")
+            raise EngineError(f"no engine is left: {self.replicas[0].worker.broken}")
         usable = [replica for replica in usable if not replica.waits]
         if not usable:
             raise EngineError(
                 "no engine has the current weights: all were started anew, and the weights can be sent again with the next "
-                f"update only ({self._why_not()}); run the same command again"
+                f"update only ({self.weights.why_not}); run the same command again"
             )
         living = [replica for replica in usable if replica.worker.alive] or usable
         least = min(living, key=lambda replica: replica.sessions)
-        home, count = self._home.get(prompt, (least, 0)) if prompt else (least, 0)
+        home, count = self.homes.get(prompt, (least, 0)) if prompt else (least, 0)
         if home not in living or home.sessions > _SPREAD * least.sessions + _SLACK:
             home = least
         if prompt:
-            self._home[prompt] = (home, count + 1)
+            self.homes[prompt] = (home, count + 1)
         return home
-
-    def _why_not(self) -> str:
-        if self._staging is not None and self._staging.damage:
-            return self._staging.damage
-        return f"sync.transport={self._config.sync.transport}"
 
     def left(self, prompt: str) -> None:
         """A session of `prompt` was closed."""
-        home, count = self._home.get(prompt, (None, 0))
+        home, count = self.homes.get(prompt, (None, 0))
         if home is not None and count > 1:
-            self._home[prompt] = (home, count - 1)
+            self.homes[prompt] = (home, count - 1)
         else:
-            self._home.pop(prompt, None)
+            self.homes.pop(prompt, None)
 
     async def generate(
         self,
-        replica: _Replica,
+        replica: Replica,
         tokens: Sequence[int],
         images: Sequence[ImageBlob],
         spans: Sequence[ImageSpan],
@@ -277,7 +209,7 @@ class VllmEngine:
         return Completion(reply.tokens, np.minimum(reply.logp, 0.0), reply.version, stopped)
 
     async def _ask(
-        self, replica: _Replica, tokens: Sequence[int], spans: Sequence[ImageSpan], new: Mapping[str, bytes], sampling: Sampling
+        self, replica: Replica, tokens: Sequence[int], spans: Sequence[ImageSpan], new: Mapping[str, bytes], sampling: Sampling
     ) -> GenerateReply:
         request = GenerateRequest(
             np.asarray(tokens, np.int32),
@@ -318,8 +250,8 @@ class VllmEngine:
             return f"a token outside the vocabulary of {vocab}"
         if np.isin(reply.tokens, self._banned).any():
             return "it sampled an image placeholder"
-        if (reply.version < 0).any() or (reply.version > self._version).any():
-            return f"a token of weight version {int(reply.version.max())}, the newest is {self._version}"
+        if (reply.version < 0).any() or (reply.version > self.weights.newest).any():
+            return f"a token of weight version {int(reply.version.max())}, the newest is {self.weights.newest}"
         if not np.isfinite(reply.logp).all() or (reply.logp > 1e-3).any():
             return "a log-prob that is none"
         if (reply.finish == STOPPED) != (int(reply.tokens[-1]) in sampling.stop_ids):
@@ -343,247 +275,33 @@ class VllmEngine:
 
     async def stats(self) -> list[EngineStats]:
         """Of every living replica."""
-        living = [replica.worker for replica in self._replicas if replica.worker.alive]
+        living = [replica.worker for replica in self.replicas if replica.worker.alive]
         return [await worker.call("stats", deadline_s=_CALL_S) for worker in living]
 
     @property
     def restarts(self) -> int:
         """How often replicas were started again."""
-        return sum(replica.worker.restarts for replica in self._replicas)
+        return sum(replica.worker.restarts for replica in self.replicas)
 
     def workers(self) -> list[Worker]:
         """Of all replicas."""
-        return [replica.worker for replica in self._replicas]
+        return [replica.worker for replica in self.replicas]
 
     # -- weights -----------------------------------------------------------------------------------------------------
 
+    # -- weights and memory -------------------------------------------------------------------------------------------
+
     async def update(self, weights: Iterator[tuple[str, Tensor]], version: int) -> SyncReport:
-        """See `Engine`. A replica that is being started gets the weights when it is up."""
-        return await self._hub.run(self._update(weights, version))
-
-    def _sender(self) -> asyncio.Lock:
-        if self._lock is None:
-            self._lock = asyncio.Lock()
-        return self._lock
-
-    async def _update(self, weights: Iterator[tuple[str, Tensor]], version: int) -> SyncReport:
-        began = time.perf_counter()
-        if self._config.sync.transport != "staged":
-            return await self._update_direct(await asyncio.to_thread(list, weights), version)
-        async with self._sender():
-            if self._staging is None:
-                settings = self._config.sync
-                shapes = {name: tuple(shape) for name, shape in hf_shapes(self._policy.model.config).items()}
-                self._staging = Staging(shapes, self._policy.head.dtype, settings.bucket_mb << 20)
-            # reading a trainer's weights may take long, and pings must be answered meanwhile
-            manifest = await asyncio.to_thread(self._staging.write, weights, version)
-            self._version = version
-            living = [replica for replica in self._replicas if replica.worker.alive or replica.waits]
-            results = await asyncio.gather(*(self._push(replica, replica.worker.restarts) for replica in living))
-            if self._staging.damage:
-                raise StagingError(f"what was staged has changed: {self._staging.damage}")
-        done = [result for result in results if result is not None]
-        if not done and all(replica.worker.broken is not None for replica in self._replicas):
-            raise EngineError(f"no engine took weight version {version}: {self._replicas[0].worker.broken}")
-        return SyncReport(
-            version=version,
-            mode=self._config.sync.mode if any(sent for sent, _, _ in done) else "full",
-            num_bytes=max((sent for sent, _, _ in done), default=0) or manifest.num_bytes,
-            seconds=time.perf_counter() - began,
-            pause_s=max((pause for _, pause, _ in done), default=0.0),
-            retries=sum(retries for _, _, retries in done),
-        )
-
-    async def _update_direct(self, pairs: Sequence[tuple[str, Tensor]], version: int) -> SyncReport:
-        """By vLLM's own transfer, into all replicas at once; those of a failed one are started anew.
-
-        Raises:
-            EngineError: none is left, none took them after retries, or a transfer hangs.
-        """
-        began, transport = time.perf_counter(), self._config.sync.transport
-        for attempt in range(self._config.sync.retries + 1):
-            await self._settled()
-            async with self._sender():
-                replicas = [replica for replica in self._replicas if replica.worker.broken is None]
-                if not replicas:
-                    raise EngineError(f"no engine took weight version {version}: {self._replicas[0].worker.broken}")
-                lives = [replica.worker.restarts for replica in replicas]
-                sending = in_thread(partial(self._send_direct, replicas, pairs, version))
-                await asyncio.wait({sending}, timeout=_LOAD_S)
-                if not sending.done():
-                    sending.cancel()
-                    self._direct = None  # that thread's, for good
-                    for replica in replicas:  # which ends what that thread has asked them
-                        await replica.worker.lose("a weight transfer hangs")
-                    raise EngineError(
-                        f"weight version {version} by {transport} took longer than {_LOAD_S:g} s: an engine died or hangs in "
-                        "the middle, for which NCCL waits for ever; run the same command again, or set sync.transport=staged"
-                    )
-                try:
-                    sending.result()
-                except InfrastructureError as error:
-                    _LOG.warning("weights by %s, try %d: %s", transport, attempt + 1, error)
-                    await self._leave_direct()
-                    for replica, life in zip(replicas, lives, strict=True):
-                        await self._lose(replica, life, f"a weight transfer failed: {error}")
-                    continue
-            seconds = time.perf_counter() - began
-            num_bytes = sum(tensor.nbytes for _, tensor in pairs)
-            return SyncReport(version, "full", num_bytes, seconds, seconds, attempt)
-        raise EngineError(
-            f"no engine took weight version {version} in {self._config.sync.retries + 1} tries by direct transfer"
-        )
-
-    async def _settled(self) -> None:
-        """Until no replica is being started."""
-        while any(not replica.worker.alive and replica.worker.broken is None for replica in self._replicas):
-            await asyncio.sleep(_POLL_S)
-
-    async def _leave_direct(self) -> None:
-        """Free the communicator, unless that hangs, too."""
-        direct, self._direct = self._direct, None
-        if direct is None:
-            return
-        closing = in_thread(direct.close)
-        await asyncio.wait({closing}, timeout=_CALL_S)
-        error = closing.exception() if closing.done() else f"took longer than {_CALL_S:g} s"
-        if error is not None:
-            closing.cancel()
-            _LOG.warning("closing a failed weight transfer: %s", error)
-
-    def _send_direct(self, replicas: Sequence[_Replica], pairs: Sequence[tuple[str, Tensor]], version: int) -> None:
-        """In a thread: vLLM's side of it blocks."""
-        lives = [(replica.worker.name, replica.worker.restarts) for replica in replicas]
-        if self._direct is None or self._direct_lives != lives:  # an engine that was started anew is in no communicator
-            if self._direct is not None:
-                self._direct.close()
-                self._direct = None
-            vllm = self._config.rollout.vllm
-            ask = partial(self._ask_all, replicas)
-            largest = max(tensor.nbytes for _, tensor in pairs)
-            self._direct = DirectTransfer(
-                self._config.sync.transport, self._host, ask, len(replicas), vllm.tensor_parallel, largest
-            )
-            self._direct_lives = lives
-        direct, self._version = self._direct, version
-        direct.send(pairs, version)
-        for replica in replicas:
-            replica.got(version)
-
-    def _ask_all(self, replicas: Sequence[_Replica], method: str, arguments: Sequence[tuple[object, ...]]) -> None:
-        async def ask() -> None:
-            calls = [
-                replica.worker.call(method, *own, deadline_s=_LOAD_S) for replica, own in zip(replicas, arguments, strict=True)
-            ]
-            await asyncio.gather(*calls)
-
-        self._hub.now(ask())
-
-    async def _push(self, replica: _Replica, life: int) -> tuple[int, float, int] | None:
-        """Bytes sent, seconds that its requests waited, retries; None if the replica was lost, or the version is damaged.
-
-        life: `Worker.restarts` when it was up.
-        """
-        for attempt in range(self._config.sync.retries + 1):
-            try:
-                # one that waits may have to be asked before the hub has noted that it is up
-                sent, pause = await self._send(replica.worker, attempt, preparing=replica.waits)
-            except SyncError as error:
-                _LOG.warning("weights for %s, try %d: %s", replica.worker.name, attempt + 1, error)
-                if await self._damaged():
-                    return None  # its old version goes on serving
-                continue
-            except InfrastructureError as error:
-                _LOG.warning("weights for %s: %s", replica.worker.name, error)
-                await self._lose(replica, life, f"it did not take the weights: {error}")
-                return None  # it is being started again, and gets them then
-            except EngineError as error:  # it is of no version any more
-                await replica.worker.lose(str(error))
-                return None
-            assert self._staging is not None and self._staging.current is not None
-            replica.got(self._staging.current.version)
-            return sent, pause, attempt
-        await replica.worker.lose(f"it did not take the weights in {self._config.sync.retries + 1} tries")
-        return None
-
-    async def _lose(self, replica: _Replica, life: int, why: str) -> None:
-        """Start it anew if it still lives that life: what failed may have left it with weights of another version."""
-        if replica.worker.restarts == life:
-            await replica.worker.lose(why)
-
-    async def _damaged(self) -> bool:
-        """Whether the staged version itself is, so that trying again is of no use."""
-        assert self._staging is not None
-        return bool(await asyncio.to_thread(self._staging.examine))
-
-    async def _send(self, worker: Worker, attempt: int, preparing: bool) -> tuple[int, float]:
-        """Bytes sent over the connection (0: shared memory), and seconds that requests waited. After a first attempt everything
-        is sent: what the changes are told against may be damaged, at either end."""
-        staging = self._staging
-        assert staging is not None and staging.current is not None
-        assert worker.hello is not None
-        manifest = staging.current.to_dict()
-
-        async def call(method: str, *arguments: object) -> Any:
-            # one that was lost meanwhile gets them when it is up again, and that waits until this has ended
-            return await worker.call(method, *arguments, deadline_s=_LOAD_S, preparing=preparing, wait=False)
-
-        host, sent = worker.hello.host, 0
-        if host != socket.gethostname() or self._copy_always:
-            # once to a machine: its other engines load what the first one there has got
-            async with self._copying.setdefault(host, asyncio.Lock()):
-                copied = self._copies.get(host)
-                if attempt or copied is None or not copied.holds(staging.current.version):
-                    sent, own = await self._copy(staging, manifest, attempt, call)
-                    copied = self._copies[host] = _Copied(worker, worker.restarts, staging.current.version, own)
-            manifest = copied.manifest
-        return sent, await call("load_staged", manifest)
-
-    async def _copy(
-        self, staging: Staging, manifest: dict[str, Any], attempt: int, call: Callable[..., Awaitable[Any]]
-    ) -> tuple[int, dict[str, Any]]:
-        """To another machine: bytes sent, and the manifest of what is there now."""
-        has = await call("copy_begin", manifest, self._config.sync.mode)
-        base = None if attempt else staging.base(has)
-        await call("copy_base", base)
-        sent = 0
-        payloads = staging.payloads(base)
-        while (payload := await asyncio.to_thread(_next, payloads)) is not None:
-            try:
-                await call("copy_bucket", payload.index, payload.encoding, payload.data, payload.crc32)
-            except SyncError:  # damaged on the way: that bucket again, once
-                await call("copy_bucket", payload.index, payload.encoding, payload.data, payload.crc32)
-            sent += payload.data.nbytes
-        return sent, await call("copy_commit")
+        """See `Engine`."""
+        return await self._hub.run(self.weights.update(weights, version))
 
     async def _prepare(self, worker: Worker) -> None:
         """After every start of a replica: it has no images, and the weights of the model's folder."""
-        replica = next((one for one in self._replicas if one.worker is worker), None)
+        replica = next((one for one in self.replicas if one.worker is worker), None)
         if replica is None:  # the very first start, while the list is made
             return
         replica.started()
-        if self._config.sync.transport != "staged":
-            if self._version:
-                replica.wait()
-            else:
-                replica.got(0)
-            return
-        async with self._sender():
-            if self._staging is None or self._staging.current is None:
-                replica.got(0)
-                return
-            for attempt in range(self._config.sync.retries + 1):
-                try:
-                    await self._send(worker, attempt, preparing=True)
-                    break
-                except SyncError as error:
-                    _LOG.warning("weights for %s, try %d: %s", worker.name, attempt + 1, error)
-                    if await self._damaged():  # no fault of its own
-                        replica.wait()
-                        return
-                    if attempt == self._config.sync.retries:
-                        raise
-            replica.got(self._staging.current.version)
+        await self.weights.prepare(replica)
 
     async def sleep(self) -> None:
         """Give the GPUs to the trainer (`rollout.vllm.sleep`); `wake` and `update` must follow. Replicas that are being
@@ -602,7 +320,7 @@ class VllmEngine:
         Raises:
             EngineError: none can be started any more.
         """
-        for replica in self._replicas:
+        for replica in self.replicas:
             if not replica.worker.alive:
                 replica.waiting = None  # a start that was put off counts as no other life
             replica.worker.release()
@@ -611,30 +329,24 @@ class VllmEngine:
     async def _ask_living(self, method: str) -> None:
         """One that fails is started again."""
 
-        async def ask(replica: _Replica, life: int) -> None:
+        async def ask(replica: Replica, life: int) -> None:
             try:
-                await replica.worker.call(method, deadline_s=_LOAD_S, wait=False)
+                await replica.worker.call(method, deadline_s=LOAD_S, wait=False)
             except InfrastructureError as error:
                 _LOG.warning("%s of %s: %s", method, replica.worker.name, error)
-                await self._lose(replica, life, f"{method} failed: {error}")
+                await replica.lose(life, f"{method} failed: {error}")
 
-        await asyncio.gather(*(ask(one, one.worker.restarts) for one in self._replicas if one.worker.alive))
+        await asyncio.gather(*(ask(one, one.worker.restarts) for one in self.replicas if one.worker.alive))
         if all(worker.broken is not None for worker in self.workers()):
-            raise EngineError(f"no engine is left: {self._replicas[0].worker.broken}")
+            raise EngineError(f"no engine is left: {self.replicas[0].worker.broken}")
 
     def close(self) -> None:
         """Free what is held for weight updates. The workers end with their hub."""
-        if self._direct is not None:
-            self._direct.close()
-        if self._staging is not None:
-            self._staging.close()
+        self.weights.close()
 
 
-def _next(payloads: Iterator[Payload]) -> Payload | None:
-    return next(payloads, None)
-
-
-def _settings(config: Config, policy: Policy) -> EngineSettings:
+def engine_settings(config: Config, policy: Policy) -> EngineSettings:
+    """What each engine of a run is told."""
     rollout, vllm = config.rollout, config.rollout.vllm
     # a tool call after every message, and each may show that many
     images = _PROMPT_IMAGES + MAX_IMAGES * rollout.max_turns if policy.reads_images else 0

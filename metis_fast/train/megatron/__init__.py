@@ -3,9 +3,13 @@
 layout    which layers and slices a rank has; refuses what cannot work (no megatron)
 backend   the `Trainer` in the process of the run; talks to the ranks (no megatron)
 launch    starts ranks, or lets them join; notices when one dies (no megatron)
+door      where they join (no megatron)
+peer      one of them as the run sees it: process, connection, how it ended (no megatron)
 rank      a rank's process
 wire      what the two say to each other (no megatron)
 step      passes and optimizer steps of a rank
+optimizer Megatron-core's, with the state of each parameter
+checkpoint  weights and that state into a checkpoint and back
 policy    Qwen3-VL and Qwen3 of Megatron-core modules
 names     Hugging Face names and shapes <-> Megatron's, both ways (no megatron)
 cpu       what stands in for CUDA where there is none

@@ -8,44 +8,35 @@ from __future__ import annotations
 
 import contextlib
 import os
-import queue
 import resource
 import secrets
-import signal
 import socket
-import struct
-import subprocess
 import sys
-import threading
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator
 from datetime import timedelta
-from multiprocessing import AuthenticationError
-from multiprocessing.connection import Connection, answer_challenge, deliver_challenge, wait
+from multiprocessing.connection import wait
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import torch.distributed as dist
 
 from metis_fast import __version__
 from metis_fast.config import MegatronConfig
 from metis_fast.errors import ConfigError, Interrupted, TrainerError
+from metis_fast.train.megatron.door import Arrival, Door, listen
+from metis_fast.train.megatron.peer import Peer, names, place, start
 from metis_fast.train.megatron.wire import (
     KEY,
-    PARENT,
     Call,
-    Channel,
     Died,
-    Hello,
     Kind,
     Message,
     Welcome,
     pack,
-    parse_address,
 )
-from metis_fast.workers.launch import Job, Launcher, Process
+from metis_fast.workers.launch import Launcher
 
 _POLL_S = 0.1
 _PING_S = 2.0
@@ -54,37 +45,14 @@ _SILENCE_S = 45.0
 _START_SILENCE_S = 300.0  # before it is ready: loading CUDA's libraries from a cold network disk is such a call
 _START_S = 50.0  # until a rank on this machine connects: a cold interpreter on a busy machine, with room
 _NEWS_S = 5.0  # between two lines that say who is missing
-_HANDSHAKE_S = 10
 _AGREE_S = 10.0  # after the first rank has left a call by an exception: the others do so at the same place, or hang
 _SETTLE_S = 1.0  # after a rank died of a broken collective operation: that of the rank which broke it follows
 _LEAVE_S = 30.0  # for ranks told to stop
-_GONE_S = 5.0  # for killed ones
 _AGAIN = "run the same command again: it resumes from the last checkpoint"
 
 
 def _nothing() -> None:
     pass
-
-
-@dataclass(slots=True)
-class _Rank:
-    """process, log: None if it was not started here. placed: if a launcher has started it. channel: None until it has joined.
-    pinged: when, if unanswered."""
-
-    process: subprocess.Popen[bytes] | None = None
-    log: Path | None = None
-    placed: Process | None = None
-    channel: Channel | None = None
-    host: str = ""
-    pinged: float | None = None
-
-
-class _Arrival(NamedTuple):
-    """What came of a connection. problem: why it is not let in."""
-
-    channel: Channel | None
-    hello: Hello | None
-    problem: str
 
 
 class Ranks:
@@ -111,14 +79,14 @@ class Ranks:
         """
         self._layout = layout
         self._launcher = launcher if layout.launch == "local" else None
-        self._ranks = [_Rank() for _ in range(layout.num_ranks)]
+        self._ranks = [Peer(number) for number in range(layout.num_ranks)]
         self._number = 0
         self._pinged = 0.0
         self._ready = False
         self._open = self._in_step = True
         _allow_files(layout.num_ranks)
         try:
-            with _listen(layout, self._launcher) as server, _store_socket(server) as store_socket:
+            with listen(layout, self._launcher) as server, _store_socket(server) as store_socket:
                 host, port = store_socket.getsockname()
                 self._store = dist.TCPStore(  # pyright: ignore[reportPrivateImportUsage]
                     host,
@@ -198,10 +166,10 @@ class Ranks:
         if local:
             for number in range(len(self._ranks)):
                 if self._launcher is None:
-                    self._ranks[number] = _start(number, len(self._ranks), where, key, logs)
+                    self._ranks[number] = start(number, len(self._ranks), where, key, logs)
                 else:
-                    self._ranks[number] = _place(number, where, key, self._launcher)
-        arrivals: queue.SimpleQueue[_Arrival] = queue.SimpleQueue()
+                    self._ranks[number] = place(number, where, key, self._launcher)
+        door = Door(server, key)
         here = local and self._launcher is None
         limit_s = min(_START_S, self._layout.timeout_s) if here else self._layout.timeout_s
         started = time.monotonic()
@@ -214,27 +182,23 @@ class Ranks:
                 raise message.value()
             for number in missing:
                 self._look_at(number)
-            if wait([server], 0):
-                sock = server.accept()[0]
-                threading.Thread(target=_shake_hands, args=(sock, key.encode(), arrivals), daemon=True).start()
-            while not arrivals.empty():
-                arrival = arrivals.get()
+            for arrival in door.arrivals():
                 turned_away = self._admit(arrival, welcome) or turned_away
             now = time.monotonic()
             if now > started + limit_s:
                 raise TrainerError(
-                    f"{_names(missing)} did not join at {where} within {limit_s:g} s{turned_away}; "
+                    f"{names(missing)} did not join at {where} within {limit_s:g} s{turned_away}; "
                     + (f"see the logs in {logs}" if local else f"start each with: metis-fast rank --join {where} --rank N")
                 )
             if now > news:
                 news = now + _NEWS_S
                 print(
-                    f"waiting for {_names(missing)} of {len(self._ranks)} to join at {where}{turned_away}",
+                    f"waiting for {names(missing)} of {len(self._ranks)} to join at {where}{turned_away}",
                     file=sys.stderr,
                     flush=True,
                 )
 
-    def _admit(self, arrival: _Arrival, welcome: Welcome) -> str:
+    def _admit(self, arrival: Arrival, welcome: Welcome) -> str:
         """Let a rank in; returns what to tell about one that is not."""
         channel, hello, problem = arrival
         if channel is None or hello is None:
@@ -264,7 +228,7 @@ class Ranks:
 
     def _look_at(self, number: int) -> None:
         """Of a rank that has not connected: has its process ended?"""
-        if _status(self._ranks[number], 0) is not None:
+        if self._ranks[number].status(0) is not None:
             raise self._obituary({number: None})
 
     # -- calls ----------------------------------------------------------------------------------------------------------
@@ -345,7 +309,7 @@ class Ranks:
         if isinstance(error, TimeoutError):
             return self._silent(number, self._silence_s)
         message: Message | None
-        while (message := _last_word(self._ranks[number])) is not None:  # a write fails before its last words are read
+        while (message := self._ranks[number].last_word()) is not None:  # a write fails before its last words are read
             if message.kind is Kind.DIED:
                 return self._obituary({number: message.value()})
         return self._obituary({number: None})
@@ -388,9 +352,9 @@ class Ranks:
     # -- ends -----------------------------------------------------------------------------------------------------------
 
     def _silent(self, number: int, limit_s: float) -> TrainerError:
+        rank = self._ranks[number]
         return TrainerError(
-            f"{self._name(number)} has not answered for {limit_s:g} s, so it hangs or its machine is gone"
-            f"{self._log(number)}; {_AGAIN}"
+            f"{rank} has not answered for {limit_s:g} s, so it hangs or its machine is gone{rank.output}; {_AGAIN}"
         )
 
     def _obituary(self, lost: dict[int, Died | None]) -> TrainerError:
@@ -398,32 +362,11 @@ class Ranks:
         deadline = time.monotonic() + _SETTLE_S
         while all(died is not None and died.echo for died in lost.values()) and time.monotonic() < deadline:
             for i in self._readable(lost):
-                message = _last_word(self._ranks[i])
+                message = self._ranks[i].last_word()
                 if message is None or message.kind is Kind.DIED:
                     lost[i] = None if message is None else message.value()
         number, died = next(((i, died) for i, died in lost.items() if died is None or not died.echo), next(iter(lost.items())))
-        rank = self._ranks[number]
-        status = _status(rank, _GONE_S)
-        if status is None:
-            how = "ended" if died is not None else "ended without a word (killed?)"
-        elif status >= 0:
-            how = f"ended with exit code {status}"
-        else:
-            how = f"was killed by {signal.Signals(-status).name}"
-            how += " (by the kernel, if memory ran out)" if status == -signal.SIGKILL else ""
-        last = died.error if died is not None else _tail(rank.log)
-        return TrainerError(f"{self._name(number)} {how}{f': {last}' if last else ''}{self._log(number)}; {_AGAIN}")
-
-    def _name(self, number: int) -> str:
-        rank = self._ranks[number]
-        return f"rank {number}" + (f" on {rank.host}" if rank.process is None else "")
-
-    def _log(self, number: int) -> str:
-        log = self._ranks[number].log
-        placed = self._ranks[number].placed
-        if placed is not None:
-            return f" (log: {placed.describe()})"
-        return " (its output is where its launcher puts it)" if log is None else f" (log: {log})"
+        return TrainerError(f"{self._ranks[number].ending(died)}; {_AGAIN}")
 
     def _dismiss(self) -> None:
         """Tell all ranks to end; wait until they have."""
@@ -436,7 +379,7 @@ class Ranks:
                 left.add(i)
         deadline = time.monotonic() + _LEAVE_S
         while len(left) < len(self._ranks) and time.monotonic() < deadline:
-            left |= {i for i in self._readable(left) if _last_word(self._ranks[i]) is None}
+            left |= {i for i in self._readable(left) if self._ranks[i].last_word() is None}
 
     def _readable(self, without: Collection[int]) -> list[int]:
         """Ranks that have sent something or hung up, after waiting a moment for it."""
@@ -448,32 +391,9 @@ class Ranks:
         hanging up."""
         self._open = False
         for rank in self._ranks:
-            if rank.process is not None and rank.process.returncode is None:
-                # not reaped yet, so the number is still its group's
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(rank.process.pid, signal.SIGKILL)
-            if rank.channel is not None:
-                rank.channel.close()
-                rank.channel = None
+            rank.kill()
         for rank in self._ranks:
-            if rank.placed is not None:
-                rank.placed.kill()
-            if rank.process is not None:
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    rank.process.wait(_GONE_S)
-
-
-def _listen(layout: MegatronConfig, launcher: Launcher | None) -> socket.socket:
-    host, port = parse_address(layout.listen, "train.megatron.listen")
-    if launcher is not None and layout.listen == MegatronConfig().listen:
-        host = launcher.host
-    try:
-        return socket.create_server((host, port), backlog=layout.num_ranks)
-    except OSError as error:
-        raise ConfigError(
-            f"cannot listen at train.megatron.listen={layout.listen} ({error.strerror or error}); give an address of this "
-            "machine and a free port (0: any)"
-        ) from None
+            rank.bury()
 
 
 def _allow_files(num_ranks: int) -> None:
@@ -487,106 +407,3 @@ def _allow_files(num_ranks: int) -> None:
 
 def _store_socket(server: socket.socket) -> socket.socket:
     return socket.create_server((server.getsockname()[0], 0), backlog=512)
-
-
-def _start(number: int, num_ranks: int, where: str, key: str, logs: Path) -> _Rank:
-    logs.mkdir(parents=True, exist_ok=True)
-    log = logs / f"rank-{number}.log"
-    cores = len(os.sched_getaffinity(0))
-    environment = {
-        "OMP_NUM_THREADS": str(max(1, cores // num_ranks)),
-        "GLOO_SOCKET_IFNAME": "lo",
-        **os.environ,
-        "LOCAL_RANK": str(number),
-        KEY: key,
-        PARENT: str(os.getpid()),
-    }
-    with log.open("wb") as output:  # a file: a pipe that nobody reads would stop the rank
-        process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "metis_fast", "rank", "--join", where, "--rank", str(number)],
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env=environment,
-            start_new_session=True,  # Ctrl-C in the terminal is for the run alone
-        )
-    return _Rank(process, log)
-
-
-def _place(number: int, where: str, key: str, launcher: Launcher) -> _Rank:
-    command = ("-m", "metis_fast", "rank", "--join", where, "--rank", str(number))
-    # LOCAL_RANK 0: a launcher shows a rank its own GPU alone
-    job = Job(f"rank-{number}", "rank", command, {"LOCAL_RANK": "0", KEY: key}, gpus=1)
-    return _Rank(placed=launcher.start(job))
-
-
-def _shake_hands(sock: socket.socket, key: bytes, arrivals: queue.SimpleQueue[_Arrival]) -> None:
-    """In a thread of its own, since whoever connected may say nothing."""
-    limit = struct.pack("ll", _HANDSHAKE_S, 0)  # the kernel's: Python's makes the descriptor one that does not block
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
-    with Connection(sock.detach()) as connection:
-        try:
-            deliver_challenge(connection, key)
-            answer_challenge(connection, key)
-            channel = Channel(connection, _HANDSHAKE_S)
-            hello = channel.receive().value()
-        except AuthenticationError:
-            arrivals.put(_Arrival(None, None, f"a process with another {KEY} was turned away"))
-        except (EOFError, OSError):
-            arrivals.put(_Arrival(None, None, "a connection that is not a rank's was turned away"))
-        else:
-            arrivals.put(_Arrival(channel, hello, ""))
-
-
-def _last_word(rank: _Rank) -> Message | None:
-    """What it has sent; None if it has hung up."""
-    assert rank.channel is not None
-    try:
-        return rank.channel.receive()
-    except (EOFError, OSError):
-        return None
-
-
-def _status(rank: _Rank, limit_s: float) -> int | None:
-    """Exit code of a rank that has ended within the limit, as far as it can be known; minus the signal."""
-    if rank.process is not None:
-        return _ended(rank.process, limit_s)
-    deadline = time.monotonic() + limit_s
-    while rank.placed is not None:
-        status = rank.placed.exit_code()
-        if status is not None or time.monotonic() >= deadline:
-            return status
-        time.sleep(0.05)
-    return None
-
-
-def _ended(process: subprocess.Popen[bytes], limit_s: float) -> int | None:
-    """Exit code, or minus the signal, of a process that has ended within the limit; it is left for `wait` to reap."""
-    deadline = time.monotonic() + limit_s
-    while True:
-        status = os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-        if status is not None:
-            return status.si_status if status.si_code == os.CLD_EXITED else -status.si_status
-        if time.monotonic() >= deadline:
-            return None
-        time.sleep(0.01)
-
-
-def _tail(log: Path | None) -> str:
-    """The last lines of a log, as one."""
-    if log is None:
-        return ""
-    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
-    return " | ".join(line.strip() for line in [line for line in lines if line.strip()][-3:])[-500:]
-
-
-def _names(numbers: Sequence[int]) -> str:
-    """ "rank 3" or "ranks 0-2, 5"."""
-    spans: list[list[int]] = []
-    for number in numbers:
-        if spans and spans[-1][1] == number - 1:
-            spans[-1][1] = number
-        else:
-            spans.append([number, number])
-    text = ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in spans)
-    return f"rank{'s' if len(numbers) > 1 else ''} {text}"

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -20,8 +19,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
-from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
-from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
@@ -30,12 +27,13 @@ from transformers import AutoConfig
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from metis_fast.checkpoint.safetensors_folder import FolderReader
-from metis_fast.config import OptimConfig
-from metis_fast.errors import CheckpointError, NonFiniteError
+from metis_fast.errors import NonFiniteError
 from metis_fast.model import ImagePreparer
 from metis_fast.train.flops import FlopModel
-from metis_fast.train.megatron import cpu, groups, layout, shards
+from metis_fast.train.megatron import cpu, groups, layout
 from metis_fast.train.megatron import names as hf_names
+from metis_fast.train.megatron.checkpoint import Checkpoints
+from metis_fast.train.megatron.optimizer import Optimizer
 from metis_fast.train.megatron.policy import MegatronPolicy, PassInput, megatron_config
 from metis_fast.train.megatron.rank import Aborted
 from metis_fast.train.megatron.task import StepResult, Task
@@ -46,8 +44,6 @@ from metis_fast.train.savings import forward_flops
 from metis_fast.types import Rollout, Score, ScoredGroup
 from metis_kernels import Segments
 from metis_kernels._shard import VocabShard
-
-_MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class Context(Protocol):
@@ -121,8 +117,8 @@ class Worker:
         overlap = self._layout.overlap_reduction
         self._overlap = overlap == "on" or (overlap == "auto" and context.device.type == "cuda")
         self._models = [self._wrap(policy) for policy in self._policies]
-        self._optimizer = self._make_optimizer(task.optim)
-        self._optim, self._schedule = task.optim, Schedule(task.optim, task.total_steps)
+        self._optimizer = Optimizer(self._models, task.optim, dtype, self._layout.distributed_optimizer, self._groups)
+        self._schedule = Schedule(task.optim, task.total_steps)
         self._prunes = prunes(config)
         self._trained = Trained(FlopModel.of(self._hf), "vision" not in frozen, head_trained)
         self._megatron.finalize_model_grads_func = _finalize
@@ -134,9 +130,7 @@ class Worker:
             pp_size=self._layout.pipeline_parallel,
             vp_size=self._layout.virtual_pipeline if self._layout.virtual_pipeline > 1 else None,
         )
-        # of its own: a checkpoint is written while training goes on
-        self._writers = cast(dist.ProcessGroup, dist.new_group(backend="gloo"))
-        self._writing: tuple[Future[Any], Path] | None = None
+        self._checkpoints = Checkpoints(self._policies, self._optimizer, self._groups.dp, context.control)
         self._reference = self._copy_of_weights() if config.loss.kl_coef > 0 else []
         self.num_updates = 0
 
@@ -168,33 +162,6 @@ class Worker:
             disable_bucketing=bool(policy.vp_stage),
             pg_collection=self._groups,
         )
-
-    def _make_optimizer(self, optim: OptimConfig) -> Any:
-        dtype = self._megatron.params_dtype
-        settings = OptimizerConfig(
-            optimizer="adam",
-            lr=optim.lr,
-            min_lr=0.0,
-            weight_decay=optim.weight_decay,
-            adam_beta1=optim.betas[0],
-            adam_beta2=optim.betas[1],
-            adam_eps=optim.eps,
-            clip_grad=optim.grad_clip,
-            bf16=dtype == torch.bfloat16,
-            params_dtype=dtype,
-            use_distributed_optimizer=self._layout.distributed_optimizer,
-        )
-        optimizer = get_megatron_optimizer(
-            settings, cast(Any, self._models), use_gloo_process_groups=False, pg_collection=self._groups
-        )
-        (one,) = cast(Any, optimizer).chained_optimizers  # a second one would be of experts
-        for group in one.optimizer.param_groups:
-            for master in group["params"]:
-                # from the start, so that a checkpoint has a place to be read into
-                one.optimizer.state[master] = {name: torch.zeros_like(master) for name in _MOMENTS}
-                if isinstance(one.optimizer, torch.optim.AdamW):
-                    one.optimizer.state[master]["step"] = torch.tensor(0.0)
-        return one
 
     # -- passes -------------------------------------------------------------------------------------------------------
 
@@ -411,9 +378,10 @@ class Worker:
         if index == 0:
             self._check()
         lr = self._schedule.lr(self.num_updates)
-        norm = self._apply(lr)
+        norm = self._optimizer.step(lr)
         if not math.isfinite(norm):
             raise NonFiniteError(f"gradient norm is {norm} in mini-batch {index}; the step was not applied")
+        self.num_updates += 1
         return StepResult(table, norm, lr)
 
     def _table(self, rows: Sequence[Tensor], passes: Sequence[_Pass]) -> list[tuple[list[float], str]]:
@@ -425,20 +393,6 @@ class Worker:
         out: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(out, own, group=self._context.control)
         return [row for part in out for row in part]
-
-    def _apply(self, lr: float) -> float:
-        """Clip and step; the gradient norm before clipping. One that is not finite leaves weights and state as they were."""
-        optimizer = self._optimizer
-        for group in optimizer.param_groups:
-            group["lr"], group["weight_decay"] = lr, self._optim.weight_decay * group["wd_mult"]
-        optimizer.prepare_grads()
-        norm = float(optimizer.get_grad_norm())
-        if math.isfinite(norm):
-            if parameters := optimizer.get_parameters():
-                clip_grad_by_total_norm_fp32(parameters, self._optim.grad_clip, norm)
-            optimizer.step_with_ready_grads()
-            self.num_updates += 1
-        return norm
 
     # -- weights ------------------------------------------------------------------------------------------------------
 
@@ -456,89 +410,17 @@ class Worker:
 
     # -- checkpoints --------------------------------------------------------------------------------------------------
 
-    def _weights_state(self) -> dict[str, Any]:
-        """Weights by names and places in the whole model, where any other layout finds its parts."""
-        metadata = {"dp_cp_group": self._groups.dp}
-        return {f"model{i}": policy.sharded_state_dict(metadata=metadata) for i, policy in enumerate(self._policies)}
-
-    def _pieces(self, weights: Mapping[str, Any]) -> list[shards.Piece]:
-        """The optimizer's state of every trained parameter, in the same order on all replicas."""
-        out: list[shards.Piece] = []
-        for i, policy in enumerate(self._policies):
-            for name, parameter in policy.named_parameters():
-                if parameter.requires_grad:
-                    copy = name == "output_layer.weight" and policy.share_embeddings_and_output_weights
-                    start, stop, states = self._states(parameter)
-                    place = weights[f"model{i}"][name]
-                    out.append(shards.Piece(place, parameter.numel(), start, stop, states, copy))
-        return out
-
-    def _states(self, parameter: torch.nn.Parameter) -> tuple[int, int, dict[str, Tensor]]:
-        """This replica's elements [start, stop) of a parameter, and its masters and moments for them, flat."""
-        optimizer, master = self._optimizer, parameter
-        start, stop = 0, parameter.numel()
-        if self._layout.distributed_optimizer:
-            where = optimizer.model_param_group_index_map.get(parameter)
-            if where is None:
-                return 0, 0, {name: torch.empty(0, device=parameter.device) for name in self._state_names}
-            group, index = where
-            master = optimizer.optimizer.param_groups[group]["params"][index]
-            own = optimizer._get_model_param_range_map(parameter)["param"]
-            start, stop = own.start, own.end
-        elif parameter.dtype != torch.float32:
-            master = parameter.main_param  # pyright: ignore[reportAttributeAccessIssue]
-        states = {name: optimizer.optimizer.state[master][name].view(-1) for name in _MOMENTS}
-        if parameter.dtype != torch.float32:
-            states["master"] = master.detach().view(-1)
-        return start, stop, states
-
-    @property
-    def _state_names(self) -> tuple[str, ...]:
-        return _MOMENTS if self._megatron.params_dtype == torch.float32 else (*_MOMENTS, "master")
-
     def save(self, folder: Path) -> None:
-        """Begin to write weights, masters and moments, each rank its own; `saved` waits for the end. Training may go on."""
-        weights = self._weights_state()
-        split = self._layout.distributed_optimizer
-        state = {"weights": weights, "optimizer": shards.optimizer_state(self._pieces(weights), self._groups.dp, split)}
-        self._writing = (shards.save(state, folder, self._writers), folder)
+        """See `Checkpoints`."""
+        self._checkpoints.save(folder)
 
     def saved(self) -> None:
-        """Wait for the end of `save`.
-
-        Raises:
-            CheckpointError: the disk is full or failed; on every rank.
-        """
-        assert self._writing is not None
-        (writing, folder), self._writing = self._writing, None
-        problem = None
-        try:
-            shards.finish(writing, folder)
-        except CheckpointError as error:
-            problem = error
-        found: list[CheckpointError | None] = [None] * dist.get_world_size()
-        dist.all_gather_object(found, problem, group=self._context.control)
-        if first := next((error for error in found if error is not None), None):
-            raise first
+        """See `Checkpoints`."""
+        self._checkpoints.saved()
 
     def load(self, folder: Path, num_updates: int) -> None:
-        """Take over what `save` wrote, under this layout or another.
-
-        Raises:
-            CheckpointError: it is of another model or optimizer.
-        """
-        pieces = self._pieces(self._weights_state())
-        state = shards.load({"weights": self._weights_state()}, folder)
-        for i, policy in enumerate(self._policies):
-            policy.load_state_dict(state["weights"][f"model{i}"])
-        shards.load_optimizer_state(pieces, folder)
-        inner = self._optimizer.optimizer
-        for group in inner.param_groups:
-            if isinstance(inner, torch.optim.AdamW):
-                for master in group["params"]:
-                    inner.state[master]["step"] = torch.tensor(float(num_updates))
-            else:  # Transformer Engine's counts by groups
-                group["step"] = num_updates
+        """See `Checkpoints`."""
+        self._checkpoints.load(folder, num_updates)
         self.num_updates = num_updates
 
 
