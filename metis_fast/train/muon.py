@@ -1,7 +1,7 @@
 """Muon (Jordan et al., 2024) with its matrix products in a dtype of choice.
 
-torch's own runs them in bfloat16 whatever it is given, which a processor without bfloat16 instructions emulates: three quarters of
-a step of a small model in float32.
+torch's own runs them in bfloat16 whatever it is given, which a processor without bfloat16 instructions emulates: that was three
+quarters of an SFT step of the demo.
 """
 
 from __future__ import annotations
