@@ -81,7 +81,7 @@ def _images(
     frames: Sequence[int] | None = None,
     **_: object,
 ) -> tuple[Tensor, None]:
-    """Each patch attends to its image. frames: patches of each, in order; None: one image. Neighbours of one size are a batch."""
+    """Each patch attends to its image. frames: patches of each, in order; None: one. Neighbours of a size are a batch."""
     parts: list[Tensor] = []
     start = 0
     for size, same in groupby(frames if frames is not None else [query.shape[2]]):

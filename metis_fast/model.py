@@ -289,12 +289,13 @@ def load_policy(config: ModelConfig, folder: Path | None = None, device: torch.d
     folder = folder if folder is not None else config.path
     vision = check_model_folder(folder) == "qwen3_vl"
     architecture = Qwen3VLForConditionalGeneration if vision else Qwen3ForCausalLM
+    implementations = {"text_config": attention.NAME, "vision_config": attention.IMAGES}
     try:
         loaded = architecture.from_pretrained(
             folder,
             dtype=getattr(torch, config.dtype),
             output_loading_info=True,
-            attn_implementation={"text_config": attention.NAME, "vision_config": attention.IMAGES} if vision else attention.NAME,
+            attn_implementation=implementations if vision else attention.NAME,
         )
         model, info = cast(tuple[Qwen3VLForConditionalGeneration | Qwen3ForCausalLM, dict[str, set[str]]], loaded)
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:

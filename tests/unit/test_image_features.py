@@ -8,6 +8,7 @@ import transformers
 
 from metis_fast.model import ImagePreparer
 
+
 @pytest.mark.parametrize("joined", [False, True], ids=["by image (5.18)", "in one tensor (5.17)"])
 def test_features_of_each_image_come_apart(policy, picture, monkeypatch, joined):
     images = [picture(1, 96, 32), picture(0)]  # in the order of their grids, as they go in
@@ -45,8 +46,8 @@ def test_images_of_all_sizes_are_encoded_as_transformers_own_loop_does(policy, t
     for ours_layer, layer in zip(features.deepstack, theirs.deepstack_features, strict=True):
         torch.testing.assert_close(torch.cat(ours_layer), layer)
     sums = [(torch.cat(noise) * one).sum() for one in (torch.cat(features.embeds), theirs.pooler_output)]
-    gradients = [torch.autograd.grad(s, [tower.blocks[0].attn.qkv.weight])[0] for s, tower in zip(sums, (ours, plain), strict=True)]
-    torch.testing.assert_close(*gradients)
+    weights = [tower.blocks[0].attn.qkv.weight for tower in (ours, plain)]
+    torch.testing.assert_close(*(torch.autograd.grad(s, [w])[0] for s, w in zip(sums, weights, strict=True)))
 
 
 def test_images_used_last_are_kept_in_so_many_bytes(policy, picture):
