@@ -7,10 +7,10 @@ quarters of an SFT step of the demo.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import ParamsT
 
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic, and the steps: Keller Jordan's, as torch.optim.Muon has them
 _STEPS = 5
@@ -36,7 +36,7 @@ class Muon(torch.optim.Optimizer):
     dtype: of the products. In bfloat16 it is `torch.optim.Muon(weight_decay=0, adjust_lr_fn="original")`, bit for bit.
     """
 
-    def __init__(self, params: Iterable[torch.nn.Parameter], lr: float, dtype: torch.dtype, momentum: float = 0.95) -> None:
+    def __init__(self, params: ParamsT, lr: float, dtype: torch.dtype, momentum: float = 0.95) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum})
         self._dtype = dtype
 
