@@ -127,10 +127,7 @@ def _run_session(data: socket.socket, limits: Limits, folder: str) -> None:
         os.environ[name] = os.getcwd()
     os.dup2(data.fileno(), 3, inheritable=False)
     data.detach()
-    for name in os.listdir("/proc/self/fd"):  # the server's sockets, above all
-        if int(name) > 3:
-            with contextlib.suppress(OSError):  # the one that read this folder
-                os.close(int(name))
+    kernel.close_from(4)  # the server's sockets, above all: two of every session
     signal.signal(signal.SIGINT, signal.default_int_handler)
     kernel.limit_process(limits)
     with socket.socket(fileno=3) as connection:
