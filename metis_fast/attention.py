@@ -1,14 +1,17 @@
-"""The decoder's attention, plugged into transformers' attention registry under the name `metis`.
+"""Attention of decoder and vision tower, plugged into transformers' attention registry as `metis` and `metis_images`.
 
 transformers hands every keyword argument of the decoder through to its attention function. That is the official way in: the
 caller passes an `AttentionPlan` that says what this forward pass attends to, and no model code is patched. Without a plan
-the pass is plain causal attention.
+the pass is plain causal attention. The vision tower, which by itself loops over its images, hands over all of them at once
+where it is told that they are one (`cu_seqlens`), and where each begins in `frames`.
 
 Shape letters: B rows, H query heads, K key/value heads, S new tokens of a row, C cached tokens of a row, D head size.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import groupby
 from typing import Protocol
 
 import torch
@@ -20,6 +23,7 @@ from metis_kernels.prefix_attention.api import AttentionImpl, prefix_attention
 from metis_kernels.prefix_attention.segments import Segments
 
 NAME = "metis"
+IMAGES = "metis_images"
 
 
 class AttentionPlan(Protocol):
@@ -65,3 +69,28 @@ def _registered(
 
 
 AttentionInterface.register(NAME, _registered)
+
+
+def _images(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    frames: Sequence[int] | None = None,
+    **_: object,
+) -> tuple[Tensor, None]:
+    """Each patch attends to its image. frames: patches of each, in order; None: one. Neighbours of a size are a batch."""
+    parts: list[Tensor] = []
+    start = 0
+    for size, same in groupby(frames if frames is not None else [query.shape[2]]):
+        stop = start + size * len(list(same))
+        q, k, v = (part[0, :, start:stop].unflatten(1, (-1, size)).transpose(0, 1) for part in (query, key, value))
+        out = F.scaled_dot_product_attention(q, k, v, scale=scaling)  # [images, H, size, D]
+        parts.append(out.transpose(1, 2).flatten(0, 1))
+        start = stop
+    return (parts[0] if len(parts) == 1 else torch.cat(parts))[None], None
+
+
+AttentionInterface.register(IMAGES, _images)

@@ -93,7 +93,7 @@ def _token_counter(model: Path) -> Callable[[Prompt], int]:
     from metis_fast.rollout.chat import Chat
 
     vision = check_model_folder(model) == "qwen3_vl"
-    images = ImagePreparer(Qwen2VLImageProcessorPil.from_pretrained(model) if vision else None, cache_size=1)
+    images = ImagePreparer(Qwen2VLImageProcessorPil.from_pretrained(model) if vision else None, cache_bytes=0)
     chat = Chat(load_tokenizer(model, vision), images)
     return lambda prompt: len(chat.encode_prompt(prompt).tokens)
 

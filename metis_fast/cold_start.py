@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+from metis_fast import host
 from metis_fast.checkpoint.export import export_policy
 from metis_fast.checkpoint.resume import CheckpointStore, ResumeState
 from metis_fast.checkpoint.rng import capture_rng
@@ -111,8 +112,7 @@ def sft(config: Config, out: Path) -> None:
     data = [_trajectories(phase) for phase in config.sft.phases]
     _check_lengths(config, data)
     schedule = [(i, step) for i, phase in enumerate(config.sft.phases) for step in range(phase.steps)]
-    if config.run.threads:
-        torch.set_num_threads(config.run.threads)
+    host.prepare(config.run.threads)
     torch.manual_seed(config.run.seed)
     folder = config.run.dir / "sft"
     save_config(config.model_copy(update={"run": config.run.model_copy(update={"dir": folder})}))

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from metis_fast import config as config_module
+from metis_fast import host
 from metis_fast.checkpoint.export import export_policy
 from metis_fast.checkpoint.resume import CheckpointStore, ResumeState
 from metis_fast.checkpoint.rng import RngState, capture_rng, restore_rng
@@ -393,8 +394,7 @@ def open_parts(config: Config, interrupts: Interrupts, training: bool = True) ->
         )
     if training and not config.data.train:
         raise ConfigError("no training prompts; set data.train to Parquet files")
-    if config.run.threads:
-        torch.set_num_threads(config.run.threads)
+    host.prepare(config.run.threads)
     # nothing draws from the global generators today; seeded, they make checkpoints of equal runs equal byte for byte
     random.seed(config.run.seed)
     np.random.seed(config.run.seed % 2**32)

@@ -1,4 +1,4 @@
-"""torch's AdamW, and torch's Muon for matrices where asked for, over float32 masters of the trained parameters."""
+"""torch's AdamW, and Muon for matrices where asked for, over float32 masters of the trained parameters."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from metis_fast.config import OptimConfig
+from metis_fast.train.muon import Muon
 from metis_fast.train.sharding import whole
 
 
@@ -74,11 +75,8 @@ class Optimizer:
             betas=config.betas,
             eps=config.eps,
         )
-        self.muon = (
-            torch.optim.Muon(list(muon.values()), lr=config.muon_lr, weight_decay=0.0, adjust_lr_fn="original")
-            if muon
-            else None
-        )
+        # its products in what the model computes in: bfloat16 only where that is fast
+        self.muon = Muon(muon.values(), config.muon_lr, next(iter(self.parameters.values())).dtype) if muon else None
         self.num_steps = 0
 
     def named(self) -> Iterator[tuple[str, torch.optim.Optimizer]]:

@@ -190,6 +190,41 @@ def test_sessions_see_neither_each_others_files_nor_processes(open_box: Open) ->
     assert (seen.text, own.text) == ("False ['1']", "True ['1']")
 
 
+def test_a_session_holds_one_socket_and_none_of_the_servers(open_box: Open) -> None:
+    box = open_box()
+    look = (
+        "import os\nheld = []\nfor name in os.listdir('/proc/self/fd'):\n"
+        "    try:\n        held.append(os.readlink('/proc/self/fd/' + name))\n    except OSError:\n        pass\n"
+        "print(sum('socket' in one for one in held), sum('pidfd' in one or 'eventpoll' in one for one in held))"
+    )
+
+    async def second() -> Observation:
+        sessions = [box.session(()) for _ in range(2)]  # the server holds two sockets and a pidfd of the first
+        seen = [await session.call("python", {"code": look}) for session in sessions]
+        for session in sessions:
+            await session.close()
+        return seen[1]
+
+    assert asyncio.run(second()).text == "1 0"
+
+
+def test_each_session_has_namespaces_of_its_own(open_box: Open) -> None:
+    box = open_box()
+    look = "import os\nprint(*(os.readlink(f'/proc/self/ns/{name}') for name in ('user', 'mnt', 'pid', 'ipc', 'net')))"
+    ours = {name: os.readlink(f"/proc/self/ns/{name}") for name in ("user", "mnt", "pid", "ipc", "net")}
+
+    async def two() -> list[list[str]]:
+        sessions = [box.session(()) for _ in range(2)]
+        seen = [(await session.call("python", {"code": look})).text.split() for session in sessions]
+        for session in sessions:
+            await session.close()
+        return seen
+
+    one, other = asyncio.run(two())
+    for mine, theirs, name in zip(one, other, ours, strict=True):
+        assert mine.startswith(f"{name}:") and len({mine, theirs, ours[name]}) == 3
+
+
 def test_no_privilege_can_be_had_or_regained(open_box: Open) -> None:
     code = (
         "import ctypes, os\nlibc = ctypes.CDLL(None)\n"

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from metis_fast.config import OptimConfig
+from metis_fast.train.muon import Muon
 from metis_fast.train.optimizer import Optimizer, Schedule, trainable
 
 
@@ -193,6 +194,40 @@ def test_muon_takes_the_matrices_of_layers_and_adamw_the_rest():
     step_with(optimizer, random_gradients(model))
     singular = torch.linalg.svdvals(model.model.proj.weight.detach() - before) / 0.02
     assert float(singular.min()) > 0.5 and float(singular.max()) < 1.5  # an orthogonal step, up to Newton-Schulz's error
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_muon_computes_in_the_dtype_of_the_model_on_float32_masters(dtype):
+    model = Small(dtype)
+    optimizer = optimizer_of(model, muon_lr=0.02, weight_decay=0.0)
+    name, gradients = "model.proj.weight", random_gradients(model)
+    before = optimizer.masters[name].detach().clone()
+    step_with(optimizer, gradients)
+    # U V^T of the first step's momentum, a multiple of the gradient, by Newton-Schulz in float64
+    x = gradients[name].to(dtype).double().T
+    x = x / x.norm()
+    for _ in range(5):
+        gram = x @ x.T
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    step = (before - optimizer.masters[name].detach()).double() / (0.02 * math.sqrt(6 / 4))  # a tall matrix steps further
+    error = float((step - x.T).norm() / x.norm())
+    assert error < 1e-5 if dtype == torch.float32 else 1e-4 < error < 3e-2
+
+
+def test_muon_in_bfloat16_is_torch_s_bit_for_bit():
+    weights = [torch.randn(shape, generator=torch.Generator().manual_seed(0)) for shape in ((6, 4), (4, 6), (5, 5))]
+    ours, theirs = ([nn.Parameter(w.clone()) for w in weights] for _ in range(2))
+    optimizers = (
+        Muon(ours, 0.1, torch.bfloat16),
+        torch.optim.Muon(theirs, lr=0.1, weight_decay=0.0, adjust_lr_fn="original"),
+    )
+    for seed in range(3):
+        for optimizer, parameters in zip(optimizers, (ours, theirs), strict=True):
+            noise = torch.Generator().manual_seed(seed)
+            for parameter in parameters:
+                parameter.grad = torch.randn(parameter.shape, generator=noise)
+            optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,8 @@
 
 Two levels. The server has a user, mount, PID, network, IPC and UTS namespace of its own, and a root of read-only bind mounts.
 A session adds a user, mount, PID, IPC and network namespace, in which only two mounts are new (scratch and /proc), so that it
-costs little more than its forks. The user namespace of its own is what makes RLIMIT_NPROC count per session (Linux >= 5.14).
+costs little more than its one fork. Its mount and PID namespaces belong to the server's user namespace, in which it has no
+capabilities ever after; the user namespace of its own is what makes RLIMIT_NPROC count per session (Linux >= 5.14).
 
 Sources: man pages namespaces(7), user_namespaces(7), pid_namespaces(7), pivot_root(2), mount_setattr(2), capabilities(7).
 """
@@ -26,7 +27,7 @@ NEWNS, NEWUTS, NEWIPC, NEWUSER, NEWPID, NEWNET = 0x20000, 0x4000000, 0x8000000, 
 _MS_NOSUID, _MS_NODEV, _MS_NOEXEC, _MS_BIND, _MS_REC, _MS_PRIVATE = 2, 4, 8, 4096, 16384, 1 << 18
 _MNT_DETACH = 2
 _SYS_PIVOT_ROOT = {"x86_64": 155, "aarch64": 41}
-_SYS_MOUNT_SETATTR = 442  # the same on every architecture
+_SYS_MOUNT_SETATTR, _SYS_CLOSE_RANGE = 442, 436  # the same on every architecture
 _AT_RECURSIVE, _AT_FDCWD = 0x8000, -100
 _MOUNT_ATTR_RDONLY, _MOUNT_ATTR_NOSUID = 1, 2
 _PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_NO_NEW_PRIVS = 1, 4, 38
@@ -65,6 +66,16 @@ def _prctl(option: int, value: int) -> None:
 def die_with_parent() -> None:
     """Have the kernel kill this process when the thread that forked it ends."""
     _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def close_from(first: int) -> None:
+    """Close every descriptor from `first` on.
+
+    One call, where Python's `os.closerange` may be a loop and a walk through /proc/self/fd makes an inode for each of the
+    hundreds that the server has open.
+    """
+    arguments = (ctypes.c_uint(first), ctypes.c_uint(0xFFFFFFFF), ctypes.c_uint(0))
+    _check(_libc.syscall(ctypes.c_long(_SYS_CLOSE_RANGE), *arguments), "close_range")
 
 
 def _write(path: str, text: str) -> None:
@@ -207,28 +218,36 @@ def isolate_server(folder: str) -> None:
     _pivot(folder)
 
 
-def isolate_session(limits: Limits) -> int:
-    """Put the calling child of the server into namespaces of its own and fork their PID 1.
+def fork_session() -> int:
+    """`os.fork`, but the child is PID 1 of a new PID namespace. For `isolate_session`, which the child calls next."""
+    own = os.pidfd_open(os.getpid())
+    child = -1
+    try:
+        _unshare(NEWPID)  # for children only
+        child = os.fork()
+        return child
+    finally:
+        if child:  # in the server, also where it could not fork: back to its own namespace, or the next unshare is refused
+            _check(_libc.setns(ctypes.c_int(own), ctypes.c_int(NEWPID)), "setns")
+        os.close(own)
 
-    Returns 0 in the new process, which is ready to run the agent's code but for `limit_process`; its PID in the caller.
-    """
+
+def isolate_session(limits: Limits) -> None:
+    """Put the calling process, of `fork_session`, into namespaces of its own; it is then ready but for `limit_process`."""
+    _unshare(NEWNS)
+    options = f"mode=700,uid={_INNER_ID},gid={_INNER_ID},size={limits.scratch_mb}m,nr_inodes=16384"
+    _mount("tmpfs", SCRATCH, "tmpfs", _MS_NOSUID | _MS_NODEV, options)
+    _mount("proc", "/proc", "proc", _MS_NOSUID | _MS_NODEV | _MS_NOEXEC)
     if os.geteuid() == 0:
         os.setgroups([])
         os.setresgid(_INNER_ID, _INNER_ID, _INNER_ID)
         os.setresuid(_INNER_ID, _INNER_ID, _INNER_ID)
         _prctl(_PR_SET_DUMPABLE, 1)  # cleared by the change of user; without it our own id maps are not ours
-    _unshare(NEWUSER | NEWNS | NEWPID | NEWIPC | NEWNET)
+    _unshare(NEWUSER | NEWIPC | NEWNET)
     _write_id_maps("self", f"{_SESSION_ID} {_INNER_ID} 1", f"{_SESSION_ID} {_INNER_ID} 1", setgroups=False)
-    child = os.fork()
-    if child:
-        return child
-    options = f"mode=700,size={limits.scratch_mb}m,nr_inodes=16384"
-    _mount("tmpfs", SCRATCH, "tmpfs", _MS_NOSUID | _MS_NODEV, options)
-    _mount("proc", "/proc", "proc", _MS_NOSUID | _MS_NODEV | _MS_NOEXEC)
     # In a further user namespace the agent would be allowed to mount, and with it to leave the scratch limit.
     _write("/proc/sys/user/max_user_namespaces", "0")
     _drop_privileges()
-    return 0
 
 
 def _drop_privileges() -> None:

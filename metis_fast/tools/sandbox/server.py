@@ -103,40 +103,22 @@ def _kill(session: _Session, limits: Limits) -> None:
 
 def start_session(data: socket.socket, limits: Limits, folder: str) -> int:
     """Fork a session that serves `data`; returns its PID, which is a child of the calling process."""
-    reader, writer = os.pipe()
-    first = os.fork()
-    if first == 0:
-        status = 70
-        try:
-            child = _first_process(limits)
-            if child:
-                os.write(writer, str(child).encode())
-                status = 0
-            else:
-                _run_session(data, limits, folder)
-                status = 0
-        except OSError as error:
-            os.write(2, f"session: {error}\n".encode())
-        finally:
-            os._exit(status)
-    os.close(writer)
-    if limits.unsafe:
-        os.close(reader)
-        return first
-    text = os.read(reader, 32)
-    os.close(reader)
-    os.waitpid(first, 0)
-    if not text:
-        raise PermissionError(1, "cannot make namespaces for a session")
-    return int(text)  # an orphan now, so a child of this PID 1
-
-
-def _first_process(limits: Limits) -> int:
-    if not limits.unsafe:
-        return kernel.isolate_session(limits)
-    os.setsid()
-    kernel.die_with_parent()
-    return 0
+    child = os.fork() if limits.unsafe else kernel.fork_session()
+    if child:
+        return child
+    status = 70
+    try:
+        if limits.unsafe:
+            os.setsid()
+            kernel.die_with_parent()
+        else:
+            kernel.isolate_session(limits)
+        _run_session(data, limits, folder)
+        status = 0
+    except OSError as error:
+        os.write(2, f"session: {error}\n".encode())
+    finally:
+        os._exit(status)
 
 
 def _run_session(data: socket.socket, limits: Limits, folder: str) -> None:
@@ -145,10 +127,7 @@ def _run_session(data: socket.socket, limits: Limits, folder: str) -> None:
         os.environ[name] = os.getcwd()
     os.dup2(data.fileno(), 3, inheritable=False)
     data.detach()
-    for name in os.listdir("/proc/self/fd"):  # the server's sockets, above all
-        if int(name) > 3:
-            with contextlib.suppress(OSError):  # the one that read this folder
-                os.close(int(name))
+    kernel.close_from(4)  # the server's sockets, above all: two of every session
     signal.signal(signal.SIGINT, signal.default_int_handler)
     kernel.limit_process(limits)
     with socket.socket(fileno=3) as connection:
@@ -165,7 +144,7 @@ def _probe(limits: Limits) -> None:
         ours.close()
         os.waitpid(pid, 0)
     if not greeting:
-        raise PermissionError(1, "cannot mount scratch or /proc in a session")
+        raise PermissionError(1, "cannot make the namespaces of a session, or mount scratch and /proc in them")
 
 
 def main() -> None:
