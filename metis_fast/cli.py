@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from metis_fast.types import Prompt
 
 _EPILOG = """examples:
-  metis-fast demo configs/demo.yaml                     the whole story on a laptop, in a quarter of an hour
+  metis-fast demo                                       the whole story on a laptop, in a quarter of an hour
   metis-fast data check data/*.parquet                  is my data fit for training?
   metis-fast train my.yaml loss.w_tool=0.2              train, with one setting changed; again: resume
   metis-fast report runs/demo                           what happened?
@@ -36,8 +36,10 @@ _EPILOG = """examples:
 Settings are read from a YAML file that holds only what differs from the defaults; `metis-fast config` lists them all."""
 
 
-def _add_config(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("config", type=Path, help="YAML file with what differs from the defaults")
+def _add_config(
+    parser: argparse.ArgumentParser, text: str = "YAML file with what differs from the defaults", optional: bool = False
+) -> None:
+    parser.add_argument("config", type=Path, nargs="?" if optional else None, help=text)
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that go before the file's")
     parser.add_argument(
         "--unsafe-tools", action="store_true", help="run model-written code without a sandbox (throw-away machines only)"
@@ -112,6 +114,9 @@ def _data_demo(args: argparse.Namespace) -> int:
 def _demo(args: argparse.Namespace) -> int:
     from metis_fast import demo
 
+    if args.config is not None and "=" in args.config.name and not args.config.exists():  # an override, and no file
+        args.overrides, args.config = [str(args.config), *args.overrides], None
+    args.config = args.config or demo.shipped("demo.yaml")
     return _trained(args, demo.resolve(_load(args)), demo.run)
 
 
@@ -287,7 +292,8 @@ def build_parser() -> argparse.ArgumentParser:
         sub.set_defaults(run=run)
         return sub
 
-    _add_config(verb(verbs, "demo", _demo, "The main job: data, tiny model, cold start, HDPO, report. Run again to resume."))
+    sub = verb(verbs, "demo", _demo, "The main job: data, tiny model, cold start, HDPO, report. Run again to resume.")
+    _add_config(sub, "YAML file; none: the demo's own (configs/demo.yaml), which comes with the package", optional=True)
     _add_config(verb(verbs, "train", _train, "HDPO from a cold-started model. Run again to resume."))
     sub = verb(verbs, "sft", _sft, "Cold start: SFT on stored trajectories. Run again to resume.")
     sub.add_argument("--out", type=Path, required=True, help="folder for the exported model")

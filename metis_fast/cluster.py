@@ -30,6 +30,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from metis_fast.config import Config, WorkersConfig
 from metis_fast.errors import ConfigError
+from metis_fast.machine import num_cores
 from metis_fast.train.megatron.wire import PARENT
 from metis_fast.workers.launch import Child, Job, Process
 
@@ -346,7 +347,7 @@ def _join(config: WorkersConfig, slots: int) -> None:
     _LOG.info("joining Ray (workers.ray_address=%s)", config.ray_address)
     try:
         try:
-            ray.init(address, num_cpus=max(slots, len(os.sched_getaffinity(0))), **options)
+            ray.init(address, num_cpus=max(slots, num_cores()), **options)
         except ValueError:  # a cluster that runs already has as many as it has
             ray.init(address, **options)
     except (ConnectionError, RayError, ValueError, RuntimeError) as error:

@@ -15,7 +15,7 @@ from pathlib import Path
 from metis_fast import config as config_module
 from metis_fast import pipeline
 from metis_fast.cold_start import play, sft
-from metis_fast.config import Config
+from metis_fast.config import Config, DemoConfig
 from metis_fast.data.demo import DemoSizes, SplitSize, write_demo
 from metis_fast.data.parquet import PromptFiles
 from metis_fast.data.scripted import BASE, COLD_START, script_texts
@@ -26,6 +26,13 @@ from metis_fast.types import Prompt
 
 # The two sets of trajectories that the script plays; sft.phases of a demo config name them.
 _STYLES = {"base": BASE, "cold_start": COLD_START}
+
+
+def shipped(name: str) -> Path:
+    """A file of configs/: the wheel's copy (CMakeLists.txt), or that of the checkout."""
+    package = Path(__file__).parent
+    inside = package / "configs" / name
+    return inside if inside.exists() else package.parent / "configs" / name
 
 
 def demo_sizes(config: Config) -> DemoSizes:
@@ -119,7 +126,10 @@ def _make_model(config: Config, folder: Path) -> None:
     scratch = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(scratch, ignore_errors=True)
     texts = script_texts(_prompts(folder.with_name("data") / "base.parquet"))
-    build_tiny(scratch, read_shape(config.demo.model_shape), texts, config.run.seed)
+    shape = config.demo.model_shape
+    if shape == DemoConfig().model_shape and not shape.exists():  # no checkout here
+        shape = shipped(shape.name)
+    build_tiny(scratch, read_shape(shape), texts, config.run.seed)
     shutil.rmtree(folder, ignore_errors=True)  # of a stage that was cut off before it was booked as done
     os.replace(scratch, folder)
 

@@ -45,6 +45,7 @@ struct AttentionIsa {
   AttentionKernels float32, bfloat16;
 };
 
-extern const AttentionIsa kAttentionAvx2, kAttentionAvx512, kAttentionAvx512Bf16, kAttentionAmx, kAttentionAmxEmulated;
+extern const AttentionIsa kAttentionPortable, kAttentionAvx2, kAttentionAvx512, kAttentionAvx512Bf16, kAttentionAmx,
+    kAttentionAmxEmulated;
 
 }  // namespace metis

@@ -13,4 +13,5 @@
 
 #include "attention_impl.h"
 
-const metis::AttentionIsa metis::kAttentionAmx = {AttentionOf<float, GemmFloat>::kKernels, AttentionOf<uint16_t, GemmAmx>::kKernels};
+const metis::AttentionIsa metis::kAttentionAmx = {
+    AttentionOf<float, GemmFloat>::kKernels, AttentionOf<uint16_t, GemmAmx>::kKernels};

@@ -14,4 +14,5 @@
 
 #include "attention_impl.h"
 
-const metis::AttentionIsa metis::kAttentionAmxEmulated = {AttentionOf<float, GemmFloat>::kKernels, AttentionOf<uint16_t, GemmAmx>::kKernels};
+const metis::AttentionIsa metis::kAttentionAmxEmulated = {
+    AttentionOf<float, GemmFloat>::kKernels, AttentionOf<uint16_t, GemmAmx>::kKernels};

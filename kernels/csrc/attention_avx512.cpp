@@ -11,4 +11,5 @@
 
 #include "attention_impl.h"
 
-const metis::AttentionIsa metis::kAttentionAvx512 = {AttentionOf<float, GemmFloat>::kKernels, AttentionOf<uint16_t, GemmFloat>::kKernels};
+const metis::AttentionIsa metis::kAttentionAvx512 = {
+    AttentionOf<float, GemmFloat>::kKernels, AttentionOf<uint16_t, GemmFloat>::kKernels};

@@ -11,4 +11,5 @@
 
 #include "attention_impl.h"
 
-const metis::AttentionIsa metis::kAttentionAvx512Bf16 = {AttentionOf<float, GemmFloat>::kKernels, AttentionOf<uint16_t, GemmBf16>::kKernels};
+const metis::AttentionIsa metis::kAttentionAvx512Bf16 = {
+    AttentionOf<float, GemmFloat>::kKernels, AttentionOf<uint16_t, GemmBf16>::kKernels};

@@ -19,18 +19,8 @@ using torch::stable::Tensor;
 
 const metis::AttentionIsa& attention_isa() {
   const metis::Isa* const isa = metis::chosen_isa();
-  STD_TORCH_CHECK(isa != nullptr, "no usable instruction set: AVX2 and FMA at least, or what METIS_CPU_ISA asks for");
-  const struct {
-    const metis::Isa* isa;
-    const metis::AttentionIsa* attention;
-  } all[] = {{&metis::kAmx, &metis::kAttentionAmx},
-             {&metis::kAmxEmulated, &metis::kAttentionAmxEmulated},
-             {&metis::kAvx512Bf16, &metis::kAttentionAvx512Bf16},
-             {&metis::kAvx512, &metis::kAttentionAvx512},
-             {&metis::kAvx2, &metis::kAttentionAvx2}};
-  for (const auto& each : all)
-    if (each.isa == isa) return *each.attention;
-  STD_TORCH_CHECK(false, "no attention for instruction set ", isa->name);
+  STD_TORCH_CHECK(isa != nullptr, "this processor does not have what METIS_CPU_ISA asks for");
+  return *isa->attention;
 }
 
 template <class T>

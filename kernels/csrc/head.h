@@ -71,15 +71,19 @@ struct HeadKernels {
   void (*backward)(const Backward&, int64_t begin, int64_t end, int64_t part);
 };
 
+struct AttentionIsa;
+
 struct Isa {
   const char* name;
+  const AttentionIsa* attention;
   HeadKernels float32, bfloat16;
 };
 
-// Defined in one translation unit each, compiled with that instruction set.
-extern const Isa kAvx2, kAvx512, kAvx512Bf16, kAmx, kAmxEmulated;
+// Defined in one translation unit each, compiled with that instruction set; all but the portable one on x86-64 Linux alone.
+extern const Isa kPortable, kAvx2, kAvx512, kAvx512Bf16, kAmx, kAmxEmulated;
 
-// The best that the processor has, or what METIS_CPU_ISA asks for; null: none. Chosen once a process (head_ops.cpp).
+// The best that the processor has, or what METIS_CPU_ISA asks for; null: it does not have that. Chosen once a process
+// (head_ops.cpp).
 const Isa* chosen_isa();
 
 }  // namespace metis

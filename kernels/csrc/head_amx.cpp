@@ -1,3 +1,4 @@
+#include "attention.h"
 #include "head.h"
 
 #include <cmath>
@@ -12,4 +13,4 @@
 
 #include "head_impl.h"
 
-const metis::Isa metis::kAmx = {"amx", HeadOf<float, GemmFloat>::kKernels, HeadOf<uint16_t, GemmAmx>::kKernels};
+const metis::Isa metis::kAmx = {"amx", &kAttentionAmx, HeadOf<float, GemmFloat>::kKernels, HeadOf<uint16_t, GemmAmx>::kKernels};

@@ -1,4 +1,5 @@
 #define METIS_EMULATE_AMX
+#include "attention.h"
 #include "head.h"
 
 #include <cmath>
@@ -13,4 +14,5 @@
 
 #include "head_impl.h"
 
-const metis::Isa metis::kAmxEmulated = {"amx_emulated", HeadOf<float, GemmFloat>::kKernels, HeadOf<uint16_t, GemmAmx>::kKernels};
+const metis::Isa metis::kAmxEmulated = {
+    "amx_emulated", &kAttentionAmxEmulated, HeadOf<float, GemmFloat>::kKernels, HeadOf<uint16_t, GemmAmx>::kKernels};

@@ -1,3 +1,4 @@
+#include "attention.h"
 #include "head.h"
 
 #include <cmath>
@@ -10,4 +11,5 @@
 
 #include "head_impl.h"
 
-const metis::Isa metis::kAvx2 = {"avx2", HeadOf<float, GemmFloat>::kKernels, HeadOf<uint16_t, GemmFloat>::kKernels};
+const metis::Isa metis::kAvx2 = {
+    "avx2", &kAttentionAvx2, HeadOf<float, GemmFloat>::kKernels, HeadOf<uint16_t, GemmFloat>::kKernels};

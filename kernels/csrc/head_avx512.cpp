@@ -1,3 +1,4 @@
+#include "attention.h"
 #include "head.h"
 
 #include <cmath>
@@ -10,4 +11,5 @@
 
 #include "head_impl.h"
 
-const metis::Isa metis::kAvx512 = {"avx512", HeadOf<float, GemmFloat>::kKernels, HeadOf<uint16_t, GemmFloat>::kKernels};
+const metis::Isa metis::kAvx512 = {
+    "avx512", &kAttentionAvx512, HeadOf<float, GemmFloat>::kKernels, HeadOf<uint16_t, GemmFloat>::kKernels};

@@ -1,3 +1,4 @@
+#include "attention.h"
 #include "head.h"
 
 #include <cmath>
@@ -10,4 +11,5 @@
 
 #include "head_impl.h"
 
-const metis::Isa metis::kAvx512Bf16 = {"avx512_bf16", HeadOf<float, GemmFloat>::kKernels, HeadOf<uint16_t, GemmBf16>::kKernels};
+const metis::Isa metis::kAvx512Bf16 = {
+    "avx512_bf16", &kAttentionAvx512Bf16, HeadOf<float, GemmFloat>::kKernels, HeadOf<uint16_t, GemmBf16>::kKernels};

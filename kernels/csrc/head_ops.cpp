@@ -6,9 +6,11 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/macros/Macros.h>
 
+#ifdef METIS_X86  // Linux on x86-64 (CMakeLists.txt)
 #include <cpuid.h>
 #include <sys/syscall.h>
 #include <unistd.h>
+#endif
 
 #include <algorithm>
 #include <cmath>
@@ -26,6 +28,7 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
+#ifdef METIS_X86
 bool has_avx512() {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
          __builtin_cpu_supports("avx512dq");
@@ -39,19 +42,26 @@ bool has_amx() {
   // Linux hands out the tile registers on request only, once a process: ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
   return syscall(SYS_arch_prctl, 0x1023, 18) == 0;
 }
+#endif
 
-// The best that the processor has; METIS_CPU_ISA in the environment takes a lesser one. Null: none of them.
+// The best that the processor has; METIS_CPU_ISA in the environment takes a lesser one. Null: it does not have that.
 const metis::Isa* choose_isa() {
+#ifdef METIS_X86
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   const bool avx512 = avx2 && has_avx512(), bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
+#endif
   const struct {
     const metis::Isa* isa;
     bool runs, only_asked;
-  } all[] = {{&metis::kAmx, bf16 && has_amx(), false},
-             {&metis::kAmxEmulated, bf16, true},
-             {&metis::kAvx512Bf16, bf16, false},
-             {&metis::kAvx512, avx512, false},
-             {&metis::kAvx2, avx2, false}};
+  } all[] = {
+#ifdef METIS_X86
+      {&metis::kAmx, bf16 && has_amx(), false},
+      {&metis::kAmxEmulated, bf16, true},
+      {&metis::kAvx512Bf16, bf16, false},
+      {&metis::kAvx512, avx512, false},
+      {&metis::kAvx2, avx2, false},
+#endif
+      {&metis::kPortable, true, false}};
   const char* const asked = std::getenv("METIS_CPU_ISA");
   for (const auto& each : all)
     if (each.runs && (asked ? !std::strcmp(asked, each.isa->name) : !each.only_asked)) return each.isa;
@@ -63,7 +73,7 @@ const metis::Isa* isa() { return metis::chosen_isa(); }
 std::string isa_name() { return isa() ? isa()->name : ""; }
 
 const metis::HeadKernels& kernels(const Tensor& head) {
-  STD_TORCH_CHECK(isa() != nullptr, "no usable instruction set: AVX2 and FMA at least, or what METIS_CPU_ISA asks for");
+  STD_TORCH_CHECK(isa() != nullptr, "this processor does not have what METIS_CPU_ISA asks for");
   const ScalarType type = head.scalar_type();
   STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16, "head: expected float32 or bfloat16");
   return type == ScalarType::Float ? isa()->float32 : isa()->bfloat16;

@@ -34,12 +34,11 @@ def cpu_library_status() -> str:
             if torch.ops.metis_kernels_cpu.isa():
                 return ""
             asked = os.environ.get("METIS_CPU_ISA")
-            if asked:
-                return f"this processor has no METIS_CPU_ISA={asked} (avx2, avx512, avx512_bf16, amx, amx_emulated)"
-            return "the C++ ops need a processor with AVX2 and FMA"
+            return f"this processor has no METIS_CPU_ISA={asked} (portable, avx2, avx512, avx512_bf16, amx, amx_emulated)"
     return (
         f"{_LIBRARY} was not built: no C++ compiler or no torch was found when the package was installed; "
-        "install g++ (Debian: apt-get install g++), then reinstall with pip install --no-build-isolation ."
+        "install g++ (Debian: apt-get install g++; macOS: xcode-select --install), then reinstall with "
+        "pip install --no-build-isolation ."
     )
 
 

@@ -50,7 +50,8 @@ def compare(answer: str, gold: str) -> str:
 def main() -> None:
     """Serve until standard input closes."""
     logging.disable(logging.CRITICAL)  # math-verify warns that it has no time-out
-    resource.setrlimit(resource.RLIMIT_AS, (_MEMORY_BYTES, _MEMORY_BYTES))
+    if sys.platform == "linux":  # macOS refuses a limit of address space; the one of CPU seconds holds there too
+        resource.setrlimit(resource.RLIMIT_AS, (_MEMORY_BYTES, _MEMORY_BYTES))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, whose end closes our input
     signal.signal(signal.SIGPROF, signal.SIG_DFL)

@@ -66,8 +66,10 @@ def create(count: int, num_bytes: int) -> tuple[Segment, ...]:
     """New segments for so many bytes of data each; their memory is reserved.
 
     Raises:
-        EngineError: there is not so much shared memory.
+        EngineError: there is not so much shared memory, or this is not Linux.
     """
+    if not hasattr(os, "posix_fallocate"):
+        raise EngineError("weights for other processes are staged in shared memory as Linux has it; use rollout.engine=native")
     remove_stale()
     need, free = count * (num_bytes + HEADER), free_bytes()
     if need > free:

@@ -159,7 +159,9 @@ class PythonServer:
 
     def _start(self) -> tuple[Path, subprocess.Popen[bytes], socket.socket]:
         if not sys.platform.startswith("linux"):
-            raise ToolSetupError("the python tool needs Linux; remove `python` from tools.enabled")
+            raise ToolSetupError(
+                "the python tool needs Linux, with its sandbox or without (--unsafe-tools); remove `python` from tools.enabled"
+            )
         try:
             self._scratch.mkdir(parents=True, exist_ok=True)
             folder = Path(tempfile.mkdtemp(prefix="python-", dir=self._scratch))

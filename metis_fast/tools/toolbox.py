@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from metis_fast.config import ToolsConfig
+from metis_fast.machine import num_cores
 from metis_fast.tools.image_search import ImageSearch
 from metis_fast.tools.python_tool import PythonServer, PythonTool
 from metis_fast.tools.text_search import TextSearch
@@ -53,7 +53,7 @@ class LocalToolbox:
     @property
     def num_slots(self) -> int:
         """Calls that run at the same time."""
-        return 2 * len(os.sched_getaffinity(0))
+        return 2 * num_cores()
 
     def gate(self) -> asyncio.Semaphore:
         """Limits the calls that run at the same time; one a loop, because a semaphore belongs to its loop."""

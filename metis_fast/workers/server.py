@@ -165,7 +165,8 @@ def run(join: str, name: str, wait_s: float) -> int:
     if not key:
         raise ConfigError(f"{KEY} is not set; it must hold the run's key")
     # wakes up one that was stopped (SIGSTOP) when what started it dies: it reads that the run is gone, and ends its group
-    ctypes.CDLL(None).prctl(ctypes.c_int(_PR_SET_PDEATHSIG), ctypes.c_ulong(signal.SIGCONT))
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(ctypes.c_int(_PR_SET_PDEATHSIG), ctypes.c_ulong(signal.SIGCONT))
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # these are for the run, which ends its workers
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s", stream=sys.stderr)

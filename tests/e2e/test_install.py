@@ -26,8 +26,16 @@ print(json.dumps({"file": mk.__file__, "cpu": mk.cpu_library_status(), "aot": mk
 """
 
 
-def install(folder: Path, *settings: str, **environment: str) -> dict[str, str]:
-    """Build a wheel, unpack it, use it: where metis_kernels is, and what it says of its compiled parts."""
+# The demo in half a minute: every stage, none of them long enough to learn anything.
+_TINY = (
+    "run.threads=1", "demo.base_prompts=60", "demo.cold_start_prompts=20", "demo.train_prompts=8", "demo.heldout_prompts=6",
+    "sft.phases=[{trajectories: base, steps: 3}, {trajectories: cold_start, steps: 2}]", "sft.batch_size=8",
+    "rollout.prompts_per_step=4", "rollout.rollouts_per_prompt=2", "train.steps=2", "train.prompts_per_mini_batch=2",
+)  # fmt: skip
+
+
+def build(folder: Path, *settings: str, **environment: str) -> Path:
+    """A wheel of this checkout."""
     options = [argument for setting in (f"build-dir={folder / 'build'}", *settings) for argument in ("-C", setting)]
     subprocess.run(
         [sys.executable, "-m", "pip", "wheel", "-q", "--no-build-isolation", "--no-deps", *options, "-w", folder, _ROOT],
@@ -37,6 +45,12 @@ def install(folder: Path, *settings: str, **environment: str) -> dict[str, str]:
         text=True,
     )
     (wheel,) = folder.glob("*.whl")
+    return wheel
+
+
+def install(folder: Path, *settings: str, **environment: str) -> dict[str, str]:
+    """Build a wheel, unpack it, use it: where metis_kernels is, and what it says of its compiled parts."""
+    wheel = build(folder, *settings, **environment)
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(folder / "installed")
     environ = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
@@ -61,3 +75,30 @@ def test_kernels_compiled_ahead_of_time_come_with_the_option(tmp_path: Path) -> 
     status = install(tmp_path, "cmake.define.METIS_AOT=ON")
     assert status["cpu"] == ""
     assert all(f"for sm_{arch}" in status["aot"] for arch in (80, 90, 100))
+
+
+@pytest.mark.slow
+def test_a_wheel_in_an_empty_environment_runs_the_demo_and_the_kernels(tmp_path: Path) -> None:
+    """Installs torch and the rest by pip, at the versions of constraints.txt."""
+    wheel = build(tmp_path)
+    subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True)
+    folder = tmp_path / "elsewhere"
+    folder.mkdir()
+    environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "TRITON_INTERPRET")}
+
+    def run(program: str, *arguments: str | Path) -> str:
+        done = subprocess.run(
+            [tmp_path / "venv/bin" / program, *arguments], cwd=folder, env=environment, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+        return done.stdout
+
+    run("python", "-m", "pip", "install", "-q", "--constraint", _ROOT / "constraints.txt", f"{wheel}[demo]")
+    where = "import metis_kernels as mk; print(mk.__file__); print(mk.cpu_library_status() or 'compiled')"
+    file, status = run("python", "-c", where).splitlines()
+    assert Path(file).is_relative_to(tmp_path / "venv") and status == "compiled"
+    bench = json.loads(run("metis-fast", "bench", "hdpo_loss", "--shape", "T=64,H=32,V=512", "--peers", "", "--json"))
+    assert "ours" in json.dumps(bench)
+    run("metis-fast", "demo", *_TINY)  # no config file
+    assert "<html" in (folder / "runs/demo/report.html").read_text(encoding="utf-8").lower()
+    assert len((folder / "runs/demo/metrics.jsonl").read_text(encoding="utf-8").splitlines()) >= 2
