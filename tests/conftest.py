@@ -21,6 +21,9 @@ from metis_fast.testing.fakes import FakeEngine, FakeToolbox
 from metis_fast.testing.tiny import build_tiny
 from metis_fast.types import Ability, ImageBlob, Message, Observation, Prompt, Rollout
 
+# their asserts say what was compared, as those of test files do
+pytest.register_assert_rewrite("trainer_cases", "faulty_engines")
+
 
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_trainer import ANSWER, CALL, SWITCHES, config, derived_gradient, forward, groups, longest, score  # noqa: F401
 from tiny_shape import SHAPE, TEXTS
+from trainer_cases import ANSWER, CALL, SWITCHES, config, derived_gradient, forward, longest, score
 from transformers import AutoConfig, Qwen3Config, Qwen3ForCausalLM
 
 from metis_fast.config import Config, ModelConfig
@@ -114,7 +114,7 @@ def joined(parts):
 
 
 @pytest.fixture(scope="module")
-def truth(models, groups, text_groups):  # noqa: F811
+def truth(models, groups, text_groups):
     """What each model gives in one process: gradients by transformers, rollout by rollout, the rest by the torch back end."""
     out = {}
     for name, folder in models.items():
@@ -255,7 +255,7 @@ OPTIONS = {
 
 @pytest.mark.parametrize("layout", ["tp2 sp", "pp2"])
 @pytest.mark.parametrize("option", OPTIONS)
-def test_every_option_is_that_of_the_torch_back_end(start, models, groups, layout, option):  # noqa: F811
+def test_every_option_is_that_of_the_torch_back_end(start, models, groups, layout, option):
     model, (changes, part) = "tied", OPTIONS[option]
     near = [
         replace(g, rollouts=tuple(replace(r, logp=(r.sampled * -4.6).astype(np.float32)) for r in g.rollouts)) for g in groups
@@ -281,7 +281,7 @@ def test_every_option_is_that_of_the_torch_back_end(start, models, groups, layou
         assert float((after[name] - value).norm()) <= 1e-5 * float(value.norm()), name
 
 
-def test_a_mini_batch_with_nothing_left_takes_the_step_of_an_unpruned_one(start, models, groups):  # noqa: F811
+def test_a_mini_batch_with_nothing_left_takes_the_step_of_an_unpruned_one(start, models, groups):
     blank = [replace(g, scores=tuple(score(0.0, 0.0) for _ in g.scores)) for g in groups]
     after = []
     for skip in (True, False):
@@ -295,7 +295,7 @@ def test_a_mini_batch_with_nothing_left_takes_the_step_of_an_unpruned_one(start,
         assert float((value - after[1][name]).norm()) <= 1e-5 * float(value.norm()), name
 
 
-def test_nan_stops_the_step_on_every_rank_and_the_ranks_go_on(start, models, groups):  # noqa: F811
+def test_nan_stops_the_step_on_every_rank_and_the_ranks_go_on(start, models, groups):
     settings = settings_of(groups, TP, eps=1e-8, lr=1e30)  # the first step leaves nothing finite
     task = Task(settings, models["untied"], settings.train.optim, 10)
     ranks = start(settings.train.megatron)
@@ -339,7 +339,7 @@ def test_the_runs_side_is_a_trainer_like_the_torch_one(truth, models, tmp_path):
         trainer.close()
 
 
-def test_a_step_that_was_half_taken_is_counted(models, groups, tmp_path):  # noqa: F811
+def test_a_step_that_was_half_taken_is_counted(models, groups, tmp_path):
     settings = settings_of(groups, PP, eps=1e-8, lr=1e30)  # the first mini-batch's step leaves nothing finite for the second
     settings = settings.model_copy(update={"run": settings.run.model_copy(update={"dir": tmp_path})})
     model = AutoConfig.from_pretrained(models["untied"])

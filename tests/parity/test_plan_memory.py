@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from test_trainer import ANSWER, CALL, config, score
 from tiny_shape import SHAPE, TEXTS
+from trainer_cases import ANSWER, CALL, config, score
 from transformers import AutoConfig
 
 from metis_fast.plan.memory import Pass, memory, waiting

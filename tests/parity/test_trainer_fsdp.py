@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_trainer import assert_close, config, groups, longest, score  # noqa: F401
+from trainer_cases import assert_close, config, longest, score
 
 from metis_fast.errors import ConfigError
 from metis_fast.train.torch_backend import TorchTrainer
@@ -58,7 +58,7 @@ LINEAR = {"lr": 3.0, "eps": 100.0}
     ],
     ids=["one mini-batch", "several, recomputed", "bfloat16, tower frozen"],
 )
-def test_two_ranks_train_as_one_process_does(ranks, load_tiny, groups, train, model, optim, share):  # noqa: F811
+def test_two_ranks_train_as_one_process_does(ranks, load_tiny, groups, train, model, optim, share):
     settings = config(train={"tokens_per_micro_batch": longest(groups) + 10} | train, model=model, **optim)
     blank = [replace(g, scores=tuple(score(0.0, 0.0) for _ in g.scores)) for g in groups]  # nothing left on any rank
     steps = [groups, blank, groups[::-1], groups]
