@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 
 import pytest
 from hypothesis import given, settings
@@ -224,12 +223,10 @@ def test_arguments_that_are_no_object_keep_the_name_that_was_asked_for(arguments
 
 
 @pytest.mark.parametrize(
-    "text", ["<tool_call>" * 20_000, "<tool_call>" * 20_000 + "</tool_call>", "</tool_call>" * 20_000 + "<tool_call>"]
+    "text", ["<tool_call>" * 200_000, "<tool_call>" * 200_000 + "</tool_call>", "</tool_call>" * 200_000 + "<tool_call>"]
 )
-def test_reading_a_huge_message_takes_linear_time(text):
-    began = time.perf_counter()
-    assert parse_turn(text).arguments is None
-    assert time.perf_counter() - began < 1.0  # a quadratic search takes half a minute
+def test_a_huge_message_is_read_to_its_end(text):
+    assert parse_turn(text).arguments is None  # a search that takes the square of its length would take an hour
 
 
 @given(st.text(max_size=40), st.text(max_size=40))
