@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 from PIL import Image
 from tiny_shape import SHAPE, TEXTS
 
@@ -23,6 +24,12 @@ from metis_fast.types import Ability, ImageBlob, Message, Observation, Prompt, R
 
 # their asserts say what was compared, as those of test files do
 pytest.register_assert_rewrite("trainer_cases", "faulty_engines")
+
+# The same examples in every run, and no limit of seconds that a busy machine could miss.
+settings.register_profile(
+    "tests", deadline=None, derandomize=True, print_blob=True, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("tests")
 
 
 @pytest.fixture(scope="session")

@@ -3,17 +3,11 @@
 from __future__ import annotations
 
 import importlib
-import json
 import os
-import subprocess
 import sys
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 import pytest
-
-if TYPE_CHECKING:
-    from metis_kernels.inspect.binaries import Binary
 
 
 def on_gpu(config: pytest.Config) -> bool:
@@ -46,19 +40,9 @@ def honest_interpreter(pytestconfig: pytest.Config) -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def compiling_environment(pytestconfig: pytest.Config) -> dict[str, str]:
-    """For processes in which Triton compiles. Its cache, kept between runs, is keyed by sources, options and versions."""
+    """For processes in which Triton compiles. Its cache lies in the checkout's .pytest_cache, is keyed by sources, options and
+    versions, and may be deleted at any time. Tests that compile the same kernels share a file, so that no two workers do."""
     assert pytestconfig.cache is not None
     environment = {**os.environ, "TRITON_CACHE_DIR": str(pytestconfig.cache.mkdir("triton"))}
     environment.pop("TRITON_INTERPRET", None)
     return environment
-
-
-@pytest.fixture(scope="session")
-def static_figures(compiling_environment: dict[str, str]) -> list[Binary]:
-    """What `python -m metis_kernels.inspect` finds: every shipped kernel, compiled for three architectures."""
-    from metis_kernels.inspect.binaries import Binary
-    from metis_kernels.inspect.static import StaticFigures
-
-    command = [sys.executable, "-m", "metis_kernels.inspect", "--json"]
-    found = json.loads(subprocess.run(command, env=compiling_environment, check=True, stdout=subprocess.PIPE).stdout)
-    return [Binary(**{**binary, "figures": StaticFigures(**binary["figures"])}) for binary in found]

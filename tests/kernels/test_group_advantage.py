@@ -256,7 +256,7 @@ def test_what_stands_where_there_is_no_verdict_changes_nothing(impl: Chosen):
 
 
 @every_impl
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(data=st.data())
 def test_permuting_rollouts_permutes_their_advantages(impl: Chosen, data: st.DataObject):
     sizes = data.draw(st.lists(st.integers(0, 9), min_size=1, max_size=4))

@@ -16,9 +16,10 @@ from metis_kernels import Segments, prefix_attention
 from metis_kernels.inspect.sanitizer import sanitize
 from metis_kernels.inspect.tally import Counts, tally
 from metis_kernels.prefix_attention import triton as op
+from metis_kernels.prefix_attention.triton import Tile
 
 # prompts of whole blocks and of tails, rollouts shorter and longer than a block, a part that ends within a rollout
-SHARED = Segments((0, 70, 170, 170, 301, 365, 430), (-1, 0, 0, 0, -1, 4))
+SHARED = Segments((0, 38, 58, 58, 99, 131, 148), (-1, 0, 0, 0, -1, 4))
 
 
 @pytest.fixture
@@ -30,9 +31,16 @@ def empty_is_nan() -> Iterator[None]:
 
 
 @pytest.fixture
-def short_parts(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Rollouts are cut into parts of 128 queries, so that a prompt of a small test has several slots."""
-    monkeypatch.setattr(op, "LEAST_PART", 128)
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The smallest blocks that have as many keys as queries, half and twice as many, and parts of 32 queries: so a few tokens
+    make whole blocks and tails, and several slots of a prompt. The interpreter's time is that of its blocks, so these tests
+    take little; test_prefix_attention.py runs the blocks that are shipped."""
+    square, tall, wide = Tile(16, 16, 4, 2), Tile(32, 16, 4, 2), Tile(16, 32, 4, 2)
+    monkeypatch.setattr(op, "FORWARD", {2: square, 4: tall})
+    monkeypatch.setattr(op, "QUERY_GRADIENT", {2: tall, 4: square})
+    monkeypatch.setattr(op, "KEY_GRADIENT", {2: wide, 4: tall})
+    monkeypatch.setattr(op, "LEAST_PART", 32)
+    monkeypatch.setattr(op, "PART_STEP", 32)
     op._key_jobs.cache_clear()
     yield
     op._key_jobs.cache_clear()
@@ -53,9 +61,9 @@ def run(segments: Segments, tensors: list[Tensor], impl: str = "triton") -> list
     return [out.detach(), *torch.autograd.grad(out, leaves, d_out)]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("size", [16, 24])
-@pytest.mark.usefixtures("empty_is_nan", "short_parts")
+# a head size that fills its block, one that leaves a tail; each size of an element meets the tail
+@pytest.mark.parametrize(("size", "dtype"), [(24, torch.float32), (16, torch.float16), (24, torch.bfloat16)])
+@pytest.mark.usefixtures("empty_is_nan", "small_blocks")
 def test_everything_is_written_once_in_bounds_and_repeats_bit_for_bit(size: int, dtype: torch.dtype):
     tensors = inputs(SHARED, (4, 2, size), dtype)
     with sanitize():
@@ -66,26 +74,26 @@ def test_everything_is_written_once_in_bounds_and_repeats_bit_for_bit(size: int,
         assert float((got.double() - truth).norm() / truth.norm()) < (2e-6 if dtype == torch.float32 else 2**-7)
 
 
-@pytest.mark.usefixtures("short_parts")
+@pytest.mark.usefixtures("small_blocks")
 def test_a_prompts_gradient_is_the_sum_over_its_rollouts():
     tensors = inputs(SHARED, (2, 1, 16), torch.float32)
     _, _, d_key, d_value = run(SHARED, tensors)
     # the rows of the first prompt and of one of its rollouts; the prompt's own rows count once
-    prompt, rollouts = list(range(70)), [list(range(70, 170)), list(range(170, 301))]
-    sums = [torch.zeros(70, 1, 16), torch.zeros(70, 1, 16)]
+    prompt, rollouts = list(range(38)), [list(range(38, 58)), list(range(58, 99))]
+    sums = [torch.zeros(38, 1, 16), torch.zeros(38, 1, 16)]
     for i, rollout in enumerate(rollouts):
         rows = prompt + rollout
         part = [x[rows] for x in tensors]
         if i:
-            part[3][:70] = 0
+            part[3][:38] = 0
         for total, one in zip(sums, run(Segments((0, len(rows)), (-1,)), part)[2:], strict=True):
-            total += one[:70]
+            total += one[:38]
     for got, want in zip((d_key, d_value), sums, strict=True):
-        torch.testing.assert_close(got[:70], want, rtol=0, atol=1e-5)
+        torch.testing.assert_close(got[:38], want, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.usefixtures("short_parts")
+@pytest.mark.usefixtures("small_blocks")
 def test_bytes_flops_and_exponentials_equal_the_closed_form(dtype: torch.dtype):
     num, num_kv, size, padded = 4, 2, 24, 32
     group, e = num // num_kv, dtype.itemsize
@@ -119,7 +127,7 @@ def test_bytes_flops_and_exponentials_equal_the_closed_form(dtype: torch.dtype):
         )
 
     tile = op.KEY_GRADIENT[e]
-    parts = {0: [(70, 198), (198, 301)], 301: [(365, 430)]}  # of the queries that see the prompts
+    parts = {0: [(38, 70), (70, 99)], 99: [(131, 148)]}  # of the queries that see the prompts
     load = store = blocks = sum_load = sum_store = 0
     for one in SHARED:
         slots = len(parts.get(one.start, ())) if one.prefix_start == one.prefix_stop else 0

@@ -22,18 +22,20 @@ SIZES = tuple(ranks.MEMBERS)
 Ranks = dict[int, list[tuple[dict[tuple[Chosen, float], LogprobOnRank], dict[LossRun, LossOnRank]]]]
 
 
-@pytest.fixture(scope="module", params=IMPLS)
+@pytest.fixture(params=IMPLS)
 def impl(request: pytest.FixtureRequest) -> Chosen:
     return request.param
 
 
 @pytest.fixture(scope="module")
-def results(impl: Chosen, tmp_path_factory: pytest.TempPathFactory) -> Ranks:
-    """What every rank of every group returned, by the number of ranks and in their order."""
+def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Ranks:
+    """What every rank of every group returned, by the number of ranks and in their order: started once, for all
+    implementations that this run's tests ask for."""
     folder: Path = tmp_path_factory.mktemp("ranks")
+    asked = {item.callspec.params.get("impl") for item in request.session.items if item.fspath == request.fspath}
     # one server imports torch, and the ranks are forked from it before it has any threads
     multiprocessing.get_context("forkserver").set_forkserver_preload(["torch", "torch.profiler", "metis_kernels"])
-    start_processes(ranks.main, (folder, (impl,)), nprocs=max(SIZES), start_method="forkserver")
+    start_processes(ranks.main, (folder, tuple(sorted(asked))), nprocs=max(SIZES), start_method="forkserver")
     return {size: [torch.load(folder / f"{size}_{r}.pt", weights_only=False) for r in range(size)] for size in SIZES}
 
 

@@ -34,7 +34,7 @@ grids = st.lists(st.tuples(st.integers(0, 9), st.integers(1, 7), st.integers(1, 
 
 
 @given(layout=grids, tail=st.integers(0, 5))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_rotary_positions_are_transformers_own(transformers_model, layout, tail):
     """layout: text tokens before each image, and its height and width in merged patches."""
     config = transformers_model.config

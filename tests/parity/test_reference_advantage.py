@@ -37,7 +37,7 @@ def test_the_noise_of_uniform_groups_is_the_recipes(size, value, noise):
     rollouts=st.lists(st.tuples(st.booleans(), st.booleans(), st.integers(0, 9)), min_size=1, max_size=33),
     norm_by_std=st.booleans(),
 )
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_both_channels_are_bit_equal_to_the_recipe(rollouts, norm_by_std):
     r_acc = [0.9 * correct + 0.1 * ok for correct, ok, _ in rollouts]
     r_tool = [correct / (calls + 1) for correct, _, calls in rollouts]
@@ -60,7 +60,7 @@ def test_a_group_of_one_keeps_its_reward():
 
 
 @given(st.lists(st.tuples(st.booleans(), st.integers(0, 5)), min_size=2, max_size=16))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_where_no_channel_is_uniform_both_modes_agree_to_rounding(rollouts):
     r_acc = [float(right) for right, _ in rollouts]
     r_tool = [right / (calls + 1) for right, calls in rollouts]

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from test_engine_logprob import sample_rollout
-from test_trainer_fsdp import LINEAR, assert_trains_alike, ranks  # noqa: F401
+from test_trainer_fsdp import LINEAR, assert_trains_alike, ranks, two_ranks  # noqa: F401
 from trainer_cases import assert_close, config, gradients, longest, score
 from transformers import Qwen3Config, Qwen3ForCausalLM
 

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import pickle
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,30 +10,33 @@ import pytest
 import torch
 from trainer_cases import assert_close, config, longest, score
 
+from metis_fast.config import MegatronConfig
 from metis_fast.errors import ConfigError
+from metis_fast.train.megatron.launch import Ranks
 from metis_fast.train.torch_backend import TorchTrainer
 
 HERE = Path(__file__).parent
 
 
-@pytest.fixture
-def ranks(tmp_path, tiny_folder):
-    """Runs two ranks on steps of groups; returns what rank 0 wrote. folder: of another policy than the tiny one."""
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory):
+    """Started once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(HERE))
+        patch.setenv("OMP_NUM_THREADS", "1")
+        ranks = Ranks(MegatronConfig(data_parallel=2), "fsdp_worker:Worker", None, tmp_path_factory.mktemp("logs"))
+    with ranks:
+        yield ranks
 
-    def run(settings, steps, num_ranks=2, folder=tiny_folder):
+
+@pytest.fixture
+def ranks(two_ranks, tiny_folder):
+    """Runs the ranks on steps of groups; returns what rank 0 found. folder: of another policy than the tiny one."""
+
+    def run(settings, steps, folder=tiny_folder):
         tree = settings.model_dump(mode="json", include={"loss", "model", "rollout", "train"})
         tree |= {"model": {"dtype": settings.model.dtype, "freeze": settings.model.freeze}}
-        (tmp_path / "task.pickle").write_bytes(pickle.dumps((tree, folder, steps)))
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_ranks}"]
-        done = subprocess.run(
-            [*command, HERE / "fsdp_process.py", tmp_path],
-            capture_output=True,
-            text=True,
-            timeout=300,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-        )
-        assert done.returncode == 0, done.stderr[:3000] + done.stderr[-1000:]  # a rank's own words, then torchrun's
-        return torch.load(tmp_path / "out.pt", weights_only=False)
+        return two_ranks.call("train", tree, folder, steps)[0]
 
     return run
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 
 import pytest
 from hypothesis import given, settings
@@ -33,7 +32,7 @@ hostile_text = st.lists(st.sampled_from([*CONTROL, "<|im_", "end|>", "\n", "é",
 
 
 @given(hostile_text)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_a_prompt_that_spells_control_tokens_gets_none(chat, policy, make_prompt, text):
     control = set(policy.tokenizer.convert_tokens_to_ids(list(CONTROL)))
     plain = chat.encode_prompt(make_prompt("", system="")).tokens
@@ -45,7 +44,7 @@ def test_a_prompt_that_spells_control_tokens_gets_none(chat, policy, make_prompt
 
 
 @given(hostile_text)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_an_observation_that_spells_control_tokens_gets_none(chat, policy, text):
     control = set(policy.tokenizer.convert_tokens_to_ids(list(CONTROL)))
     plain = chat.encode_observation(Observation(""), 0, 10_000).tokens
@@ -114,7 +113,7 @@ def inner(chat, piece):
     texts=st.lists(st.sampled_from(["", "a", "look at 17 ", "é😀 and more of it", "<|image_pad|>"]), min_size=1, max_size=4),
     sizes=st.lists(st.sampled_from([(32, 32), (96, 32), (16, 48)]), max_size=4),
 )
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_a_cut_observation_keeps_images_whole_and_stays_within_its_budget(chat, policy, picture, budget, texts, sizes):
     images = tuple(picture(i, *size) for i, size in enumerate(sizes))
     observation = Observation("<image>".join(texts), images)
@@ -224,16 +223,14 @@ def test_arguments_that_are_no_object_keep_the_name_that_was_asked_for(arguments
 
 
 @pytest.mark.parametrize(
-    "text", ["<tool_call>" * 20_000, "<tool_call>" * 20_000 + "</tool_call>", "</tool_call>" * 20_000 + "<tool_call>"]
+    "text", ["<tool_call>" * 200_000, "<tool_call>" * 200_000 + "</tool_call>", "</tool_call>" * 200_000 + "<tool_call>"]
 )
-def test_reading_a_huge_message_takes_linear_time(text):
-    began = time.perf_counter()
-    assert parse_turn(text).arguments is None
-    assert time.perf_counter() - began < 1.0  # a quadratic search takes half a minute
+def test_a_huge_message_is_read_to_its_end(text):
+    assert parse_turn(text).arguments is None  # a search that takes the square of its length would take an hour
 
 
 @given(st.text(max_size=40), st.text(max_size=40))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_no_text_makes_the_parser_fail(before, body):
     parsed = parse_turn(f"{before}<tool_call>{body}</tool_call>")
     assert parsed.call is not None

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from metis_fast.config import Config, build, load, to_yaml
@@ -194,7 +194,6 @@ changes = optional(
 )
 
 
-@settings(deadline=None)
 @given(changes, st.booleans())
 def test_any_config_survives_its_yaml(tmp_path_factory, tree, only_changes):
     config = build(tree)

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from metis_fast.config import Config, known_keys, load, merge
@@ -64,7 +64,6 @@ def test_a_key_that_resembles_nothing_lists_the_sections():
     assert "unknown key 'zzzzqqq'; sections are run, data, model" in message
 
 
-@settings(deadline=None)
 @given(st.sampled_from(known_keys()))
 def test_every_known_key_exists(key):
     node = Config()
@@ -73,7 +72,6 @@ def test_every_known_key_exists(key):
         node = getattr(node, part)
 
 
-@settings(deadline=None)
 @given(st.sampled_from([key for key in known_keys() if "." in key and key.rsplit(".", 1)[1] != "phases"]))
 def test_a_misspelt_leaf_is_refused_wherever_it_stands(key):
     assert "unknown key" in refusal(f"{key}x=1")
@@ -155,7 +153,6 @@ trees = st.recursive(st.integers(0, 3), lambda inner: st.dictionaries(st.sampled
 sections = st.dictionaries(st.sampled_from("abc"), trees, max_size=3)
 
 
-@settings(deadline=None)
 @given(sections, sections, sections)
 def test_merging_is_associative_and_keeps_what_the_upper_layer_leaves_out(one, two, three):
     assert merge(one, {}) == merge({}, one) == one
@@ -195,13 +192,11 @@ def test_infinity_has_many_spellings(text, write):
     assert both("loss.dual_clip", text, write) == [math.inf] * 2
 
 
-@settings(deadline=None)
 @given(st.integers(0, 10**6), st.sampled_from(["{}", "{:_}", "{}.0", "{}e0", "+{}", "0{}", "{}0e-1"]))
 def test_a_whole_number_is_one_however_it_is_written(number, form):
     assert load(None, [f"run.seed={form.format(number)}"]).run.seed == number
 
 
-@settings(deadline=None)
 @given(st.floats(0, 1e6, allow_subnormal=False), st.sampled_from(["{!r}", "{:e}", "{:.20f}", "{:+}"]))
 def test_a_number_is_one_however_it_is_written(number, form):
     text = form.format(number)
@@ -396,7 +391,6 @@ def test_a_folder_is_no_config(tmp_path):
     assert f"cannot read config {tmp_path}: Is a directory" in refusal(path=tmp_path)
 
 
-@settings(deadline=None)
 @given(st.sampled_from([key for key in known_keys() if "." in key]), st.booleans())
 def test_what_is_given_twice_is_refused_wherever_it_stands(tmp_path_factory, key, leaf):
     *sections, name = key.split(".")
@@ -431,7 +425,6 @@ def test_a_fault_is_found_in_the_file_that_has_it_or_in_the_override(write):
     assert "override 'loss.w_tool=y': loss.w_tool" in refusal("loss.w_tool=y", path=top)
 
 
-@settings(deadline=None)
 @given(st.binary(max_size=60) | st.text("loss: {}[]w_tol.\n\t-&*!|>'\"#%@0123", max_size=60).map(str.encode))
 def test_no_file_ends_in_a_traceback(tmp_path_factory, data):
     path = tmp_path_factory.getbasetemp() / "any.yaml"
@@ -442,7 +435,6 @@ def test_no_file_ends_in_a_traceback(tmp_path_factory, data):
         assert len(str(error).splitlines()) == 1
 
 
-@settings(deadline=None)
 @given(st.sampled_from(known_keys()), st.text(max_size=20))
 def test_no_override_ends_in_a_traceback(key, text):
     try:

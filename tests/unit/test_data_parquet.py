@@ -76,7 +76,7 @@ def prompts_of_a_file(draw: st.DrawFn) -> list[Prompt]:
 
 
 @given(prompts=prompts_of_a_file(), row_group_size=st.integers(1, 4))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_written_prompts_are_read_back_equal(tmp_path_factory, prompts: list[Prompt], row_group_size: int):
     path = tmp_path_factory.mktemp("trip") / "set.parquet"
     assert write_prompts(path, prompts, row_group_size) == len(prompts)

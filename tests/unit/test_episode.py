@@ -325,7 +325,7 @@ word = st.sampled_from(["hm ", "é😀", "17 ", "<reason>", "</reason>", "<|im_s
     limit=st.integers(1, 300),
     observation_limit=st.integers(0, 40),
 )
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 def test_whatever_is_sampled_stands_verbatim_in_the_rollout(
     chat, policy, make_prompt, picture, messages, shown, limit, observation_limit
 ):

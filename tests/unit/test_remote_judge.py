@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -78,9 +77,7 @@ def test_a_judge_that_is_lost_again_and_again_gives_no_verdict(judge: RemoteJudg
     groups = [Group(prompt, (an_answer(prompt), an_answer(prompt, "3"))) for prompt in (wrong, right)]
 
     async def go() -> None:
-        began = time.monotonic()
         lost, kept = await score_groups(groups, judge, Config())
-        assert time.monotonic() - began < 30
         for score in lost.scores:
             assert score.verdict is None and score.outcome is Outcome.JUDGE_ERROR
             assert (score.r_acc, score.r_tool, score.adv_acc, score.adv_tool) == (0.0, 0.0, 0.0, 0.0)

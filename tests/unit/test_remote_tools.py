@@ -51,7 +51,7 @@ def toolbox(workers: list[Worker]) -> Iterator[RemoteToolbox]:
     assert toolbox.num_sessions == [0, 0]
     for worker in workers:
         if worker.alive:
-            assert asyncio.run(worker.call("open_sessions", deadline_s=10.0)) == 0
+            assert asyncio.run(worker.call("open_sessions", deadline_s=60.0)) == 0
 
 
 async def ask(session: object, code: str) -> Observation:
@@ -94,10 +94,8 @@ def test_a_call_that_breaks_its_worker_is_our_failure_and_the_session_can_be_use
         try:
             await ask(session, "x = 1")
             await ask(other, "y = 2")  # on the other worker
-            began = time.monotonic()
             with pytest.raises(WorkerError):
                 await ask(session, f"# {fault}")
-            assert time.monotonic() - began < 10
             toolbox.call_s = 60.0
             assert (await ask(other, "print(y)")).text == "2"
             assert "NameError" in (await ask(session, "print(x)")).text  # opened anew, on a worker that lives
@@ -122,7 +120,7 @@ def test_a_session_whose_worker_was_lost_between_two_calls_is_lost(toolbox: Remo
         with pytest.raises((SessionLost, WorkerError)):
             await ask(session, "print(x)")
         await session.close()
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 60
         while left := [each for each in sandbox if psutil.pid_exists(each)]:
             assert time.monotonic() < deadline, left
             await asyncio.sleep(0.05)
@@ -135,14 +133,12 @@ def test_a_cancelled_call_ends_its_session_in_the_worker(toolbox: RemoteToolbox)
     async def go() -> None:
         session = toolbox.session(())
         await ask(session, "x = 1")
-        running = asyncio.create_task(ask(session, "import time; time.sleep(60)"))
+        running = asyncio.create_task(ask(session, "import time; time.sleep(600)"))
         await asyncio.sleep(0.3)
         running.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await running
-        began = time.monotonic()
-        await session.close()
-        assert time.monotonic() - began < 3
+        await asyncio.wait_for(session.close(), 120)  # not when the call would have ended
 
     asyncio.run(go())
 

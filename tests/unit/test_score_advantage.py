@@ -1,5 +1,6 @@
 """Advantages against an independent derivation in exact arithmetic, and their properties."""
 
+import itertools
 from fractions import Fraction
 from math import sqrt
 
@@ -77,26 +78,26 @@ def derived(groups, estimator, alpha, norm_by_std):
     return out
 
 
-@pytest.mark.parametrize("estimator", ESTIMATORS)
 @given(batch=groups_of_rollouts, alpha=st.sampled_from([0.0, 0.15, 0.5]), norm_by_std=st.booleans())
-@settings(max_examples=60, deadline=None)
-def test_every_estimator_equals_its_derivation(estimator, batch, alpha, norm_by_std):
+@settings(max_examples=60)
+def test_every_estimator_equals_its_derivation(batch, alpha, norm_by_std):
     groups = [rewards_of(rollouts) for rollouts in batch]
-    got = advantages(groups, config(estimator, alpha=alpha, norm_by_std=norm_by_std))
-    for one, (acc, tool) in zip(got, derived(groups, estimator, alpha, norm_by_std), strict=True):
-        np.testing.assert_allclose(one.adv_acc, acc, rtol=2e-6, atol=1e-6)
-        np.testing.assert_allclose(one.adv_tool, tool, rtol=2e-6, atol=1e-6)
+    for estimator in ESTIMATORS:
+        got = advantages(groups, config(estimator, alpha=alpha, norm_by_std=norm_by_std))
+        for one, (acc, tool) in zip(got, derived(groups, estimator, alpha, norm_by_std), strict=True):
+            np.testing.assert_allclose(one.adv_acc, acc, rtol=2e-6, atol=1e-6, err_msg=estimator)
+            np.testing.assert_allclose(one.adv_tool, tool, rtol=2e-6, atol=1e-6, err_msg=estimator)
 
 
-@pytest.mark.parametrize("estimator", ESTIMATORS)
 @given(size=st.integers(1, 40), value=st.one_of(st.sampled_from([0.9, 1 / 3, 0.1]), st.floats(-1e6, 1e6)))
-@settings(max_examples=60, deadline=None)
-def test_a_uniform_group_has_advantage_exactly_zero_and_no_gradient(estimator, size, value):
+@settings(max_examples=60)
+def test_a_uniform_group_has_advantage_exactly_zero_and_no_gradient(size, value):
     uniform = plain([value] * size, [abs(value)] * size, [True] * size)
     other = plain([0.1, 0.9, 1.0], [0.0, 1.0, 0.5], [False, True, True])  # must not leak in through the batch of gdpo
-    (got, _) = advantages([uniform, other], config(estimator))
-    assert not got.adv_acc.any() and not got.adv_tool.any()
-    assert not got.needs_gradient.any() and not got.in_tool_denominator.any()
+    for estimator in ESTIMATORS:
+        (got, _) = advantages([uniform, other], config(estimator))
+        assert not got.adv_acc.any() and not got.adv_tool.any(), estimator
+        assert not got.needs_gradient.any() and not got.in_tool_denominator.any(), estimator
 
 
 @pytest.mark.parametrize(("size", "value"), [(16, 0.9), (7, 1 / 3)])
@@ -105,65 +106,59 @@ def test_the_noisy_cases_of_float32_are_exactly_zero(size, value):
     assert not got.adv_acc.any() and not got.adv_tool.any()
 
 
-@pytest.mark.parametrize("estimator", ESTIMATORS)
 @given(batch=groups_of_rollouts, data=st.data())
-@settings(max_examples=40, deadline=None)
-def test_the_order_of_rollouts_and_groups_does_not_matter(estimator, batch, data):
+@settings(max_examples=40)
+def test_the_order_of_rollouts_and_groups_does_not_matter(batch, data):
     group_order = data.draw(st.permutations(range(len(batch))))
     orders = [data.draw(st.permutations(range(len(batch[g])))) for g in group_order]
-    straight = advantages([rewards_of(rollouts) for rollouts in batch], config(estimator))
-    shuffled = [[batch[g][i] for i in order] for g, order in zip(group_order, orders, strict=True)]
-    for g, order, got in zip(
-        group_order, orders, advantages([rewards_of(rollouts) for rollouts in shuffled], config(estimator)), strict=True
-    ):
-        np.testing.assert_allclose(got.adv_acc, straight[g].adv_acc[list(order)], rtol=1e-6, atol=1e-7)
-        np.testing.assert_allclose(got.adv_tool, straight[g].adv_tool[list(order)], rtol=1e-6, atol=1e-7)
-        np.testing.assert_array_equal(got.needs_gradient, straight[g].needs_gradient[list(order)])
-        np.testing.assert_array_equal(got.in_tool_denominator, straight[g].in_tool_denominator[list(order)])
+    straight = [rewards_of(rollouts) for rollouts in batch]
+    shuffled = [rewards_of([batch[g][i] for i in order]) for g, order in zip(group_order, orders, strict=True)]
+    for estimator in ESTIMATORS:
+        before, after = (advantages(groups, config(estimator)) for groups in (straight, shuffled))
+        for g, order, got in zip(group_order, orders, after, strict=True):
+            np.testing.assert_allclose(got.adv_acc, before[g].adv_acc[list(order)], rtol=1e-6, atol=1e-7, err_msg=estimator)
+            np.testing.assert_allclose(got.adv_tool, before[g].adv_tool[list(order)], rtol=1e-6, atol=1e-7, err_msg=estimator)
+            np.testing.assert_array_equal(got.needs_gradient, before[g].needs_gradient[list(order)], estimator)
+            np.testing.assert_array_equal(got.in_tool_denominator, before[g].in_tool_denominator[list(order)], estimator)
 
 
-@pytest.mark.parametrize("reference_noise", [False, True])
-@pytest.mark.parametrize("estimator", ESTIMATORS)
 @given(batch=groups_of_rollouts, garbage=st.sampled_from([0.0, 1.0, float("nan"), float("inf")]))
-@settings(max_examples=40, deadline=None)
-def test_a_rollout_without_verdict_is_as_if_it_had_not_been_sampled(estimator, reference_noise, batch, garbage):
+@settings(max_examples=40)
+def test_a_rollout_without_verdict_is_as_if_it_had_not_been_sampled(batch, garbage):
     full = [rewards_of(rollouts) for rollouts in batch]
     for group in full:
         group.r_acc[~group.valid] = garbage
         group.r_tool[~group.valid] = garbage
     small = [GroupRewards(g.r_acc[g.valid], g.r_tool[g.valid], g.correct[g.valid], g.valid[g.valid]) for g in full]
-    for group, with_lost, without in zip(
-        full,
-        advantages(full, config(estimator), reference_noise),
-        advantages(small, config(estimator), reference_noise),
-        strict=True,
-    ):
-        for name in ("adv_acc", "adv_tool", "in_tool_denominator", "needs_gradient"):
-            values = getattr(with_lost, name)
-            np.testing.assert_array_equal(values[group.valid], getattr(without, name))
-            assert not values[~group.valid].any()
+    for estimator, reference_noise in itertools.product(ESTIMATORS, (False, True)):
+        found = (advantages(groups, config(estimator), reference_noise) for groups in (full, small))
+        for group, with_lost, without in zip(full, *found, strict=True):
+            for name in ("adv_acc", "adv_tool", "in_tool_denominator", "needs_gradient"):
+                values = getattr(with_lost, name)
+                np.testing.assert_array_equal(values[group.valid], getattr(without, name), estimator)
+                assert not values[~group.valid].any(), estimator
 
 
-@pytest.mark.parametrize("norm_by_std", [True, False])
-@pytest.mark.parametrize("estimator", ESTIMATORS)
 @given(batch=groups_of_rollouts)
-@settings(max_examples=40, deadline=None)
-def test_the_advantages_of_a_group_add_up_to_zero(estimator, norm_by_std, batch):
-    for got in advantages([rewards_of(rollouts) for rollouts in batch], config(estimator, norm_by_std=norm_by_std)):
-        assert abs(got.adv_acc.astype(np.float64).sum()) < 1e-5
-        assert abs(got.adv_tool.astype(np.float64).sum()) < 1e-5
-
-
-@pytest.mark.parametrize("estimator", ESTIMATORS)
-@given(batch=groups_of_rollouts)
-@settings(max_examples=40, deadline=None)
-def test_masks_cover_every_advantage_that_is_not_zero(estimator, batch):
+@settings(max_examples=40)
+def test_the_advantages_of_a_group_add_up_to_zero(batch):
     groups = [rewards_of(rollouts) for rollouts in batch]
-    for group, got in zip(groups, advantages(groups, config(estimator)), strict=True):
-        moved = (got.adv_acc != 0) | (got.adv_tool != 0)
-        assert not (moved & ~got.needs_gradient).any()
-        assert not ((got.adv_tool != 0) & ~got.in_tool_denominator).any()
-        assert not (got.in_tool_denominator & ~(group.valid & group.correct)).any()
+    for estimator, norm_by_std in itertools.product(ESTIMATORS, (True, False)):
+        for got in advantages(groups, config(estimator, norm_by_std=norm_by_std)):
+            assert abs(got.adv_acc.astype(np.float64).sum()) < 1e-5, estimator
+            assert abs(got.adv_tool.astype(np.float64).sum()) < 1e-5, estimator
+
+
+@given(batch=groups_of_rollouts)
+@settings(max_examples=40)
+def test_masks_cover_every_advantage_that_is_not_zero(batch):
+    groups = [rewards_of(rollouts) for rollouts in batch]
+    for estimator in ESTIMATORS:
+        for group, got in zip(groups, advantages(groups, config(estimator)), strict=True):
+            moved = (got.adv_acc != 0) | (got.adv_tool != 0)
+            assert not (moved & ~got.needs_gradient).any(), estimator
+            assert not ((got.adv_tool != 0) & ~got.in_tool_denominator).any(), estimator
+            assert not (got.in_tool_denominator & ~(group.valid & group.correct)).any(), estimator
 
 
 def test_an_advantage_of_zero_stays_in_the_tool_denominator_of_a_set_with_signal():

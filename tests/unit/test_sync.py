@@ -125,7 +125,7 @@ def test_every_fault_of_a_segment_is_told(staging):
     seed=st.integers(0, 9),
     far=st.booleans(),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_delta_is_lossless_and_never_longer_than_all(itemsize, changes, seed, far):
     """Random bytes: NaN payloads and signed zeros among them. far: gaps that uint8 and uint16 must bridge."""
     size = 2048 * (80 if far else 1)

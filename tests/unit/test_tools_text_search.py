@@ -100,7 +100,7 @@ def test_nothing_found_is_a_result(search: TextSearch, query: str) -> None:
 
 
 @given(st.text(max_size=60) | st.text(alphabet='+-&|!(){}[]^"~*?:\\/ AND OR NOT title burkina', max_size=60))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_no_query_breaks_the_search(search: TextSearch, query: str) -> None:
     assert search.search(query).outcome is Outcome.TOOL_RESULT
 

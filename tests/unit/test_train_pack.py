@@ -131,7 +131,7 @@ drawn = st.lists(st.tuples(st.integers(0, 3), st.integers(1, 30)), min_size=1, m
 
 
 @given(drawn, st.integers(40, 120), st.booleans(), st.booleans())
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 def test_packs_hold_every_sample_once_within_the_budget_and_with_few_repeats(shape, budget, share, packs_shared):
     every = [sample(f"p{uid}", i, prompt=3 + uid, response=response) for i, (uid, response) in enumerate(shape)]
     packs = split(every, budget, share, packs_shared)
@@ -147,7 +147,7 @@ def numbers(packs):
 
 
 @given(st.lists(st.integers(1, 20), min_size=1, max_size=7), st.integers(20, 40))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_a_group_is_cut_with_the_fewest_repeats_of_its_prompt(responses, room):
     family = Family(tuple(sample("p", i, prompt=4, response=response) for i, response in enumerate(responses)))
     parts = cut(family, 4 + room)
@@ -180,7 +180,7 @@ def test_a_family_that_fits_is_not_cut_and_one_that_does_not_repeats_its_prompt(
 
 
 @given(st.lists(st.floats(0, 100), min_size=1, max_size=40), st.integers(1, 8))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_ranks_are_balanced_by_cost(costs, num_ranks):
     shares = balance(costs, num_ranks)
     assert sorted(itertools.chain(*shares)) == list(range(len(costs)))

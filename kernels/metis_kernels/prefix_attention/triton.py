@@ -50,6 +50,9 @@ as long as a rollout's own blocks."""
 LEAST_PART = 1024
 """Queries of a part; shorter ones would spend their time on slots."""
 
+PART_STEP = 128
+"""Parts are multiples of it, as it is of every block of queries: only the last block of a rollout is not full."""
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _KeyJobs:
@@ -84,7 +87,7 @@ def _parts(ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:
     """Ranges cut into pieces of about equal length, `MOST_PARTS` of them unless there are more ranges."""
     total = sum(stop - start for start, stop in ranges)
     size = max(LEAST_PART, cdiv(total, MOST_PARTS))
-    size = cdiv(size, 128) * 128
+    size = cdiv(size, PART_STEP) * PART_STEP
     return [(at, min(at + size, stop)) for start, stop in ranges for at in range(start, stop, size)]
 
 
