@@ -13,6 +13,7 @@ from metis_fast.config.reading import merge
 from metis_fast.config.rollout import RolloutConfig
 from metis_fast.config.score import LlmJudgeConfig, ScoreConfig
 from metis_fast.config.sft import SftPhase
+from metis_fast.config.sync import SyncConfig
 from metis_fast.config.tools import ImageSearchConfig, PythonToolConfig, TextSearchConfig, ToolsConfig
 from metis_fast.config.train import MegatronConfig, OptimConfig
 from metis_fast.config.tree import Config, known_keys
@@ -31,6 +32,7 @@ __all__ = [
     "RolloutConfig",
     "ScoreConfig",
     "SftPhase",
+    "SyncConfig",
     "TextSearchConfig",
     "ToolsConfig",
     "WorkersConfig",
