@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -23,30 +24,28 @@ PARTS = {
     "unit, kernel and parity tests": ("unit", "kernels", "parity"),
     "end-to-end tests": ("e2e",),
 }
-KINDS = ("passed", "failed", "errors", "skipped")
+Counts = Counter[str]  # passed, failed, skipped
 
 
-def counts(report: Path) -> dict[str, int]:
+def counts(report: Path) -> Counts:
     """Tests by how they ended, as a JUnit XML file has them."""
-    suites = ElementTree.parse(report).getroot().iter("testsuite")
-    found = dict.fromkeys(KINDS, 0)
-    for suite in suites:
-        bad = {"failed": int(suite.get("failures", 0)), "errors": int(suite.get("errors", 0))}
-        bad["skipped"] = int(suite.get("skipped", 0))
-        for kind, number in bad.items():
-            found[kind] += number
-        found["passed"] += int(suite.get("tests", 0)) - sum(bad.values())
+    found: Counts = Counter()
+    for suite in ElementTree.parse(report).getroot().iter("testsuite"):
+        number = {kind: int(suite.get(kind, 0)) for kind in ("tests", "failures", "errors", "skipped")}
+        found.update(failed=number["failures"] + number["errors"], skipped=number["skipped"])
+        found["passed"] += number["tests"] - number["failures"] - number["errors"] - number["skipped"]
     return found
 
 
 def main() -> int:
     """Exit code: 0 if all passed, 1 if not, 130 after Ctrl-C."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description="Run all tests, whatever fails.")
     parser.add_argument("-m", default="not slow and not gpu", metavar="MARKS", help="which tests, as pytest's -m")
     parser.add_argument("-n", type=int, default=2, metavar="N", help="processes side by side (default: 2)")
     options, more = parser.parse_known_args()
     environment = {"OMP_NUM_THREADS": "1"} | os.environ  # a process a core, and a thread a process
-    total, broken, began = dict.fromkeys(KINDS, 0), [], time.monotonic()
+    total: Counts = Counter()
+    broken, began = [], time.monotonic()
     with tempfile.TemporaryDirectory() as scratch:
         for number, (name, folders) in enumerate(PARTS.items(), start=1):
             print(f"-- {number} of {len(PARTS)}: {name}", flush=True)
@@ -64,14 +63,14 @@ def main() -> int:
             if stopped:
                 return 130
             if report.exists():  # pytest may have been killed
-                total = {kind: total[kind] + found for kind, found in counts(report).items()}
+                total += counts(report)
             if code not in (0, NO_TESTS):
                 broken.append(f"{name} (exit code {code})")
     minutes = (time.monotonic() - began) / 60
     if broken:
         print(f"failed: {', '.join(broken)}", flush=True)
     print(f"all tests in {minutes:.1f} minutes:")
-    print(f"{total['passed']} passed, {total['failed'] + total['errors']} failed, {total['skipped']} skipped", flush=True)
+    print(f"{total['passed']} passed, {total['failed']} failed, {total['skipped']} skipped", flush=True)
     return 1 if broken else 0
 
 
