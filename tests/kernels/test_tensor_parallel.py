@@ -33,7 +33,7 @@ def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     implementations that this run's tests ask for."""
     folder: Path = tmp_path_factory.mktemp("ranks")
     functions = [item for item in request.session.items if isinstance(item, pytest.Function) and item.path == request.path]
-    asked = {function.callspec.params["impl"] for function in functions if "impl" in function.fixturenames}
+    asked = {str(function.callspec.params["impl"]) for function in functions if "impl" in function.fixturenames}
     # one server imports torch, and the ranks are forked from it before it has any threads
     multiprocessing.get_context("forkserver").set_forkserver_preload(["torch", "torch.profiler", "metis_kernels"])
     start_processes(ranks.main, (folder, tuple(sorted(asked))), nprocs=max(SIZES), start_method="forkserver")
