@@ -287,9 +287,7 @@ class VllmEngine:
         """Of all replicas."""
         return [replica.worker for replica in self.replicas]
 
-    # -- weights -----------------------------------------------------------------------------------------------------
-
-    # -- weights and memory -------------------------------------------------------------------------------------------
+    # -- weights and memory ------------------------------------------------------------------------------------------
 
     async def update(self, weights: Iterator[tuple[str, Tensor]], version: int) -> SyncReport:
         """See `Engine`."""
