@@ -68,6 +68,8 @@ class VerdictCache:
             self._database.execute("PRAGMA synchronous = OFF")
             self._database.execute("CREATE TABLE IF NOT EXISTS verdicts (key TEXT PRIMARY KEY, correct INTEGER NOT NULL)")
         except (sqlite3.Error, OSError) as error:
+            if hasattr(self, "_database"):  # it opens whatever it is given, and finds out at the first statement
+                self._database.close()
             raise JudgeError(f"score.llm.cache={path} cannot be used: {error}; give a writable SQLite file, or none") from None
 
     def get(self, key: str) -> bool | None:
