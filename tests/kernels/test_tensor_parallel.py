@@ -18,6 +18,8 @@ from contract.ranks import LogprobOnRank, LossOnRank, LossRun
 from contract.truth import head_truth, loss_truth
 from torch.multiprocessing.spawn import start_processes
 
+from metis_kernels import cpu_library_status
+
 SIZES = tuple(ranks.MEMBERS)
 Ranks = dict[int, list[tuple[dict[tuple[Chosen, float], LogprobOnRank], dict[LossRun, LossOnRank]]]]
 
@@ -32,8 +34,10 @@ def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     """What every rank of every group returned, by the number of ranks and in their order: started once, for all
     implementations that this run's tests ask for."""
     folder: Path = tmp_path_factory.mktemp("ranks")
-    functions = [item for item in request.session.items if isinstance(item, pytest.Function) and item.path == request.path]
-    asked = {str(function.callspec.params["impl"]) for function in functions if "impl" in function.fixturenames}
+    own = [item for item in request.session.items if isinstance(item, pytest.Function) and item.path == request.path]
+    asked = {str(item.callspec.params["impl"]) for item in own}
+    if cpu_library_status():  # then those tests are skipped
+        asked.discard("cpu")
     # one server imports torch, and the ranks are forked from it before it has any threads
     multiprocessing.get_context("forkserver").set_forkserver_preload(["torch", "torch.profiler", "metis_kernels"])
     start_processes(ranks.main, (folder, tuple(sorted(asked))), nprocs=max(SIZES), start_method="forkserver")

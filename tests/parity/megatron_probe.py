@@ -1,4 +1,4 @@
-"""A worker of `test_megatron.py`: makes the real one anew for every layout that it is asked about."""
+"""A worker of the tests of the Megatron back end: makes the real one anew for every layout that it is asked about."""
 
 from __future__ import annotations
 
