@@ -71,7 +71,7 @@ def test_a_run_whose_ranks_are_on_ray_stopped_by_a_signal_goes_on_when_started_a
 @pytest.mark.slow
 @pytest.mark.skipif(find_spec("vllm") is None, reason="needs vLLM")
 def test_vllm_engines_ranks_tools_and_judges_are_all_placed_by_ray(on_ray: Callable[..., Job], tmp_path: Path) -> None:
-    workers = ("rollout.engine=vllm", "workers.tools=1", "workers.judges=1")
+    workers = ("rollout.engine=vllm", "workers.tools=1", "workers.judges=1", "model.dtype=bfloat16")
     job = on_ray(*TWO_RANKS, *workers, "train.steps=2")
     assert job.wait(limit_s=500, left_s=30) == 0, job.err.read_text()
     records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]

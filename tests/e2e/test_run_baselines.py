@@ -27,7 +27,7 @@ _VARIANTS = {
     "entropy": ["loss.entropy_coef=0.01"],
     "tis": ["loss.tis_cap=2.0"],
     "no dual clip": ["loss.dual_clip=.inf"],
-    "float32": ["model.dtype=float32"],
+    "bfloat16": ["model.dtype=bfloat16"],
     "reference kernels": ["loss.impl=reference", "train.attention=reference"],
     "prompts not shared": ["train.share_prompt=false"],
     "everything trained": ["model.freeze=[]"],
