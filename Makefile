@@ -16,9 +16,10 @@ define SAY_MISSING
 import importlib.util, platform
 found = {"vLLM (CPU)": "vllm", "Megatron-core": "megatron", "Triton": "triton"}
 missing = [name for name, module in found.items() if not importlib.util.find_spec(module)]
+missing += [] if platform.system() == "Linux" else ["the python tool"]
 where = f"{platform.system()} {platform.machine()}, Python {platform.python_version()}"
 if missing:
-    print(f"metis_fast: left out, no wheel for {where}: {', '.join(missing)}; everything else is there")
+    print(f"metis_fast: not here, on {where}: {', '.join(missing)}; the rest works without")
 endef
 export SAY_MISSING
 

@@ -36,10 +36,20 @@ _EPILOG = """examples:
 Settings are read from a YAML file that holds only what differs from the defaults; `metis-fast config` lists them all."""
 
 
+def _file_or_setting(text: str) -> Path | str:
+    """What stands where a file may be left out: the path of one, or already the first setting."""
+    return text if "=" in text and not Path(text).exists() else Path(text)
+
+
+def _settings_alone(args: argparse.Namespace) -> tuple[Path | None, list[str]]:
+    """File and overrides of a verb that takes settings without a file, too."""
+    return (None, [args.config, *args.overrides]) if isinstance(args.config, str) else (args.config, args.overrides)
+
+
 def _add_config(
     parser: argparse.ArgumentParser, text: str = "YAML file with what differs from the defaults", optional: bool = False
 ) -> None:
-    parser.add_argument("config", type=Path, nargs="?" if optional else None, help=text)
+    parser.add_argument("config", type=_file_or_setting if optional else Path, nargs="?" if optional else None, help=text)
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that go before the file's")
     parser.add_argument(
         "--unsafe-tools", action="store_true", help="run model-written code without a sandbox (throw-away machines only)"
@@ -57,9 +67,7 @@ def _load(args: argparse.Namespace) -> Config:
 
 
 def _config(args: argparse.Namespace) -> int:
-    path, overrides = args.config, args.overrides
-    if path is not None and "=" in str(path) and not path.exists():  # settings alone, without a file
-        path, overrides = None, [str(path), *overrides]
+    path, overrides = _settings_alone(args)
     if args.schema or args.reference:
         if path is not None or overrides:
             raise ConfigError("config --schema and --reference are about all config files; give them no file and no settings")
@@ -114,9 +122,8 @@ def _data_demo(args: argparse.Namespace) -> int:
 def _demo(args: argparse.Namespace) -> int:
     from metis_fast import demo
 
-    if args.config is not None and "=" in args.config.name and not args.config.exists():  # an override, and no file
-        args.overrides, args.config = [str(args.config), *args.overrides], None
-    args.config = args.config or demo.shipped("demo.yaml")
+    path, args.overrides = _settings_alone(args)
+    args.config = path or demo.shipped("demo.yaml")
     return _trained(args, demo.resolve(_load(args)), demo.run)
 
 
@@ -300,7 +307,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_config(sub)
     _add_config(verb(verbs, "eval", _eval, "Accuracy and tool rate of model.path on data.heldout."))
     sub = verb(verbs, "config", _config, "Check a config and show it with all defaults.")
-    sub.add_argument("config", type=Path, nargs="?", help="YAML file; none: the defaults (the paper's recipe)")
+    sub.add_argument("config", type=_file_or_setting, nargs="?", help="YAML file; none: the defaults (the paper's recipe)")
     sub.add_argument("overrides", nargs="*", metavar="section.key=value")
     what = sub.add_mutually_exclusive_group()
     what.add_argument("--changes", action="store_true", help="show only what differs from the defaults")

@@ -7,7 +7,7 @@ import ctypes
 import torch
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # mallopt(3)
-_KEPT_BYTES = 1 << 30
+_KEPT_BYTES, _OLD_MOST = 1 << 30, 32 << 20
 
 
 def prepare(threads: int) -> None:
@@ -20,6 +20,9 @@ def prepare(threads: int) -> None:
     if threads:
         torch.set_num_threads(threads)
     libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):
-        for option in (_TRIM_THRESHOLD, _MMAP_THRESHOLD):
-            libc.mallopt(ctypes.c_int(option), ctypes.c_int(_KEPT_BYTES))
+    if not hasattr(libc, "mallopt"):
+        return
+    # 1 where it took; older glibc (before about 2.35) takes no more than 32 MiB for blocks. Neither alone: each of them ends
+    # glibc's own adaptation of both.
+    if any(libc.mallopt(ctypes.c_int(_MMAP_THRESHOLD), ctypes.c_int(size)) == 1 for size in (_KEPT_BYTES, _OLD_MOST)):
+        libc.mallopt(ctypes.c_int(_TRIM_THRESHOLD), ctypes.c_int(_KEPT_BYTES))

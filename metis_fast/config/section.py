@@ -86,6 +86,8 @@ Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False), Number]
 def _text(value: object) -> object:
     if not isinstance(value, str):
         return value
+    if value and is_nothing(value):
+        raise ValueError(f"expected text; leave the key out for its default, or write '{value}' in quotes")
     if re.search(r"[\x00-\x1f\x7f]", value):
         raise ValueError("expected one line without control characters")
     return str(value)

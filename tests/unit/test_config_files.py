@@ -180,11 +180,27 @@ def both(key, text, write):
     return configs
 
 
-@pytest.mark.parametrize("text", ["2026-11-29", "007", "1e3", "on", "no", "null", "4.5", "12:30", "0x1f", "true", "1_000"])
+@pytest.mark.parametrize("text", ["2026-11-29", "007", "1e3", "on", "no", "4.5", "12:30", "0x1f", "true", "1_000"])
 def test_text_and_paths_are_what_was_typed(text, write):
     assert both("run.dir", text, write) == [Path(text)] * 2
     assert both("score.llm.model", text, write) == [text] * 2
-    assert both("data.train", text, write) == [() if text == "null" else (Path(text),)] * 2
+    assert both("data.train", text, write) == [(Path(text),)] * 2
+
+
+@pytest.mark.parametrize("text", ["null", "~", "Null"])
+def test_null_is_no_text_and_empties_what_may_be_empty(text, write):
+    for key in ("run.dir", "score.llm.base_url"):
+        section, _, name = key.rpartition(".")
+        tree = f"{name}: {text}"
+        for part in reversed(section.split(".")):
+            tree = f"{part}: {{{tree}}}"
+        for source in ((None, [f"{key}={text}"]), (write("one.yaml", tree), ())):
+            with pytest.raises(
+                ConfigError, match=f"{key}: expected text; leave the key out for its default, or write '{text}'"
+            ):
+                load(*source)
+    assert both("data.train", text, write) == [(), ()]
+    assert both("tools.text_search.corpus", text, write) == [None, None]
 
 
 @pytest.mark.parametrize("text", ["inf", ".inf", "Infinity", "+.INF", "+inf", ".Inf"])

@@ -10,7 +10,8 @@ import pytest
 
 # Page faults of ten passes that allocate, fill and free 4 x 40 MiB (40,960 pages of 4 KiB), after ten that settle the heap.
 _FAULTS = """
-import resource, torch
+import ctypes, resource, torch
+ctypes.CDLL(None).prctl(41, 1, 0, 0, 0)  # PR_SET_THP_DISABLE: pages of 2 MiB would hide most faults
 from metis_fast import host
 if {prepared}:
     host.prepare(1)

@@ -15,6 +15,14 @@ SPEC.loader.exec_module(run_all)
 
 PASSING = "def test_one(): pass\ndef test_two(): pass\n"
 FAILING = "import pytest\ndef test_no(): assert False\ndef test_left(): pytest.skip('why')\n"
+TWICE = """
+import pytest
+@pytest.fixture
+def ends_badly():
+    yield
+    assert False
+def test_fails_and_ends_badly(ends_badly): assert False
+"""
 NO_IMPORT = "import a_module_that_is_not_there\n"
 
 
@@ -43,6 +51,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFi
         (PASSING, PASSING, 0, "4 passed, 0 failed, 0 skipped"),
         (FAILING, PASSING, 1, "2 passed, 1 failed, 1 skipped"),
         (PASSING, FAILING, 1, "2 passed, 1 failed, 1 skipped"),
+        (TWICE, PASSING, 1, "2 passed, 2 failed, 0 skipped"),  # as pytest says: 1 failed, 1 error
         (NO_IMPORT, PASSING, 1, "2 passed, 1 failed, 0 skipped"),
         ("import os\ndef test_dies(): os._exit(9)\n", PASSING, 1, "2 passed, 0 failed, 0 skipped"),  # no report of a dead part
     ],

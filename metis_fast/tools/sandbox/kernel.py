@@ -227,8 +227,10 @@ def fork_session() -> int:
         child = os.fork()
         return child
     finally:
-        if child:  # in the server, also where it could not fork: back to its own namespace, or the next unshare is refused
-            _check(_libc.setns(ctypes.c_int(own), ctypes.c_int(NEWPID)), "setns")
+        # in the server, also where it could not fork: back to its own namespace, or the next unshare is refused
+        if child and _libc.setns(ctypes.c_int(own), ctypes.c_int(NEWPID)):
+            os.write(2, b"server: cannot go back to its own PID namespace\n")
+            os._exit(71)  # no session after this one would be right; all of them end with it, and the run starts another
         os.close(own)
 
 
