@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,6 +93,7 @@ SCRATCH = "METIS_FAST_SCRATCH"
 """Variable with a worker's folder for temporary files, which nobody needs after it."""
 
 _SOCKET_PATH = 107  # bytes that the path of a Unix socket may have
+_REMOVALS, _REMOVAL_S = 20, 0.05
 _NAME = 64  # of them, for what is below TMPDIR: this folder's name, and the longest that vLLM, torch and Python choose
 
 
@@ -163,9 +165,15 @@ class Child:
 
 
 def remove_scratch(folder: str) -> None:
-    """The folder that SCRATCH names, and all that is in it; nothing if that is empty."""
-    if folder:
+    """The folder that SCRATCH names, and all that is in it; nothing if that is empty.
+
+    Tried again while it is there: threads of the worker, and what it has started, may put a file in it meanwhile.
+    """
+    for _ in range(_REMOVALS if folder else 0):
         shutil.rmtree(folder, ignore_errors=True)
+        if not os.path.exists(folder):
+            return
+        time.sleep(_REMOVAL_S)
 
 
 class _Local:

@@ -1,16 +1,18 @@
 """Processes of workers on this machine: their files, their GPUs, and their ends."""
 
 import os
+import shutil
 import signal
 import tempfile
 import time
+from itertools import islice
 from pathlib import Path
 
 import pytest
 
 from metis_fast.errors import ConfigError
 from metis_fast.workers import launch as launch_module
-from metis_fast.workers.launch import Child, Job, LocalLauncher, engine_gpus
+from metis_fast.workers.launch import Child, Job, LocalLauncher, engine_gpus, remove_scratch
 
 
 def test_nothing_is_started_any_more_where_all_was_ended(tmp_path: Path) -> None:
@@ -19,6 +21,21 @@ def test_nothing_is_started_any_more_where_all_was_ended(tmp_path: Path) -> None
     with pytest.raises(ConfigError, match="the run ends"):
         launcher.start(Job("late", "tools", ("-c", ""), {}))
     assert not (tmp_path / "late.log").exists()
+
+
+def test_temporary_files_are_removed_though_somebody_still_makes_some(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, rmtree, late = tmp_path / "scratch", shutil.rmtree, iter("ab")
+
+    def removed_and_written_again(path: str, ignore_errors: bool) -> None:
+        rmtree(path, ignore_errors=ignore_errors)
+        for name in islice(late, 1):
+            folder.mkdir()
+            (folder / name).touch()
+
+    folder.mkdir()
+    monkeypatch.setattr(launch_module.shutil, "rmtree", removed_and_written_again)
+    remove_scratch(str(folder))
+    assert not folder.exists() and next(late, None) is None
 
 
 def test_temporary_files_of_workers_have_paths_that_sockets_can_have(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
