@@ -179,7 +179,7 @@ def test_sigterm_checkpoints_the_last_whole_step_and_the_run_goes_on_from_there(
     job: Path, uninterrupted: Path, stopped: tuple[Path, Ended], tmp_path: Path
 ) -> None:
     folder, ended = stopped
-    assert ended.hit and ended.code == 130 and ended.after_s < 20, ended
+    assert ended.hit and ended.code == 130 and ended.after_s < 60, ended
     assert ended.err.splitlines()[-1] == "metis-fast: stopped; run the same command again to go on", ended
     assert not ended.orphans and not ended.scratch, ended
     steps = len(metrics(folder))

@@ -435,3 +435,18 @@ def test_unsafe_mode_runs_and_leaves_nothing(open_box: Open, tmp_path: Path) -> 
     assert got[1].text == "'x'" and got[3].text.endswith("\n1")
     box.close()
     assert wait_until(lambda: processes_of(tmp_path / "scratch") == []) and list((tmp_path / "scratch").iterdir()) == []
+
+
+@pytest.mark.parametrize("number", ["436", "9999"], ids=["with the system call", "without, before Linux 5.9"])
+def test_what_a_session_must_not_inherit_is_closed_on_any_kernel(number: str) -> None:
+    script = f"""
+import os, resource
+from metis_fast.tools.sandbox import kernel
+kernel._SYS_CLOSE_RANGE = {number}
+resource.setrlimit(resource.RLIMIT_NOFILE, (1024, 1024))
+opened = [os.open("/dev/null", os.O_RDONLY) for _ in range(300)]
+kernel.close_from(4)
+print(len(opened), [fd for fd in opened if fd >= 4 and os.path.exists(f"/proc/self/fd/{{fd}}")])
+"""
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    assert ended.stderr == "" and ended.stdout == "300 []\n", ended

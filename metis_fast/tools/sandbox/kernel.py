@@ -11,6 +11,7 @@ Sources: man pages namespaces(7), user_namespaces(7), pid_namespaces(7), pivot_r
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import resource
 import signal
@@ -75,7 +76,11 @@ def close_from(first: int) -> None:
     hundreds that the server has open.
     """
     arguments = (ctypes.c_uint(first), ctypes.c_uint(0xFFFFFFFF), ctypes.c_uint(0))
-    _check(_libc.syscall(ctypes.c_long(_SYS_CLOSE_RANGE), *arguments), "close_range")
+    if _libc.syscall(ctypes.c_long(_SYS_CLOSE_RANGE), *arguments) == 0:
+        return
+    if ctypes.get_errno() != errno.ENOSYS:  # which Linux before 5.9 answers
+        _check(-1, "close_range")
+    os.closerange(first, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
 
 
 def _write(path: str, text: str) -> None:
