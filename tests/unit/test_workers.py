@@ -9,6 +9,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ from metis_fast.errors import ConfigError, EngineError, InfrastructureError, Mod
 from metis_fast.workers import worker as worker_module
 from metis_fast.workers.hub import Hub
 from metis_fast.workers.launch import SCRATCH, Job, LocalLauncher
-from metis_fast.workers.wire import KEY, Hello, Kind, Welcome, admit, apply, encode, receive
+from metis_fast.workers.wire import KEY, Hello, Kind, Welcome, WireError, admit, apply, encode, receive
 from metis_fast.workers.worker import Worker, WorkerError, wait_ready
 
 PROBE = "metis_fast.testing.workers:Probe"
@@ -61,7 +62,8 @@ class _Peer:
         _say(writer, Kind.HELLO, 0, Hello(self._job.name, __version__, "here", 0))
         assert (await receive(reader)).kind is Kind.WELCOME
         try:
-            await self._life(self._number, reader, writer)
+            with suppress(WireError):  # the hub has left it
+                await self._life(self._number, reader, writer)
         finally:
             writer.transport.abort()
             await asyncio.sleep(0)
