@@ -88,7 +88,7 @@ class ClockedRequests:
 
     def __init__(self, engine: Engine, clock: Clock) -> None:
         self._engine, self._clock = engine, clock
-        self._requests, self._since = 0, 0.0
+        self._requests, self._since, self._version = 0, 0.0, 0
 
     def session(self, order: int, prompt: str = "") -> _ClockedSession:
         """See `Engine`."""
@@ -104,8 +104,9 @@ class ClockedRequests:
         self._requests, self._since = self._requests + by, now
 
     async def update(self, weights: Iterator[tuple[str, Tensor]], version: int) -> SyncReport:
-        """See `Engine`."""
-        return await self._engine.update(weights, version)
+        """See `Engine`. Each job counts its versions from 1; this engine, which serves all jobs, takes rising ones only."""
+        self._version += 1
+        return await self._engine.update(weights, self._version)
 
     def close(self) -> None:
         """See `Engine`."""
