@@ -42,8 +42,8 @@ class ScoreConfig(Section):
     """Weight of r_tool in `coupled` and `gdpo`."""
     norm_by_std: bool = True
     """False leaves out the division by the standard deviation (Dr. GRPO)."""
-    number_tolerance: NonNegativeFloat = 1e-4
-    """Relative tolerance of the rule judge for numbers."""
+    number_tolerance: NonNegativeFloat = 0.0
+    """Relative tolerance of the rule judge for numbers, beyond rounding: 3.1416 equals 3.14159 without any."""
     llm: LlmJudgeConfig = LlmJudgeConfig()
 
     @model_validator(mode="after")

@@ -13,13 +13,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal, cast
 
-from metis_fast.score import rule
+from metis_fast.score import numbers, rule
 from metis_fast.score.protocol import JudgeUnavailable
 from metis_fast.types import Prompt
 
 Comparison = Literal["equal", "different", "unparsed"]
 
-_WORKER = Path(__file__).with_name("math_worker.py")
+_PACKAGES = Path(__file__).parents[2]
 _MAX_WORKERS = 4  # a comparison takes 1 to 50 ms; more processes would only take cores from the engine
 _MAX_CHARS = 1000  # what is longer is no formula
 _ROUNDING = 1e-9  # of our own arithmetic; a mathematical answer has no tolerance
@@ -30,9 +30,12 @@ class _Worker:
     """One `math_worker` process."""
 
     def __init__(self) -> None:
-        # By path and with -P: it starts wherever this package was imported from, and no module beside it hides another.
-        command = [sys.executable, "-P", "-W", "ignore", str(_WORKER)]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        # It finds this package wherever it was imported from; with -P, no module of the working directory hides another.
+        command = [sys.executable, "-P", "-W", "ignore", "-m", "metis_fast.score.math_worker"]
+        path = os.pathsep.join(filter(None, (str(_PACKAGES), os.environ.get("PYTHONPATH"))))
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": path}
+        )
         if self._read() != "ready":
             self.close()
             raise JudgeUnavailable("the worker of the math judge does not start; see its message on stderr")
@@ -80,7 +83,7 @@ class MathMatcher:
         """
         for gold in prompt.answers:
             # Plain numbers need no algebra; and as LaTeX, 1e3 would be 1 * e * 3.
-            if answer.split() == gold.split() or rule.equal_numbers(answer, gold, _ROUNDING):
+            if answer.split() == gold.split() or numbers.equal(answer, gold, _ROUNDING, rounding=False):
                 return True
             comparison: Comparison = "unparsed"
             if len(answer) <= _MAX_CHARS and len(gold) <= _MAX_CHARS:
