@@ -19,7 +19,7 @@ TWO_RANKS = (
     "eval.every=0",
     "log.progress=false",
 )
-_LIMIT_S = 120.0
+_LIMIT_S = 600.0  # of machines that have other work, too
 
 
 class Job:
@@ -36,7 +36,7 @@ class Job:
             )
         self.pid = self._process.pid
 
-    def wait(self, left_s: float = 10, limit_s: float = _LIMIT_S) -> int:
+    def wait(self, left_s: float = 60, limit_s: float = _LIMIT_S) -> int:
         """Its exit code; nothing of it is left, soon after its end."""
         code = self._process.wait(limit_s)
         deadline = time.monotonic() + left_s

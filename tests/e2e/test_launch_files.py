@@ -108,11 +108,11 @@ def test_ray_on_the_nodes_of_a_job_runs_it_and_stops_with_it(slurm: Callable[...
     job = slurm("train.steps=500", "checkpoint.every=0", "workers.tools=1", **own)
     job.when(lambda: bool(_steps(tmp_path)))
     os.kill(job.pid, signal.SIGTERM)
-    assert job.wait(left_s=60) == 130, job.err.read_text()
+    assert job.wait(left_s=200) == 130, job.err.read_text()
     assert "run the same command again" in job.err.read_text()
     done = len(_steps(tmp_path))
     job = slurm(f"train.steps={done + 1}", "checkpoint.every=0", "workers.tools=1", **own)
-    assert job.wait(left_s=60) == 0, job.err.read_text()
+    assert job.wait(left_s=200) == 0, job.err.read_text()
     assert _steps(tmp_path) == list(range(done + 1))
     assert (tmp_path / "run" / "ray" / "node-0.log").read_text()
     assert sorted(path.name for path in (tmp_path / "run" / "ranks").iterdir()) == ["rank-0.log", "rank-1.log"]
