@@ -37,8 +37,15 @@ Settings are read from a YAML file that holds only what differs from the default
 
 
 def _file_or_setting(text: str) -> Path | str:
-    """What stands where a file may be left out: the path of one, or already the first setting."""
-    return text if "=" in text and not Path(text).exists() else Path(text)
+    """What stands where a file may be left out: the path of one, or already the first setting, with its value or without."""
+    key = re.match(r"(\w+)\.[\w.]+", text) if "=" not in text else re.match(r"([\w.\s-]+)=", text)
+    if key is None or ("=" not in text and key[1] not in config_module.Config.model_fields):
+        return Path(text)
+    try:
+        is_file = Path(text).exists()
+    except (OSError, ValueError):  # too long for a name, or with characters that none has
+        is_file = False
+    return Path(text) if is_file else text
 
 
 def _settings_alone(args: argparse.Namespace) -> tuple[Path | None, list[str]]:
@@ -77,7 +84,7 @@ def _config(args: argparse.Namespace) -> int:
         return 0
     config = config_module.load(path, overrides)
     if args.json:
-        print(json.dumps(config.model_dump(mode="json")))
+        print(json.dumps(config.model_dump(mode="json", exclude_defaults=args.changes)))
     else:
         print(config_module.to_yaml(config, only_changes=args.changes), end="")
     return 0
@@ -379,8 +386,20 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def _open_standard_streams() -> None:
+    """Those that whoever started us has closed: else the next opened files get their numbers, and what libraries print."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # it gets the lowest number that is free
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115  # as long as the process
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of `metis-fast`."""
+    _open_standard_streams()
     args = parse(argv)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     for name in ("metis_fast.cluster", "metis_fast.workers"):  # what a run waits for

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 _WHOLE = {"", *(key for key, section in settings() if section is not None)}
 """Whose checks name the settings that they concern."""
 _EXPECTED = {
-    "tuple_type": "expected a list, [] for none",
+    "tuple_type": "expected a list",
     "dict_type": "expected names and values, {name: value}",
     "model_type": "expected settings, {key: value}",
     "path_type": "expected a path",
@@ -101,9 +101,14 @@ def _given(path: str, places: Mapping[str, str]) -> str:
 
 def _problem(path: str, item: ErrorDetails) -> str:
     if item["type"] == "extra_forbidden":
-        return f"unknown key {path!r}{_nearest(path, str(item['loc'][-1]))}"
+        name = str(item["loc"][-1])
+        in_braces = ":" not in name and item["input"] in (None, "")  # {train: a, b}
+        return f"unknown key {path!r}" + ("; a list between braces is written [a, b]" if in_braces else _nearest(path, name))
     if item["type"] == "missing":
         return f"{path}: expected a value, got none"
+    if item["type"] == "too_long":
+        context = item.get("ctx", {})
+        return f"{path}: expected {context.get('max_length')} values, got {context.get('actual_length')}"
     if item["type"] != "value_error":
         message = _EXPECTED.get(item["type"], item["msg"])
         return f"{path}: {message[0].lower()}{message[1:]}, got {shown(item['input'])}"
@@ -122,5 +127,6 @@ def _nearest(path: str, name: str) -> str:
     path = re.sub(r"\.\d+(?=\.)", "", path).lower().replace("-", "_").replace("/", ".")
     leaf = path.rpartition(".")[2]
     close = [key for key in _KEYS if "." in key and key.rpartition(".")[2] == leaf]  # a right leaf in a wrong section
-    close = [path] if path in _KEYS else close or difflib.get_close_matches(path, _KEYS, n=1, cutoff=0.5)
+    close = [path] if path in _KEYS else close or difflib.get_close_matches(path, _KEYS, n=1, cutoff=0.6)
+    close = [key for key in close if not path.startswith(f"{key}.")]
     return f"; did you mean {close[0]!r}?" if close else f"; sections are {', '.join(Config.model_fields)}"

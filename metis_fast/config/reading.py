@@ -21,6 +21,7 @@ from metis_fast.errors import ConfigError
 
 _PREFIX = "tag:yaml.org,2002:"
 _MERGE = f"{_PREFIX}merge"
+_MAX_BYTES = 16 << 20  # of a config file
 _SECTIONS = frozenset(key for key, section in settings() if section is not None)
 
 
@@ -81,6 +82,10 @@ def read_override(override: str) -> Source:
     place = f"override {override!r}"
     key, equals, text = (part.strip() for part in override.partition("="))
     *parents, leaf = key.split(".")
+    if not equals and text == "" and key.endswith((".yaml", ".yml")):
+        raise ConfigError(f"{place}: the config file stands before the settings")
+    if equals and any(part.isdigit() for part in (*parents, leaf)):
+        raise ConfigError(f"{place}: a list is written whole: {re.split(r'[.][0-9]+', key)[0]}=[...]")
     if not equals or not all((*parents, leaf)):
         raise ConfigError(f"{place}: expected section.key=value, for example loss.w_tool=0.2, without blanks around the `=`")
     document = _Document(lambda mark: place)
@@ -101,9 +106,13 @@ def shown(value: object) -> str:
 
 def _decode(path: Path, named_in: str) -> str:
     try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise ConfigError(f"cannot read config {path}{named_in}: {error.strerror}; give the path of a YAML file") from None
+        with path.open("rb") as file:
+            data = file.read(_MAX_BYTES + 1)
+    except (OSError, ValueError) as error:  # ValueError: of characters that no name has
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ConfigError(f"cannot read config {path}{named_in}: {reason}; give the path of a YAML file") from None
+    if len(data) > _MAX_BYTES:
+        raise ConfigError(f"{path} has more than {_MAX_BYTES >> 20} MiB; give the path of a config file")
     if b"\0" in data:
         raise ConfigError(f"{path} is not text, or not UTF-8; give the path of a YAML file that is saved as UTF-8")
     try:
@@ -153,7 +162,7 @@ class _Document:
         """
         try:
             self.loader = _Loader(text)
-            node = self.loader.get_single_node()
+            node = self._node(name)
             return self._value(node, key) if node is not None else Plain()
         except yaml.MarkedYAMLError as error:
             what = " ".join(f"{error.context or ''} {error.problem}".split())
@@ -164,6 +173,12 @@ class _Document:
             raise ConfigError(f"{name} is not text: it has the character U+{error.character:04X}; remove it") from None
         except RecursionError:
             raise ConfigError(f"{name} is not valid YAML: nested too deeply, or an anchor that contains itself") from None
+
+    def _node(self, name: str) -> yaml.Node | None:
+        try:
+            return self.loader.get_single_node()
+        except (OverflowError, ValueError):  # of `chr`, in PyYAML
+            raise ConfigError(f"{name} is not valid YAML: an escape like \\U00110000 is no character") from None
 
     def section(self, value: Any, key: str) -> Any:
         """A value; that of a section is a mapping, and nothing at all changes nothing."""

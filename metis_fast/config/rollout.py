@@ -20,7 +20,7 @@ from metis_fast.config.section import (
 
 
 def _off(value: object) -> object:
-    return 0 if str(value).strip() == "-1" else value
+    return 0 if str(value).strip() in ("-1", "-1.0") else value
 
 
 class VllmConfig(Section):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from metis_fast.config.section import FilePath, Int, NonNegative, Section
+from metis_fast.config.section import FilePath, NonNegative, Section
 
 
 class RunConfig(Section):
@@ -12,7 +12,7 @@ class RunConfig(Section):
 
     dir: FilePath = Path("runs/default")
     """Folder of this run: resolved config, metrics, rollouts, checkpoints, report."""
-    seed: Int = 0
+    seed: NonNegative = 0
     """Seeds data order, sampling and initialisation."""
     threads: NonNegative = 0
     """CPU threads for torch; 0 leaves torch's own choice. Runs are bit-repeatable for a fixed number."""

@@ -88,9 +88,13 @@ def _text(value: object) -> object:
         return value
     if value and is_nothing(value):
         raise ValueError(f"expected text; leave the key out for its default, or write '{value}' in quotes")
-    if re.search(r"[\x00-\x1f\x7f]", value):
+    return _one_line(value)
+
+
+def _one_line(text: str) -> str:
+    if re.search("[\x00-\x1f\x7f-\x9f\u2028\u2029]", text):
         raise ValueError("expected one line without control characters")
-    return str(value)
+    return str(text)
 
 
 def _variable(match: re.Match[str]) -> str:
@@ -110,7 +114,7 @@ def expand(text: str) -> Path:
     Raises:
         ValueError: there is none, or one of them is unknown.
     """
-    if not text:
+    if not _one_line(text):
         raise ValueError("expected a path")
     home = os.path.expanduser(text)
     if home.startswith("~"):
@@ -176,7 +180,7 @@ def _guess(value: object) -> object:
         except ValueError:
             number = _number(value)
             return number if isinstance(number, float) else str(value)
-    return str(value)
+    return _one_line(value)
 
 
 Free = Annotated[str | int | float | bool, BeforeValidator(_guess)]

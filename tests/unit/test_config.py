@@ -183,7 +183,7 @@ def optional(**keys):
 
 changes = optional(
     loss=optional(w_tool=st.floats(0.1, 10), dual_clip=st.sampled_from([3.0, math.inf, 1.0000001]), eps_low=st.floats(0, 1)),
-    run=optional(dir=paths.map(Path), seed=st.integers()),
+    run=optional(dir=paths.map(Path), seed=st.integers(0)),
     data=optional(train=st.lists(paths.map(Path), max_size=3)),
     train=optional(optim=optional(lr=st.floats(1e-12, 1.0))),
     model=optional(freeze=st.lists(st.sampled_from(["vision", "embeddings"]), unique=True)),

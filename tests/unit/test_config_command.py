@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import jsonschema
@@ -43,6 +45,29 @@ def test_a_verb_without_settings_refuses_them(capsys):
     with pytest.raises(SystemExit):
         cli.parse(["report", "runs/demo", "--loss.w_tool=0.2"])
     assert "unrecognized arguments: loss.w_tool=0.2" in capsys.readouterr().err
+
+
+def test_a_setting_is_no_file_however_long_it_is(capsys):
+    assert cli.main(["config", "data.train=" + ",".join(f"shard-{i:05d}.parquet" for i in range(400)), "--json"]) == 0
+    assert len(json.loads(capsys.readouterr().out)["data"]["train"]) == 400
+
+
+@pytest.mark.parametrize("words", [["--loss.w_tool"], ["loss.w_tool"], ["loss.w_tool:1"]])
+def test_a_setting_without_a_value_is_told(words, capsys):
+    assert cli.main(["config", *words]) == 2
+    assert "expected section.key=value" in capsys.readouterr().err
+
+
+def test_changes_as_json_are_the_changes(capsys):
+    assert cli.main(["config", "loss.w_tool=0.2", "--changes", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"loss": {"w_tool": 0.2}}
+
+
+def test_closed_streams_are_no_failure():
+    ended = subprocess.run(
+        ["sh", "-c", f"{sys.executable} -m metis_fast config >&- <&-"], capture_output=True, text=True, check=False
+    )
+    assert (ended.returncode, ended.stderr) == (0, "")
 
 
 def test_config_takes_settings_without_a_file(capsys):

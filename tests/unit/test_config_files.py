@@ -103,6 +103,21 @@ def test_an_override_is_text_or_yaml_in_brackets(override, read):
     assert read(load(None, [override]))
 
 
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("sft.phases.0.steps=3", "a list is written whole: sft.phases=[...]"),
+        ("train.optim.betas.0=0.9", "a list is written whole: train.optim.betas=[...]"),
+        ("train.optim.betas=[0.9, 0.95, 1]", "train.optim.betas: expected 2 values, got 3"),
+        ("my.yaml", "the config file stands before the settings"),
+        ("run.dir=a\u2028b", "without control characters"),
+        ("run.seed=-1", "run.seed"),
+    ],
+)
+def test_an_override_of_another_form_is_told_what_to_write(override, message):
+    assert message in refusal(override)
+
+
 @pytest.mark.parametrize("override", ["loss.w_tool", "=3", "", "loss", "=", "loss.w_tool:0.2", "loss..w_tool=1", ".loss=1"])
 def test_an_override_without_key_and_value_shows_the_form(override):
     assert "expected section.key=value, for example loss.w_tool=0.2" in refusal(override)
@@ -133,6 +148,11 @@ def test_bases_in_a_circle_are_refused(write):
         ("loss: {", "is not valid YAML"),
         ("loss: 3", "line 1 of"),
         ("1: 2", "top.yaml"),
+        ('base: "a\\0b"', "without control characters"),
+        ('run: {dir: "\\UFFFFFFFF"}', "is no character"),
+        ('run: {dir: "\\U00110000"}', "is no character"),
+        ('run: {dir: "a\\Nb"}', "without control characters"),  # U+0085, which YAML reads as a line feed
+        ("data: {train: a,b}", "a list between braces is written [a, b]"),
     ],
 )
 def test_a_file_that_cannot_be_used_is_named(write, text, message):
