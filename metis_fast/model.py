@@ -10,14 +10,12 @@ import json
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from io import BytesIO
 from pathlib import Path
 from typing import cast
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image, UnidentifiedImageError
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen3ForCausalLM, Qwen3VLForConditionalGeneration
@@ -26,19 +24,16 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3Model
 from transformers.models.qwen3_vl.configuration_qwen3_vl import Qwen3VLTextConfig, Qwen3VLVisionConfig
 from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDeepstackFeatures, Qwen3VLTextModel
 
-from metis_fast import attention
+from metis_fast import attention, pixels
 from metis_fast.config import ModelConfig
 from metis_fast.errors import ModelError
+from metis_fast.pixels import ImageError
 from metis_fast.types import ImageBlob, ImageSpan
 
 IMAGE_PAD = "<|image_pad|>"
 VISION_START, VISION_END = "<|vision_start|>", "<|vision_end|>"
 NEEDED_TOKENS = ("<|im_start|>", "<|im_end|>", "<tool_call>", "</tool_call>")
 VISION_TOKENS = (VISION_START, VISION_END, IMAGE_PAD, "<|video_pad|>")
-
-
-class ImageError(ValueError):
-    """An image that cannot become vision tokens (not decodable, or too narrow for a patch grid)."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -71,10 +66,11 @@ class ImagePreparer:
             self._cache.move_to_end(image.sha256)
             return patches
         try:
-            with Image.open(BytesIO(image.data)) as picture:
-                out = self._processor([picture.convert("RGB")], return_tensors="pt")
-        except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
+            picture = pixels.decode(image.data)
+        except ImageError as error:
             raise ImageError(f"image cannot be decoded: {error}") from None
+        try:
+            out = self._processor([picture], return_tensors="pt")
         except ValueError as error:  # smart_resize: aspect ratio above 200
             raise ImageError(f"image cannot be resized: {error}") from None
         t, h, w = (int(n) for n in out["image_grid_thw"][0])

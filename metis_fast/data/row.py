@@ -2,37 +2,21 @@
 
 from __future__ import annotations
 
-import io
 import json
 import math
 import reprlib
-import struct
-import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from metis_fast.errors import DataError
+from metis_fast.pixels import ImageError, decode
 from metis_fast.types import Ability, ImageBlob, JsonScalar, Message, Prompt
 
 _ROLES = ("system", "user", "assistant")
 _MAX_ASPECT = 200  # Qwen3-VL's image processor refuses longer strips
-
-# What Pillow's decoders raise on damaged data, found by feeding them some; they share no base class.
-_DECODE_ERRORS = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    EOFError,
-    RuntimeError,
-    struct.error,
-    zlib.error,
-    Image.DecompressionBombError,
-)
 
 _SHOW = reprlib.Repr()
 _SHOW.maxstring = _SHOW.maxother = 80
@@ -178,24 +162,12 @@ def _image(entry: Any, column: str, folder: Path) -> ImageBlob:
         case _:
             raise MisfitError(column, "bytes, or the path of a file", entry)
     try:
-        width, height = _verified_size(data)
-    except _DECODE_ERRORS as error:
+        width, height = decode(data).size
+    except ImageError as error:
         raise MisfitError(column, "an image that Pillow can decode", f"{len(data)} bytes: {one_line(error)}") from None
     if max(width, height) > _MAX_ASPECT * min(width, height):
         raise MisfitError(column, f"an aspect ratio of at most {_MAX_ASPECT}", f"{width}x{height}")
     return ImageBlob.of(data)
-
-
-def _verified_size(data: bytes) -> tuple[int, int]:
-    """Width and height in pixels, after a check that the whole image is there, as cheap as its format allows."""
-    with Image.open(io.BytesIO(data)) as image:
-        size = image.size
-        if image.format == "PNG":
-            image.verify()  # checksums of all chunks, no decoding
-        else:
-            image.draft(None, (max(size[0] // 8, 1), max(size[1] // 8, 1)))  # JPEG decodes at an eighth; others ignore it
-            image.load()
-    return size
 
 
 def _answers(value: Any) -> Iterator[str]:

@@ -9,8 +9,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image
-
+from metis_fast import pixels
+from metis_fast.pixels import ImageError
 from metis_fast.rollout.store import StoredRollout, read_rollouts
 from metis_fast.types import Ability, ImageBlob, ImageSpan, Score, Turn
 
@@ -67,10 +67,9 @@ def _cut(text: str) -> str:
 def _thumbnail(blob: ImageBlob) -> Thumbnail:
     """Encoded afresh, so that nothing but pixels gets into the page."""
     try:
-        image = Image.open(io.BytesIO(blob.data)).convert("RGBA")
-    except OSError:  # PIL's error for bytes that are no image, or are cut short
+        image = pixels.decode(blob.data)
+    except ImageError:
         return Thumbnail("", 0)
-    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     width = min(max(image.width, 160), _THUMBNAIL_PX)  # a tiny image is shown larger than it is
     image.thumbnail((_THUMBNAIL_PX, _THUMBNAIL_PX))
     out = io.BytesIO()

@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from transformers import PreTrainedTokenizerBase
 
 from metis_fast.errors import DataError
-from metis_fast.model import IMAGE_PAD, VISION_END, VISION_START, ImageError, ImagePreparer
+from metis_fast.model import IMAGE_PAD, VISION_END, VISION_START, ImagePreparer
+from metis_fast.pixels import ImageError
 from metis_fast.types import ImageBlob, ImageSpan, Observation, Outcome, Prompt, ToolCall
 
 IMAGE_MARK = "<image>"

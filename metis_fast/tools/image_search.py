@@ -16,8 +16,10 @@ import numpy.typing as npt
 import pyarrow.parquet as pq
 from PIL import Image
 
+from metis_fast import pixels
 from metis_fast.config import ImageSearchConfig
 from metis_fast.errors import InfrastructureError
+from metis_fast.pixels import ImageError
 from metis_fast.tools.corpus import check_corpus, derived_folder, page_text
 from metis_fast.types import ImageBlob, Observation, Outcome, ToolName
 
@@ -34,7 +36,7 @@ def describe(image: Image.Image) -> npt.NDArray[np.float32]:
     Half of it is the layout of colours: the image as 8 x 8 x 3, minus its mean colour. Half is the layout of edges: gradients
     of the 64 x 64 grey image, by direction (8) in each of 4 x 4 cells, weighted by strength (Dalal and Triggs 2005).
     """
-    rgb = image.convert("RGB")
+    rgb = pixels.to_rgb(image)
     colours = np.asarray(rgb.resize((8, 8), Image.Resampling.BOX), np.float32).reshape(64, 3)
     grey = np.asarray(rgb.convert("L").resize((_SIDE, _SIDE), Image.Resampling.BOX), np.float32)
     down, right = np.gradient(grey)
@@ -54,11 +56,9 @@ def _unit(vector: npt.NDArray[np.floating]) -> npt.NDArray[np.floating]:
 
 def _decode(data: bytes | None) -> Image.Image | None:
     try:
-        image = Image.open(io.BytesIO(data or b""))
-        image.load()
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):  # Pillow's ways to refuse a file
+        return pixels.decode(data or b"")
+    except ImageError:
         return None
-    return image
 
 
 def _build(corpus: Path, folder: Path) -> None:
@@ -135,7 +135,7 @@ class ImageSearch:
         return Observation("\n\n".join(texts) or "No results.", tuple(images))
 
     def _thumbnail(self, image: Image.Image) -> ImageBlob:
-        small = image.convert("RGB")
+        small = image.copy()
         small.thumbnail((self._config.thumbnail_px, self._config.thumbnail_px))
         buffer = io.BytesIO()
         small.save(buffer, "PNG")

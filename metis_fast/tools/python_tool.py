@@ -22,8 +22,10 @@ from pathlib import Path
 
 from PIL import Image
 
+from metis_fast import pixels
 from metis_fast.config import PythonToolConfig
 from metis_fast.errors import InfrastructureError, ToolSetupError
+from metis_fast.pixels import ImageError
 from metis_fast.tools.sandbox.wire import (
     LENGTH,
     MAX_FRAME,
@@ -288,8 +290,8 @@ def _image(png: bytes) -> ImageBlob | None:
         with Image.open(io.BytesIO(png), formats=["PNG"]) as image:
             if max(image.size) > MAX_SIDE:
                 return None
-            image.load()
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):  # Pillow's ways to refuse a file
+        pixels.decode(png)
+    except (*pixels.DECODE_ERRORS, ImageError):
         return None
     return ImageBlob.of(png)
 

@@ -207,7 +207,7 @@ def text_of(content: object) -> list[dict[str, object]]:
         ({"images": [encoded(90, 90, "JPEG")[:-200]]}, "images[0]", "image file is truncated"),
         ({"images": [encoded(90, 90, "WEBP")[:-200]]}, "images[0]", "bytes: "),
         ({"images": [encoded(90, 90)[:-200]]}, "images[0]", "bytes: "),
-        ({"images": [PNG[:60] + bytes([PNG[60] ^ 1]) + PNG[61:]]}, "images[0]", "broken PNG file"),
+        ({"images": [PNG[:60] + bytes([PNG[60] ^ 1]) + PNG[61:]]}, "images[0]", "bytes: "),
         ({"images": [encoded(201, 1)]}, "images[0]", "201x1"),
         ({"images": ["absent.png"]}, "images[0]", "No such file"),
         ({"images": [{"bytes": None, "path": None}]}, "images[0]", "{'bytes': None, 'path': None}"),

@@ -22,12 +22,12 @@ import traceback
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from io import BytesIO
 from multiprocessing.process import BaseProcess
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
+from metis_fast import pixels
 from metis_fast.errors import EngineError, EngineFailure, SyncError
 from metis_fast.rollout.vllm.opening import explained, open_engine
 from metis_fast.rollout.vllm.settings import EngineSettings, EngineStats, GenerateReply, GenerateRequest
@@ -231,8 +231,6 @@ class VllmService:
         self._running[request_id] = _Running(future, request.tokens)
 
     def _prompt(self, request: GenerateRequest) -> Any:
-        from PIL import Image
-
         if not request.spans:
             return {"prompt_token_ids": request.tokens.tolist()}
         tokens: list[int] = []
@@ -243,8 +241,7 @@ class VllmService:
             if data is None:
                 raise ImagesMissingError(f"image {sha256} is not here")
             tokens += [*request.tokens[at:start].tolist(), self._settings.image_pad]
-            with Image.open(BytesIO(data)) as picture:
-                pictures.append(picture.convert("RGB"))
+            pictures.append(pixels.decode(data))
             at = stop
         tokens += request.tokens[at:].tolist()
         return {

@@ -17,6 +17,7 @@ import numpy as np
 import numpy.random  # loads late by itself, in every session anew
 from PIL import Image, ImageShow
 
+from metis_fast.pixels import to_rgb
 from metis_fast.tools.sandbox.wire import LENGTH, MAX_IMAGES, MAX_SIDE, Call, Limits, Reply, decode_call, encode_reply
 
 _CELL = "<call "
@@ -53,8 +54,7 @@ class Transcript:
             self._refused += 1
             return
         self._images += 1
-        if image.mode not in ("L", "RGB", "RGBA"):
-            image = image.convert("RGB")
+        image = to_rgb(image)
         if max(image.size) > MAX_SIDE:
             image = image.copy()
             image.thumbnail((MAX_SIDE, MAX_SIDE))
