@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 import sys
+import tempfile
 from types import ModuleType
 
 from metis_fast.errors import EngineError
@@ -42,6 +43,9 @@ def load(cpu_cache_gb: int = 1, exact_float32: bool = False) -> ModuleType:
         "HF_HUB_OFFLINE": "1",  # the model is a folder; nothing may wait for a hub
         "VLLM_LOGGING_LEVEL": "WARNING",
     }
+    if not gpu:  # torch finds compiled code there whatever instructions it was made for, and fails or dies of it
+        instructions = torch.backends.cpu.get_cpu_capability().lower()
+        environment["TORCHINDUCTOR_CACHE_DIR"] = f"{tempfile.gettempdir()}/torchinductor_{os.getuid()}_{instructions}"
     if exact_float32:  # vLLM's Triton attention and convolutions would take TF32 for it
         environment |= {"TRITON_F32_DEFAULT": "ieee", "NVIDIA_TF32_OVERRIDE": "0"}
     for name, value in environment.items():
