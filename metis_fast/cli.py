@@ -12,12 +12,13 @@ import importlib
 import importlib.util
 import json
 import logging
+import math
 import os
 import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from metis_fast import __version__
 from metis_fast import config as config_module
@@ -33,6 +34,7 @@ _EPILOG = """examples:
   metis-fast train my.yaml loss.w_tool=0.2              train, with one setting changed; again: resume
   metis-fast report runs/demo                           what happened?
   metis-fast plan my.yaml --gpus 64                     which layout fits, and how long would a step take?
+Exit codes: 0 done; 2 something that you can mend (one line on stderr says what); 130 stopped, state saved.
 Settings are read from a YAML file that holds only what differs from the defaults; `metis-fast config` lists them all."""
 
 
@@ -73,6 +75,13 @@ def _load(args: argparse.Namespace) -> Config:
     return config_module.load(args.config, [*args.overrides, *extra])
 
 
+def _without_infinity(value: Any) -> Any:
+    """JSON has no infinity; as text, settings read it back."""
+    if isinstance(value, dict):
+        return {name: _without_infinity(part) for name, part in value.items()}
+    return "inf" if value == math.inf else value
+
+
 def _config(args: argparse.Namespace) -> int:
     path, overrides = _settings_alone(args)
     if args.schema or args.reference:
@@ -84,7 +93,8 @@ def _config(args: argparse.Namespace) -> int:
         return 0
     config = config_module.load(path, overrides)
     if args.json:
-        print(json.dumps(config.model_dump(mode="json", exclude_defaults=args.changes)))
+        tree = config.model_dump(mode="json", exclude_defaults=args.changes)
+        print(json.dumps(_without_infinity(tree), allow_nan=False))
     else:
         print(config_module.to_yaml(config, only_changes=args.changes), end="")
     return 0
@@ -285,7 +295,7 @@ def _add_weights_map(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--vpp", type=int, metavar="N", help="chunks a stage (interleaved schedule)")
     parser.add_argument("--first", type=int, metavar="N", help="layers of the first stage; default: as many as the others")
     parser.add_argument("--last", type=int, metavar="N", help="layers of the last stage; default: as many as the others")
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -318,7 +328,7 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("overrides", nargs="*", metavar="section.key=value")
     what = sub.add_mutually_exclusive_group()
     what.add_argument("--changes", action="store_true", help="show only what differs from the defaults")
-    sub.add_argument("--json", action="store_true")
+    sub.add_argument("--json", action="store_true", help="print the result as one JSON object")
     what.add_argument("--schema", action="store_true", help="print the JSON schema of config files, for editors")
     what.add_argument("--reference", action="store_true", help="print the page of all settings (docs/settings.md)")
     data = verbs.add_parser("data", help="Check data files, or make the demo set.").add_subparsers(
@@ -335,15 +345,15 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="N",
         help="with --model: longer ones are bad; default: as rollout.max_prompt_tokens",
     )
-    sub.add_argument("--json", action="store_true")
+    sub.add_argument("--json", action="store_true", help="print the result as one JSON object")
     sub = verb(data, "demo", _data_demo, "Write the demo set (Parquet) and its search corpora.")
     sub.add_argument("out", type=Path, metavar="FOLDER")
     sub.add_argument("--seed", type=int, default=0)
-    sub.add_argument("--json", action="store_true")
+    sub.add_argument("--json", action="store_true", help="print the result as one JSON object")
     sub.add_argument("overrides", nargs="*", metavar="demo.key=value")
     sub = verb(verbs, "report", _report, "Write report.html of a run folder.")
     sub.add_argument("run_dir", type=Path, metavar="RUN_DIR")
-    sub.add_argument("--json", action="store_true")
+    sub.add_argument("--json", action="store_true", help="print the result as one JSON object")
     weights = verbs.add_parser("weights", help="Which rank of a layout holds which weights.").add_subparsers(
         required=True, metavar="VERB"
     )

@@ -103,7 +103,11 @@ def _problem(path: str, item: ErrorDetails) -> str:
     if item["type"] == "extra_forbidden":
         name = str(item["loc"][-1])
         in_braces = ":" not in name and item["input"] in (None, "")  # {train: a, b}
-        return f"unknown key {path!r}" + ("; a list between braces is written [a, b]" if in_braces else _nearest(path, name))
+        return f"unknown key {path!r}" + (
+            "; between braces a comma ends the value: write [a, b] for a list, 1000 or 0.2 for a number"
+            if in_braces
+            else _nearest(path, name)
+        )
     if item["type"] == "missing":
         return f"{path}: expected a value, got none"
     if item["type"] == "too_long":

@@ -64,6 +64,8 @@ def read_file(path: Path, named_in: str = "", seen: tuple[Path, ...] = ()) -> So
     if "base" not in tree:
         return source
     place, base = source.places["base"], tree.pop("base")
+    if is_nothing(base):
+        raise ConfigError(f"{place}: base: expected a path, got nothing")
     if not isinstance(base, str):
         raise ConfigError(f"{place}: `base` must be the path of another config, got {shown(base)}")
     try:
@@ -167,6 +169,8 @@ class _Document:
         except yaml.MarkedYAMLError as error:
             what = " ".join(f"{error.context or ''} {error.problem}".split())
             hint = "; indent with blanks, not with tabs" if "'\\t'" in what else ""
+            if not hint and "flow" in what and "${" in text:
+                hint = "; between brackets and braces write $NAME, or quotes around ${NAME}"
             mark = error.problem_mark or error.context_mark
             raise ConfigError(f"{self.place(mark) if mark else name} is not valid YAML: {what}{hint}") from None
         except ReaderError as error:
@@ -203,5 +207,9 @@ class _Document:
                 tree[name.value] = self._value(value, below)
             return tree
         assert isinstance(node, yaml.ScalarNode)
+        if not node.style and node.value and node.end_mark.line > node.start_mark.line:
+            raise ConfigError(
+                f"{self.place(node.start_mark)}: {key}: expected one line; begin each line of a list with `- `, or quote text"
+            )
         text = node.value.rstrip("\n") if node.style in ("|", ">") else node.value
         return self.section(text if node.style else Plain(text), key)

@@ -63,6 +63,12 @@ def test_changes_as_json_are_the_changes(capsys):
     assert json.loads(capsys.readouterr().out) == {"loss": {"w_tool": 0.2}}
 
 
+def test_json_has_no_infinity(tmp_path, capsys):
+    assert cli.main(["config", "loss.dual_clip=inf", "--json"]) == 0
+    (tmp_path / "a.json").write_text(json.dumps(json.loads(capsys.readouterr().out, parse_constant=pytest.fail)))
+    assert load(tmp_path / "a.json").loss.dual_clip == math.inf
+
+
 def test_closed_streams_are_no_failure():
     ended = subprocess.run(
         ["sh", "-c", f"{sys.executable} -m metis_fast config >&- <&-"], capture_output=True, text=True, check=False

@@ -152,7 +152,10 @@ def test_bases_in_a_circle_are_refused(write):
         ('run: {dir: "\\UFFFFFFFF"}', "is no character"),
         ('run: {dir: "\\U00110000"}', "is no character"),
         ('run: {dir: "a\\Nb"}', "without control characters"),  # U+0085, which YAML reads as a line feed
-        ("data: {train: a,b}", "a list between braces is written [a, b]"),
+        ("data:\n  train:\n    a.parquet\n    b.parquet", "begin each line of a list with `- `"),
+        ("data: {train: ${HOME}/x}", "write $NAME, or quotes around ${NAME}"),
+        ("train: {steps: 1,000}", "1000 or 0.2 for a number"),
+        ("data: {train: a,b}", "between braces a comma ends the value: write [a, b]"),
     ],
 )
 def test_a_file_that_cannot_be_used_is_named(write, text, message):
