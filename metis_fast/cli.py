@@ -24,6 +24,7 @@ from metis_fast import __version__
 from metis_fast import config as config_module
 from metis_fast.config import Config
 from metis_fast.errors import ConfigError, Interrupted, MetisError
+from metis_fast.run_folder import held
 
 if TYPE_CHECKING:
     from metis_fast.types import Prompt
@@ -36,6 +37,18 @@ _EPILOG = """examples:
   metis-fast plan my.yaml --gpus 64                     which layout fits, and how long would a step take?
 Exit codes: 0 done; 2 something that you can mend (one line on stderr says what); 130 stopped, state saved.
 Settings are read from a YAML file that holds only what differs from the defaults; `metis-fast config` lists them all."""
+
+
+_ADVICE = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "disk full ({}); free some space and run the command again"),
+    **dict.fromkeys(
+        (errno.EACCES, errno.EPERM, errno.EROFS), "no permission to read or write {}; change it, or name another place"
+    ),
+    **dict.fromkeys(
+        (errno.EMFILE, errno.ENFILE), "too many open files ({}); raise the limit (ulimit -n 4096) and run it again"
+    ),
+}
+"""What the operating system refuses anywhere, in words for whoever runs us."""
 
 
 def _file_or_setting(text: str) -> Path | str:
@@ -153,7 +166,8 @@ def _train(args: argparse.Namespace) -> int:
 def _trained(args: argparse.Namespace, config: Config, job: Callable[[Config], object]) -> int:
     from metis_fast.report.summary import Summary, print_summary_table
 
-    summary = job(config)
+    with held(config.run.dir):
+        summary = job(config)
     if args.json:
         path = config.run.dir / "summary.json"
         print(json.dumps(json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}))
@@ -168,7 +182,8 @@ def _sft(args: argparse.Namespace) -> int:
     from metis_fast.cold_start import sft
 
     config = _load(args)
-    sft(config, args.out)
+    with held(config.run.dir):
+        sft(config, args.out)
     print(json.dumps({"model": str(args.out)}) if args.json else f"model: {args.out}")
     return 0
 
@@ -425,9 +440,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what the interpreter still flushes
         return 141
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        advice = _ADVICE.get(error.errno or 0)
+        if advice is None:
             raise
-        print(f"metis-fast: disk full ({error.filename or error}); free some space and run the command again", file=sys.stderr)
+        print(f"metis-fast: {advice.format(error.filename or error)}", file=sys.stderr)
         return 2
     except (Interrupted, KeyboardInterrupt):
         print("metis-fast: stopped; run the same command again to go on", file=sys.stderr)
