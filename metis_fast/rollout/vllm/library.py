@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
+from pathlib import Path
 from types import ModuleType
 
 from metis_fast.errors import EngineError
@@ -20,6 +21,14 @@ from metis_fast.errors import EngineError
 # Ranks of a tensor-parallel engine, and a Python in which vLLM looks at a model's class (once: it keeps what it finds in its
 # cache), must be able to import torchvision (metis_fast.compat), and vLLM imports it before its plugins.
 _INSPECT = "import metis_fast, runpy; runpy.run_module('vllm.model_executor.models.registry', run_name='__main__')"
+
+
+def _separate_instructions(name: str) -> None:
+    """A folder of torch's compile cache for each instruction set, below that of the caller. torch takes what it finds there
+    whatever it was made for: an engine on another processor, or with AVX2 forbidden, died of it."""
+    folder = Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR") or f"{tempfile.gettempdir()}/torchinductor_{os.getuid()}")
+    if folder.name != name:
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder / name)
 
 
 def load(cpu_cache_gb: int = 1, exact_float32: bool = False) -> ModuleType:
@@ -43,9 +52,8 @@ def load(cpu_cache_gb: int = 1, exact_float32: bool = False) -> ModuleType:
         "HF_HUB_OFFLINE": "1",  # the model is a folder; nothing may wait for a hub
         "VLLM_LOGGING_LEVEL": "WARNING",
     }
-    if not gpu:  # torch finds compiled code there whatever instructions it was made for, and fails or dies of it
-        instructions = torch.backends.cpu.get_cpu_capability().lower()
-        environment["TORCHINDUCTOR_CACHE_DIR"] = f"{tempfile.gettempdir()}/torchinductor_{os.getuid()}_{instructions}"
+    if not gpu:
+        _separate_instructions(torch.backends.cpu.get_cpu_capability().lower())
     if exact_float32:  # vLLM's Triton attention and convolutions would take TF32 for it
         environment |= {"TRITON_F32_DEFAULT": "ieee", "NVIDIA_TF32_OVERRIDE": "0"}
     for name, value in environment.items():
