@@ -40,7 +40,7 @@ def test_a_script_of_a_user_runs_vllm_on_an_empty_machine(tmp_path: Path) -> Non
     assert done.stdout.split()[-1] == "4"
 
 
-def test_code_that_was_compiled_for_other_instructions_is_not_found() -> None:
+def test_code_that_was_compiled_for_other_instructions_is_not_found(tmp_path: Path) -> None:
     """torch's cache does not tell them apart: with AVX2 allowed and then not, vLLM died of what was there."""
     pytest.importorskip("vllm")
     name = "TORCHINDUCTOR_CACHE_DIR"
@@ -48,11 +48,11 @@ def test_code_that_was_compiled_for_other_instructions_is_not_found() -> None:
     folders = {
         subprocess.run(
             [sys.executable, "-c", script],
-            env=os.environ | {"ATEN_CPU_CAPABILITY": allowed, name: "cache"},
+            env=os.environ | {"ATEN_CPU_CAPABILITY": allowed, name: str(tmp_path)},
             capture_output=True,
             text=True,
             check=True,
         ).stdout.split()[-1]
         for allowed in ("default", "avx2")
     }
-    assert folders == {"cache/default", "cache/avx2"}
+    assert folders == {str(tmp_path / "default"), str(tmp_path / "avx2")}
