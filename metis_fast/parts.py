@@ -22,7 +22,7 @@ from metis_fast.checkpoint.export import export_policy
 from metis_fast.checkpoint.resume import CheckpointStore, ResumeState
 from metis_fast.checkpoint.rng import RngState, capture_rng, restore_rng
 from metis_fast.checkpoint.safetensors_folder import write_folder
-from metis_fast.config import Config
+from metis_fast.config import Config, deciding
 from metis_fast.data.cursor import CursorState, PromptCursor
 from metis_fast.data.parquet import PromptFiles
 from metis_fast.errors import ConfigError, EngineError, ToolSetupError
@@ -245,21 +245,9 @@ def save_config(config: Config) -> None:
     text = config_module.to_yaml(config)
     if path.exists():
         old = config_module.load(path)
-        # what may change between resumptions: where the folder lies, how long to train, how the model is cut, who works for it
-        # and how weights get there, what to watch and what to tolerate
-        free = {
-            "run": {"dir"},
-            "rollout": {"vllm"},
-            "sync": True,
-            "gate": True,
-            "workers": True,
-            "train": {"steps", "megatron"},
-            "log": True,
-            "checkpoint": True,
-            "eval": {"every"},
-        }
-        if _fixed(old, free) != _fixed(config, free):
-            changed = _first_difference(_fixed(old, free), _fixed(config, free))
+        before, now = deciding(old), deciding(config)
+        if before != now:
+            changed = _first_difference(before, now)
             raise ConfigError(
                 f"{folder} holds a run with another {changed}; set run.dir to a new folder, or restore the setting to resume"
             )
@@ -272,10 +260,6 @@ def save_config(config: Config) -> None:
     scratch = path.with_name(".config.yaml.tmp")
     scratch.write_text(text, encoding="utf-8")
     scratch.replace(path)
-
-
-def _fixed(config: Config, free: dict[str, object]) -> dict[str, object]:
-    return config.model_dump(mode="json", exclude=free)  # pyright: ignore[reportArgumentType]
 
 
 def _first_difference(old: dict[str, object], new: dict[str, object]) -> str:

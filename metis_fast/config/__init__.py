@@ -17,7 +17,7 @@ from metis_fast.config.sft import SftPhase
 from metis_fast.config.sync import SyncConfig
 from metis_fast.config.tools import ImageSearchConfig, PythonToolConfig, TextSearchConfig, ToolsConfig
 from metis_fast.config.train import MegatronConfig, OptimConfig
-from metis_fast.config.tree import Config, known_keys
+from metis_fast.config.tree import Config, deciding, known_keys
 from metis_fast.config.workers import WorkersConfig
 
 __all__ = [
@@ -39,6 +39,7 @@ __all__ = [
     "ToolsConfig",
     "WorkersConfig",
     "build",
+    "deciding",
     "known_keys",
     "load",
     "merge",

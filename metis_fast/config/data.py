@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from metis_fast.config.section import FilePath, Section, Several
+from metis_fast.config.section import MAY_CHANGE, FilePath, Section, Several
 
 
 class DataConfig(Section):
     """Prompts, in the Metis-RL Parquet schema."""
 
-    train: Several[FilePath] = ()
+    train: Annotated[Several[FilePath], MAY_CHANGE] = ()
     """Parquet files (or folders of them) to train on."""
     heldout: Several[FilePath] = ()
     """Parquet files (or folders of them) to evaluate on."""
     shuffle: bool = True
     """Shuffle every epoch, by `run.seed` and the epoch's number."""
-    on_bad_row: Literal["stop", "skip"] = "stop"
+    on_bad_row: Annotated[Literal["stop", "skip"], MAY_CHANGE] = "stop"
     """What a row that does not fit the schema does: stop the run, or be skipped and counted."""

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from metis_fast.config.section import NonNegative, NonNegativeFloat, Positive, Section
+from typing import Annotated
+
+from metis_fast.config.section import MAY_CHANGE, NonNegative, NonNegativeFloat, Positive, Section
 
 
 class EvalConfig(Section):
     """Evaluation on the held-out prompts."""
 
-    every: NonNegative = 0
+    every: Annotated[NonNegative, MAY_CHANGE] = 0
     """Steps between evaluations while training; 0: only before and after."""
     rollouts_per_prompt: Positive = 1
     """Samples of each held-out prompt."""

@@ -6,7 +6,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from metis_fast.config.section import Fraction, NonNegative, NonNegativeFloat, Number, Section
+from metis_fast.config.section import MAY_CHANGE, Fraction, NonNegative, NonNegativeFloat, Number, Section
 
 
 class LossConfig(Section):
@@ -34,9 +34,9 @@ class LossConfig(Section):
     normalization: Literal["global", "reference"] = "global"
     """`global`: over the whole mini-batch. `reference`: the public recipe's, per micro-batch and with float noise in uniform
     groups; for parity runs only."""
-    impl: Literal["auto", "triton", "cpu", "reference"] = "auto"
+    impl: Annotated[Literal["auto", "triton", "cpu", "reference"], MAY_CHANGE] = "auto"
     """Implementation of head and loss (docs/kernels.md)."""
-    token_chunk: NonNegative = 0
+    token_chunk: Annotated[NonNegative, MAY_CHANGE] = 0
     """Tokens whose logits exist at once; 0 leaves it to the implementation."""
 
     @model_validator(mode="after")

@@ -7,6 +7,7 @@ from typing import Annotated, Literal, Self
 from pydantic import BeforeValidator, Field, model_validator
 
 from metis_fast.config.section import (
+    MAY_CHANGE,
     Fraction,
     Free,
     Named,
@@ -58,7 +59,7 @@ class RolloutConfig(Section):
 
     engine: Literal["native", "vllm"] = "native"
     """`native`: the trainer's own model in process. `vllm`: vLLM engines."""
-    vllm: VllmConfig = VllmConfig()
+    vllm: Annotated[VllmConfig, MAY_CHANGE] = VllmConfig()
     mode: Literal["sync", "one_step_off", "async"] = "sync"
     """`sync`: sample, then update. `one_step_off`: sample the next step's rollouts during an update. `async`: sample all the
     time, weights change under way; see `max_staleness`."""
@@ -91,9 +92,9 @@ class RolloutConfig(Section):
     """Assistant messages in a rollout."""
     max_turn_tokens: NonNegative = 0
     """Sampled tokens in one message; 0 means only `max_response_tokens` limits it."""
-    max_concurrent: Positive = 512
+    max_concurrent: Annotated[Positive, MAY_CHANGE] = 512
     """Rollouts in flight at once."""
-    retries: NonNegative = 2
+    retries: Annotated[NonNegative, MAY_CHANGE] = 2
     """How often an infrastructure failure is retried before the rollout loses its verdict."""
     deterministic: bool = True
     """Native engine in `sync` mode: admit requests in waves of fixed order, so that a run repeats bit for bit. False, and the

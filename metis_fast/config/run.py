@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Annotated
 
-from metis_fast.config.section import FilePath, NonNegative, Section
+from metis_fast.config.section import MAY_CHANGE, FilePath, NonNegative, Section
 
 
 class RunConfig(Section):
     """Where a run lives and what makes it repeatable."""
 
-    dir: FilePath = Path("runs/default")
+    dir: Annotated[FilePath, MAY_CHANGE] = Path("runs/default")
     """Folder of this run: resolved config, metrics, rollouts, checkpoints, report."""
     seed: NonNegative = 0
     """Seeds data order, sampling and initialisation."""
-    threads: NonNegative = 0
+    threads: Annotated[NonNegative, MAY_CHANGE] = 0
     """CPU threads for torch; 0 leaves torch's own choice. Runs are bit-repeatable for a fixed number."""

@@ -2,29 +2,39 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import model_validator
 
-from metis_fast.config.section import FilePath, NonNegative, NonNegativeFloat, OrNone, Positive, PositiveFloat, Section, Text
+from metis_fast.config.section import (
+    MAY_CHANGE,
+    FilePath,
+    NonNegative,
+    NonNegativeFloat,
+    OrNone,
+    Positive,
+    PositiveFloat,
+    Section,
+    Text,
+)
 
 
 class LlmJudgeConfig(Section):
     """LLM judge: any endpoint that speaks the OpenAI chat-completions protocol."""
 
-    base_url: Text = ""
+    base_url: Annotated[Text, MAY_CHANGE] = ""
     """For example http://127.0.0.1:8000/v1. Empty: rows of style `llm` are an error at start."""
     model: Text = ""
     """Model name to ask for."""
-    api_key_env: Text = "METIS_JUDGE_API_KEY"
+    api_key_env: Annotated[Text, MAY_CHANGE] = "METIS_JUDGE_API_KEY"
     """Environment variable that holds the key, if the endpoint wants one."""
-    timeout_s: PositiveFloat = 60.0
+    timeout_s: Annotated[PositiveFloat, MAY_CHANGE] = 60.0
     """Seconds for one request."""
-    concurrency: Positive = 32
+    concurrency: Annotated[Positive, MAY_CHANGE] = 32
     """Requests in flight."""
-    retries: NonNegative = 3
+    retries: Annotated[NonNegative, MAY_CHANGE] = 3
     """Tries after the first, with exponential back-off; then there is no verdict."""
-    cache: OrNone[FilePath] = None
+    cache: Annotated[OrNone[FilePath], MAY_CHANGE] = None
     """SQLite file of past verdicts; none: kept in memory."""
 
 

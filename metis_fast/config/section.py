@@ -12,7 +12,9 @@ from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Annotated, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, SerializationInfo
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, GetJsonSchemaHandler, PlainSerializer, SerializationInfo
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema
 
 T = TypeVar("T")
 
@@ -21,6 +23,20 @@ class Section(BaseModel):
     """Base of the sections: frozen, without unknown keys; the docstrings of its attributes are the meaning of its settings."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
+
+
+class MayChange:
+    """Marks a setting or a section that decides no result: a run may go on with another value. What it does change is speed,
+    memory, rounding, or how long something is waited for. Data, whose files may lie elsewhere, is known by its own fingerprint.
+    """
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        """In the schema of a config file, too."""
+        node = handler(schema)
+        return node if "$ref" in node else node | {"x-may-change": True}
+
+
+MAY_CHANGE = MayChange()
 
 
 class Plain(str):

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from metis_fast.config.section import (
+    MAY_CHANGE,
     Fraction,
     Listed,
     NonNegative,
@@ -88,27 +89,27 @@ class TrainConfig(Section):
 
     backend: Literal["torch", "megatron"] = "torch"
     """Trainer back end."""
-    steps: Positive = 200
+    steps: Annotated[Positive, MAY_CHANGE] = 200
     """Rollout steps."""
     prompts_per_mini_batch: Positive = 64
     """Prompts in one optimizer step."""
-    tokens_per_micro_batch: Positive = 40960
+    tokens_per_micro_batch: Annotated[Positive, MAY_CHANGE] = 40960
     """Tokens in one forward and backward pass, whole rollouts. Changes memory and speed, not the gradient."""
-    share_packs: bool = True
+    share_packs: Annotated[bool, MAY_CHANGE] = True
     """Several prompts in one pass (exact)."""
-    share_prompt: bool = True
+    share_prompt: Annotated[bool, MAY_CHANGE] = True
     """Run a prompt once for all its rollouts in a pass (exact)."""
-    share_images: bool = True
+    share_images: Annotated[bool, MAY_CHANGE] = True
     """Run the vision tower once for every distinct image of a pass (exact)."""
-    skip_zero_advantage: bool = True
+    skip_zero_advantage: Annotated[bool, MAY_CHANGE] = True
     """Do not run rollouts whose advantages are both exactly 0 (exact; off by itself when entropy or KL need them)."""
-    skip_head_rows: bool = True
+    skip_head_rows: Annotated[bool, MAY_CHANGE] = True
     """Only tokens with a gradient coefficient reach the LM head (exact)."""
-    skip_old_logprobs: bool = True
+    skip_old_logprobs: Annotated[bool, MAY_CHANGE] = True
     """No old-log-prob pass for the first mini-batch of a step, whose old policy is the current one (exact)."""
-    attention: Literal["auto", "flash", "triton", "cpu", "reference"] = "auto"
+    attention: Annotated[Literal["auto", "flash", "triton", "cpu", "reference"], MAY_CHANGE] = "auto"
     """Implementation of the prefix-shared attention (docs/kernels.md)."""
-    activation_checkpointing: bool = False
+    activation_checkpointing: Annotated[bool, MAY_CHANGE] = False
     """Recompute activations in the backward pass (torch back end; for Megatron see `megatron.recompute`)."""
-    megatron: MegatronConfig = MegatronConfig()
+    megatron: Annotated[MegatronConfig, MAY_CHANGE] = MegatronConfig()
     optim: OptimConfig = OptimConfig()

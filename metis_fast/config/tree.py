@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Self
+from typing import Annotated, Any, Self
 
 from pydantic import model_validator
 
@@ -18,7 +18,7 @@ from metis_fast.config.model import ModelConfig
 from metis_fast.config.rollout import RolloutConfig
 from metis_fast.config.run import RunConfig
 from metis_fast.config.score import ScoreConfig
-from metis_fast.config.section import Section
+from metis_fast.config.section import MAY_CHANGE, Section
 from metis_fast.config.sft import SftConfig
 from metis_fast.config.sync import SyncConfig
 from metis_fast.config.tools import ToolsConfig
@@ -34,16 +34,16 @@ class Config(Section):
     model: ModelConfig = ModelConfig()
     rollout: RolloutConfig = RolloutConfig()
     tools: ToolsConfig = ToolsConfig()
-    workers: WorkersConfig = WorkersConfig()
-    sync: SyncConfig = SyncConfig()
-    gate: GateConfig = GateConfig()
+    workers: Annotated[WorkersConfig, MAY_CHANGE] = WorkersConfig()
+    sync: Annotated[SyncConfig, MAY_CHANGE] = SyncConfig()
+    gate: Annotated[GateConfig, MAY_CHANGE] = GateConfig()
     score: ScoreConfig = ScoreConfig()
     loss: LossConfig = LossConfig()
     train: TrainConfig = TrainConfig()
     sft: SftConfig = SftConfig()
-    checkpoint: CheckpointConfig = CheckpointConfig()
+    checkpoint: Annotated[CheckpointConfig, MAY_CHANGE] = CheckpointConfig()
     eval: EvalConfig = EvalConfig()
-    log: LogConfig = LogConfig()
+    log: Annotated[LogConfig, MAY_CHANGE] = LogConfig()
     demo: DemoConfig = DemoConfig()
 
     @model_validator(mode="after")
@@ -100,6 +100,18 @@ class Config(Section):
                 "set both to 1, or sync.transport=staged"
             )
         return self
+
+
+def deciding(section: Section) -> dict[str, Any]:
+    """The settings that decide a run's result, as plain values: all but those that are marked `MAY_CHANGE`."""
+    tree = section.model_dump(mode="json")
+    for name, info in type(section).model_fields.items():
+        value = getattr(section, name)
+        if MAY_CHANGE in info.metadata:
+            del tree[name]
+        elif isinstance(value, Section):
+            tree[name] = deciding(value)
+    return tree
 
 
 def settings(model: type[Section] = Config, prefix: str = "") -> Iterator[tuple[str, type[Section] | None]]:

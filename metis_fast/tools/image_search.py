@@ -23,7 +23,7 @@ from metis_fast.pixels import ImageError
 from metis_fast.tools.corpus import check_corpus, derived_folder, page_text
 from metis_fast.types import ImageBlob, Observation, Outcome, ToolName
 
-_LAYOUT = "1"  # raise when the descriptor changes
+_LAYOUT = "2"  # raise when the descriptor changes
 _FILE = "descriptors.npy"
 _SIDE = 64  # pixels of the grey image that gradients are taken from
 _CELLS, _BINS = 4, 8

@@ -144,7 +144,9 @@ def test_settings_that_decide_a_result_cannot_change_on_resume_and_others_can(de
     ):
         line = error_line(run([*command, override], tmp_path / "second"))
         assert f"holds a run with another {name}" in line and "restore the setting to resume" in line
-    succeed([*command, "checkpoint.every=2", "log.tensorboard=false"], tmp_path / "third")
+    moved = shutil.copytree(demo / "data", tmp_path / "moved")
+    free = ["checkpoint.every=2", "log.tensorboard=false", "data.on_bad_row=skip", "score.llm.retries=7", "rollout.retries=5"]
+    succeed([*command, *free, f"data.train={moved / 'train.parquet'}"], tmp_path / "third")
     assert run_state(tmp_path / "run") == run_state(demo)
 
 

@@ -11,7 +11,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from metis_fast.config import Config, build, load, to_yaml
+from metis_fast.config import Config, build, deciding, load, to_yaml
 from metis_fast.errors import ConfigError
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
@@ -192,6 +192,26 @@ changes = optional(
     tools=optional(enabled=st.lists(st.sampled_from(["python", "text_search"]), unique=True)),
     rollout=optional(vllm=optional(arguments=st.dictionaries(texts.filter(bool), st.none() | frees, max_size=3))),
 )
+
+
+def test_what_decides_no_result_is_marked_where_it_is_declared():
+    free = {
+        "run": {"dir": "elsewhere"},
+        "score": {"llm": {"base_url": "http://h:1/v1", "timeout_s": 1}},
+        "sync": {"mode": "delta"},
+    }
+    free |= {
+        "data": {"train": ["moved.parquet"], "on_bad_row": "skip"},
+        "train": {"steps": 9, "megatron": {"tensor_parallel": 2}},
+    }
+    assert deciding(build(free)) == deciding(Config())
+    for fixed in (
+        {"loss": {"w_tool": 1}},
+        {"score": {"llm": {"model": "m"}}},
+        {"run": {"seed": 1}},
+        {"data": {"shuffle": False}},
+    ):
+        assert deciding(build(fixed)) != deciding(Config())
 
 
 @given(changes, st.booleans())
