@@ -6,7 +6,7 @@ import errno
 import fcntl
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from metis_fast.errors import ConfigError
@@ -17,11 +17,13 @@ _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)  # som
 
 @contextmanager
 def held(folder: Path) -> Iterator[None]:
-    """Make the folder, and keep other processes out of it while the block runs. The lock dies with its process.
+    """Make the folder, and keep other processes out of it while the block runs. The lock dies with its process. A folder that
+    was made here and got nothing in it is removed.
 
     Raises:
         ConfigError: it cannot be made or written, or another process holds it.
     """
+    is_new = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o666)
@@ -43,4 +45,9 @@ def held(folder: Path) -> Iterator[None]:
                 raise
         yield
     finally:
+        if is_new:
+            with suppress(OSError):  # another process came in just now
+                if os.listdir(folder) == [_LOCK]:
+                    (folder / _LOCK).unlink()
+                    folder.rmdir()
         os.close(lock)

@@ -42,6 +42,18 @@ def test_a_folder_may_be_held_again_by_the_process_that_let_it_go(tmp_path: Path
     for _ in range(2):
         with held(tmp_path / "deep" / "run"):
             assert (tmp_path / "deep" / "run").is_dir()
+            (tmp_path / "deep" / "run" / "result").touch()
+    assert (tmp_path / "deep" / "run" / "result").exists()
+
+
+def test_a_folder_without_anything_in_it_is_not_left_behind(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="as asked"), held(tmp_path / "run"):
+        raise ConfigError("as asked")
+    assert not (tmp_path / "run").exists()
+    (tmp_path / "own").mkdir()
+    with held(tmp_path / "own"):
+        pass
+    assert (tmp_path / "own").is_dir()
 
 
 def test_a_folder_that_cannot_be_made_is_told(tmp_path: Path) -> None:
