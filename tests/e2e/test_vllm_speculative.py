@@ -276,7 +276,8 @@ class _Run:
         """Messages during which the weights change; drafts accepted before and after that."""
         begin = await self.service.stats()
         running = asyncio.ensure_future(self.sample())
-        while (await self.service.stats()).accepted < begin.accepted + 50:
+        while (await self.service.stats()).accepted < begin.accepted + 10:
+            assert not running.done(), "the messages had ended before ten drafts were accepted"
             await asyncio.sleep(0.01)
         self.change()
         await self.service.load_staged(self.staging.write(self.trainer.weights(), 1).to_dict())
