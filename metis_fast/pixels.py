@@ -16,6 +16,9 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+# Of palettes, EXIF and sizes; what cannot be used raises. Not around each image: that changes the filters of other threads.
+warnings.filterwarnings("ignore", module=r"PIL\.")
+
 DECODE_ERRORS: tuple[type[Exception], ...] = (
     *(OSError, SyntaxError, ValueError, Image.DecompressionBombError, EOFError, struct.error, zlib.error),
     *(IndexError, KeyError, TypeError, AttributeError, ZeroDivisionError, OverflowError, NotImplementedError, RuntimeError),
@@ -39,10 +42,8 @@ def decode(data: bytes) -> Image.Image:
         ImageError: it is damaged, cut short, or no image.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of palettes, EXIF and sizes; what cannot be used raises
-            with Image.open(BytesIO(data)) as picture:
-                return to_rgb(picture)
+        with Image.open(BytesIO(data)) as picture:
+            return to_rgb(picture)
     except UnidentifiedImageError:  # its message has the address of an object
         raise ImageError("cannot identify image file") from None
     except DECODE_ERRORS as error:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from functools import cache
+from functools import cache, lru_cache
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ def _named(word: str) -> str:
     return ""
 
 
-@cache
+@lru_cache(4096)  # of what agents write, a bounded number
 def names(unit: str) -> frozenset[str]:
     """What a unit as written may be: names of currencies, units of measure, or the forms of a noun. "" has none."""
     if " ".join(unit.casefold().split()) in _PERCENTS:
