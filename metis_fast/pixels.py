@@ -78,7 +78,8 @@ def _eight_bits(grey: npt.NDArray[np.generic]) -> npt.NDArray[np.uint8]:
     they fit, else from the least to the greatest value. What is no number is black."""
     if grey.dtype.itemsize == 2:
         return (grey.astype(np.uint16) >> 8).astype(np.uint8)
-    values = grey.astype(np.float64)
+    with np.errstate(invalid="ignore"):  # of signalling NaN
+        values = grey.astype(np.float64)
     finite = np.isfinite(values)
     values[~finite] = 0.0
     low, high = (float(values[finite].min()), float(values[finite].max())) if finite.any() else (0.0, 0.0)
@@ -86,6 +87,6 @@ def _eight_bits(grey: npt.NDArray[np.generic]) -> npt.NDArray[np.uint8]:
     steps = (255.0, 65535.0) if whole else (1.0, 255.0)
     top = next((step for step in steps if low >= 0 and high <= step), None)
     if top is None:
-        values, top = values - low, high - low
+        values, top = values - low, (high - low) or 1.0  # all the same: black
     values[~finite] = 0.0
     return np.rint(np.clip(values * (255.0 / top), 0, 255)).astype(np.uint8)

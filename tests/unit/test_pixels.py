@@ -109,6 +109,10 @@ def test_what_is_no_number_is_black_and_hides_nothing_else() -> None:
     assert (pixels[:8] == 0).all() and np.abs(pixels[8:, :, 0] - 255 * RAMP[8:]).max() <= 1.01
 
 
+def test_one_grey_outside_of_the_usual_ranges_is_an_image_too() -> None:
+    assert decode(encoded(Image.fromarray(np.full((48, 64), -400, np.float32)), "TIFF")).getextrema() == ((0, 0),) * 3
+
+
 @pytest.mark.parametrize("kind", ["GIF", "PNG", "WEBP"])
 def test_of_an_animation_the_first_frame_counts(kind: str) -> None:
     frames = [Image.new("RGB", (64, 48), colour) for colour in ("red", "green", "blue")]
