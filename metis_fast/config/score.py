@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, Self
 
-from pydantic import model_validator
+from pydantic import Field, JsonValue, field_validator, model_validator
 
 from metis_fast.config.section import (
     MAY_CHANGE,
     FilePath,
+    Fraction,
+    JsonObject,
     NonNegative,
     NonNegativeFloat,
     OrNone,
@@ -23,7 +25,8 @@ class LlmJudgeConfig(Section):
     """LLM judge: any endpoint that speaks the OpenAI chat-completions protocol."""
 
     base_url: Annotated[Text, MAY_CHANGE] = ""
-    """For example http://127.0.0.1:8000/v1. Empty: rows of style `llm` are an error at start."""
+    """For example http://127.0.0.1:8000/v1; also without `/v1`, or with the whole path. Empty: rows of style `llm` are an error
+    at start."""
     model: Text = ""
     """Model name to ask for."""
     api_key_env: Annotated[Text, MAY_CHANGE] = "METIS_JUDGE_API_KEY"
@@ -33,9 +36,21 @@ class LlmJudgeConfig(Section):
     concurrency: Annotated[Positive, MAY_CHANGE] = 32
     """Requests in flight."""
     retries: Annotated[NonNegative, MAY_CHANGE] = 3
-    """Tries after the first, with exponential back-off; then there is no verdict."""
+    """Tries after the first, with exponential back-off or as long as Retry-After says; then there is no verdict."""
+    max_tokens: Annotated[Positive, MAY_CHANGE] = 4096
+    """Longest reply. A judge that thinks needs room for it; one that does not ends after a word."""
+    extra_body: JsonObject = Field(default={})
+    """More of the request, for example {chat_template_kwargs: {enable_thinking: false}}."""
     cache: Annotated[OrNone[FilePath], MAY_CHANGE] = None
     """SQLite file of past verdicts; none: kept in memory."""
+
+    @field_validator("extra_body")
+    @classmethod
+    def _leaves_the_rest(cls, body: dict[str, JsonValue]) -> dict[str, JsonValue]:
+        own = sorted(body.keys() & {"messages", "model", "n", "stream", "max_tokens", "max_completion_tokens"})
+        if own:
+            raise ValueError(f"{own[0]!r} is not for here; remove it (score.llm.model and max_tokens set theirs)")
+        return body
 
 
 class ScoreConfig(Section):
@@ -54,6 +69,8 @@ class ScoreConfig(Section):
     """False leaves out the division by the standard deviation (Dr. GRPO)."""
     number_tolerance: NonNegativeFloat = 0.0
     """Relative tolerance of the rule judge for numbers, beyond rounding: 3.1416 equals 3.14159 without any."""
+    max_missing_share: Annotated[Fraction, MAY_CHANGE] = 0.5
+    """Share of a step's answers of one judge style that may be left without a verdict; above it the run stops."""
     llm: LlmJudgeConfig = LlmJudgeConfig()
 
     @model_validator(mode="after")

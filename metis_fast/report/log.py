@@ -21,7 +21,7 @@ from tqdm import tqdm
 from metis_fast.config import LogConfig
 from metis_fast.errors import DataError
 from metis_fast.report.slices import KINDS
-from metis_fast.types import Ability, Avoided, Savings, Slice, StepStats, UpdateStats
+from metis_fast.types import Ability, Avoided, Outcome, Savings, Slice, StepStats, UpdateStats
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -81,6 +81,8 @@ def step_scalars(stats: StepStats) -> dict[str, float]:
     scalars = {"reward/acc": stats.reward_acc, "reward/tool": stats.reward_tool} | _slice_scalars(stats.slices)
     scalars |= {f"outcomes/{name}": float(count) for name, count in stats.outcomes.items()}
     scalars["outcomes/tool_errors"] = float(stats.tool_errors)
+    to_judge = sum(stats.outcomes.values()) - stats.outcomes.get(Outcome.INFRASTRUCTURE_ERROR, 0)
+    scalars["share/no_verdict"] = stats.outcomes.get(Outcome.JUDGE_ERROR, 0) / max(1, to_judge)
     scalars["share/qualifying"], scalars["share/signal"] = stats.qualifying_share, stats.signal_share
     scalars["data/bad_rows_skipped"] = float(stats.bad_rows_skipped)
     scalars |= {tag: float(sum(getattr(update, name) for update in stats.updates)) for tag, name in _UPDATE_SUMS.items()}

@@ -13,7 +13,26 @@ from metis_fast.types import Prompt, Rollout, Verdict
 
 
 class JudgeUnavailable(InfrastructureError):
-    """The judge could not be reached, timed out or answered nonsense, after its own retries: there is no verdict."""
+    """The judge could not be reached, timed out or answered nonsense, after its own retries: there is no verdict.
+
+    reason: the same words for the same kind of failure, since failures are counted by it.
+    detail: what came. advice: what to do.
+    """
+
+    def __init__(self, reason: str, detail: str = "", advice: str = "") -> None:
+        super().__init__(reason, detail, advice)
+        self.reason, self.detail, self.advice = reason, detail, advice
+
+    def __str__(self) -> str:
+        return self.reason + (f" ({self.detail})" if self.detail else "") + (f"; {self.advice}" if self.advice else "")
+
+
+class TryAgain(JudgeUnavailable):
+    """A failure that may pass. wait_s: how long the judge asked to be left alone; 0: it did not say."""
+
+    def __init__(self, reason: str, detail: str = "", advice: str = "", wait_s: float = 0.0) -> None:
+        super().__init__(reason, detail, advice)
+        self.wait_s = wait_s
 
 
 class Judge(Protocol):

@@ -18,8 +18,7 @@ from metis_fast.workers.worker import Worker, WorkerError
 
 SERVICE = "metis_fast.score.remote:JudgeService"
 _MATH_S = 300.0  # a few comparisons of three CPU seconds each, behind others of the same kind, on a loaded machine
-_REQUEST_SLACK_S = 35.0  # of an LLM judge's request, the wait before its next try included
-_CHECK_S = 120.0
+_REQUEST_SLACK_S = 70.0  # of an LLM judge's request, the wait before its next try included (at most 66 s, if it asks for that)
 
 
 class JudgeService:
@@ -107,7 +106,7 @@ class RemoteJudge:
             async with lane.alone:
                 return await self._ask(self._choose(prompt.uid, 1), prompt, rollout)
         except WorkerError as error:
-            raise JudgeUnavailable(f"no verdict from two workers: {first}; {error}") from None
+            raise JudgeUnavailable("no verdict from two workers", f"{first}; {error}") from None
 
     async def _ask(self, worker: Worker, prompt: Prompt, rollout: Rollout) -> Verdict:
         verdict = await worker.call("judge", prompt, rollout, deadline_s=self._judge_s)
@@ -123,7 +122,7 @@ class RemoteJudge:
             ConfigError, JudgeError: it does not; the message says what to set.
         """
         try:
-            await asyncio.gather(*(worker.call("check", deadline_s=_CHECK_S) for worker in self._workers))
+            await asyncio.gather(*(worker.call("check", deadline_s=self._judge_s) for worker in self._workers))
         except InfrastructureError as error:
             raise JudgeError(f"a judge worker could not be tried: {error}; see its log in run.dir/workers") from None
 
@@ -134,7 +133,7 @@ class RemoteJudge:
         """The prompt's worker among those that live, or at least are being started; a second attempt takes the next one."""
         left = [worker for worker in self._workers if worker.broken is None]
         if not left:
-            raise JudgeUnavailable(f"no judge worker is left: {self._workers[0].broken}")
+            raise JudgeUnavailable("no judge worker is left", str(self._workers[0].broken))
         living = [worker for worker in left if worker.alive] or left
         return living[(zlib.crc32(uid.encode()) + attempt) % len(living)]
 

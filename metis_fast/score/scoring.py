@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import logging
+from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
@@ -14,20 +16,25 @@ from metis_fast.score.protocol import Judge, JudgeUnavailable
 from metis_fast.score.reward import accuracy_reward, tool_reward
 from metis_fast.types import Group, Outcome, Prompt, Rollout, Score, ScoredGroup, Verdict
 
+log = logging.getLogger(__name__)
+
+_REASONS = 3  # told of those for which verdicts are missing
+
 
 async def score_groups(groups: Sequence[Group], judge: Judge, config: Config) -> list[ScoredGroup]:
     """Judge every rollout and compute rewards and advantages over the batch, in the order of `groups`.
 
     A rollout that ended in INFRASTRUCTURE_ERROR is not judged; it and those whose judge failed (JUDGE_ERROR) have no verdict
-    and count in no mean.
+    and count in no mean. Missing verdicts of a judge are a warning.
 
     Raises:
-        JudgeError: the judge is dead. It has to stop the run, which would otherwise train on next to nothing without saying so.
+        JudgeError: a judge is dead, or more than `score.max_missing_share` of its verdicts are missing. It has to stop the run,
+            which would otherwise train on next to nothing.
     """
     verdicts = await asyncio.gather(*(_verdict(judge, group.prompt, rollout) for group in groups for rollout in group.rollouts))
     following = iter(verdicts)
     judged = [[next(following) for _ in group.rollouts] for group in groups]
-    _require_living_judges(groups, judged)
+    _tell_missing(groups, judged, config.score.max_missing_share)
     rewards = [_rewards(group, found, config.score) for group, found in zip(groups, judged, strict=True)]
     reference_noise = config.loss.normalization == "reference"
     computed = advantages(rewards, config.score, reference_noise)
@@ -56,8 +63,10 @@ async def score_groups(groups: Sequence[Group], judge: Judge, config: Config) ->
     return scored
 
 
-def _require_living_judges(groups: Sequence[Group], judged: Sequence[Sequence[Verdict | JudgeUnavailable | None]]) -> None:
-    """Of every judge style separately: one that failed wherever it was needed is dead.
+def _tell_missing(
+    groups: Sequence[Group], judged: Sequence[Sequence[Verdict | JudgeUnavailable | None]], max_share: float
+) -> None:
+    """Of every judge style separately: a warning where verdicts are missing, a stop where too many are, or all.
 
     A rollout without an answer is wrong without a judge, so its verdict is no sign of life. Failures on a single prompt may be
     that prompt's: resuming would meet them again.
@@ -69,12 +78,28 @@ def _require_living_judges(groups: Sequence[Group], judged: Sequence[Sequence[Ve
     for style, parts in by_style.items():
         failed = [[verdict for verdict in found if isinstance(verdict, JudgeUnavailable)] for found in parts]
         failures = [failure for part in failed for failure in part]
-        lives = any(isinstance(verdict, Verdict) and verdict.answer for found in parts for verdict in found)
-        if failures and not lives and (alone or sum(map(bool, failed)) > 1):
-            raise JudgeError(
-                f"the judge of style {style!r} gave no verdict for any of {len(failures)} rollouts ({failures[-1]}); "
-                "see that it runs, then resume"
-            )
+        if not failures:
+            continue
+        given = [verdict for found in parts for verdict in found if isinstance(verdict, Verdict) and verdict.answer]
+        asked = len(failures) + len(given)
+        missing = f"{len(failures) if given else 'any'} of {asked} rollouts with an answer ({_reasons(failures)})"
+        problem = f"the judge of style {style!r} gave no verdict for {missing}"
+        several = alone or sum(map(bool, failed)) > 1
+        if several and not given:
+            raise JudgeError(f"{problem}; see that it runs, then resume")
+        if several and len(failures) > max_share * asked:
+            limit = f"more than score.max_missing_share={max_share:g}"
+            raise JudgeError(f"{problem}, {limit}; mend the judge or raise that setting, then resume")
+        log.warning("%s", problem)
+
+
+def _reasons(failures: Sequence[JudgeUnavailable]) -> str:
+    """The most frequent ones with their numbers, each with the detail of its last failure."""
+    last = {failure.reason: failure for failure in failures}
+    counts = Counter(failure.reason for failure in failures).most_common()
+    told = [f"{count} x {last[reason]}" for reason, count in counts[:_REASONS]]
+    others = sum(count for _, count in counts[_REASONS:])
+    return " | ".join([*told, *([f"{others} for other reasons"] if others else [])])
 
 
 async def _verdict(judge: Judge, prompt: Prompt, rollout: Rollout) -> Verdict | JudgeUnavailable | None:

@@ -82,6 +82,13 @@ def test_what_ran_ahead_is_logged_and_reads_back(tmp_path: Path):
     assert "staleness/mean" not in step_scalars(stats(4))  # a step without a token that counts has no age
 
 
+def test_the_judges_missing_verdicts_are_a_share_of_what_there_was_to_judge():
+    outcomes = {"answered": 5, "turn_limit": 1, "judge_error": 2, "infrastructure_error": 8}
+    assert step_scalars(stats(0, outcomes=outcomes))["share/no_verdict"] == 0.25
+    assert step_scalars(stats(0))["share/no_verdict"] == 0.0
+    assert step_scalars(stats(0, outcomes={"infrastructure_error": 8}))["share/no_verdict"] == 0.0
+
+
 def test_steps_of_a_run_from_before_rollouts_could_run_ahead_still_read(tmp_path: Path):
     with RunLog(tmp_path, QUIET) as log:
         log.step(stats(0))

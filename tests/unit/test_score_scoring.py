@@ -91,6 +91,45 @@ def test_a_judge_that_fails_on_the_whole_batch_stops_the_run(broken):
     assert "\n" not in str(caught.value)
 
 
+def failing(*answers: str) -> FakeJudge:
+    return FakeJudge(lambda prompt, answer: None if answer in answers else answer in prompt.answers)
+
+
+def test_missing_verdicts_are_a_line_for_each_style_with_the_reasons(caplog):
+    groups = [a_group("p", answers("4"), answers("?")), a_group("q", answers("5"), answers("?"), answers(""))]
+    scored = score(*groups, judge=failing("?"))
+    assert [s.outcome for one in scored for s in one.scores].count(Outcome.JUDGE_ERROR) == 2
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert line == (
+        "the judge of style 'rule' gave no verdict for 2 of 4 rollouts with an answer (2 x the fake judge was told to fail)"
+    )
+
+
+@pytest.mark.parametrize(("share", "stops"), [(0.5, True), (0.6, True), (0.67, False), (1.0, False)])
+def test_above_the_stated_share_of_missing_verdicts_the_run_stops(share, stops, caplog):
+    groups = [a_group("p", answers("4"), answers("?"), answers("?")), a_group("q", answers("5"), answers("?"), answers("?"))]
+    config = Config(score=ScoreConfig(max_missing_share=share))
+    if stops:
+        says = rf"4 of 6 rollouts .*, more than score\.max_missing_share={share:g}; mend the judge or raise that setting"
+        with pytest.raises(JudgeError, match=says):
+            score(*groups, judge=failing("?"), config=config)
+    else:
+        score(*groups, judge=failing("?"), config=config)
+        assert "4 of 6 rollouts" in caplog.text
+
+
+def test_failures_on_one_prompt_among_others_are_that_prompts(caplog):
+    groups = [a_group("p", answers("?"), answers("?"), answers("?")), a_group("q", answers("4"))]
+    assert [s.verdict for s in score(*groups, judge=failing("?"))[0].scores] == [None] * 3
+    assert "no verdict for 3 of 4" in caplog.text
+
+
+def test_rollouts_without_an_answer_do_not_hide_a_broken_judge():
+    groups = [a_group(uid, answers("4"), answers("?"), answers("?"), *[answers("")] * 9) for uid in "pq"]
+    with pytest.raises(JudgeError, match="4 of 6 rollouts with an answer"):
+        score(*groups, judge=failing("?"))
+
+
 def test_a_batch_that_only_our_machinery_broke_is_not_blamed_on_the_judge():
     (scored,) = score(a_group("p", answers("4"), answers("5"), broken=frozenset({0, 1})))
     assert [s.outcome for s in scored.scores] == [Outcome.INFRASTRUCTURE_ERROR] * 2

@@ -1,0 +1,295 @@
+"""The endpoint of an LLM judge: its address, the proxy on the way to it, what it takes, and what its failures mean."""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+import math
+import os
+import re
+import socket
+import ssl
+import urllib.request
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from typing import Any
+
+import httpx2
+from pydantic import BaseModel, ValidationError
+
+from metis_fast.config import LlmJudgeConfig
+from metis_fast.errors import JudgeError
+from metis_fast.score.llm_reply import described, one_line
+from metis_fast.score.protocol import JudgeUnavailable, TryAgain
+
+Message = Mapping[str, str]
+
+MAX_WAIT_S = 60.0
+"""Longest pause that an endpoint can ask for with Retry-After."""
+_RETRIED_STATUS = frozenset({408, 409, 425, 429})  # and every 5xx
+_MAX_PORT = 65535
+_OPERATION = re.compile(rb"(/chat/completions|/chat|/completions|/models|/responses)?/*\Z")
+
+# What some endpoints refuse -> how their message says so. Each is left out once it was refused.
+_MAY_GO = {
+    "max_completion_tokens": r"\bmax_completion_tokens\b|\bmax_new_tokens\b|context length|completion tokens",
+    "max_tokens": r"\bmax_tokens\b|\bmax_new_tokens\b|context length|completion tokens",
+    "temperature": r"\btemperature\b",
+    "system": r"\bsystem\b.{0,30}\brole\b|\brole\b.{0,30}\bsystem\b|roles must alternate",
+}
+
+
+class _Model(BaseModel):
+    id: str
+
+
+class _Models(BaseModel):
+    data: list[_Model]
+
+
+def parse_address(base_url: str) -> httpx2.URL:
+    """`score.llm.base_url` without blanks, trailing slashes and the name of an operation; a query stays.
+
+    Raises:
+        JudgeError: it is no address of HTTP.
+    """
+    text = base_url.strip()
+    if not re.match(r"https?://[^/]", text, re.IGNORECASE):
+        rest = re.sub(r"^(?:[a-z]+:)?/+|^https?:", "", text, flags=re.IGNORECASE) or "127.0.0.1:8000/v1"
+        raise JudgeError(f"score.llm.base_url={base_url!r} does not begin with http:// or https://; write http://{rest}")
+    try:
+        url = httpx2.URL(text).copy_with(fragment=None)
+        url.host.encode("idna")
+        if (url.port or 0) > _MAX_PORT:
+            raise httpx2.InvalidURL(f"a port is at most {_MAX_PORT}")
+    except (httpx2.InvalidURL, UnicodeError) as error:
+        raise JudgeError(
+            f"score.llm.base_url={base_url!r} is no address: {error}; write it like http://127.0.0.1:8000/v1"
+        ) from None
+    path, mark, query = url.raw_path.partition(b"?")
+    return url.copy_with(raw_path=(_OPERATION.sub(b"", path) or b"/") + mark + query)
+
+
+def proxy_of(url: httpx2.URL) -> tuple[str, str] | None:
+    """The environment variable that names a proxy for `url`, and the proxy. None for this machine itself, whatever is set."""
+    if _is_here(url.host) or urllib.request.proxy_bypass(url.netloc.decode()):
+        return None
+    proxies = urllib.request.getproxies()
+    for scheme in (url.scheme, "all"):
+        if scheme in proxies:
+            names = (f"{scheme}_proxy", f"{scheme.upper()}_PROXY")
+            name = next((name for name in names if os.environ.get(name) == proxies[scheme]), names[0])
+            return name, proxies[scheme] if "://" in proxies[scheme] else f"http://{proxies[scheme]}"
+    return None
+
+
+def _is_here(host: str) -> bool:
+    name = host.lower().rstrip(".")
+    if name == "localhost" or name.endswith(".localhost"):
+        return True
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    address = getattr(address, "ipv4_mapped", None) or address
+    return address.is_loopback or address.is_unspecified
+
+
+class Endpoint:
+    """Asks for chat completions. What it learns about the endpoint holds for all later requests.
+
+    Raises:
+        JudgeError: the address or the key cannot be one.
+    """
+
+    def __init__(self, config: LlmJudgeConfig) -> None:
+        self._config = config
+        self._url = parse_address(config.base_url)
+        path, mark, query = self._url.raw_path.partition(b"?")
+        path = path.rstrip(b"/")
+        self._query = mark + query
+        # the right one is known after the first reply
+        self._paths = [path, path.removesuffix(b"/v1") if path.endswith(b"/v1") else path + b"/v1"]
+        self._refused: frozenset[str] = frozenset()
+        self._key = os.environ.get(config.api_key_env, "").strip()
+        if not self._key.isascii() or not self._key.isprintable():
+            raise JudgeError(f"the environment variable {config.api_key_env} has characters that no key has; set it anew")
+        self._proxy = proxy_of(self._url)
+        self.way = f" through the proxy in ${self._proxy[0]}" if self._proxy else ""
+        """How requests get there, as part of a message."""
+        self._see_log = "see the log of the server"
+        if self._proxy:
+            self._see_log = f"mend {self._proxy[0]}, or add {self._url.host} to NO_PROXY if it is reached without"
+
+    def __str__(self) -> str:
+        return str(self._url.copy_with(userinfo=b"", query=None)).rstrip("/")
+
+    def client(self) -> httpx2.AsyncClient:
+        """A client for one event loop.
+
+        Raises:
+            JudgeError: the proxy that the environment names cannot be used.
+        """
+        headers = {"Connection": "close"}  # no connection outlives its request, so none outlives its event loop
+        if self._key:
+            headers["Authorization"] = f"Bearer {self._key}"
+            if b"api-version=" in self._query:  # Azure
+                headers["api-key"] = self._key
+        try:
+            # a transport of its own: else the client would read the proxies of the environment itself
+            transport = httpx2.AsyncHTTPTransport(
+                proxy=self._proxy[1] if self._proxy else None, limits=httpx2.Limits(max_connections=None)
+            )
+        except (ValueError, ImportError, httpx2.InvalidURL) as error:
+            assert self._proxy is not None
+            raise JudgeError(
+                f"the proxy in ${self._proxy[0]}, for the LLM judge at {self}, cannot be used: {one_line(str(error))}; "
+                f"{self._see_log}"
+            ) from None
+        return httpx2.AsyncClient(transport=transport, headers=headers, timeout=None, follow_redirects=True)
+
+    async def complete(self, client: httpx2.AsyncClient, messages: Sequence[Message]) -> bytes:
+        """The body of a chat completion.
+
+        Raises:
+            TryAgain, JudgeUnavailable: none came.
+        """
+        refused = self._refused
+        while True:
+            body = self._body(messages, refused)
+            response = await self._post(client, body)
+            more = self._refused_in(response, body)
+            if not more:
+                break
+            refused |= more
+        if not response.is_success or response.request.method != "POST":
+            raise await self._failure(client, response)
+        self._refused |= refused
+        return response.content
+
+    def _body(self, messages: Sequence[Message], refused: frozenset[str]) -> dict[str, Any]:
+        if "system" in refused:
+            messages = [{"role": "user", "content": "\n\n".join(message["content"] for message in messages)}]
+        optional = {"max_tokens": self._config.max_tokens, "temperature": 0.0}
+        if "max_tokens" in refused:
+            optional["max_completion_tokens"] = optional.pop("max_tokens")
+        kept = {name: value for name, value in optional.items() if name not in refused}
+        return {"model": self._config.model, "messages": messages} | kept | self._config.extra_body
+
+    def _refused_in(self, response: httpx2.Response, body: Mapping[str, Any]) -> frozenset[str]:
+        """What of a request's optional parts a reply refuses, at most one of them; what the settings ask for stays."""
+        if response.status_code not in (400, 422):
+            return frozenset()
+        ours = [name for name in _MAY_GO if name in body and name not in self._config.extra_body]
+        if len(body["messages"]) > 1:
+            ours.append("system")
+        said = _said(response)
+        return frozenset([name for name in ours if re.search(_MAY_GO[name], said, re.IGNORECASE)][:1])
+
+    async def _post(self, client: httpx2.AsyncClient, body: Mapping[str, Any]) -> httpx2.Response:
+        """The reply under the first path where there is something."""
+        first: httpx2.Response | None = None
+        for path in self._paths:
+            # ASCII: text of a lone surrogate has no UTF-8
+            response = await self._send(client, "POST", path + b"/chat/completions", json.dumps(body))
+            if response.status_code not in (404, 405) or "model" in _said(response).lower():
+                self._paths = [path]
+                return response
+            first = first or response
+        assert first is not None
+        return first
+
+    async def _send(self, client: httpx2.AsyncClient, method: str, path: bytes, body: str | None = None) -> httpx2.Response:
+        url = self._url.copy_with(raw_path=path + self._query)
+        try:
+            return await client.request(method, url, content=body, headers={"Content-Type": "application/json"})
+        except httpx2.RequestError as error:
+            raise self._no_connection(error) from None
+
+    async def _failure(self, client: httpx2.AsyncClient, response: httpx2.Response) -> JudgeUnavailable:
+        status, said = response.status_code, _said(response)
+        reason = f"HTTP status {status}{self.way}"
+        key = self._config.api_key_env
+        if response.request.method != "POST":  # a redirect made it a GET
+            to = one_line(str(response.url.copy_with(query=None)))
+            return JudgeUnavailable(f"redirected to {to}", said, "set score.llm.base_url to the API itself")
+        if status >= 500 or status in _RETRIED_STATUS:
+            advice = "lower score.llm.concurrency, or raise score.llm.retries" if status == 429 else self._see_log
+            return TryAgain(reason, said, advice, _retry_after(response.headers))
+        if status in (401, 403):
+            how = f"the key in ${key} is refused; set another" if self._key else f"set the key in ${key}, which is not set"
+            return JudgeUnavailable(reason, said, f"{how}, or name its variable in score.llm.api_key_env")
+        if status == 407:
+            return JudgeUnavailable(reason, said, self._see_log)
+        if status == 404 and "model" in said.lower():
+            served = await self._served(client)
+            advice = f"set score.llm.model to one that is served: {', '.join(served)}" if served else "set score.llm.model"
+            return JudgeUnavailable(reason, said, advice)
+        if status in (404, 405):
+            return JudgeUnavailable(reason, said, "set score.llm.base_url to what stands before /chat/completions")
+        if "https" in said.lower():
+            return JudgeUnavailable(reason, said, "write https:// in score.llm.base_url")
+        return JudgeUnavailable(reason, said, "see score.llm.model, score.llm.max_tokens and score.llm.extra_body")
+
+    async def _served(self, client: httpx2.AsyncClient) -> list[str]:
+        """Names of models, at most 10; none where the endpoint does not tell."""
+        try:
+            response = await self._send(client, "GET", self._paths[0] + b"/models")
+            return [one_line(model.id) for model in _Models.model_validate_json(response.content).data[:10]]
+        except (TryAgain, ValidationError):
+            return []
+
+    def _no_connection(self, error: httpx2.RequestError) -> TryAgain:
+        causes: list[BaseException] = [error]
+        while cause := causes[-1].__cause__ or causes[-1].__context__:
+            causes.append(cause)
+        said = one_line(str(causes[-1]) or type(causes[-1]).__name__)
+        if self._proxy:
+            return TryAgain(f"no connection{self.way}", said, self._see_log)
+        for kind, reason, advice in _TLS_AND_HOST:
+            if any(isinstance(cause, kind) for cause in causes):
+                return TryAgain(reason, said, advice)
+        if isinstance(error, httpx2.ConnectError):
+            return TryAgain("no connection", said, "start it, or set score.llm.base_url")
+        https = ", and write https:// in score.llm.base_url if it speaks TLS" if self._url.scheme == "http" else ""
+        return TryAgain("the connection was lost", said, f"{self._see_log}{https}")
+
+
+_TLS_AND_HOST: tuple[tuple[type[BaseException], str, str], ...] = (
+    (
+        ssl.SSLCertVerificationError,
+        "the server's certificate is not trusted",
+        "set the environment variable SSL_CERT_FILE to the certificate of its authority",
+    ),
+    (ssl.SSLError, "no TLS connection", "write http:// in score.llm.base_url if the server speaks plain HTTP"),
+    (socket.gaierror, "no such host", "mend the host in score.llm.base_url"),
+)
+
+
+def _said(response: httpx2.Response) -> str:
+    """What the body of an error says, in one line."""
+    try:
+        value = response.json()
+    except ValueError:
+        kind = described(response.content)
+        return kind if kind != "something else" else one_line(response.text)
+    for name in ("error", "detail", "message"):
+        if isinstance(value, dict) and value.get(name):
+            value = value[name]
+    return one_line(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
+
+
+def _retry_after(headers: httpx2.Headers) -> float:
+    """Seconds for which an endpoint asks to be left alone, from 0 to MAX_WAIT_S; 0: it does not say."""
+    said = headers.get("retry-after", "")
+    try:
+        wait_s = float(headers["retry-after-ms"]) / 1000 if "retry-after-ms" in headers else float(said)
+    except ValueError:
+        try:
+            until = parsedate_to_datetime(said)
+            now = parsedate_to_datetime(headers["date"]) if "date" in headers else datetime.now(UTC)
+            wait_s = (until - now).total_seconds()
+        except (ValueError, TypeError):  # TypeError: only one of them has a time zone
+            return 0.0
+    return 0.0 if math.isnan(wait_s) else min(max(wait_s, 0.0), MAX_WAIT_S)
