@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from metis_fast.config.section import FilePath, OrNone, Positive, PositiveFloat, Section, Several
+from typing import Annotated, Literal
+
+from metis_fast.config.section import BY_CONTENT, FilePath, OrNone, Positive, PositiveFloat, Section, Several
 from metis_fast.types import ToolName
+
+CallSyntax = Literal["strict", "lenient"]
 
 
 class PythonToolConfig(Section):
@@ -24,8 +28,8 @@ class PythonToolConfig(Section):
 class TextSearchConfig(Section):
     """The `text_search` tool over a local corpus."""
 
-    corpus: OrNone[FilePath] = None
-    """Parquet with columns `title`, `link`, `text`; indexed on first use, the index kept beside it."""
+    corpus: Annotated[OrNone[FilePath], BY_CONTENT] = None
+    """Parquet file, or folder of them, with columns `title`, `link`, `text`; indexed when a run starts, the index kept beside it."""
     max_results: Positive = 3
     """Results in an observation."""
     snippet_chars: Positive = 300
@@ -35,8 +39,9 @@ class TextSearchConfig(Section):
 class ImageSearchConfig(Section):
     """The `image_search` tool over a local set of images."""
 
-    corpus: OrNone[FilePath] = None
-    """Parquet with columns `title`, `link`, `image` (encoded bytes); indexed on first use."""
+    corpus: Annotated[OrNone[FilePath], BY_CONTENT] = None
+    """Parquet file, or folder of them, with columns `title`, `link`, `image` ({bytes, path}, bytes or paths); indexed when a run
+    starts."""
     max_results: Positive = 2
     """Results in an observation, each with a thumbnail."""
     thumbnail_px: Positive = 256
@@ -48,6 +53,8 @@ class ToolsConfig(Section):
 
     enabled: Several[ToolName] = (ToolName.PYTHON, ToolName.TEXT_SEARCH, ToolName.IMAGE_SEARCH)
     """Calling another one is the agent's error."""
+    call_syntax: CallSyntax = "strict"
+    """`strict`: a call is JSON. `lenient`: also what can only mean one thing, such as raw line breaks or single quotes."""
     python: PythonToolConfig = PythonToolConfig()
     text_search: TextSearchConfig = TextSearchConfig()
     image_search: ImageSearchConfig = ImageSearchConfig()

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 
 
 def open_toolbox(config: ToolsConfig, scratch: Path) -> Toolbox:
-    """Check and open the enabled tools; start the warm Python server if `python` is one of them.
+    """Check and open the enabled tools, building indexes that are not there yet; start the warm Python server if `python` is
+    one of them.
 
     scratch: existing or new folder for what the tools keep while they are open; nothing is left in it after `close()`.
 

@@ -6,24 +6,26 @@ changed), which is what the corpora of the recipe hold.
 
 from __future__ import annotations
 
+import hashlib
 import io
-import threading
-from dataclasses import dataclass
+import logging
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow.parquet as pq
+import pyarrow as pa
 from PIL import Image
 
 from metis_fast import pixels
 from metis_fast.config import ImageSearchConfig
-from metis_fast.errors import InfrastructureError
+from metis_fast.errors import InfrastructureError, ToolSetupError
 from metis_fast.pixels import ImageError
-from metis_fast.tools.corpus import check_corpus, derived_folder, page_text
+from metis_fast.tools.corpus import IMAGE, TEXT, Corpus, image_bytes, page_text
+from metis_fast.tools.derived import derived_folder
 from metis_fast.types import ImageBlob, Observation, Outcome, ToolName
 
-_LAYOUT = "2"  # raise when the descriptor changes
+_LAYOUT = "3"  # raise when the descriptor changes
+_LOG = logging.getLogger(__name__)
 _FILE = "descriptors.npy"
 _SIDE = 64  # pixels of the grey image that gradients are taken from
 _CELLS, _BINS = 4, 8
@@ -54,98 +56,72 @@ def _unit(vector: npt.NDArray[np.floating]) -> npt.NDArray[np.floating]:
     return vector / length if length > 1e-6 else np.zeros_like(vector)  # a plain image has neither layout
 
 
-def _decode(data: bytes | None) -> Image.Image | None:
-    try:
-        return pixels.decode(data or b"")
-    except ImageError:
-        return None
-
-
-def _build(corpus: Path, folder: Path) -> None:
-    rows = []
-    for batch in pq.ParquetFile(corpus).iter_batches(batch_size=64, columns=["image"]):
-        for data in batch.column(0).to_pylist():
-            image = _decode(data)
-            # An unreadable image keeps its row, and is like nothing.
-            rows.append(np.zeros(DESCRIPTOR_SIZE, np.float32) if image is None else describe(image))
-    np.save(folder / _FILE, np.stack(rows) if rows else np.zeros((0, DESCRIPTOR_SIZE), np.float32))
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Index:
-    descriptors: npt.NDArray[np.float32]  # [rows, 320]
-    titles: list[str | None]
-    links: list[str | None]
-    file: pq.ParquetFile
+def _build(corpus: Corpus, folder: Path) -> None:
+    rows: list[npt.NDArray[np.float32]] = []
+    bad: list[str] = []
+    for path, row, cell in corpus.images():
+        try:
+            rows.append(describe(pixels.decode(image_bytes(cell, path.parent))))
+        except ImageError as error:
+            rows.append(np.zeros(DESCRIPTOR_SIZE, np.float32))  # keeps its row, and is like nothing
+            bad.append(f"{path}, row {row}: {error}")
+    if len(bad) == len(rows):
+        raise ToolSetupError(f"the corpus of {corpus.tool} has no image that can be read; {bad[0]}; write it anew")
+    if bad:
+        _LOG.warning(
+            "image_search: %d of %d images cannot be read and are never found; the first: %s", len(bad), len(rows), bad[0]
+        )
+    np.save(folder / _FILE, np.stack(rows))
 
 
 class ImageSearch:
-    """One per run; the descriptors are computed or loaded by the first search. Thread-safe."""
+    """One per run. Thread-safe."""
 
     def __init__(self, config: ImageSearchConfig) -> None:
-        """Check the corpus.
+        """Check the corpus; compute the descriptors of its images, or load those that are there.
 
         Raises:
-            ToolSetupError: it is not set, missing, or lacks a column.
+            ToolSetupError: the corpus is not set, missing or damaged, lacks a column or has one of another type, holds no image
+                that can be read, or its descriptors can be written nowhere.
         """
         self._config = config
-        self._corpus = check_corpus(ToolName.IMAGE_SEARCH, config.corpus, ("title", "link", "image"))
-        self._lock = threading.Lock()
-        self._index: _Index | None = None
-
-    def _opened(self) -> _Index:
-        if self._index is None:
-            try:
-                folder = derived_folder(self._corpus, "descriptors", _LAYOUT, lambda path: _build(self._corpus, path))
-                names = pq.read_table(self._corpus, columns=["title", "link"])
-                descriptors = np.load(folder / _FILE)
-                file = pq.ParquetFile(self._corpus, memory_map=True)
-            except (OSError, ValueError) as error:  # numpy raises ValueError for a damaged file
-                raise InfrastructureError(f"cannot compute or read the descriptors beside {self._corpus}: {error}") from None
-            self._index = _Index(descriptors, names["title"].to_pylist(), names["link"].to_pylist(), file)
-        return self._index
-
-    def open_index(self) -> None:
-        """Compute or load the descriptors now. Raises as `search`."""
-        with self._lock:
-            self._opened()
+        corpus = Corpus.open(ToolName.IMAGE_SEARCH, config.corpus, {"title": TEXT, "link": TEXT, "image": IMAGE})
+        key = hashlib.sha256(f"{_LAYOUT}:{corpus.content_hash()}:{corpus.image_files()}".encode()).hexdigest()
+        folder = derived_folder(corpus.path, "descriptors", key, lambda path: _build(corpus, path))
+        try:
+            self._descriptors: npt.NDArray[np.float32] = np.load(folder / _FILE)  # [rows, 320]
+        except (OSError, ValueError) as error:
+            raise ToolSetupError(f"cannot read the descriptors in {folder}: {error}; delete it") from None
+        self._corpus = corpus
+        self._names = list(corpus.texts("title", "link"))
 
     def search(self, image: ImageBlob) -> Observation:
         """The pages whose images look most like `image`: title, link if there is one, thumbnail.
 
         Raises:
-            InfrastructureError: the descriptors cannot be computed or read.
+            InfrastructureError: the corpus can no longer be read.
         """
-        query = _decode(image.data)
-        if query is None:
+        try:
+            query = pixels.decode(image.data)
+        except ImageError:
             return Observation("image_search cannot read the image of the prompt.", outcome=Outcome.TOOL_ERROR)
-        with self._lock:
-            index = self._opened()
-            likeness = index.descriptors @ describe(query)
-            best = np.argsort(-likeness, kind="stable")[: self._config.max_results]
-            texts, images = [], []
-            for number, row in enumerate((int(row) for row in best if likeness[row] > 0), start=1):
-                head = f"{number}. " if self._config.max_results > 1 else ""
-                lines = [head + page_text(index.titles[row]), page_text(index.links[row])]
-                found = _decode(_cell(index.file, row))
-                if found is not None:
-                    lines.append("<image>")
-                    images.append(self._thumbnail(found))
-                texts.append("\n".join(line for line in lines if line))
+        likeness = self._descriptors @ describe(query)
+        best = np.argsort(-likeness, kind="stable")[: self._config.max_results]
+        texts, images = [], []
+        for number, row in enumerate((int(row) for row in best if likeness[row] > 0), start=1):
+            title, link = map(page_text, self._names[row])
+            head = f"{number}. " if self._config.max_results > 1 else ""
+            texts.append("\n".join(line for line in (head + title, link, "<image>") if line))
+            images.append(self._thumbnail(row))
         return Observation("\n\n".join(texts) or "No results.", tuple(images))
 
-    def _thumbnail(self, image: Image.Image) -> ImageBlob:
-        small = image.copy()
+    def _thumbnail(self, row: int) -> ImageBlob:
+        try:
+            small = pixels.decode(self._corpus.image(row))
+        except (ImageError, OSError, pa.ArrowException) as error:
+            message = " ".join(str(error).split())
+            raise InfrastructureError(f"the corpus of image_search, {self._corpus.path}, changed in use: {message}") from None
         small.thumbnail((self._config.thumbnail_px, self._config.thumbnail_px))
         buffer = io.BytesIO()
         small.save(buffer, "PNG")
         return ImageBlob.of(buffer.getvalue())
-
-
-def _cell(file: pq.ParquetFile, row: int) -> bytes:
-    for group in range(file.num_row_groups):
-        count = file.metadata.row_group(group).num_rows
-        if row < count:
-            return file.read_row_group(group, columns=["image"]).column(0)[row].as_py()
-        row -= count
-    raise IndexError("row beyond the corpus")

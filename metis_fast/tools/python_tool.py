@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import fcntl
 import io
 import math
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import threading
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image
@@ -26,29 +29,40 @@ from metis_fast import pixels
 from metis_fast.config import PythonToolConfig
 from metis_fast.errors import InfrastructureError, ToolSetupError
 from metis_fast.pixels import ImageError
+from metis_fast.tools.sandbox.transcript import Transcript, transcript_size
 from metis_fast.tools.sandbox.wire import (
     LENGTH,
     MAX_FRAME,
     MAX_IMAGES,
     MAX_SIDE,
+    SESSION_LOST,
     Call,
     Limits,
     Reply,
+    Shown,
     WireError,
-    decode_reply,
+    decode_message,
     encode_call,
 )
 from metis_fast.types import ImageBlob, Observation, Outcome
 
+_NOTES = 200  # characters of the lines that say what was left out, at most
 _START_S = 60.0  # a cold import of numpy and Pillow on a loaded machine, with room
 _CPU_CALLS = 20  # a session may use the CPU time of this many calls; the paper's rollouts have ten turns
 _OPEN = b"open"
 _READY = b"ready"
 # sys.path is set by hand because the server ignores the caller's folder and PYTHONPATH, as `-I` would have it. Not `-I` itself:
 # it also ignores PYTHONHASHSEED, which makes the order of sets repeat. The environment is ours, so nothing else differs.
-_COMMAND = (
-    "import sys; sys.path.insert(0, sys.argv.pop(1)); from metis_fast.tools.sandbox.server import main; del sys.path[0]; main()"
-)
+_COMMAND = """
+import sys
+sys.path.insert(0, sys.argv.pop(1))
+from metis_fast.tools.sandbox.server import main
+del sys.path[0]
+for call in main():
+    with call:
+        for code in call:
+            exec(code, call.scope)
+"""
 
 
 def _environment() -> dict[str, str]:
@@ -58,6 +72,7 @@ def _environment() -> dict[str, str]:
         "TZ": "UTC",
         "PYTHONHASHSEED": "0",
         "PYTHONDONTWRITEBYTECODE": "1",
+        "PYTHONUNBUFFERED": "1",  # what a child has printed is there, also if it is killed
         "OMP_NUM_THREADS": "1",
         "OPENBLAS_NUM_THREADS": "1",
         "MPLBACKEND": "module://metis_fast.tools.sandbox.figures",
@@ -68,12 +83,26 @@ class _SessionEndedError(Exception):
     """The other end of a session's socket is closed."""
 
 
+@dataclass(frozen=True, slots=True)
+class _End:
+    """How a session ended. status: exit status of its first process (negative: the signal that killed it); None if the server
+    died instead. parts: what the running call had written until then, as in a `Reply`."""
+
+    status: int | None
+    parts: tuple[str | int, ...] = ()
+
+
 class SandboxProcess:
     """One running session of the server. Belongs to the event loop that uses it."""
 
-    def __init__(self, data: socket.socket, life: socket.socket) -> None:
+    def __init__(self, data: socket.socket, life: socket.socket, output: int, max_output_chars: int) -> None:
+        """output: the file that `Transcript` describes; the session has it, too. All three are closed here."""
         self._data = data
         self._life = life
+        self._output = output
+        self._max_output_chars = max_output_chars
+        self._calls = 0
+        self.images: list[bytes] = []  # shown in the running call
         for sock in (data, life):
             sock.setblocking(False)
 
@@ -90,46 +119,67 @@ class SandboxProcess:
             buffer += chunk
         return bytes(buffer)
 
-    async def read_reply(self) -> Reply:
-        """The next reply.
+    async def read_message(self) -> Reply | Shown:
+        """What the session says next.
 
         Raises:
             _SessionEndedError: the session is gone. WireError: it sent something else.
         """
         (size,) = LENGTH.unpack(await self._read(LENGTH.size))
         if size > MAX_FRAME:
-            raise WireError("reply is too large")
-        return decode_reply(await self._read(size))
+            raise WireError("message is too large")
+        message = decode_message(await self._read(size))
+        if message.call != self._calls:
+            raise WireError("message belongs to another call")
+        return message
 
-    async def exchange(self, call: Call) -> Reply:
-        """Send a call and wait for its reply. Raises as `read_reply`."""
+    async def exchange(self, code: str, images: tuple[bytes, ...]) -> Reply:
+        """Send a call and wait for its reply; `self.images` are those that it shows. Raises as `read_message`."""
+        self._calls += 1
+        self.images = []
         try:
-            await asyncio.get_running_loop().sock_sendall(self._data, encode_call(call))
+            await asyncio.get_running_loop().sock_sendall(self._data, encode_call(Call(self._calls, code, images)))
         except ConnectionError:
             raise _SessionEndedError from None
-        return await self.read_reply()
+        while isinstance(message := await self.read_message(), Shown):
+            if len(self.images) == MAX_IMAGES:
+                raise WireError("too many images")
+            self.images.append(message.png)
+        return message
 
-    async def end(self) -> int | None:
-        """Kill the session and wait until all its processes are gone.
-
-        Returns the exit status of its first process (negative: the signal that killed it); None if the server died instead.
-        """
+    async def end(self) -> _End:
+        """Kill the session and wait until all its processes are gone."""
         loop = asyncio.get_running_loop()
         text = b""
+        parts: tuple[str | int, ...] = ()
         try:
             with contextlib.suppress(OSError):
                 self._life.shutdown(socket.SHUT_WR)
             with contextlib.suppress(ConnectionError):
                 while chunk := await loop.sock_recv(self._life, 32):
                     text += chunk
+            if self._calls:
+                parts = self._left_behind()
         finally:
             self.discard()
-        return int(text) if text else None
+        return _End(int(text) if text else None, parts)
+
+    def _left_behind(self) -> tuple[str | int, ...]:
+        # read, not mapped: the session may have shortened the file
+        memory = os.pread(self._output, transcript_size(self._max_output_chars), 0)
+        transcript = Transcript(bytearray(memory.ljust(transcript_size(self._max_output_chars), b"\0")), self._max_output_chars)
+        if transcript.call != self._calls:
+            return ()  # of the call before
+        transcript.take(self._output)
+        return transcript.parts()
 
     def discard(self) -> None:
-        """Close our sockets without waiting; the server kills the session."""
+        """Close what is ours without waiting; the server kills the session."""
         self._data.close()
         self._life.close()
+        if self._output >= 0:
+            os.close(self._output)
+            self._output = -1
 
 
 class PythonServer:
@@ -234,14 +284,17 @@ class PythonServer:
             await asyncio.to_thread(self._ensure_alive)
         data, their_data = socket.socketpair()
         life, their_life = socket.socketpair()
-        process = SandboxProcess(data, life)
+        output = os.memfd_create("output")
+        process = SandboxProcess(data, life, output, self._limits.max_output_chars)
         ready = False
         try:
+            os.ftruncate(output, transcript_size(self._limits.max_output_chars))
+            fcntl.fcntl(output, fcntl.F_SETFL, os.O_APPEND)
             with their_data, their_life:
                 # Does not block: callers are limited to a few at a time, the socket holds hundreds of these.
-                socket.send_fds(self._control, [_OPEN], [their_data.fileno(), their_life.fileno()])
+                socket.send_fds(self._control, [_OPEN], [their_data.fileno(), their_life.fileno(), output])
             async with asyncio.timeout(_START_S):
-                await process.read_reply()
+                await process.read_message()
             ready = True
         except (OSError, _SessionEndedError, WireError) as error:  # a TimeoutError is an OSError
             reason = _last_line(self._folder / "log") or type(error).__name__
@@ -252,7 +305,7 @@ class PythonServer:
         self._live.add(process)
         return process
 
-    async def end(self, process: SandboxProcess) -> int | None:
+    async def end(self, process: SandboxProcess) -> _End:
         """End a session, see `SandboxProcess.end`."""
         try:
             return await process.end()
@@ -297,6 +350,8 @@ def _image(png: bytes) -> ImageBlob | None:
 
 
 def _describe(status: int) -> str:
+    if status in (-signal.SIGKILL, SESSION_LOST):  # by which of the two it ended first
+        return "killed, or its connection closed"
     return f"killed by signal {-status}" if status < 0 else f"exit status {status}"
 
 
@@ -322,52 +377,64 @@ class PythonTool:
             process = self._process = await self._server.open()
             images = tuple(image.data for image in self._images)
             note = "[new Python session: earlier variables are gone]\n" if self._has_history else ""
-        finished = False
+        reply: Reply | None = None
+        end, text = _End(None), ""
         try:
             async with asyncio.timeout(self._timeout_s):
-                reply = await process.exchange(Call(code, images))
-            finished = True
+                reply = await process.exchange(code, images)
         except TimeoutError:
-            text = f"Timed out after {self._timeout_s:g} s. The Python session was stopped; the next call starts a new one."
-            await self.close()
-            self._has_history = True
-            return Observation(note + text, outcome=Outcome.TOOL_ERROR)
-        except _SessionEndedError:
-            status = await self.close()
-            if status is None:
+            text = f"Timed out after {self._timeout_s:g} s. The Python session was stopped"
+            end = await self._end(process)
+        except (_SessionEndedError, WireError) as error:
+            end = await self._end(process)
+            if end.status is None:
                 raise InfrastructureError("the Python server died during a call") from None
-            self._has_history = True
-            text = f"The Python session ended ({_describe(status)}). The next call starts a new one."
-            return Observation(note + text, outcome=Outcome.TOOL_ERROR)
-        except WireError:
-            await self.close()
-            self._has_history = True
-            return Observation(note + "The Python session broke. The next call starts a new one.", outcome=Outcome.TOOL_ERROR)
+            how = _describe(end.status) if isinstance(error, _SessionEndedError) else "its connection broke"
+            text = f"The Python session ended ({how})"
         finally:
-            if not finished and self._process is not None:  # cancelled: what comes next on the socket is not for the next call
+            if reply is None and self._process is not None:  # cancelled: what comes next on the socket is not for the next call
                 self._server.discard(self._process)
                 self._process = None
         self._has_history = True
-        return await self._observation(reply, note)
+        if reply is not None:
+            return await self._observation((note, *self._bounded(reply.parts)), process.images, reply.ok)
+        parts = (note, *self._bounded(end.parts))
+        last = parts[-1]
+        gap = "\n" if isinstance(last, str) and last and not last.endswith("\n") else ""
+        return await self._observation((*parts, f"{gap}{text}; the next call starts a new one."), process.images, ok=False)
 
-    async def _observation(self, reply: Reply, note: str) -> Observation:
-        texts, images, room = [note], [], 2 * self._max_chars  # texts[k] stands before images[k]
-        for part in reply.parts:
+    def _bounded(self, parts: tuple[str | int, ...]) -> list[str | int]:
+        """What the agent wrote; it may have forged it."""
+        room = self._max_chars + _NOTES
+        bounded: list[str | int] = []
+        for part in parts:
             if isinstance(part, str):
-                texts[-1] += part[:room]
-                room = max(0, room - len(part))
+                part = part[:room]
+                room -= len(part)
+            bounded.append(part)
+        return bounded
+
+    async def _observation(self, parts: tuple[str | int, ...], images: list[bytes], ok: bool) -> Observation:
+        texts, shown = [""], []  # texts[k] stands before shown[k]
+        for part in parts:
+            if isinstance(part, str):
+                texts[-1] += part
                 continue
-            image = await asyncio.to_thread(_image, part) if len(images) < MAX_IMAGES else None
-            if image is not None:
-                images.append(image)
+            image = await asyncio.to_thread(_image, images[part]) if 0 <= part < len(images) else None
+            if image is not None and len(shown) < MAX_IMAGES:
+                shown.append(image)
                 texts.append("")
         # Whole texts, so that no mark hides in two parts; an image stands on a line of its own.
         lines = [text.replace("<image>", "< image >").removesuffix("\n") for text in texts]
         text = "\n<image>\n".join(lines).replace("\n\n<image>", "\n<image>").strip("\n")
-        outcome = Outcome.TOOL_RESULT if reply.ok else Outcome.TOOL_ERROR
-        return Observation(text or "(no output)", tuple(images), outcome)
+        outcome = Outcome.TOOL_RESULT if ok else Outcome.TOOL_ERROR
+        return Observation(text or "(no output)", tuple(shown), outcome)
 
-    async def close(self) -> int | None:
-        """Kill the session, if there is one, and wait until it is gone. Returns as `SandboxProcess.end`."""
-        process, self._process = self._process, None
-        return await self._server.end(process) if process is not None else None
+    async def _end(self, process: SandboxProcess) -> _End:
+        self._process = None
+        return await self._server.end(process)
+
+    async def close(self) -> None:
+        """Kill the session, if there is one, and wait until it is gone."""
+        if self._process is not None:
+            await self._end(self._process)

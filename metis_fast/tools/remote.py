@@ -37,7 +37,6 @@ class ToolService:
 
     Raises:
         ToolSetupError: see `tools.open_toolbox`.
-        InfrastructureError: an index cannot be built or read.
     """
 
     def __init__(self, config: ToolsConfig, scratch: Path | None = None) -> None:
@@ -46,7 +45,6 @@ class ToolService:
             folder = stack.enter_context(TemporaryDirectory(prefix="metis-tools-", dir=scratch))
             self._toolbox = LocalToolbox.open(config, Path(folder))
             stack.callback(self._toolbox.close)
-            self._toolbox.open_indexes()  # building one may take longer than a call may
             self._opened = stack.pop_all()
 
     async def open(self, session: int, images: Sequence[ImageBlob]) -> int:

@@ -62,16 +62,6 @@ class LocalToolbox:
             self._gate = (loop, asyncio.Semaphore(self.num_slots))
         return self._gate[1]
 
-    def open_indexes(self) -> None:
-        """Build or open the indexes of the search tools now, not with the first search.
-
-        Raises:
-            InfrastructureError: one cannot be built or read.
-        """
-        for search in (self.text, self.image):
-            if search is not None:
-                search.open_index()
-
     def session(self, images: Sequence[ImageBlob]) -> LocalSession:
         """Tools for one rollout; starts nothing."""
         return LocalSession(self, tuple(images))

@@ -142,7 +142,7 @@ def test_long_output_is_cut_in_the_middle(open_box: Open) -> None:
 
 
 def test_printed_image_marks_do_not_stand_for_images(open_box: Open) -> None:
-    forged = "import os, json\nhead = json.dumps([True, ['<ima', 'ge>']]).encode()\nsize = lambda n: n.to_bytes(4, 'big')\n"
+    forged = "import os, json\nhead = json.dumps([2, True, ['<ima', 'ge>']]).encode()\nsize = lambda n: n.to_bytes(4, 'big')\n"
     forged += "os.write(3, size(len(head) + 4) + size(len(head)) + head)"
     got = run(open_box(), "print('<image>')", forged)
     assert got == [Observation("< image >"), Observation("< image >")]
@@ -269,7 +269,13 @@ def test_ending_the_process_is_the_agents_error(open_box: Open) -> None:
     assert got[1].text.endswith("\n1") and got[2].outcome is Outcome.TOOL_RESULT and got[3].outcome is Outcome.TOOL_ERROR
 
 
-@pytest.mark.parametrize("forged", ["b'\\xff' * 64", "b'\\0\\0\\0\\x04\\0\\0\\0\\0'", "b'\\0\\0\\0\\x06\\0\\0\\0\\x02[]'"])
+LATE = "b'\\0\\0\\0\\x10\\0\\0\\0\\x0c[0, true, []]'"  # of another call
+
+
+GARBAGE = ["b'\\xff' * 64", "b'\\0\\0\\0\\x04\\0\\0\\0\\0'", "b'\\0\\0\\0\\x06\\0\\0\\0\\x02[]'"]
+
+
+@pytest.mark.parametrize("forged", [*GARBAGE, LATE])
 def test_a_forged_reply_is_the_agents_error(open_box: Open, forged: str) -> None:
     got = run(open_box(), f"import os\nos.write(3, {forged})", "1")
     assert got[0].outcome is Outcome.TOOL_ERROR and "broke" in got[0].text and got[1].text.endswith("\n1")

@@ -1,105 +1,55 @@
-"""Runs the agent's calls inside a session, like cells of a notebook, and collects what they write and show."""
+"""Runs the agent's calls inside a session, like cells of a notebook, and keeps what they write and show."""
 
 from __future__ import annotations
 
 import ast
 import io
 import linecache
+import mmap
 import os
 import random
+import signal
 import socket
 import sys
+import threading
 import traceback
 import types
-from collections.abc import Iterable
+import warnings
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, TextIO
 
 import numpy as np
 import numpy.random  # loads late by itself, in every session anew
 from PIL import Image, ImageShow
 
 from metis_fast.pixels import to_rgb
-from metis_fast.tools.sandbox.wire import LENGTH, MAX_IMAGES, MAX_SIDE, Call, Limits, Reply, decode_call, encode_reply
+from metis_fast.tools.sandbox.transcript import Transcript, transcript_size
+from metis_fast.tools.sandbox.wire import LENGTH, MAX_SIDE, Limits, Reply, Shown, decode_call, encode_message
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer
 
 _CELL = "<call "
+_STDOUT, _STDERR = 1, 2
 
 
-class Transcript:
-    """Text and PNG images in the order written. Text beyond `limit` characters is cut in the middle; memory stays bounded."""
+class _Stream(io.RawIOBase):
+    """What stands behind sys.stdout and sys.stderr of the agent's code. Keeps nothing back: the process may be killed."""
 
-    def __init__(self, limit: int) -> None:
-        self._head_room = (limit + 1) // 2
-        self._tail_room = limit // 2
-        self._head: list[str | bytes] = []
-        self._tail: list[str | bytes] = []
-        self._tail_chars = 0
-        self._dropped = 0
-        self._images = 0
-        self._refused = 0
-
-    def write(self, text: str) -> None:
-        """Add text."""
-        if self._head_room:
-            first, text = text[: self._head_room], text[self._head_room :]
-            self._head.append(first)
-            self._head_room -= len(first)
-        if text:
-            self._tail.append(text)
-            self._tail_chars += len(text)
-            if self._tail_chars > 2 * self._tail_room + 4096:  # so that trimming costs O(1) a character
-                self._trim()
-
-    def show(self, image: Image.Image) -> None:
-        """Add an image, as PNG."""
-        if self._images == MAX_IMAGES:
-            self._refused += 1
-            return
-        self._images += 1
-        image = to_rgb(image)
-        if max(image.size) > MAX_SIDE:
-            image = image.copy()
-            image.thumbnail((MAX_SIDE, MAX_SIDE))
-        buffer = io.BytesIO()
-        image.save(buffer, "PNG", compress_level=1)
-        (self._head if self._head_room else self._tail).append(buffer.getvalue())
-
-    def _trim(self) -> None:
-        kept: list[str | bytes] = []
-        room = self._tail_room
-        for part in reversed(self._tail):
-            if isinstance(part, str):
-                self._dropped += max(0, len(part) - room)
-                part = part[len(part) - room :] if len(part) > room else part
-                room -= len(part)
-            if part:
-                kept.append(part)
-        self._tail = kept[::-1]
-        self._tail_chars = self._tail_room - room
-
-    def parts(self) -> tuple[str | bytes, ...]:
-        """All parts; neighbouring text joined."""
-        self._trim()
-        gap = [f"\n... {self._dropped} characters left out ...\n"] if self._dropped else []
-        end = [f"\n... {self._refused} more images not shown ...\n"] if self._refused else []
-        joined: list[str | bytes] = []
-        for part in (*self._head, *gap, *self._tail, *end):
-            if isinstance(part, str) and joined and isinstance(last := joined[-1], str):
-                joined[-1] = last + part
-            else:
-                joined.append(part)
-        return tuple(joined)
-
-
-class _Stream(io.TextIOBase):
-    """sys.stdout and sys.stderr of the agent's code."""
-
-    def __init__(self, interpreter: Interpreter) -> None:
+    def __init__(self, interpreter: Interpreter, fd: int) -> None:
         self._interpreter = interpreter
+        self._fd = fd
+        self.name = "<stdout>" if fd == _STDOUT else "<stderr>"
 
     def writable(self) -> bool:
         return True
 
-    def write(self, text: str, /) -> int:
-        self._interpreter.transcript.write(text)
+    def fileno(self) -> int:
+        return self._fd
+
+    def write(self, data: ReadableBuffer, /) -> int:
+        text = bytes(data)
+        self._interpreter.write(text)
         return len(text)
 
 
@@ -110,8 +60,39 @@ class _Viewer(ImageShow.Viewer):
         self._interpreter = interpreter
 
     def show(self, image: Image.Image, **options: object) -> int:
-        self._interpreter.transcript.show(image)
+        self._interpreter.show(image)
         return 1
+
+
+class _Main(types.ModuleType):
+    """`__main__` of the agent's code.
+
+    A process that multiprocessing starts without a fork runs the file of the parent's `__main__` to find the functions it is to
+    call. There is none; so one is written when it is asked for, with what the calls have defined, but without what they did.
+    """
+
+    __slots__ = ("_definitions", "_num_files")  # not in the namespace of the agent
+
+    def __init__(self) -> None:
+        super().__init__("__main__")
+        self._definitions: list[ast.stmt] = []
+        self._num_files = 0
+
+    def add(self, tree: ast.Module) -> None:
+        kinds = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+        for node in tree.body:
+            if isinstance(node, kinds) or (isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant)):
+                self._definitions.append(node)
+
+    @property
+    def __file__(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
+        self._num_files += 1  # a file of a name that is known is not run again
+        path = os.path.join(os.environ["TMPDIR"], f".calls-{self._num_files}.py")
+        future = [node for node in self._definitions if isinstance(node, ast.ImportFrom) and node.module == "__future__"]
+        rest = [node for node in self._definitions if node not in future]
+        with open(path, "w", encoding="utf-8", errors="replace") as file:
+            file.write(ast.unparse(ast.Module([*future, *rest], [])))
+        return path
 
 
 def _own_frames(report: traceback.TracebackException | None) -> None:
@@ -122,80 +103,172 @@ def _own_frames(report: traceback.TracebackException | None) -> None:
         report = report.__context__
 
 
-class Interpreter:
-    """One session's state.
+def _describe(error: BaseException) -> str:
+    report = traceback.TracebackException.from_exception(error, limit=-50)
+    _own_frames(report)
+    return "".join(report.format())
 
-    prompt_images: encoded images, opened as image_1, image_2, ...; an unreadable one is left out.
+
+def _png(image: Image.Image) -> bytes:
+    image = to_rgb(image)
+    if max(image.size) > MAX_SIDE:
+        image = image.copy()
+        image.thumbnail((MAX_SIDE, MAX_SIDE))
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", compress_level=1)
+    return buffer.getvalue()
+
+
+class Interpreter:
+    """One session's state. Iterating gives the code of the current call, to be run in `scope` within a `with`.
+
+    It is the caller who runs it (`_COMMAND` in python_tool): so no frame of ours stands below the agent's own, to be seen in a
+    stack or blamed by a warning.
     """
 
-    def __init__(self, max_output_chars: int) -> None:
-        self.transcript = Transcript(max_output_chars)
-        self._limit = max_output_chars
-        self._calls = 0
-        self._module = types.ModuleType("__main__")
-        self._module.__dict__["show"] = self.show
-        sys.modules["__main__"] = self._module
+    def __init__(self, connection: socket.socket, output: int, max_output_chars: int) -> None:
+        """output: the file that `Transcript` describes; the descriptors 1 and 2 append to it."""
+        self._connection = connection
+        self._output = output
+        self._inode = os.fstat(output).st_ino
+        self._pid = os.getpid()
+        self._lock = threading.RLock()  # threads of the agent may write and show at any time, its signal handlers too
+        self._transcript = Transcript(mmap.mmap(output, transcript_size(max_output_chars)), max_output_chars)
+        self._transcript.begin(1)
+        self._code = ""
+        self._ok = True
+        self._main = _Main()
+        self.scope = self._main.__dict__
+        self.scope["show"] = self.show
+        sys.modules["__main__"] = self._main
+        sys.argv, sys.orig_argv = [""], [sys.executable]  # as those of a plain interpreter; ours hold paths
+        sys.path.insert(0, "")
         ImageShow.register(_Viewer(self), order=0)
-        # What does not go through sys.stdout (child processes, C code) lands here and is added at the end of a call.
-        self._overflow = os.memfd_create("output")
-        os.set_inheritable(self._overflow, False)
-        for fd in (1, 2):
-            os.dup2(self._overflow, fd)
+        warnings.showwarning = self._warn
+        threading.excepthook = self._thread_failed
         # Every session draws the same numbers, so that a rollout can be repeated.
         random.seed(0)
         np.random.seed(0)
 
+    def write(self, data: bytes) -> None:
+        """Add to the output of the call; between calls, of the next one."""
+        if os.getpid() != self._pid:  # forked by the agent: its memory is no longer ours, and nor is the lock
+            while data:
+                data = data[os.write(_STDOUT, data) :]
+            return
+        with self._lock:
+            self._take_output()
+            self._transcript.write(data)
+
+    def _has_output(self) -> bool:
+        """Whether the descriptor is still what it was; the agent may have closed it, and opened another file."""
+        try:
+            return os.fstat(self._output).st_ino == self._inode
+        except OSError:
+            return False
+
+    def _take_output(self) -> None:
+        if self._has_output():
+            self._transcript.take(self._output)
+
     def show(self, image: object) -> None:
-        """Show an image (PIL image, or array as Pillow understands it) as part of the output."""
-        self.transcript.show(image if isinstance(image, Image.Image) else Image.fromarray(np.asarray(image)))
+        """Show an image (PIL image, or array as Pillow understands it) as part of the output.
+
+        Raises:
+            RuntimeError: in a child process.
+        """
+        if os.getpid() != self._pid:
+            raise RuntimeError("a child process cannot show images; return the image, and show it in the main process")
+        png = _png(image if isinstance(image, Image.Image) else Image.fromarray(np.asarray(image)))
+        with self._lock:
+            self._take_output()
+            if self._transcript.add_image():
+                self._connection.sendall(encode_message(Shown(self._transcript.call, png)))
+
+    def _display(self, value: object) -> None:
+        if isinstance(value, Image.Image):
+            self.show(value)
+        elif value is not None:
+            self.write(f"{value!r}\n".encode("utf-8", "replace"))
+
+    def _warn(
+        self,
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: TextIO | None = None,
+        line: str | None = None,
+    ) -> None:
+        """Where a library warns of itself, or beyond the code of the call, show the line of the call that led there."""
+        if not filename.startswith((_CELL, os.getcwd())):
+            frame = sys._getframe()
+            while frame is not None and not frame.f_code.co_filename.startswith(_CELL):
+                frame = frame.f_back
+            filename, lineno = (frame.f_code.co_filename, frame.f_lineno) if frame else (f"{_CELL}{self._transcript.call}>", 0)
+        print(warnings.formatwarning(message, category, filename, lineno, line), end="", file=file or sys.stderr)
+
+    def _thread_failed(self, args: threading.ExceptHookArgs) -> None:
+        if args.exc_value is not None and not isinstance(args.exc_value, SystemExit):
+            name = args.thread.name if args.thread is not None else "?"
+            self.write(f"Exception in thread {name}:\n{_describe(args.exc_value)}".encode("utf-8", "replace"))
 
     def add_images(self, images: Iterable[bytes]) -> None:
         """Define image_1, image_2, ...; one that Pillow cannot open is left undefined."""
         for number, data in enumerate(images, start=1):
             try:
-                self._module.__dict__[f"image_{number}"] = Image.open(io.BytesIO(data))
+                self.scope[f"image_{number}"] = Image.open(io.BytesIO(data))
             except OSError:
                 continue
 
-    def run(self, code: str) -> Reply:
-        """Run one call. The value of a last expression is shown if it is an image, else printed if it is not None."""
-        self._calls += 1
-        self.transcript = Transcript(self._limit)
-        sys.stdout = sys.stderr = _Stream(self)
-        name = f"{_CELL}{self._calls}>"
-        linecache.cache[name] = (len(code), None, code.splitlines(keepends=True), name)
-        ok = True
-        try:
-            self._execute(code, name)
-        except SystemExit as stop:
-            if stop.code not in (None, 0):
-                ok = False
-                self.transcript.write(f"SystemExit: {stop.code}\n")
-        except BaseException as error:  # the agent's code may raise anything; here that is a result
-            ok = False
-            report = traceback.TracebackException.from_exception(error, limit=-50)
-            _own_frames(report)
-            self.transcript.write("".join(report.format()))
-        self._add_overflow()
-        return Reply(ok, self.transcript.parts())
+    def begin(self, code: str) -> None:
+        """Make ready for a call: the agent may have left any of this in any state."""
+        self._code = code
+        self._ok = True
+        for fd in (_STDOUT, _STDERR):
+            if self._has_output():
+                os.dup2(self._output, fd)
+            stream = io.TextIOWrapper(_Stream(self, fd), "utf-8", "replace", write_through=True)
+            setattr(sys, "stdout" if fd == _STDOUT else "stderr", stream)
+        sys.displayhook = self._display
+        warnings.simplefilter("default", append=True)  # changes nothing, but what was shown before is shown again in this call
 
-    def _execute(self, code: str, name: str) -> None:
-        tree = ast.parse(code, name)
+    def __iter__(self) -> Iterator[types.CodeType]:
+        name = f"{_CELL}{self._transcript.call}>"
+        linecache.cache[name] = (len(self._code), None, self._code.splitlines(keepends=True), name)
+        tree = ast.parse(self._code, name)
+        self._main.add(tree)
         last = tree.body.pop() if tree.body and isinstance(tree.body[-1], ast.Expr) else None
-        exec(compile(tree, name, "exec"), self._module.__dict__)
-        if isinstance(last, ast.Expr):
-            value = eval(compile(ast.Expression(last.value), name, "eval"), self._module.__dict__)
-            if isinstance(value, Image.Image):
-                self.transcript.show(value)
-            elif value is not None:
-                self.transcript.write(f"{value!r}\n")
+        yield compile(tree, name, "exec")
+        if last is not None:
+            yield compile(ast.Interactive([last]), name, "single")  # gives its value to sys.displayhook
 
-    def _add_overflow(self) -> None:
-        size = os.lseek(self._overflow, 0, os.SEEK_CUR)
-        if size:
-            self.transcript.write(os.pread(self._overflow, min(size, 8 * self._limit), 0).decode("utf-8", "replace"))
-            os.ftruncate(self._overflow, 0)
-            os.lseek(self._overflow, 0, os.SEEK_SET)
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> bool:
+        """End a call. The agent's code may raise anything; here that is a result."""
+        if isinstance(error, SystemExit):
+            self._ok = error.code in (None, 0)
+            if not self._ok:
+                self.write(f"SystemExit: {error.code}\n".encode("utf-8", "replace"))
+        elif error is not None:
+            self._ok = False
+            self.write(_describe(error).encode("utf-8", "replace"))
+        if os.getpid() != self._pid:  # a child that the agent forked and did not end must not answer in our place
+            os._exit(not self._ok)
+        signal.setitimer(signal.ITIMER_REAL, 0)  # an alarm is for the call that set it
+        return True
+
+    def answer(self) -> None:
+        """Send the end of the call. What is written from now on belongs to the next one."""
+        with self._lock:
+            self._take_output()
+            reply = Reply(self._transcript.call, self._ok, self._transcript.parts())
+            self._connection.sendall(encode_message(reply))  # if this fails, the trainer still finds the text
+            self._transcript.begin(self._transcript.call + 1)
+            if self._has_output():
+                self._transcript.cut(self._output)
 
 
 def _receive(connection: socket.socket, size: int) -> bytes:
@@ -208,20 +281,21 @@ def _receive(connection: socket.socket, size: int) -> bytes:
     return bytes(data)
 
 
-def serve(connection: socket.socket, limits: Limits) -> None:
-    """Answer calls until the trainer hangs up. The empty reply sent first says that the session is ready."""
-    interpreter = Interpreter(limits.max_output_chars)
+def serve(connection: socket.socket, output: int, limits: Limits) -> Iterator[Interpreter]:
+    """Take calls until the trainer hangs up; whoever iterates runs them. A reply of number 0 says that the session is ready."""
+    interpreter = Interpreter(connection, output, limits.max_output_chars)
     _interpreters.append(interpreter)
-    connection.sendall(encode_reply(Reply(True)))
+    connection.sendall(encode_message(Reply(0, True)))
     while True:
         try:
             (size,) = LENGTH.unpack(_receive(connection, LENGTH.size))
-            call: Call = decode_call(_receive(connection, size))
+            call = decode_call(_receive(connection, size))
         except EOFError:
             return
         interpreter.add_images(call.images)
-        reply = interpreter.run(call.code)
-        connection.sendall(encode_reply(reply))
+        interpreter.begin(call.code)
+        yield interpreter
+        interpreter.answer()
 
 
 _interpreters: list[Interpreter] = []

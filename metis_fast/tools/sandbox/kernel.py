@@ -41,6 +41,7 @@ MAX_PROCESSES = 64
 MAX_FILES = 256
 
 _DEVICES = ("null", "zero", "full", "random", "urandom")
+_FD_LINKS = {"fd": "/proc/self/fd", "stdin": "/proc/self/fd/0", "stdout": "/proc/self/fd/1", "stderr": "/proc/self/fd/2"}
 _SYSTEM = ("/usr/lib", "/usr/lib64", "/lib", "/lib64", "/etc/ld.so.cache")
 
 
@@ -81,6 +82,12 @@ def close_from(first: int) -> None:
     if ctypes.get_errno() != errno.ENOSYS:  # which Linux before 5.9 answers
         _check(-1, "close_range")
     os.closerange(first, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+
+
+def unbuffer_stdout() -> None:
+    """Have the C library write what its printf is given at once, as Python does here."""
+    unbuffered = 2  # _IONBF
+    _libc.setvbuf(ctypes.c_void_p.in_dll(_libc, "stdout"), None, ctypes.c_int(unbuffered), ctypes.c_size_t(0))
 
 
 def _write(path: str, text: str) -> None:
@@ -215,6 +222,9 @@ def isolate_server(folder: str) -> None:
         _bind(source, folder)
     for device in _DEVICES:
         _bind(f"/dev/{device}", folder)
+    # Semaphores and shared memory lie in the scratch folder: each session's own, within its limit, and without another mount.
+    for name, target in {**_FD_LINKS, "shm": SCRATCH}.items():
+        os.symlink(target, f"{folder}/dev/{name}")
     for name in ("proc", SCRATCH.strip("/")):
         os.makedirs(f"{folder}/{name}", exist_ok=True)
     _make_read_only(folder)

@@ -10,12 +10,14 @@ import json
 import struct
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from typing import TypeGuard
 
 LENGTH = struct.Struct(">I")
+SESSION_LOST = 70  # exit status of a session that cannot answer
 MAX_IMAGES = 8  # a call; more would not fit into an observation's tokens
 MAX_SIDE = 4096  # pixels; larger images are scaled down before they are sent
-# Room for the eight largest images that a session sends, before compression pays; a forged length stops here.
-MAX_FRAME = 256 << 20
+# Room for the largest image, before compression pays, or for ten million characters; a forged length stops here.
+MAX_FRAME = 128 << 20
 
 
 class WireError(ValueError):
@@ -42,18 +44,31 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """Trainer -> session. images: encoded prompt images, sent with the first call only."""
+    """Trainer -> session. number: counts a session's calls, from 1. images: encoded prompt images, with the first call only."""
 
+    number: int
     code: str
     images: tuple[bytes, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
-class Reply:
-    """Session -> trainer. parts: text and PNG images in the order in which they were written. ok: the code ran to its end."""
+class Shown:
+    """Session -> trainer, at once when the code shows an image. call: number of the call."""
 
+    call: int
+    png: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """Session -> trainer, the end of a call. parts: text, and numbers of images that were sent before, in the order written.
+
+    call: its number; 0 says that the session is ready. ok: the code ran to its end.
+    """
+
+    call: int
     ok: bool
-    parts: tuple[str | bytes, ...] = ()
+    parts: tuple[str | int, ...] = ()
 
 
 def _frame(header: object, blobs: Sequence[bytes]) -> bytes:
@@ -72,54 +87,57 @@ def _split(body: bytes) -> tuple[list[object], memoryview]:
         header = json.loads(bytes(view[:size]))
     except (ValueError, RecursionError):
         raise WireError("frame header is not JSON") from None
-    if not isinstance(header, list) or len(header) != 2:
-        raise WireError("frame header is not a pair")
+    if not isinstance(header, list):
+        raise WireError("frame header is not a list")
     return header, view[size:]
 
 
+def _is_number(value: object) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
 def _take(view: memoryview, size: object) -> tuple[bytes, memoryview]:
-    if not isinstance(size, int) or isinstance(size, bool) or not 0 <= size <= len(view):
+    if not _is_number(size) or not 0 <= size <= len(view):
         raise WireError("blob is longer than its frame")
     return bytes(view[:size]), view[size:]
 
 
 def encode_call(call: Call) -> bytes:
     """The frame of a call, length included."""
-    return _frame([call.code, [len(image) for image in call.images]], call.images)
+    return _frame([call.number, call.code, [len(image) for image in call.images]], call.images)
 
 
 def decode_call(body: bytes) -> Call:
     """Inverse of `encode_call`, without the length."""
-    (code, sizes), view = _split(body)
-    if not isinstance(code, str) or not isinstance(sizes, list):
-        raise WireError("not a call")
-    images: list[bytes] = []
-    for size in sizes:
-        blob, view = _take(view, size)
-        images.append(blob)
-    return Call(code, tuple(images))
+    header, view = _split(body)
+    match header:
+        case [int() as number, str() as code, list() as sizes]:
+            images: list[bytes] = []
+            for size in sizes:
+                blob, view = _take(view, size)
+                images.append(blob)
+            return Call(number, code, tuple(images))
+    raise WireError("not a call")
 
 
-def encode_reply(reply: Reply) -> bytes:
-    """The frame of a reply, length included."""
-    blobs = [part for part in reply.parts if isinstance(part, bytes)]
-    return _frame([reply.ok, [part if isinstance(part, str) else len(part) for part in reply.parts]], blobs)
+def encode_message(message: Reply | Shown) -> bytes:
+    """The frame of what a session says, length included."""
+    if isinstance(message, Shown):
+        return _frame([message.call, len(message.png)], [message.png])
+    return _frame([message.call, message.ok, message.parts], [])
 
 
-def decode_reply(body: bytes) -> Reply:
-    """Inverse of `encode_reply`, without the length.
+def decode_message(body: bytes) -> Reply | Shown:
+    """Inverse of `encode_message`, without the length.
 
     Raises:
-        WireError: not a reply.
+        WireError: neither a reply nor an image.
     """
-    (ok, items), view = _split(body)
-    if not isinstance(ok, bool) or not isinstance(items, list):
-        raise WireError("not a reply")
-    parts: list[str | bytes] = []
-    for item in items:
-        if isinstance(item, str):
-            parts.append(item.encode("utf-8", "replace").decode("utf-8"))
-        else:
-            blob, view = _take(view, item)
-            parts.append(blob)
-    return Reply(ok, tuple(parts))
+    header, view = _split(body)
+    match header:
+        case [int() as call, bool() as ok, list() as items] if all(isinstance(item, str) or _is_number(item) for item in items):
+            texts = (item.encode("utf-8", "replace").decode("utf-8") if isinstance(item, str) else item for item in items)
+            return Reply(call, ok, tuple(texts))
+        case [int() as call, size]:
+            return Shown(call, _take(view, size)[0])
+    raise WireError("neither a reply nor an image")

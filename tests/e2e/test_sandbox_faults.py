@@ -1,0 +1,377 @@
+"""The Python tool when the agent's code forks, dies, hangs or breaks its session: what it printed arrives, with its call."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+from collections.abc import Callable, Iterator
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from metis_fast.config import PythonToolConfig
+from metis_fast.errors import ToolSetupError
+from metis_fast.tools.python_tool import PythonServer, PythonTool
+from metis_fast.tools.sandbox.transcript import Transcript, transcript_size
+from metis_fast.types import Observation, Outcome
+
+LIMIT = 2000
+NEXT = "[new Python session: earlier variables are gone]\n2"
+Run = Callable[..., list[Observation]]
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PythonServer]:
+    try:
+        opened = PythonServer(PythonToolConfig(max_output_chars=LIMIT), tmp_path_factory.mktemp("scratch"))
+    except ToolSetupError as error:
+        pytest.skip(str(error))
+    yield opened
+    opened.close()
+
+
+@pytest.fixture
+def run(server: PythonServer) -> Run:
+    """The observations of calls in one session."""
+
+    def calls(*codes: str, timeout_s: float = 60.0) -> list[Observation]:
+        async def story() -> list[Observation]:
+            tool = PythonTool(server, (), timeout_s, LIMIT)
+            try:
+                return [await tool.call(code) for code in codes]
+            finally:
+                await tool.close()
+
+        return asyncio.run(story())
+
+    return calls
+
+
+# -- processes and threads of the agent -----------------------------------------------------------------------------------
+
+SQUARE = "def square(x): return x * x\n"
+
+
+@pytest.mark.parametrize(
+    ("code", "text"),
+    [
+        (
+            SQUARE + "import multiprocessing\nwith multiprocessing.Pool(3) as pool: print(pool.map(square, range(4)))",
+            "[0, 1, 4, 9]",
+        ),
+        (
+            SQUARE + "from concurrent.futures import ProcessPoolExecutor\n"
+            "with ProcessPoolExecutor(2) as pool: print(list(pool.map(square, range(4))))",
+            "[0, 1, 4, 9]",
+        ),
+        ("from multiprocessing.pool import ThreadPool\nwith ThreadPool(3) as pool: print(pool.map(abs, [-1, 2]))", "[1, 2]"),
+        (
+            "from multiprocessing import Lock, Process, Queue, Value\nqueue, lock, total = Queue(), Lock(), Value('i', 0)\n"
+            "def work(x):\n    with lock: total.value += x\n    queue.put(x)\n"
+            "several = [Process(target=work, args=(x,)) for x in (1, 2, 3)]\nfor one in several: one.start()\n"
+            "print(sorted(queue.get() for _ in several))\nfor one in several: one.join()\nprint(total.value)",
+            "[1, 2, 3]\n6",
+        ),
+        (
+            "import os\nfrom multiprocessing import shared_memory\n"
+            "made = shared_memory.SharedMemory('mine', create=True, size=9)\n"
+            "made.buf[0] = 7\nsame = shared_memory.SharedMemory('mine')\nprint(same.buf[0], os.listdir('/dev/shm'))\n"
+            "same.close(); made.close(); made.unlink()\nprint(os.listdir('/dev/shm'))",
+            "7 ['mine']\n[]",
+        ),
+        ("print('out', file=open('/dev/stdout', 'a'), flush=True)", "out"),
+    ],
+    ids=["Pool", "ProcessPoolExecutor", "ThreadPool", "Queue, Lock, Value", "shared memory", "/dev/stdout"],
+)
+def test_the_ways_of_multiprocessing_work(run: Run, code: str, text: str) -> None:
+    assert run(code, "2") == [Observation(text), Observation("2")]
+
+
+@pytest.mark.parametrize("method", ["spawn", "forkserver"])
+def test_processes_that_are_not_forked_know_what_the_calls_defined_and_do_not_repeat_what_they_did(
+    run: Run, method: str
+) -> None:
+    first = "from __future__ import annotations\nimport math\nBASE = 10\nprint('once')\ndef f(x): return BASE + math.floor(x)"
+    second = f"import multiprocessing\nwith multiprocessing.get_context({method!r}).Pool(1) as pool: print(pool.map(f, [1.5]))"
+    assert run(first, second, "'__file__' in globals()") == [Observation("once"), Observation("[11]"), Observation("False")]
+
+
+def test_shared_memory_is_the_sessions_own_and_within_its_scratch_limit(server: PythonServer) -> None:
+    async def story() -> list[Observation]:
+        one, other = (PythonTool(server, (), 60.0, LIMIT) for _ in range(2))
+        seen = [await one.call("open('/dev/shm/name', 'w').write('x')"), await other.call("import os\nos.listdir('/dev/shm')")]
+        fill = "import os\nfd = os.open('/dev/shm/big', os.O_CREAT | os.O_RDWR)\nos.posix_fallocate(fd, 0, 65 << 20)"
+        seen.append(await other.call(fill))
+        await one.close()
+        await other.close()
+        return seen
+
+    _, listed, filled = asyncio.run(story())
+    assert listed.text == "[]" and filled.outcome is Outcome.TOOL_ERROR
+
+
+def test_a_child_that_was_forked_and_not_ended_answers_nothing(run: Run) -> None:
+    forks = "import os\nprint('before')\npid = os.fork()\nif pid: os.wait()\nprint('parent' if pid else 'child')"
+    assert run(forks, "2", "3") == [Observation("before\nchild\nparent"), Observation("2"), Observation("3")]
+    raises = "import os\nif os.fork() == 0: raise ValueError('in the child')\nos.waitstatus_to_exitcode(os.wait()[1])"
+    failed, after = run(raises, "2")
+    assert failed.outcome is Outcome.TOOL_RESULT and failed.text.endswith("ValueError: in the child\n1") and after.text == "2"
+
+
+def test_a_child_cannot_show_an_image_in_the_sessions_place(run: Run) -> None:
+    code = "import os, numpy\nif os.fork() == 0: show(numpy.zeros((2, 2), 'uint8'))\nos.wait()\nNone"
+    got, after = run(code, "2")
+    assert got.text.endswith(
+        "RuntimeError: a child process cannot show images; return the image, and show it in the main process"
+    )
+    assert got.images == () and after == Observation("2")
+
+
+def test_what_a_thread_prints_after_its_call_belongs_to_the_next_one(run: Run) -> None:
+    start = "import threading\ngo, done = threading.Event(), threading.Event()\n"
+    start += "def late():\n    go.wait(); print('late'); done.set()\nthreading.Thread(target=late, daemon=True).start()"
+    assert run(start, "go.set(); done.wait()\n2", "3") == [Observation("(no output)"), Observation("late\n2"), Observation("3")]
+
+
+def test_an_error_in_a_thread_shows_the_agents_lines_only(run: Run) -> None:
+    (got,) = run("import threading\ndef fail(): 1 / 0\nthread = threading.Thread(target=fail)\nthread.start(); thread.join()")
+    assert got.text.startswith("Exception in thread Thread-1 (fail):\nTraceback") and got.text.endswith(
+        "ZeroDivisionError: division by zero"
+    )
+    assert 'File "<call 1>", line 2, in fail' in got.text and "threading.py" not in got.text
+
+
+def test_a_signal_to_the_process_group_stays_in_the_session(server: PythonServer) -> None:
+    async def story() -> list[Observation]:
+        one, other = (PythonTool(server, (), 60.0, LIMIT) for _ in range(2))
+        seen = [await other.call("x = 1")]
+        await one.call("import os\nos.kill(os.getppid(), 9)\nos.killpg(0, 9)")
+        seen.append(await other.call("x"))
+        await one.close()
+        await other.close()
+        return seen
+
+    assert asyncio.run(story())[1] == Observation("1")
+
+
+# -- sessions that end ----------------------------------------------------------------------------------------------------
+
+HANG = "import time\ntime.sleep(60)"
+
+
+@pytest.mark.parametrize(
+    ("end", "says"),
+    [
+        ("import os\nos._exit(3)", "The Python session ended (exit status 3)"),
+        ("import ctypes\nctypes.string_at(0)", "The Python session ended (killed by signal 11)"),
+        ("import os\nos.abort()", "The Python session ended (killed by signal 11)"),
+        (
+            "import resource\nresource.setrlimit(resource.RLIMIT_CPU, (1, 1))\nwhile True: pass",
+            "The Python session ended (killed, or its connection closed)",
+        ),
+        (
+            "import sys\nsys.setrecursionlimit(1 << 30)\nf = lambda *x: [*map(f, x)]\nf(1)",
+            "The Python session ended (killed by signal 11)",
+        ),
+        ("import os\nos.close(3)\n" + HANG, "The Python session ended (killed, or its connection closed)"),
+        ("import os\nos.closerange(0, 256)", "The Python session ended (killed, or its connection closed)"),
+        ("import os\nos.write(3, b'garbage!!')\n" + HANG, "The Python session ended (its connection broke)"),
+    ],
+    ids=["exit", "segmentation fault", "abort", "CPU time", "stack", "socket", "all descriptors", "garbage"],
+)
+def test_what_was_printed_and_shown_before_the_end_of_a_session_arrives(run: Run, end: str, says: str) -> None:
+    start = "import numpy\nprint('one')\nshow(numpy.zeros((3, 2), 'uint8'))\nprint('two', end='')\n"
+    got, after = run(start + end, "2")
+    assert got.outcome is Outcome.TOOL_ERROR
+    assert got.text == f"one\n<image>\ntwo\n{says}; the next call starts a new one."
+    assert Image.open(io.BytesIO(got.images[0].data)).size == (2, 3)
+    assert after == Observation(NEXT)
+
+
+WRITES = """
+import ctypes, os, subprocess, sys
+print('one')
+print('two', file=sys.stderr)
+ctypes.CDLL(None).printf(b'three, from C\\n')
+subprocess.run([sys.executable, '-c', 'print("four")'])
+if os.fork() == 0:
+    print('five')
+    os._exit(0)
+os.wait()
+subprocess.Popen([sys.executable, '-c', 'import time\\nprint("six")\\ntime.sleep(60)'])
+while 'six' not in open('/proc/self/fd/1', errors='replace').read(): pass
+print('seven', end='')
+"""
+
+
+def test_what_was_written_before_a_time_out_arrives_in_order(run: Run) -> None:
+    got, after = run(WRITES + HANG, "2", timeout_s=4.0)
+    text = "one\ntwo\nthree, from C\nfour\nfive\nsix\nseven\n"
+    text += "Timed out after 4 s. The Python session was stopped; the next call starts a new one."
+    assert got == Observation(text, outcome=Outcome.TOOL_ERROR) and after == Observation(NEXT)
+
+
+def test_a_flood_before_a_time_out_is_cut_in_the_middle(run: Run) -> None:
+    got, _ = run("print('first')\nwhile True: print('y' * 49)", "2", timeout_s=1.0)
+    assert got.text.startswith("first\nyyy") and "\nTimed out after 1 s." in got.text and len(got.text) < LIMIT + 300
+    assert "characters left out" in got.text
+
+
+def test_a_session_that_ends_during_a_call_does_not_show_the_output_of_the_one_before(run: Run) -> None:
+    _, first, second, third = run("print('old')", *["import os\nos._exit(0)"] * 2, "print('x')\nimport os\nos._exit(0)")
+    end = "The Python session ended (exit status 0); the next call starts a new one."
+    new = "[new Python session: earlier variables are gone]\n"
+    assert [got.text for got in (first, second, third)] == [end, new + end, f"{new}x\n{end}"]
+
+
+# -- what the agent does to its own session ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import os\nos.close(1); os.close(2)",
+        "import os\nos.dup2(os.open('/dev/null', os.O_WRONLY), 1)\nNone",
+        "import os\nos.close(4); open('other', 'w').write('x')\nNone",
+        "import sys\nsys.stdout.close(); sys.stderr.close()",
+        "import io, sys\nsys.stdout = sys.stderr = io.StringIO()\nsys.displayhook = None",
+        "import sys\ndel sys.stdout, sys.stderr",
+        "import sys\nsys.exit()",
+        "import atexit\natexit.register(print, 'at exit')\nNone",
+        "import os\nos.kill(os.getpid(), 9)",
+        "from signal import *\ndef ring(*_): raise TimeoutError\nsignal(SIGALRM, ring)\nsetitimer(ITIMER_REAL, 0.05)\nNone",
+        "import warnings\nwarnings.simplefilter('error')",
+    ],
+)
+def test_calls_go_on_whatever_the_one_before_has_done(run: Run, code: str) -> None:
+    got, one, two = run(code, "import time\ntime.sleep(0.1)\nprint('printed')\n'shown'", "2")
+    assert got == Observation("(no output)")
+    assert one == Observation("printed\n'shown'") and two == Observation("2")
+
+
+@pytest.mark.parametrize(
+    ("code", "error"),
+    [
+        ("input('name? ')", "EOFError: EOF when reading a line"),
+        ("raise KeyboardInterrupt", "KeyboardInterrupt"),
+        ("import sys\nsys.exit('no')", "SystemExit: no"),
+        ("import os\nos.setsid()", "PermissionError: [Errno 1] Operation not permitted"),
+        ("raise GeneratorExit", "GeneratorExit"),
+        ("def f(): f()\nf()", "RecursionError: maximum recursion depth exceeded"),
+        ("(" * 1000, "SyntaxError: too many nested parentheses"),
+        ("x = '\0'", "SyntaxError: source code string cannot contain null bytes"),
+    ],
+)
+def test_errors_of_the_call_are_its_answer(run: Run, code: str, error: str) -> None:
+    got, after = run(code, "2")
+    assert got.outcome is Outcome.TOOL_ERROR and got.text.endswith(error) and after == Observation("2")
+
+
+def test_streams_have_what_programs_expect_of_them(run: Run) -> None:
+    code = "import subprocess, sys\nout = sys.stdout\n"
+    code += "print(out.name, out.encoding, out.isatty(), out.fileno(), sys.stderr.fileno())\n"
+    code += (
+        "out.buffer.write(b'raw\\n')\nsubprocess.run([sys.executable, '-c', 'print(5)'], stdout=sys.stderr)\nprint('\\ud800')"
+    )
+    assert run(code) == [Observation("<stdout> utf-8 False 1 2\nraw\n5\n?")]
+
+
+# -- warnings and paths ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("line", "shown"),
+    [
+        ("warnings.warn('w')", "UserWarning: w"),
+        ("warnings.warn('w', stacklevel=2)", "UserWarning: w"),
+        ("warnings.warn('w', stacklevel=9)", "UserWarning: w"),
+        ("warnings.warn('w', DeprecationWarning)", "DeprecationWarning: w"),
+        ("x = 1 is 1", 'SyntaxWarning: "is" with a literal. Did you mean "=="?'),
+        ("numpy.log(numpy.zeros(1))[0] * 0 and None", "RuntimeWarning: divide by zero encountered in log"),
+        ("(lambda: warnings.warn('w', stacklevel=2))()", "UserWarning: w"),
+        (
+            "np.ma.masked_array([1.0], [True]).mean() + float(np.ma.masked) and None",
+            "UserWarning: Warning: converting a masked element to nan.",
+        ),
+    ],
+)
+def test_a_warning_names_the_line_of_the_call_and_comes_again_in_the_next(run: Run, line: str, shown: str) -> None:
+    code = f"import warnings, numpy\nimport numpy as np\n{line}"
+    for number, got in enumerate(run(code, code), start=1):
+        assert got.text.startswith(f"<call {number}>:3: {shown}\n  {line}")
+        assert "metis_fast" not in got.text and "site-packages" not in got.text
+
+
+def test_nothing_that_the_agent_is_shown_names_our_files(run: Run) -> None:
+    look = [
+        "import inspect, logging, sys, traceback\nlogging.basicConfig(format='%(pathname)s %(message)s')",
+        "print([frame.filename for frame in inspect.stack()])",
+        "traceback.print_stack()",
+        "logging.warning('x')",
+        "print(sys.argv, sys.orig_argv[1:], globals())",
+        "def f():\n    return 1\nprint(inspect.getsource(f), inspect.getfile(f))",
+        "try:\n    1 / 0\nexcept ZeroDivisionError: traceback.print_exc()",
+        "raise ValueError",
+    ]
+    (got,) = run("\n".join(look))
+    assert "metis_fast/" not in got.text and "['<call 1>', '<string>']" in got.text and "[''] []" in got.text
+    assert "return 1\n <call 1>" in got.text and got.text.endswith("ValueError")
+
+
+# -- transcripts ----------------------------------------------------------------------------------------------------------
+
+
+def expected(items: list[str | int], limit: int) -> str:
+    text = "".join(item for item in items if isinstance(item, str))
+    if len(text) <= limit:
+        return text
+    half = limit // 2
+    return (
+        f"{text[: limit - half]}\n... {len(text) - limit} characters left out ...\n{text[len(text) - half :] if half else ''}"
+    )
+
+
+@given(
+    limit=st.integers(1, 40),
+    items=st.lists(st.one_of(st.text("aé☃😀\n", max_size=60), st.just(0)), max_size=12),
+)
+@settings(max_examples=200)
+def test_a_transcript_keeps_the_ends_of_the_text_and_the_place_of_every_image(limit: int, items: list[str | int]) -> None:
+    memory = bytearray(transcript_size(limit))
+    transcript, images = Transcript(memory, limit), 0
+    transcript.begin(1)
+    for item in items:
+        if isinstance(item, str):
+            transcript.write(item.encode())
+        else:
+            images += transcript.add_image()
+    for reader in (transcript, Transcript(memory, limit)):  # the writer, and whoever finds the memory
+        parts = reader.parts()
+        text = "".join(part for part in parts if isinstance(part, str))
+        more = items.count(0) - images
+        assert text == expected(items, limit) + (f"\n... {more} more images not shown ...\n" if more else "")
+        assert [part for part in parts if isinstance(part, int)] == list(range(images))
+    if sum(len(item) for item in items if isinstance(item, str)) <= limit:
+        place, before = [], ""
+        for part in transcript.parts():
+            if isinstance(part, int):
+                place.append(before)
+            else:
+                before += part
+        meant, before = [], ""
+        for item in items:
+            if item == 0:
+                meant.append(before)
+            else:
+                before += str(item)
+        assert place == meant[:images]
+
+
+@given(st.binary(min_size=transcript_size(20), max_size=transcript_size(20)), st.binary(max_size=50))
+@settings(max_examples=100)
+def test_a_forged_transcript_is_read_without_an_error(memory: bytes, more: bytes) -> None:
+    transcript = Transcript(bytearray(memory), 20)
+    transcript.write(more)
+    assert sum(len(part) for part in transcript.parts() if isinstance(part, str)) < 20 + 120
