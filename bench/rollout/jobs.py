@@ -16,7 +16,8 @@ from dataclasses import dataclass, field
 from metis_fast.config import RolloutConfig
 from metis_fast.errors import InfrastructureError
 from metis_fast.model import Policy
-from metis_fast.rollout.chat import Chat, parse_turn
+from metis_fast.rollout.calls import parse_turn
+from metis_fast.rollout.chat import Chat
 from metis_fast.rollout.engine import Sampling
 from metis_fast.rollout.episode import SampleKey
 from metis_fast.rollout.schedule import Rules, Schedule, group_player

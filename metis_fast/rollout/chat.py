@@ -1,4 +1,4 @@
-"""Messages and observations to token ids, and the agent's text back to calls and answers (ALGORITHM section 6).
+"""Messages and observations to token ids, and tokens back to text (ALGORITHM section 6).
 
 Token in, token out: what the engine sampled is never re-encoded; only prompts and observations are encoded, once, here. Text
 from outside can never spell a control token or an image placeholder.
@@ -6,16 +6,18 @@ from outside can never spell a control token or an image placeholder.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from transformers import PreTrainedTokenizerBase
 
+from metis_fast.config import CallSyntax
 from metis_fast.errors import DataError
-from metis_fast.model import IMAGE_PAD, VISION_END, VISION_START, ImagePreparer
+from metis_fast.model import ImagePreparer
+from metis_fast.model_folder import IMAGE_PAD, VISION_END, VISION_START
 from metis_fast.pixels import ImageError
-from metis_fast.types import ImageBlob, ImageSpan, Observation, Outcome, Prompt, ToolCall
+from metis_fast.rollout.calls import ParsedTurn, parse_turn
+from metis_fast.types import ImageBlob, ImageSpan, Observation, Outcome, Prompt
 
 IMAGE_MARK = "<image>"
 CUT_MARK = "\n[cut]"
@@ -30,56 +32,12 @@ class TokenPiece:
     spans: list[ImageSpan] = field(default_factory=list)
 
 
-@dataclass(frozen=True, slots=True)
-class ParsedTurn:
-    """One assistant message, parsed.
-
-    call: what was asked for; None where the message calls no tool. arguments: parsed, None where the call is malformed, and
-    then `error` says what is wrong with it.
-    """
-
-    call: ToolCall | None = None
-    arguments: dict[str, object] | None = None
-    error: str = ""
-
-
-def parse_turn(text: str) -> ParsedTurn:
-    """Find the tool call of an assistant message. One call a message; the last one counts, as sampling stops there."""
-    if "<tool_call>" not in text:
-        return ParsedTurn()
-    found = _last_call(text)
-    if found is None:
-        return ParsedTurn(ToolCall("", ""), None, "the tool call has no </tool_call>")
-    try:
-        body = json.loads(found)
-        json.dumps(body, ensure_ascii=False).encode()
-    except (ValueError, RecursionError):  # also a number of over 4300 digits, and half a surrogate pair ("\\ud800")
-        return ParsedTurn(ToolCall("", ""), None, "the tool call is not valid JSON")
-    name = body.get("name") if isinstance(body, dict) else None
-    if not isinstance(name, str):
-        return ParsedTurn(ToolCall("", ""), None, 'the tool call needs a "name"')
-    arguments = body.get("arguments", {})
-    call = ToolCall(name, json.dumps(arguments, ensure_ascii=False))
-    if not isinstance(arguments, dict):
-        return ParsedTurn(call, None, '"arguments" must be an object')
-    return ParsedTurn(call, arguments)
-
-
-def _last_call(text: str) -> str | None:
-    """What stands in the last `<tool_call>…</tool_call>`. Linear, also in a text of nothing but opening tags."""
-    *closed, _ = text.split("</tool_call>")
-    for part in reversed(closed):
-        _, opening, body = part.partition("<tool_call>")
-        if opening:
-            return body
-    return None
-
-
 class Chat:
     """The Qwen chat format over one tokenizer and image processor."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, images: ImagePreparer) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, images: ImagePreparer, call_syntax: CallSyntax = "strict") -> None:
         self._tokenizer = tokenizer
+        self._call_syntax: CallSyntax = call_syntax
         self._images = images
         vocab = tokenizer.get_vocab()
         ids = {token: vocab[token] for token in _CONTROL if token in vocab}  # a text-only model may have none for images
@@ -95,6 +53,10 @@ class Chat:
     def message_text(self, tokens: Sequence[int]) -> str:
         """Text of a sampled message, without the control token that ends it."""
         return self.decode(tokens[:-1] if tokens and tokens[-1] == self.im_end else tokens)
+
+    def parse(self, text: str) -> ParsedTurn:
+        """Find the tool call of an assistant message, in this chat's syntax."""
+        return parse_turn(text, self._call_syntax)
 
     def _ask_tokenizer(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
@@ -120,7 +82,7 @@ class Chat:
         out, images, text = TokenPiece(), iter(prompt.images), ""
         for message in prompt.messages:
             out.tokens += [*self._encode(text), self._ids["<|im_start|>"]]
-            first, *rest = message.content.split(IMAGE_MARK)
+            first, *rest = message.around_images
             out.tokens += self._encode(f"{message.role}\n{first}")
             for part in rest:
                 image = next(images)

@@ -16,7 +16,7 @@ import numpy as np
 
 from metis_fast.config import RolloutConfig
 from metis_fast.errors import DataError, EngineFailure, InfrastructureError
-from metis_fast.rollout.chat import Chat, TokenPiece, error_observation, parse_turn
+from metis_fast.rollout.chat import Chat, TokenPiece, error_observation
 from metis_fast.rollout.engine import Completion, Engine, EngineSession, Sampling
 from metis_fast.tools.protocol import Toolbox, ToolSession
 from metis_fast.types import Group, ImageBlob, ImageSpan, Outcome, Prompt, Rollout, ToolCall, Turn
@@ -137,7 +137,7 @@ async def _play(trace: Trace, chat: Chat, engine: _Seat, tools: ToolSession, con
         trace.sampled.append((start, message))
         stop = len(trace.tokens)
         text = chat.message_text(trace.tokens[start:stop])
-        parsed = parse_turn(text)
+        parsed = chat.parse(text)
 
         def turn(
             outcome: Outcome,

@@ -1,17 +1,14 @@
-"""The chat format: text from outside stays text, image tokens stay whole, the agent's calls are read as they were written."""
+"""The chat format: text from outside stays text, image tokens stay whole."""
 
 from __future__ import annotations
-
-import json
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from metis_fast.errors import DataError
-from metis_fast.rollout.chat import parse_turn
 from metis_fast.testing.tiny import CONTROL
-from metis_fast.types import Ability, ImageBlob, Message, Observation, Prompt, ToolCall
+from metis_fast.types import Ability, ImageBlob, Message, Observation, Prompt
 
 
 def placeholder_runs(tokens, pad):
@@ -160,81 +157,6 @@ def test_the_message_before_an_observation_is_ended_exactly_once(chat, policy, e
 
 
 # -- the agent's messages -------------------------------------------------------------------------------------------------
-
-
-def call(name="python", arguments='{"code": "1"}'):
-    return f'<tool_call>{{"name": "{name}", "arguments": {arguments}}}</tool_call>'
-
-
-@pytest.mark.parametrize(
-    ("text", "name", "arguments"),
-    [
-        (call(), "python", {"code": "1"}),
-        ("<reason>hm</reason> " + call() + " trailing", "python", {"code": "1"}),
-        (call("a") + call("b"), "b", {"code": "1"}),
-        (call(arguments='{"a": {"b": [1, {"c": null}]}}'), "python", {"a": {"b": [1, {"c": None}]}}),
-        (call(arguments='{"code": "<tool_call>"}'), "python", {"code": "<tool_call>"}),
-        (call("a") + "<tool_call>{unfinished", "a", {"code": "1"}),
-        ('<tool_call>\n {"name": "image_search"}\n</tool_call>', "image_search", {}),
-        (call(arguments='{"code": "é😀\\n"}'), "python", {"code": "é😀\n"}),
-    ],
-)
-def test_a_well_formed_call_is_read(text, name, arguments):
-    parsed = parse_turn(text)
-    assert parsed.call is not None and parsed.call.name == name
-    assert parsed.arguments == arguments == json.loads(parsed.call.arguments)
-    assert parsed.error == ""
-
-
-@pytest.mark.parametrize("text", ["", "<answer>Paris</answer>", "</tool_call>", "< tool_call>{}</tool_call>", "tool_call"])
-def test_a_message_without_an_opening_tag_calls_nothing(text):
-    assert parse_turn(text).call is None
-
-
-@pytest.mark.parametrize(
-    ("text", "error"),
-    [
-        ("<tool_call>", "no </tool_call>"),
-        ("</tool_call><tool_call>{}", "no </tool_call>"),
-        ("<tool_call></tool_call>", "not valid JSON"),
-        ("<tool_call>{'name': 'python'}</tool_call>", "not valid JSON"),
-        ('<tool_call>{"name": "a"}}</tool_call>', "not valid JSON"),
-        (call(arguments='{"code": ' + "1" * 5000 + "}"), "not valid JSON"),
-        (call(arguments="[" * 100_000), "not valid JSON"),
-        (call(arguments='{"code": "\\ud800"}'), "not valid JSON"),
-        (call(name="\\udfff"), "not valid JSON"),
-        ("<tool_call>[]</tool_call>", 'needs a "name"'),
-        ('<tool_call>"python"</tool_call>', 'needs a "name"'),
-        ('<tool_call>{"name": 3}</tool_call>', 'needs a "name"'),
-        ('<tool_call>{"arguments": {}}</tool_call>', 'needs a "name"'),
-    ],
-)
-def test_a_malformed_call_is_still_a_call_and_says_what_is_wrong(text, error):
-    parsed = parse_turn(text)
-    assert parsed.call == ToolCall("", "") and parsed.arguments is None
-    assert error in parsed.error
-
-
-@pytest.mark.parametrize("arguments", ['"1"', "[1]", "null", "3"])
-def test_arguments_that_are_no_object_keep_the_name_that_was_asked_for(arguments):
-    parsed = parse_turn(call(arguments=arguments))
-    assert parsed.call == ToolCall("python", arguments)
-    assert parsed.arguments is None and "must be an object" in parsed.error
-
-
-@pytest.mark.parametrize(
-    "text", ["<tool_call>" * 200_000, "<tool_call>" * 200_000 + "</tool_call>", "</tool_call>" * 200_000 + "<tool_call>"]
-)
-def test_a_huge_message_is_read_to_its_end(text):
-    assert parse_turn(text).arguments is None  # a search that takes the square of its length would take an hour
-
-
-@given(st.text(max_size=40), st.text(max_size=40))
-@settings(max_examples=200)
-def test_no_text_makes_the_parser_fail(before, body):
-    parsed = parse_turn(f"{before}<tool_call>{body}</tool_call>")
-    assert parsed.call is not None
-    assert (parsed.arguments is None) == bool(parsed.error)
 
 
 def test_the_text_of_a_message_is_what_was_sampled_without_the_token_that_ends_it(chat, policy):

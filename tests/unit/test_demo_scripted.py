@@ -34,7 +34,8 @@ from metis_fast.data.scripted import (
 )
 from metis_fast.errors import DataError, ModelError
 from metis_fast.model import ImagePreparer
-from metis_fast.rollout.chat import Chat, parse_turn
+from metis_fast.rollout.calls import parse_turn
+from metis_fast.rollout.chat import Chat
 from metis_fast.rollout.engine import Sampling
 from metis_fast.rollout.episode import collect
 from metis_fast.testing.tiny import build_tokenizer

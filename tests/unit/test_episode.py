@@ -115,7 +115,10 @@ def test_a_call_that_was_cut_off_counts_but_is_not_run(episode):
 @pytest.mark.parametrize(
     ("message", "error"),
     [
-        ("<tool_call>{oops}</tool_call>", "Error: the tool call is not valid JSON"),
+        (
+            "<tool_call>{oops}</tool_call>",
+            'Error: the tool call is not valid JSON: "oops}" for a name; write names in " quotes',
+        ),
         ("<tool_call>{<|im_end|>", "Error: the tool call has no </tool_call>"),
         ('<tool_call>{"name": "python", "arguments": 3}</tool_call>', 'Error: "arguments" must be an object'),
     ],
