@@ -6,7 +6,6 @@ Shape letters: B rows, S tokens of a row (right-padded), H hidden size, N patche
 
 from __future__ import annotations
 
-import json
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -16,24 +15,28 @@ from typing import cast
 import numpy as np
 import numpy.typing as npt
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen3ForCausalLM, Qwen3VLForConditionalGeneration
+from transformers import PreTrainedTokenizerBase, Qwen3ForCausalLM, Qwen3VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Model
-from transformers.models.qwen3_vl.configuration_qwen3_vl import Qwen3VLTextConfig, Qwen3VLVisionConfig
+from transformers.models.qwen3_vl.configuration_qwen3_vl import Qwen3VLTextConfig
 from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDeepstackFeatures, Qwen3VLTextModel
 
 from metis_fast import attention, pixels
+from metis_fast.checkpoint.safetensors_folder import FolderReader
 from metis_fast.config import ModelConfig
-from metis_fast.errors import ModelError
+from metis_fast.model_folder import (
+    ARCHITECTURES,
+    VISION_TOKENS,
+    check_model_folder,
+    hf_shapes,
+    load_processor,
+    load_tokenizer,
+    may_have,
+    read_config,
+)
 from metis_fast.pixels import ImageError
 from metis_fast.types import ImageBlob, ImageSpan
-
-IMAGE_PAD = "<|image_pad|>"
-VISION_START, VISION_END = "<|vision_start|>", "<|vision_end|>"
-NEEDED_TOKENS = ("<|im_start|>", "<|im_end|>", "<tool_call>", "</tool_call>")
-VISION_TOKENS = (VISION_START, VISION_END, IMAGE_PAD, "<|video_pad|>")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -144,10 +147,7 @@ class Policy:
         self.text = cast(Qwen3VLTextConfig, model.config.text_config)
         self.decoder = model.model.language_model
         self.image_token_id = model.config.image_token_id
-        self.placeholder_ids = tuple(
-            int(model.config.to_dict()[name])
-            for name in ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
-        )
+        self.placeholder_ids = tuple(int(model.config.to_dict()[name]) for name in VISION_TOKENS)
 
     @property
     def reads_images(self) -> bool:
@@ -228,49 +228,6 @@ class Policy:
         return out.last_hidden_state
 
 
-def _read_json(path: Path, what: str) -> dict[str, object]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ModelError(f"cannot read {what} {path}: {error.strerror}; give a Qwen3-VL model folder") from None
-    except json.JSONDecodeError as error:
-        raise ModelError(f"{path} is not valid JSON ({error}); restore the file from its source") from None
-
-
-def check_model_folder(folder: Path) -> str:
-    """Find out, before anything is loaded, that a folder holds a Qwen3-VL or a Qwen3; returns its model_type.
-
-    Raises:
-        ModelError: not a folder, another architecture, or a part is missing.
-    """
-    if not folder.is_dir():
-        raise ModelError(f"model.path {folder} is not a folder; give one that holds a Qwen3-VL (config.json, *.safetensors)")
-    model_type = _read_json(folder / "config.json", "the model's").get("model_type")
-    if model_type not in ("qwen3_vl", "qwen3"):
-        raise ModelError(
-            f"{folder} holds model_type {model_type!r}, expected 'qwen3_vl' (or 'qwen3' for text only); "
-            "give a Qwen3-VL folder as model.path"
-        )
-    if not any(folder.glob("*.safetensors")):
-        raise ModelError(f"{folder} has no *.safetensors; convert the weights to safetensors first")
-    for name in ("tokenizer.json", "preprocessor_config.json") if model_type == "qwen3_vl" else ("tokenizer.json",):
-        if not (folder / name).is_file():
-            raise ModelError(f"{folder} lacks {name}; copy it from the model that this one was made from")
-        _read_json(folder / name, "the model's")
-    return model_type
-
-
-def load_tokenizer(folder: Path, vision: bool = True) -> PreTrainedTokenizerBase:
-    """The folder's tokenizer, checked for the tokens of the Qwen chat and tool format, those around images included."""
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    vocab = tokenizer.get_vocab()
-    missing = [token for token in (*NEEDED_TOKENS, *(VISION_TOKENS if vision else ())) if token not in vocab]
-    if missing:
-        family = "Qwen3-VL" if vision else "Qwen3"
-        raise ModelError(f"tokenizer of {folder} lacks the tokens {', '.join(missing)}; use the tokenizer of {family}")
-    return tokenizer
-
-
 def first_device() -> torch.device:
     """Where one process computes: the first GPU, else the CPU."""
     return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
@@ -279,37 +236,33 @@ def first_device() -> torch.device:
 def load_policy(config: ModelConfig, folder: Path | None = None, device: torch.device | None = None) -> Policy:
     """Load `folder` (default: config.path) for training and sampling. device: None is the CPU.
 
+    Every weight is read, checked and cast by itself: in memory are the model and a few tensors of the folder.
+
     Raises:
-        ModelError: see `check_model_folder`; also weights that do not fit the config.
+        ModelError: see `check_model_folder`, `load_tokenizer` and `load_processor`; also weights that do not fit the config,
+            are damaged, quantised, NaN or Inf.
     """
     folder = folder if folder is not None else config.path
     vision = check_model_folder(folder) == "qwen3_vl"
-    architecture = Qwen3VLForConditionalGeneration if vision else Qwen3ForCausalLM
+    described = read_config(folder)
+    tokenizer = load_tokenizer(folder)
+    processor = load_processor(folder) if vision else None
+    reader = FolderReader(folder)
+    shapes = hf_shapes(described)
+    reader.check(shapes, may_have(described))
+    if described.tie_word_embeddings:
+        reader.check_same("lm_head.weight", next(name for name in shapes if name.endswith("embed_tokens.weight")))
     implementations = {"text_config": attention.NAME, "vision_config": attention.IMAGES}
-    try:
-        loaded = architecture.from_pretrained(
-            folder,
-            dtype=getattr(torch, config.dtype),
-            output_loading_info=True,
-            attn_implementation=implementations if vision else attention.NAME,
-        )
-        model, info = cast(tuple[Qwen3VLForConditionalGeneration | Qwen3ForCausalLM, dict[str, set[str]]], loaded)
-    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
-        raise ModelError(f"{folder} cannot be loaded: {' '.join(str(error).split())[:300]}") from None
-    missing = sorted(info["missing_keys"])
-    if missing:
-        raise ModelError(f"{folder} lacks {len(missing)} weights (first: {missing[0]}); the folder is incomplete")
+    # transformers takes the tensors over as they are; it is not asked to read the folder, since it would hold all of it, take
+    # what is not there for fresh weights, and cast integers
+    model = ARCHITECTURES[described.model_type][1].from_pretrained(
+        None,
+        config=described,
+        state_dict=reader.read_all(shapes, getattr(torch, config.dtype)),
+        dtype=getattr(torch, config.dtype),
+        attn_implementation=implementations if vision else attention.NAME,
+    )
     torch.backends.cudnn.allow_tf32 = False  # float32 is float32 in the vision tower's convolution, too
     if device is not None:
         model.to(device)  # pyright: ignore[reportArgumentType]
-    tokenizer = load_tokenizer(folder, vision)
-    if isinstance(model, Qwen3ForCausalLM):
-        return Policy(model, tokenizer, None, folder)
-    processor = Qwen2VLImageProcessorPil.from_pretrained(folder)
-    vision = cast(Qwen3VLVisionConfig, model.config.vision_config)
-    if (processor.patch_size, processor.merge_size) != (vision.patch_size, vision.spatial_merge_size):
-        raise ModelError(
-            f"{folder}: preprocessor_config.json has patch_size {processor.patch_size} and merge_size {processor.merge_size}, "
-            f"config.json {vision.patch_size} and {vision.spatial_merge_size}; copy both files from the same model"
-        )
     return Policy(model, tokenizer, processor, folder)

@@ -16,7 +16,8 @@ from PIL import Image
 from transformers import logging
 
 from metis_fast.config import ScoreConfig
-from metis_fast.model import VISION_END, VISION_START, Policy
+from metis_fast.model import Policy
+from metis_fast.model_folder import VISION_END, VISION_START
 from metis_fast.score.advantage import GroupRewards, advantages
 from metis_fast.score.reward import accuracy_reward, tool_reward
 from metis_fast.testing.tiny import TinyShape, build_tiny

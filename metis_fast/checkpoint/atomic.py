@@ -27,7 +27,7 @@ def new_folder(target: Path) -> Iterator[Path]:
     """Yield an empty folder to fill; when the block ends it is flushed to disk and becomes `target`.
 
     An existing `target` is replaced, and untouched until the new one is complete. If the block or the flush raises, the new
-    folder is removed and the error goes on.
+    folder is removed and the error goes on. Modes of files follow the umask.
 
     Raises:
         OSError: the parent folder is missing, read-only or full.
@@ -37,6 +37,7 @@ def new_folder(target: Path) -> Iterator[Path]:
         tmp.mkdir()
         try:
             yield tmp
+            _let_others_read(tmp)
             _flush_tree(tmp)
             _put_in_place(tmp, target)
         finally:
@@ -91,6 +92,16 @@ def _put_in_place(tmp: Path, target: Path) -> None:
     _flush(target.parent)
     if replaces:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def _let_others_read(folder: Path) -> None:
+    """As the umask has it for the folder: safetensors writes through temporary files, which are for their owner alone."""
+    mode = folder.stat().st_mode & 0o666
+    for root, _, files in os.walk(folder):
+        for name in files:
+            path = Path(root) / name
+            if mode & ~path.stat().st_mode:
+                path.chmod(mode)
 
 
 def _flush_tree(folder: Path) -> None:

@@ -1,37 +1,48 @@
-"""A model's weights in a Hugging Face folder: read slice by slice, written as they come.
+"""A model's weights in a Hugging Face folder, read slice by slice, whatever an older release or a wrapper has called them.
 
-Neither side ever holds more than a slice, or a file: a rank reads what it keeps, and the one that exports gets a tensor at a
-time from the others.
+Never more than a slice is held: a rank reads what it keeps, and a whole model is read and cast a tensor at a time.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Collection, Iterable, Mapping
-from contextlib import ExitStack
+import os
+from collections.abc import Collection, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import TracebackType
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from metis_fast.checkpoint.export import PROCESSOR_FILES, TOKENIZER_FILES, copy_files, new_export
-from metis_fast.errors import CheckpointError, ModelError
+from metis_fast.errors import ModelError
+from metis_fast.model_folder import read_json, trouble
 
-_ONE_FILE = "model.safetensors"
-_INDEX = "model.safetensors.index.json"
+ONE_FILE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
 
-MAX_SHARD_BYTES = 5_000_000_000
-"""Of a weight file, as `save_pretrained` has it by default."""
+_FLOATS = ("F64", "F32", "F16", "BF16")
+_READERS = 4
+"""Threads that read a whole model; each holds a tensor."""
+
+_WRAPPERS = ("module.", "_orig_mod.", "pretrained_model.")
+"""Of DistributedDataParallel, torch.compile and models with a value head."""
+
+_OLDER = (
+    ("language_model.model.", "model.language_model."),
+    ("language_model.lm_head.", "lm_head."),
+    ("language_model.", "model.language_model."),
+    ("visual.", "model.visual."),
+    ("model.", "model.language_model."),
+    ("", "model."),
+)
+"""Beginnings of names in older layouts, and of models without their head; and what they are now."""
 
 
 class FolderReader:
     """The tensors of a folder with one `model.safetensors`, or with several files and their index.
 
-    Opening reads the headers of all files, which is where a file that was cut short shows.
+    Opening reads the headers of all files, which is where a file that was cut short shows. No file stays open: until it is
+    closed, all that was read of it counts as memory of the process.
 
     shapes: of every tensor.
     """
@@ -42,72 +53,72 @@ class FolderReader:
             ModelError: a file is missing, damaged, or not what the index says.
         """
         self._folder = folder
-        self._open = ExitStack()
-        self._files: dict[str, Any] = {}
-        try:
-            self.shapes = self._read_headers()
-        except BaseException:
-            self._open.close()
-            raise
-
-    def __enter__(self) -> FolderReader:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._open.close()
-
-    def _read_headers(self) -> Mapping[str, tuple[int, ...]]:
-        index = self._folder / _INDEX
+        self._dtypes: dict[str, str] = {}
+        index = folder / INDEX
         # transformers, too, takes the single file where there are both
-        if (self._folder / _ONE_FILE).is_file() or not index.is_file():
-            file = self._file(_ONE_FILE)
-            self._files = dict.fromkeys(file.keys(), file)
+        if os.path.lexists(folder / ONE_FILE) or not os.path.lexists(index):
+            held = self._header(ONE_FILE)
+            self._where = {name: (ONE_FILE, name) for name in held}
         else:
-            self._files = self._indexed(index)
-        return {name: tuple(file.get_slice(name).get_shape()) for name, file in self._files.items()}
+            held = self._indexed(index)
+        self.shapes: dict[str, tuple[int, ...]] = {name: shape for name, (shape, _) in held.items()}
+        self._dtypes = {name: dtype for name, (_, dtype) in held.items()}
 
-    def _indexed(self, index: Path) -> dict[str, Any]:
-        try:
-            document = json.loads(index.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise ModelError(f"cannot read {index} ({error}); restore the file from its source") from None
-        match document:
+    def _indexed(self, index: Path) -> dict[str, tuple[tuple[int, ...], str]]:
+        match read_json(index):
             case {"weight_map": dict(where)} if all(isinstance(name, str) for name in where.values()):
                 pass
             case _:
                 raise ModelError(f"{index} has no weight_map; restore the file from its source")
-        opened = {name: self._file(name) for name in sorted(set(where.values()))}
-        held = {name: frozenset(file.keys()) for name, file in opened.items()}
-        lost = [f"{tensor} ({name})" for tensor, name in where.items() if tensor not in held[name]]
+        files = {name: self._header(name) for name in sorted(set(where.values()))}
+        lost = [f"{tensor} ({name})" for tensor, name in where.items() if tensor not in files[name]]
         if lost:
             raise ModelError(
                 f"{index} lists {len(lost)} tensors that are not where it says, such as {lost[0]}; "
                 "index and files are of different models"
             )
-        return {tensor: opened[name] for tensor, name in where.items()}
+        self._where = {tensor: (name, tensor) for tensor, name in where.items()}
+        return {tensor: files[name][tensor] for tensor, name in where.items()}
 
-    def _file(self, name: str) -> Any:
+    def _header(self, name: str) -> dict[str, tuple[tuple[int, ...], str]]:
+        """Shape and dtype of every tensor of a file."""
         path = self._folder / name
+        if not os.path.lexists(path):
+            parts = sorted(self._folder.glob("*.safetensors"))
+            other = f", nor has it {INDEX} for {parts[0].name}" if name == ONE_FILE and parts else ""
+            raise ModelError(f"{self._folder} lacks {name}{other}; the folder is incomplete")
+        if problem := trouble(path):
+            raise ModelError(f"{path} {problem}")
         try:
-            return self._open.enter_context(safe_open(path, framework="pt"))
-        except FileNotFoundError:
-            raise ModelError(f"{self._folder} lacks {name}; the folder is incomplete") from None
+            with safe_open(path, framework="pt") as file:
+                slices = {tensor: file.get_slice(tensor) for tensor in file.offset_keys()}
+                return {tensor: (tuple(one.get_shape()), one.get_dtype()) for tensor, one in slices.items()}
         except (OSError, SafetensorError) as error:
-            reason = " ".join(str(error).split())
+            reason = " ".join(str(error).split())[:200]
             raise ModelError(f"{path} is damaged or cut short ({reason}); copy it from its source again") from None
 
     def check(self, expected: Mapping[str, tuple[int, ...]], may_have: Collection[str] = ()) -> None:
-        """Compare names and shapes with a model's; to be done before reading, since a slice of a larger tensor looks right.
+        """Compare names, shapes and types with a model's; done before reading, since a slice of a larger tensor looks right.
+
+        Tensors under names of an older layout have the model's own from here on.
 
         may_have: names that are of no use and do no harm.
 
         Raises:
-            ModelError: tensors are missing, unknown or of another shape.
+            ModelError: tensors are missing, unknown, there twice, of another shape, or no floating-point numbers.
         """
+        self._rename({*expected, *may_have})
+        for name, dtype in self._dtypes.items():
+            if name in expected and dtype not in _FLOATS:
+                raise ModelError(
+                    f"{self._path(name)}: {name} is {dtype}, expected one of {', '.join(_FLOATS)}; quantised weights cannot be "
+                    "trained: give the bfloat16, float16 or float32 model that they were made from"
+                )
         problems = []
         if missing := [name for name in expected if name not in self.shapes]:
             problems.append(f"lacks {len(missing)} tensors ({_some(missing)})")
-        if extra := [name for name in self.shapes if name not in expected and name not in may_have]:
+        unused = {name for name in self.shapes if name.endswith(".inv_freq")}  # old releases saved what follows from the config
+        if extra := [name for name in self.shapes if name not in expected and name not in may_have and name not in unused]:
             problems.append(f"has {len(extra)} that the model has not ({_some(extra)})")
         if other := [name for name, shape in expected.items() if self.shapes.get(name, shape) != shape]:
             first = other[0]
@@ -115,114 +126,69 @@ class FolderReader:
         if problems:
             raise ModelError(f"{self._folder} {', '.join(problems)}; weights and config.json are of different models")
 
-    def read(self, name: str, dim: int, start: int, stop: int) -> Tensor:
+    def _rename(self, known: Collection[str]) -> None:
+        renamed = {name: _name(name, known) for name in self.shapes}
+        firsts: dict[str, str] = {}
+        for old, new in renamed.items():
+            if firsts.setdefault(new, old) != old:
+                raise ModelError(f"{self._folder} has {new} twice, as {firsts[new]} and as {old}; remove one of them")
+        self.shapes = {renamed[name]: shape for name, shape in self.shapes.items()}
+        self._dtypes = {renamed[name]: dtype for name, dtype in self._dtypes.items()}
+        self._where = {renamed[name]: where for name, where in self._where.items()}
+
+    def check_same(self, name: str, other: str) -> None:
+        """Of a tensor that may be there as a copy of another one.
+
+        Raises:
+            ModelError: it is there and differs.
+        """
+        if name in self.shapes and not torch.equal(self.read(name), self.read(other)):
+            raise ModelError(
+                f"{self._folder}: config.json ties {name} to {other}, but their weights differ; "
+                "set tie_word_embeddings to false in config.json, or remove the one that is not the model's"
+            )
+
+    def read(self, name: str, dim: int = 0, start: int = 0, stop: int | None = None) -> Tensor:
         """The slice [start, stop) of a tensor along a dim, in the folder's dtype; only that is read from disk.
 
         Raises:
-            ModelError: there is no such tensor.
+            ModelError: there is no such tensor, or NaN or Inf in what was read.
         """
-        if name not in self._files:
+        if name not in self._where:
             raise ModelError(f"{self._folder} lacks the tensor {name}; weights and config.json are of different models")
-        return self._files[name].get_slice(name)[(*(slice(None),) * dim, slice(start, stop))]
+        file, stored = self._where[name]
+        with safe_open(self._folder / file, framework="pt") as opened:
+            tensor: Tensor = opened.get_slice(stored)[(*(slice(None),) * dim, slice(start, stop))]
+        # extremes pass NaN on, and take a tenth of the time of asking each number
+        if tensor.numel() and not all(map(torch.isfinite, tensor.aminmax())):
+            bad = tensor.numel() - int(torch.isfinite(tensor).sum())
+            raise ModelError(
+                f"{self._path(name)}: {name} has {bad} numbers that are NaN or Inf; give a model whose weights are finite, "
+                "such as an earlier checkpoint of it"
+            )
+        return tensor
+
+    def read_all(self, names: Collection[str], dtype: torch.dtype) -> dict[str, Tensor]:
+        """Whole tensors in a dtype. Beside the result, as many of the folder's as there are threads are held."""
+
+        def one(name: str) -> Tensor:
+            return self.read(name).to(dtype, copy=True)
+
+        with ThreadPoolExecutor(_READERS) as pool:
+            return dict(zip(names, pool.map(one, names), strict=True))
+
+    def _path(self, name: str) -> Path:
+        return self._folder / self._where[name][0]
+
+
+def _name(stored: str, known: Collection[str]) -> str:
+    """What a tensor is called in the model, or what it is called in the file where the model has none such."""
+    bare = stored
+    while bare not in known and bare.startswith(_WRAPPERS):
+        bare = bare.partition(".")[2]
+    tried = [bare, *(new + bare.removeprefix(old) for old, new in _OLDER if bare.startswith(old))]
+    return next((name for name in tried if name in known), stored)
 
 
 def _some(names: Collection[str]) -> str:
     return ", ".join(sorted(names)[:3])
-
-
-def write_folder(
-    tensors: Iterable[tuple[str, Tensor]],
-    expected: Mapping[str, tuple[int, ...]],
-    source: Path,
-    out: Path,
-    *,
-    max_shard_bytes: int = MAX_SHARD_BYTES,
-) -> None:
-    """Write the folder of a trained model, which plain transformers and vLLM load, from a stream of its tensors.
-
-    The folder appears whole or not at all; an older export at `out` is kept until the new one is complete. At most one weight
-    file is held in memory.
-
-    tensors: Hugging Face names and whole tensors of one dtype, on any device, in any order. expected: all of them, with shapes.
-    source: the model folder that training started from; configs, tokenizer and processor are its own.
-
-    Raises:
-        CheckpointError: `out` is something else than an export, `source` lacks a needed file, or the disk failed.
-        ValueError: the stream is not what was expected.
-    """
-    with new_export(out, [source]) as tmp:
-        # what can be found missing is, before the weights are written
-        config = _read_config(source)
-        copy_files(source, tmp, TOKENIZER_FILES, needed="tokenizer.json")
-        if "vision_config" in config:
-            copy_files(source, tmp, PROCESSOR_FILES, needed="preprocessor_config.json")
-        copy_files(source, tmp, ["generation_config.json"], needed="config.json")
-        dtype = _write_weights(tensors, expected, tmp, max_shard_bytes)
-        (tmp / "config.json").write_text(json.dumps(_with_dtype(config, dtype), indent=2) + "\n", encoding="utf-8")
-
-
-def _read_config(source: Path) -> dict[str, Any]:
-    path = source / "config.json"
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"cannot export: {path} cannot be read ({error}); restore it from its source") from None
-
-
-def _with_dtype(config: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
-    """The config as it was, with another dtype at the top and wherever a part names one."""
-    name = str(dtype).removeprefix("torch.")
-    key = "torch_dtype" if "torch_dtype" in config else "dtype"  # what older versions wrote is what they read
-    changed = config | {key: name}
-    for part, tree in config.items():
-        if isinstance(tree, dict):
-            changed[part] = tree | {its: name for its in ("dtype", "torch_dtype") if its in tree}
-    return changed
-
-
-def _write_weights(
-    tensors: Iterable[tuple[str, Tensor]], expected: Mapping[str, tuple[int, ...]], folder: Path, max_bytes: int
-) -> torch.dtype:
-    dtypes: set[torch.dtype] = set()
-    files: list[list[str]] = []
-    held: dict[str, Tensor] = {}
-    seen: set[str] = set()
-    size = total = 0
-
-    def flush() -> None:
-        save_file(held, folder / _part(len(files)), metadata={"format": "pt"})
-        files.append(list(held))
-        held.clear()
-
-    for name, tensor in tensors:
-        if name in seen or expected.get(name) != tuple(tensor.shape):
-            raise ValueError(f"{name} {tuple(tensor.shape)} came, expected {expected.get(name)}, once")
-        if held and size + tensor.nbytes > max_bytes:
-            flush()
-            size = 0
-        # a copy: what came may be a view of something larger, or be overwritten before the file is full
-        held[name] = torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor.detach())
-        seen.add(name)
-        dtypes.add(tensor.dtype)
-        size += tensor.nbytes
-        total += tensor.nbytes
-    if seen != expected.keys() or len(dtypes) != 1:
-        lost = sorted(expected.keys() - seen)
-        raise ValueError(f"{len(lost)} tensors did not come ({_some(lost)}); dtypes {sorted(map(str, dtypes))}, expected one")
-    flush()
-    if len(files) == 1:
-        (folder / _part(0)).rename(folder / _ONE_FILE)
-        return dtypes.pop()
-    where = {}
-    for at, names in enumerate(files):
-        final = f"model-{at + 1:05d}-of-{len(files):05d}.safetensors"
-        (folder / _part(at)).rename(folder / final)
-        where |= dict.fromkeys(names, final)
-    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
-    (folder / _INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-    return dtypes.pop()
-
-
-def _part(number: int) -> str:
-    """Name of a weight file while it is not known how many there will be."""
-    return f"part-{number}.safetensors"

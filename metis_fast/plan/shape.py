@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
-from transformers import PretrainedConfig, Qwen3Config, Qwen3VLConfig
+from transformers import PretrainedConfig
 
 from metis_fast.config import Config
 from metis_fast.errors import ConfigError
+from metis_fast.model_folder import config_of, read_json
 from metis_fast.train.megatron.layout import parts
-
-_CLASSES: dict[str, type[PretrainedConfig]] = {"qwen3_vl": Qwen3VLConfig, "qwen3": Qwen3Config}
 
 
 def read_model_config(config: Config, given: Path | None) -> PretrainedConfig:
     """The model's config.json: of `given` (a folder or the file), else of `model.path`, else `model.config`.
 
     Raises:
-        ConfigError: there is none, or it is not that of a Qwen3 or Qwen3-VL.
+        ConfigError: there is none. ModelError: it cannot be read, or is not that of a Qwen3 or Qwen3-VL.
     """
     folder, described = config.model.path, config.model.config
     path = given if given is not None else folder
@@ -32,18 +30,7 @@ def read_model_config(config: Config, given: Path | None) -> PretrainedConfig:
                 "config.json that describes the model, or set model.path to a model folder"
             )
         file = described
-    try:
-        tree: Any = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"cannot read {file}: {error.strerror}; give the config.json of a Qwen3-VL") from None
-    except ValueError:
-        raise ConfigError(f"{file} is not JSON; give the config.json of a Qwen3-VL") from None
-    kind = tree.get("model_type") if isinstance(tree, dict) else None
-    if kind not in _CLASSES:
-        raise ConfigError(
-            f"{file}: expected model_type {' or '.join(_CLASSES)}, got {kind!r}; give the config.json of such a model"
-        )
-    return _CLASSES[kind](**tree)
+    return config_of(read_json(file), file)
 
 
 @dataclass(frozen=True, slots=True)

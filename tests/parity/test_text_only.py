@@ -13,7 +13,7 @@ from test_trainer_fsdp import LINEAR, assert_trains_alike, ranks, two_ranks  # n
 from trainer_cases import assert_close, config, gradients, longest, score
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from metis_fast.checkpoint.export import export_policy
+from metis_fast.checkpoint.export import export_policy, read_source
 from metis_fast.config import ModelConfig
 from metis_fast.errors import DataError, ModelError
 from metis_fast.model import load_policy
@@ -113,7 +113,7 @@ def test_an_export_loads_again_and_has_the_trained_weights(load, groups, tmp_pat
     settings = config()
     trainer = TorchTrainer(load(), settings, settings.train.optim, 10)
     trainer.update(groups)
-    export_policy(trainer.policy, tmp_path / "out")
+    export_policy(trainer.policy, read_source(trainer.policy.folder), tmp_path / "out")
     again = load_policy(ModelConfig(path=tmp_path / "out", dtype="float32"))
     for (name, one), (_, other) in zip(again.model.named_parameters(), trainer.policy.model.named_parameters(), strict=True):
         assert torch.equal(one, other), name

@@ -180,14 +180,14 @@ def test_a_folder_read_by_all_ranks_comes_back_bit_for_bit(family, tied, layout,
     model.save_pretrained(tmp_path)
     check(layout, model.config)
     back: dict[str, Tensor] = {}
-    with FolderReader(tmp_path) as reader:
-        assert reader.shapes == hf_shapes(model.config)
-        for param in all_params(layout, model.config):
-            shards = [local(param, r, layout, model.config, reader.read) for r in range(layout.tensor_parallel)]
-            assert all(tuple(shard.shape) == param.shape for shard in shards)
-            found = whole(param, shards, model.config)
-            assert not back.keys() & found.keys()
-            back |= found
+    reader = FolderReader(tmp_path)
+    assert reader.shapes == hf_shapes(model.config)
+    for param in all_params(layout, model.config):
+        shards = [local(param, r, layout, model.config, reader.read) for r in range(layout.tensor_parallel)]
+        assert all(tuple(shard.shape) == param.shape for shard in shards)
+        found = whole(param, shards, model.config)
+        assert not back.keys() & found.keys()
+        back |= found
     expected = dict(model.named_parameters())
     assert back.keys() == expected.keys()
     assert all(torch.equal(back[name], tensor) for name, tensor in expected.items())

@@ -17,7 +17,7 @@ from planning import CONFIGS, EIGHT_B, big, tiny
 
 from metis_fast import cli
 from metis_fast.config import Config, MegatronConfig, build
-from metis_fast.errors import ConfigError
+from metis_fast.errors import ModelError
 from metis_fast.plan.duration import StepSeconds
 from metis_fast.plan.gpus import GIB
 from metis_fast.plan.memory import RankMemory
@@ -122,14 +122,14 @@ def test_the_model_is_found_in_its_folder_then_in_its_description(plan, tmp_path
 
 
 @pytest.mark.parametrize(
-    ("text", "says"), [("{", "is not JSON"), ("[]", "got None"), ('{"model_type": "llama"}', "got 'llama'")]
+    ("text", "says"), [("{", "is not valid JSON"), ("[]", "holds a JSON list"), ('{"model_type": "llama"}', "got 'llama'")]
 )
 def test_what_is_no_qwen_is_refused(tmp_path, text, says):
     path = tmp_path / "config.json"
     path.write_text(text)
-    with pytest.raises(ConfigError, match=says):
+    with pytest.raises(ModelError, match=says):
         read_model_config(Config(), path)
-    with pytest.raises(ConfigError, match="No such file"):
+    with pytest.raises(ModelError, match="does not exist"):
         read_model_config(Config(), tmp_path / "none.json")
 
 

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from metis_fast.config import Config
 from metis_fast.errors import EngineError, EngineFailure, InfrastructureError
-from metis_fast.model import IMAGE_PAD, VISION_END, VISION_START, Policy
+from metis_fast.model import Policy
+from metis_fast.model_folder import IMAGE_PAD, VISION_END, VISION_START
 from metis_fast.rollout.engine import Completion, Sampling, SyncReport
 from metis_fast.rollout.layers import Layers, unpack
 from metis_fast.rollout.vllm.direct import DirectWeights

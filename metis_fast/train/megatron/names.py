@@ -12,20 +12,19 @@ rows, its value rows; gate stands above up within every rank's part. `fuse` and 
 
 from __future__ import annotations
 
-import json
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from math import prod
 from typing import Literal
 
 import torch
 from torch import Tensor
-from transformers import PretrainedConfig, Qwen3Config, Qwen3ForCausalLM, Qwen3VLConfig, Qwen3VLForConditionalGeneration
+from transformers import PretrainedConfig
 
 from metis_fast.config import MegatronConfig
 from metis_fast.errors import ModelError
+from metis_fast.model_folder import hf_shapes
 from metis_fast.train.megatron.layout import Chunk, chunks, parts
 
 Kind = Literal["whole", "rows", "columns", "qkv", "gate_up", "tied"]
@@ -77,28 +76,6 @@ def split(fused: Tensor, shares: Sequence[int], groups: int) -> tuple[Tensor, ..
     grouped = fused.unflatten(0, (groups, -1))
     unit = grouped.shape[1] // sum(shares)
     return tuple(part.flatten(0, 1) for part in grouped.split([unit * share for share in shares], dim=1))
-
-
-def hf_shapes(config: PretrainedConfig) -> Mapping[str, tuple[int, ...]]:
-    """Names and shapes of a model's weights as Hugging Face folders have them; a tied LM head is left out."""
-    return _shapes(type(config), config.to_json_string(use_diff=False))
-
-
-def may_have(config: PretrainedConfig) -> frozenset[str]:
-    """Weights that a folder may have and nobody reads: some models are published with a copy of their tied LM head."""
-    return frozenset({_HEAD} if config.tie_word_embeddings else ())
-
-
-@lru_cache(maxsize=4)
-def _shapes(kind: type[PretrainedConfig], text: str) -> Mapping[str, tuple[int, ...]]:
-    config = kind.from_dict(json.loads(text))
-    with torch.device("meta"):
-        if isinstance(config, Qwen3VLConfig):
-            model = Qwen3VLForConditionalGeneration(config)
-        else:
-            assert isinstance(config, Qwen3Config)
-            model = Qwen3ForCausalLM(config)
-    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
 
 
 def params(layout: MegatronConfig, config: PretrainedConfig, chunk: Chunk) -> tuple[Param, ...]:

@@ -23,12 +23,11 @@ from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from torch import Tensor
-from transformers import AutoConfig
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from metis_fast.checkpoint.safetensors_folder import FolderReader
 from metis_fast.errors import NonFiniteError
 from metis_fast.model import ImagePreparer
+from metis_fast.model_folder import hf_shapes, load_processor, may_have, read_config
 from metis_fast.train.flops import FlopModel
 from metis_fast.train.megatron import cpu, groups, layout
 from metis_fast.train.megatron import names as hf_names
@@ -77,7 +76,7 @@ class Worker:
         config = task.config
         if config.run.threads and context.device.type == "cpu":
             torch.set_num_threads(max(1, config.run.threads // self._layout.num_ranks))
-        self._hf = AutoConfig.from_pretrained(task.folder)
+        self._hf = read_config(task.folder)
         self._groups = groups.build(self._layout, timedelta(seconds=self._layout.timeout_s))
         # nothing draws random numbers; Megatron asks for the tracker under sequence parallelism and recomputation
         model_parallel_cuda_manual_seed(
@@ -113,7 +112,7 @@ class Worker:
         if vision is not None:
             self._merge = vision.spatial_merge_size
             if self._place.stage == 0:
-                self._images = ImagePreparer(Qwen2VLImageProcessorPil.from_pretrained(task.folder))
+                self._images = ImagePreparer(load_processor(task.folder))
         overlap = self._layout.overlap_reduction
         self._overlap = overlap == "on" or (overlap == "auto" and context.device.type == "cuda")
         self._models = [self._wrap(policy) for policy in self._policies]
@@ -138,8 +137,9 @@ class Worker:
 
     def _load_weights(self, folder: Path) -> None:
         """Read what this rank holds from a Hugging Face folder, slice by slice."""
-        with FolderReader(folder) as reader, torch.no_grad():
-            reader.check(hf_names.hf_shapes(self._hf), hf_names.may_have(self._hf))
+        reader = FolderReader(folder)
+        reader.check(hf_shapes(self._hf), may_have(self._hf))
+        with torch.no_grad():
             for policy, chunk in zip(self._policies, self._chunks, strict=True):
                 own = dict(policy.named_parameters())
                 for param in hf_names.params(self._layout, self._hf, chunk):

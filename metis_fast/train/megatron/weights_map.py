@@ -16,9 +16,10 @@ from metis_fast import config as config_module
 from metis_fast.checkpoint.safetensors_folder import FolderReader
 from metis_fast.config import Config, MegatronConfig
 from metis_fast.errors import ConfigError
+from metis_fast.model_folder import hf_shapes, may_have
 from metis_fast.plan.shape import read_model_config
 from metis_fast.train.megatron.layout import Chunk, check, chunks, parts
-from metis_fast.train.megatron.names import Param, hf_shapes, may_have, num_bytes, params, verify
+from metis_fast.train.megatron.names import Param, num_bytes, params, verify
 
 SIZES = (1, 2, 4, 8)
 """Tensor- and pipeline-parallel sizes that are tried where none is asked for."""
@@ -57,9 +58,9 @@ def _check_weights(model: Path, config: PretrainedConfig) -> list[str]:
     """Compare names and shapes of a folder's weights, if it has some, with its config; says so in a line."""
     if not model.is_dir() or not any(model.glob("*.safetensors")):
         return []
-    with FolderReader(model) as reader:
-        reader.check(hf_shapes(config), may_have(config))
-        return [f"{model}: names and shapes of {len(reader.shapes)} tensors are those of config.json"]
+    reader = FolderReader(model)
+    reader.check(hf_shapes(config), may_have(config))
+    return [f"{model}: names and shapes of {len(reader.shapes)} tensors are those of config.json"]
 
 
 def _layout(tensor: int, stages: int, interleaved: int, first: int = 0, last: int = 0) -> MegatronConfig:

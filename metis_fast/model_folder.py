@@ -1,0 +1,280 @@
+"""What a model folder has to hold, whoever wrote it, and the one way in which its config, tokenizer and processor are read.
+
+Training, ranks, plans and exports all go through here, so that a config means the same to each of them.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+from collections.abc import Iterator, Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from transformers import (
+    AutoTokenizer,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedTokenizerBase,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
+)
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+from metis_fast.errors import ModelError
+
+IMAGE_PAD = "<|image_pad|>"
+VISION_START, VISION_END = "<|vision_start|>", "<|vision_end|>"
+NEEDED_TOKENS = ("<|im_start|>", "<|im_end|>", "<tool_call>", "</tool_call>")
+VISION_TOKENS = {
+    "image_token_id": IMAGE_PAD,
+    "video_token_id": "<|video_pad|>",
+    "vision_start_token_id": VISION_START,
+    "vision_end_token_id": VISION_END,
+}
+"""By the name of their id in config.json."""
+
+GENERATION = "generation_config.json"
+PREPROCESSOR, PROCESSOR = "preprocessor_config.json", "processor_config.json"
+ARCHITECTURES: Mapping[str, tuple[type[PretrainedConfig], type[Qwen3VLForConditionalGeneration] | type[Qwen3ForCausalLM]]] = {
+    "qwen3_vl": (Qwen3VLConfig, Qwen3VLForConditionalGeneration),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+}
+"""By model_type. qwen3 reads text only."""
+
+_LFS = b"version https://git-lfs"
+_ROPE = ("rope_scaling", "rope_parameters")
+_TEXT = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+    "head_dim", "hidden_act", "max_position_embeddings", "rms_norm_eps", "attention_bias", "rope_theta", *_ROPE,
+)  # fmt: skip
+_HEAD = "lm_head.weight"
+
+
+def trouble(path: Path) -> str:
+    """Why a file cannot be what its name says, as far as its first bytes tell; empty where nothing shows."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(len(_LFS))
+    except OSError as error:
+        if path.is_symlink() and not path.exists():
+            return f"is a link to {os.readlink(path)}, which does not exist; copy or download the folder again"
+        if isinstance(error, FileNotFoundError):
+            return "does not exist; name another, or copy it from its source"
+        return f"cannot be read ({error.strerror}); change its permissions, or copy it from its source again"
+    if not start:
+        return "is empty; copy it from its source again"
+    if start == _LFS:
+        return "is a git-lfs pointer and not the file itself; run `git lfs pull` in the repository that it is of"
+    return ""
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """
+    Raises:
+        ModelError: it cannot be read, or is no JSON object.
+    """
+    if problem := trouble(path):
+        raise ModelError(f"{path} {problem}")
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(f"{path} is not valid JSON ({error}); restore the file from its source") from None
+    if not isinstance(tree, dict):
+        raise ModelError(f"{path} holds a JSON {type(tree).__name__}, expected an object; restore the file from its source")
+    return tree
+
+
+def check_model_folder(folder: Path) -> str:
+    """Find out, before anything is loaded, that a folder holds a Qwen3-VL or a Qwen3; returns its model_type.
+
+    Raises:
+        ModelError: not a folder, another architecture, a part is missing or unreadable, or the weights are quantised.
+    """
+    if not folder.is_dir():
+        raise ModelError(f"model.path {folder} is not a folder; give one that holds a Qwen3-VL (config.json, *.safetensors)")
+    if (folder / "adapter_config.json").exists():
+        raise ModelError(f"{folder} holds a LoRA adapter; merge it into its model (merge_and_unload), save that and give it")
+    config = read_config(folder)
+    if not any(folder.glob("*.safetensors")):
+        raise ModelError(f"{folder} has no *.safetensors; convert the weights to safetensors first")
+    if not os.path.lexists(folder / "tokenizer.json"):
+        raise ModelError(f"{folder} lacks tokenizer.json; copy it from the model that this one was made from")
+    read_json(folder / "tokenizer.json")
+    found = {name: read_json(folder / name) for name in (PREPROCESSOR, PROCESSOR) if os.path.lexists(folder / name)}
+    # transformers 5 saves the image processor inside of the processor
+    if config.model_type == "qwen3_vl" and PREPROCESSOR not in found and "image_processor" not in found.get(PROCESSOR, {}):
+        raise ModelError(
+            f"{folder} lacks {PREPROCESSOR}, or a {PROCESSOR} with an image_processor; "
+            "copy it from the model that this one was made from"
+        )
+    rows = config.get_text_config().vocab_size
+    for place, ids in _token_ids(folder, config):
+        if wrong := [token for token in ids if not 0 <= token < rows]:
+            raise ModelError(
+                f"{folder}: {place} is {wrong[0]}, but the embedding has rows 0 to {rows - 1}; correct the one that is wrong"
+            )
+    return config.model_type
+
+
+def _token_ids(folder: Path, config: PretrainedConfig) -> Iterator[tuple[str, list[int]]]:
+    """Every token id that a config of the folder names, and where."""
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    trees = {"config.json": config.to_dict(), "text_config of config.json": config.get_text_config().to_dict()}
+    if os.path.lexists(folder / GENERATION):
+        trees[GENERATION] = read_json(folder / GENERATION)
+        try:
+            GenerationConfig.from_dict(dict(trees[GENERATION]))
+        except (ValueError, TypeError, AttributeError) as error:
+            raise ModelError(f"{folder / GENERATION} cannot be used ({_line(error)}); correct it, or remove it") from None
+    for file, tree in trees.items():
+        for name in (*names, *(VISION_TOKENS if file == "config.json" else ())):
+            value = tree.get(name)
+            if value is not None:
+                ids = value if isinstance(value, list) else [value]
+                if not all(isinstance(token, int) for token in ids):
+                    raise ModelError(f"{folder}: {name} in {file} is {value!r}, expected token ids; correct it")
+                yield f"{name} in {file}", ids
+
+
+def standard(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """A config.json with every setting where transformers looks for it; one that it wrote itself is as it was.
+
+    Taken from other places: a text model's settings and `rope_theta` beside `text_config`, `tie_word_embeddings` inside of it,
+    and `rope_scaling` where `rope_parameters` is there as well, of which transformers would drop one.
+    """
+    changed = dict(tree)
+    nested = tree.get("model_type") == "qwen3_vl"
+    text = dict(tree.get("text_config") or {}) if nested else changed
+    if nested:
+        has_rope = any(text.get(name) for name in _ROPE)
+        text |= {name: tree[name] for name in _TEXT if name in tree and name not in text and not (has_rope and name in _ROPE)}
+        if "tie_word_embeddings" in text:
+            changed.setdefault("tie_word_embeddings", text["tie_word_embeddings"])
+    if all(text.get(name) for name in _ROPE):
+        text["rope_parameters"] = {**text.pop("rope_scaling"), **text["rope_parameters"]}
+    if nested:
+        changed["text_config"] = text
+    return changed
+
+
+def config_of(tree: Mapping[str, Any], file: Path) -> PretrainedConfig:
+    """transformers' config of a config.json. file: what errors call it.
+
+    Raises:
+        ModelError: another architecture, a value that cannot be, or a quantised model.
+    """
+    kind = tree.get("model_type")
+    if not isinstance(kind, str) or kind not in ARCHITECTURES:
+        raise ModelError(
+            f"{file}: expected model_type qwen3_vl (or qwen3 for text only), got {kind!r}; give a Qwen3-VL as model.path"
+        )
+    for part in (tree, tree.get("text_config"), tree.get("vision_config")):
+        if part is not None and not isinstance(part, Mapping):
+            raise ModelError(f"{file}: text_config and vision_config must be objects; restore the file from its source")
+        for key in ("quantization_config", "compression_config"):
+            if part and part.get(key):
+                method = part[key].get("quant_method") if isinstance(part[key], Mapping) else None
+                raise ModelError(
+                    f"{file} has a {key} ({method or 'no method named'}): quantised weights cannot be trained; "
+                    "give the bfloat16, float16 or float32 model that it was made from"
+                )
+    try:
+        return ARCHITECTURES[kind][0].from_dict(copy.deepcopy(standard(tree)))
+    except (ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as error:
+        raise ModelError(f"{file} cannot be used ({_line(error)}); restore the file from its source") from None
+
+
+def read_config(folder: Path) -> PretrainedConfig:
+    """The config of a model folder.
+
+    Raises:
+        ModelError: see `config_of`; also a file that cannot be read.
+    """
+    path = folder / "config.json"
+    if not os.path.lexists(path):
+        raise ModelError(f"{folder} lacks config.json; give a Qwen3-VL model folder")
+    return config_of(read_json(path), path)
+
+
+def hf_shapes(config: PretrainedConfig) -> Mapping[str, tuple[int, ...]]:
+    """Names and shapes of a model's weights as Hugging Face folders have them; a tied LM head is left out."""
+    return _shapes(config.model_type, config.to_json_string(use_diff=False))
+
+
+def may_have(config: PretrainedConfig) -> frozenset[str]:
+    """Weights that a folder may have and nobody reads: some models are published with a copy of their tied LM head."""
+    return frozenset({_HEAD} if config.tie_word_embeddings else ())
+
+
+@lru_cache(maxsize=4)
+def _shapes(kind: str, text: str) -> Mapping[str, tuple[int, ...]]:
+    of_config, of_model = ARCHITECTURES[kind]
+    with torch.device("meta"):
+        model = of_model(of_config.from_dict(json.loads(text)))  # pyright: ignore[reportArgumentType]
+    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The folder's tokenizer, checked for the tokens of the Qwen chat and tool format, and against config.json.
+
+    Raises:
+        ModelError: it cannot be loaded, lacks a token, has more tokens than the embedding has rows, or other ids than
+            config.json.
+    """
+    config = read_config(folder)
+    vision = VISION_TOKENS if config.model_type == "qwen3_vl" else {}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # the tokenizers library has no narrower class for a file that it cannot use
+        raise ModelError(f"tokenizer of {folder} cannot be loaded ({_line(error)}); copy its files from their source") from None
+    vocab = tokenizer.get_vocab()
+    missing = [token for token in (*NEEDED_TOKENS, *vision.values()) if token not in vocab]
+    if missing:
+        family = "Qwen3-VL" if vision else "Qwen3"
+        raise ModelError(f"tokenizer of {folder} lacks the tokens {', '.join(missing)}; use the tokenizer of {family}")
+    rows, last = config.get_text_config().vocab_size, max(vocab, key=vocab.__getitem__)
+    if vocab[last] >= rows:
+        raise ModelError(
+            f"{folder}: the embedding has {rows} rows, but the tokenizer has ids up to {vocab[last]} ({last!r}); "
+            "resize the embedding (resize_token_embeddings), or use the tokenizer that the model was trained with"
+        )
+    for name, token in vision.items():
+        if config.to_dict()[name] != vocab[token]:
+            raise ModelError(
+                f"{folder}: config.json has {name} {config.to_dict()[name]}, but {token} is {vocab[token]} in the tokenizer; "
+                "copy both from the same model"
+            )
+    return tokenizer
+
+
+def load_processor(folder: Path) -> Qwen2VLImageProcessorPil:
+    """The folder's image processor: that of `processor_config.json` where one is inside, else of `preprocessor_config.json`.
+
+    Raises:
+        ModelError: it cannot be loaded, or cuts images up in another way than the model expects.
+    """
+    try:
+        processor = Qwen2VLImageProcessorPil.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as error:
+        raise ModelError(f"image processor of {folder} cannot be loaded ({_line(error)}); copy it from its source") from None
+    vision = read_config(folder).vision_config  # pyright: ignore[reportAttributeAccessIssue]
+    names = {"patch_size": "patch_size", "temporal_patch_size": "temporal_patch_size", "merge_size": "spatial_merge_size"}
+    for ours, theirs in names.items():
+        if getattr(processor, ours) != getattr(vision, theirs):
+            raise ModelError(
+                f"{folder}: the image processor has {ours} {getattr(processor, ours)}, the vision_config of config.json "
+                f"{theirs} {getattr(vision, theirs)}; copy both from the same model"
+            )
+    return processor
+
+
+def _line(error: Exception) -> str:
+    """What transformers says, in a line."""
+    return " ".join(str(error).split())[:300]

@@ -1,0 +1,397 @@
+"""Model folders as other trainers and releases write them: the same model however it is spelled, or a line of what is wrong."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from folders import LFS
+from safetensors.torch import load_file, save_file
+from tokenizers import AddedToken
+from transformers import AutoTokenizer
+
+from metis_fast.checkpoint.export import check_logits, export_policy, read_source
+from metis_fast.checkpoint.safetensors_folder import FolderReader
+from metis_fast.config import Config, ModelConfig
+from metis_fast.errors import ModelError
+from metis_fast.model import Policy, load_policy
+from metis_fast.model_folder import check_model_folder, hf_shapes, load_processor, may_have, read_config
+from metis_fast.plan.shape import Shape, read_model_config
+from metis_fast.types import ImageBlob
+
+Tree = dict[str, Any]
+Weights = dict[str, torch.Tensor]
+
+EMBED = "model.language_model.embed_tokens.weight"
+NORM = "model.language_model.norm.weight"
+
+
+@pytest.fixture
+def folder(tiny_folder: Path, tmp_path: Path) -> Path:
+    """A copy that a test may change."""
+    return Path(shutil.copytree(tiny_folder, tmp_path / "model"))
+
+
+def load(folder: Path, dtype: str = "float32") -> Policy:
+    return load_policy(ModelConfig.model_validate({"path": folder, "dtype": dtype}))
+
+
+def change(path: Path, edit: Callable[[Tree], object]) -> None:
+    """Edit a JSON file in place."""
+    tree = json.loads(path.read_text())
+    edit(tree)
+    path.write_text(json.dumps(tree))
+
+
+def respell(folder: Path, edit: Callable[[Weights], Weights]) -> None:
+    """Rewrite the weights."""
+    save_file(edit(load_file(folder / "model.safetensors")), folder / "model.safetensors")
+
+
+def refusal(folder: Path) -> str:
+    """The one line that is said of it."""
+    with pytest.raises(ModelError) as caught:
+        load(folder)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+# -- config.json ------------------------------------------------------------------------------------------------------
+
+
+def _version_4(tree: Tree) -> None:
+    rope = tree["text_config"].pop("rope_parameters")
+    tree["text_config"] |= {"rope_theta": rope.pop("rope_theta"), "rope_scaling": rope}
+    tree["torch_dtype"] = tree.pop("dtype")
+    tree["vision_config"].pop("rope_parameters", None)
+    tree["vision_config"]["model_type"] = "qwen3_vl"
+
+
+def _both_ropes(tree: Tree) -> None:
+    rope = tree["text_config"]["rope_parameters"]
+    tree["text_config"]["rope_scaling"] = {name: rope[name] for name in ("rope_type", "mrope_section", "mrope_interleaved")}
+
+
+def _theta_at_the_top(tree: Tree) -> None:
+    tree["rope_theta"] = tree["text_config"]["rope_parameters"].pop("rope_theta")
+
+
+def _old_type(tree: Tree) -> None:
+    rope = tree["text_config"]["rope_parameters"]
+    rope["type"] = rope.pop("rope_type")
+
+
+def _flat(tree: Tree) -> None:
+    tree |= {name: value for name, value in tree.pop("text_config").items() if name not in ("model_type", "dtype")}
+
+
+def _tied_in_the_text_alone(tree: Tree) -> None:
+    del tree["tie_word_embeddings"]
+    tree["text_config"]["tie_word_embeddings"] = True
+
+
+def _tied_at_the_top_alone(tree: Tree) -> None:
+    tree["text_config"].pop("tie_word_embeddings", None)
+
+
+def _other_ids(tree: Tree) -> None:
+    tree |= {"eos_token_id": [1, 2], "bos_token_id": None, "pad_token_id": 0, "use_cache": False, "something_new": {"a": [1]}}
+    tree["text_config"] |= {"eos_token_id": 2, "pad_token_id": 0, "bos_token_id": 0}
+
+
+def _no_types(tree: Tree) -> None:
+    del tree["dtype"]
+    for part in ("text_config", "vision_config"):
+        tree[part].pop("dtype", None)
+        tree[part].pop("model_type", None)
+
+
+CONFIGS = [
+    _version_4, _both_ropes, _theta_at_the_top, _old_type, _flat, _tied_in_the_text_alone, _tied_at_the_top_alone, _other_ids,
+    _no_types,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("edit", CONFIGS)
+def test_a_config_means_the_same_however_it_is_spelled(edit, folder, tiny_folder, tmp_path):
+    """To the model, to ranks and plans, and in what is exported, where plain transformers has to read it."""
+    change(folder / "config.json", edit)
+    policy = load(folder)
+    assert check_logits(policy, tiny_folder) < 1e-5
+    assert hf_shapes(read_config(folder)) == hf_shapes(read_config(tiny_folder))
+    shapes = [Shape.of(read_model_config(Config(), path)) for path in (folder, tiny_folder)]
+    assert shapes[0] == shapes[1] and shapes[0].tied
+    rope = [read_config(path).get_text_config().rope_parameters for path in (folder, tiny_folder)]
+    assert rope[0]["rope_theta"] == rope[1]["rope_theta"] == 1e4 and rope[0]["mrope_section"] == rope[1]["mrope_section"]
+    export_policy(policy, read_source(folder), tmp_path / "out")  # compares logits by itself
+    assert check_logits(load(tmp_path / "out"), tiny_folder) < 1e-5
+
+
+def test_a_config_that_differs_shows_in_these_comparisons(folder, tiny_folder):
+    change(folder / "config.json", lambda tree: tree["text_config"]["rope_parameters"].update(rope_theta=5e5))
+    with pytest.raises(ModelError, match="differ by"):
+        check_logits(load(folder), tiny_folder)
+
+
+@pytest.mark.parametrize(
+    ("edit", "says"),
+    [
+        (
+            lambda tree: tree.update(model_type="qwen2_5_vl"),
+            "expected model_type qwen3_vl (or qwen3 for text only), got",
+        ),
+        (lambda tree: tree.update(model_type=["qwen3_vl"]), "got ['qwen3_vl']"),
+        (lambda tree: tree.update(quantization_config={"quant_method": "gptq"}), "has a quantization_config (gptq): quantised"),
+        (lambda tree: tree["text_config"].update(quantization_config={"quant_method": "fp8"}), "quantization_config (fp8)"),
+        (lambda tree: tree.update(compression_config={"format": "x"}), "has a compression_config (no method named)"),
+        (lambda tree: tree.update(text_config=[1]), "text_config and vision_config must be objects"),
+        (lambda tree: tree["text_config"].update(hidden_size="wide"), "config.json cannot be used"),
+        (
+            lambda tree: tree.update(image_token_id=100_000),
+            "image_token_id in config.json is 100000, but the embedding",
+        ),
+        (lambda tree: tree.update(eos_token_id=[3, -7]), "eos_token_id in config.json is -7, but the embedding has rows"),
+        (lambda tree: tree.update(pad_token_id="<pad>"), "pad_token_id in config.json is '<pad>', expected token ids"),
+        (lambda tree: tree["text_config"].update(pad_token_id=400), "pad_token_id in text_config of config.json is 400"),
+        (lambda tree: tree.update(image_token_id=tree["video_token_id"]), "but <|image_pad|> is"),
+        (lambda tree: tree["text_config"].update(num_hidden_layers=3), "lacks 11 tensors"),
+        (lambda tree: tree.update(tie_word_embeddings=False), "lacks 1 tensors (lm_head.weight)"),
+        (lambda tree: tree["vision_config"].update(patch_size=16), "the image processor has patch_size 8, the vision_config"),
+    ],
+)
+def test_a_config_that_cannot_be_is_a_line(edit, says, folder):
+    change(folder / "config.json", edit)
+    assert says in refusal(folder)
+
+
+# -- tokenizer and processor ------------------------------------------------------------------------------------------
+
+
+def _more_tokens(folder: Path, number: int) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens([AddedToken(f"<more_{i}>") for i in range(number)])
+    tokenizer.save_pretrained(folder)
+
+
+def test_an_embedding_may_have_more_rows_than_the_tokenizer_has_tokens_and_not_fewer(folder, tiny_folder):
+    def pad(weights: Weights) -> Weights:
+        return weights | {EMBED: torch.cat([weights[EMBED], weights[EMBED][:40]])}
+
+    rows = read_config(folder).get_text_config().vocab_size
+    respell(folder, pad)
+    change(folder / "config.json", lambda tree: tree["text_config"].update(vocab_size=rows + 40))
+    assert load(folder).vocab_size == rows + 40
+    _more_tokens(folder, 41)
+    assert f"the embedding has {rows + 40} rows, but the tokenizer has ids up to {rows + 40} ('<more_40>')" in refusal(folder)
+
+
+@pytest.mark.parametrize("both", [False, True], ids=["alone", "beside the old file"])
+def test_a_processor_as_transformers_5_saves_it_is_the_same_one(both, folder, tiny_folder, tmp_path):
+    path = folder / "preprocessor_config.json"
+    nested = json.loads(path.read_text())
+    tree = {"image_processor": nested, "processor_class": "Qwen3VLProcessor", "video_processor": {"patch_size": 8}}
+    (folder / "processor_config.json").write_text(json.dumps(tree))
+    if both:  # what transformers, and with it vLLM, would not read
+        change(path, lambda old: old.update(size={"shortest_edge": 4096, "longest_edge": 4096}))
+    else:
+        path.unlink()
+    noise = np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8)
+    images = [load_processor(one)([noise], return_tensors="pt")["pixel_values"] for one in (folder, tiny_folder)]
+    assert torch.equal(*images)
+    policy = load(folder)
+    export_policy(policy, read_source(folder), tmp_path / "out")
+    assert (tmp_path / "out" / "processor_config.json").read_bytes() == (folder / "processor_config.json").read_bytes()
+    assert (tmp_path / "out" / "preprocessor_config.json").exists() == both
+
+
+def test_a_processor_config_without_an_image_processor_is_not_enough(folder):
+    (folder / "preprocessor_config.json").unlink()
+    (folder / "processor_config.json").write_text('{"processor_class": "Qwen3VLProcessor"}')
+    assert "lacks preprocessor_config.json, or a processor_config.json with an image_processor" in refusal(folder)
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors", "preprocessor_config.json"])
+@pytest.mark.parametrize(
+    ("spoil", "says"),
+    [
+        (lambda path: path.write_bytes(LFS), "is a git-lfs pointer and not the file itself; run `git lfs pull`"),
+        (lambda path: path.write_bytes(b""), "is empty; copy it from its source again"),
+        (
+            lambda path: path.unlink() or path.symlink_to("../../blobs/4d7a"),
+            "is a link to ../../blobs/4d7a, which does not exist",
+        ),
+        (lambda path: path.unlink() or path.mkdir(), "cannot be read (Is a directory)"),
+        (lambda path: path.write_bytes(b"<html><body>404 Not Found</body></html>"), ""),
+        (lambda path: path.write_bytes(b"\xff\xfe{\x00}\x00" * 9), ""),
+        (lambda path: path.write_bytes(b"{}"), ""),
+        (lambda path: path.write_bytes(b"[1]"), ""),
+    ],
+)
+def test_a_file_that_is_not_what_its_name_says_is_a_line(name, spoil, says, folder):
+    spoil(folder / name)
+    assert says in refusal(folder)
+    assert name in refusal(folder) or name.startswith(("tokenizer", "preprocessor"))
+
+
+def test_a_folder_that_is_something_else_is_a_line(folder):
+    def said() -> str:
+        with pytest.raises(ModelError) as caught:
+            check_model_folder(folder)
+        return str(caught.value)
+
+    (folder / "adapter_config.json").write_text("{}")
+    assert "holds a LoRA adapter; merge it into its model" in said()
+    (folder / "adapter_config.json").unlink()
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    assert "has no *.safetensors; convert the weights to safetensors first" in said()
+
+
+# -- weights ----------------------------------------------------------------------------------------------------------
+
+
+def _begin(**new: str) -> Callable[[Weights], Weights]:
+    """Other beginnings of names."""
+
+    def edit(weights: Weights) -> Weights:
+        names = {
+            name: next(((new[k] + name.removeprefix(OLD[k])) for k in new if name.startswith(OLD[k])), name) for name in weights
+        }
+        return {names[name]: tensor for name, tensor in weights.items()}
+
+    return edit
+
+
+OLD = {"text": "model.language_model.", "vision": "model.visual.", "all": ""}
+
+
+def _with_head(weights: Weights) -> Weights:
+    return weights | {"lm_head.weight": weights[EMBED].clone(), "model.language_model.rotary_emb.inv_freq": torch.ones(4)}
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        pytest.param(_begin(text="model.", vision="visual."), id="as Qwen2-VL was"),
+        pytest.param(_begin(text="language_model.model.", vision="visual."), id="as vLLM has it"),
+        pytest.param(_begin(text="language_model.", vision="visual."), id="without its head"),
+        pytest.param(_begin(all="module."), id="of DistributedDataParallel"),
+        pytest.param(_begin(all="module._orig_mod."), id="compiled"),
+        pytest.param(_with_head, id="with a copy of the head and frequencies"),
+        pytest.param(lambda weights: {name: one.double() for name, one in weights.items()}, id="float64"),
+    ],
+)
+def test_weights_are_the_same_whatever_they_are_called(edit, folder, tiny_folder):
+    respell(folder, edit)
+    policy = load(folder)
+    assert check_logits(policy, tiny_folder) < 1e-6
+    config, reader, plain = read_config(folder), FolderReader(folder), FolderReader(tiny_folder)
+    reader.check(hf_shapes(config), may_have(config))  # as a rank does it
+    for name in hf_shapes(config):
+        assert torch.equal(reader.read(name, 0, 1, 3).float(), plain.read(name, 0, 1, 3))
+
+
+def test_an_untied_model_has_its_own_head_whatever_it_is_called(folder):
+    head = torch.randn(read_config(folder).get_text_config().vocab_size, 32)
+    respell(folder, lambda weights: weights | {"language_model.lm_head.weight": head})
+    assert "has 1 that the model has not (language_model.lm_head.weight)" in refusal(folder) or "ties" in refusal(folder)
+    change(folder / "config.json", lambda tree: tree.update(tie_word_embeddings=False))
+    policy = load(folder)
+    assert torch.equal(policy.head, head) and not torch.equal(policy.decoder.embed_tokens.weight, head)
+
+
+def _set(name: str, value: float) -> Callable[[Weights], Weights]:
+    def edit(weights: Weights) -> Weights:
+        weights[name].flatten()[3] = value
+        return weights
+
+    return edit
+
+
+@pytest.mark.parametrize(
+    ("edit", "says"),
+    [
+        (_set(NORM, float("nan")), f"model.safetensors: {NORM} has 1 numbers that are NaN or Inf; give a model whose weights"),
+        (_set("model.visual.blocks.1.attn.qkv.bias", float("-inf")), "attn.qkv.bias has 1 numbers that are NaN or Inf"),
+        (lambda weights: weights | {NORM: weights[NORM].to(torch.int8)}, f"{NORM} is I8, expected one of F64, F32, F16, BF16"),
+        (lambda weights: weights | {NORM: weights[NORM].long()}, f"{NORM} is I64, expected one of"),
+        (lambda weights: weights | {NORM: weights[NORM].to(torch.float8_e4m3fn)}, f"{NORM} is F8_E4M3, expected one of"),
+        (lambda weights: weights | {NORM: weights[NORM][:-1].clone()}, "has 1 of another shape"),
+        (
+            lambda weights: weights | {"v_head.summary.weight": torch.zeros(1, 32)},
+            "1 that the model has not (v_head.summary",
+        ),
+        (lambda weights: weights | {f"{EMBED[:-7]}.lora_A.weight": torch.zeros(2, 2)}, "has 1 that the model has not"),
+        (lambda weights: weights | {"model.norm.weight": weights[NORM].clone()}, f"has {NORM} twice, as"),
+        (lambda weights: weights | {"lm_head.weight": weights[EMBED] + 1}, "config.json ties lm_head.weight to"),
+        (lambda weights: {name: one for name, one in weights.items() if name != NORM}, f"lacks 1 tensors ({NORM})"),
+    ],
+)
+def test_weights_that_are_not_the_models_are_a_line(edit, says, folder):
+    respell(folder, edit)
+    assert says in refusal(folder)
+
+
+def test_shards_are_read_and_one_that_is_missing_is_named(folder, tiny_folder):
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    files = {name: f"model-{1 + i % 2:05d}-of-00002.safetensors" for i, name in enumerate(weights)}
+    for file in set(files.values()):
+        save_file({name: weights[name] for name in weights if files[name] == file}, folder / file)
+    assert "lacks model.safetensors, nor has it model.safetensors.index.json for model-00001" in refusal(folder)
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": files}))
+    assert check_logits(load(folder), tiny_folder) < 1e-6
+    (folder / "model-00002-of-00002.safetensors").unlink()
+    assert "lacks model-00002-of-00002.safetensors; the folder is incomplete" in refusal(folder)
+
+
+_MEASURE = """
+import resource, sys
+from pathlib import Path
+from metis_fast.config import ModelConfig
+from metis_fast.model import load_policy
+load_policy(ModelConfig(path=Path(sys.argv[1]), dtype="bfloat16"))  # imports and buffers are not what is measured
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+policy = load_policy(ModelConfig(path=Path(sys.argv[2]), dtype="bfloat16"))
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+print(sum(weight.nbytes for weight in policy.model.parameters()) >> 10, peak - before)
+"""
+
+
+@pytest.mark.slow
+def test_float32_weights_are_never_held_beside_those_of_the_run(folder, tiny_folder):
+    """In one file, as the worst case: 1.5 times the model in float32 if both are there, a third if they are not."""
+    change(folder / "config.json", lambda tree: tree["text_config"].update(num_hidden_layers=24, intermediate_size=40_000))
+
+    def deepen(weights: Weights) -> Weights:
+        layer = {name: one for name, one in weights.items() if ".layers.1." in name}
+        for name in [name for name in layer if ".mlp." in name]:
+            layer[name] = torch.randn((40_000, 32) if "down" not in name else (32, 40_000))
+        layers = {name.replace(".1.", f".{i}.", 1): one.clone() for i in range(24) for name, one in layer.items()}
+        return weights | layers
+
+    respell(folder, deepen)
+    done = subprocess.run([sys.executable, "-c", _MEASURE, tiny_folder, folder], capture_output=True, text=True, check=True)
+    held, more = map(int, done.stdout.split())
+    assert held > 150_000  # KiB; the folder has twice as much
+    assert more < 1.35 * held
+
+
+def test_an_image_gives_the_same_tokens_from_either_processor_file(folder, picture):
+    def tokens() -> int:
+        blob: ImageBlob = picture(0, 70, 40)
+        return load(folder).images.num_tokens(blob)
+
+    before = tokens()
+    nested = json.loads((folder / "preprocessor_config.json").read_text())
+    (folder / "processor_config.json").write_text(json.dumps({"image_processor": nested}))
+    (folder / "preprocessor_config.json").unlink()
+    assert tokens() == before
