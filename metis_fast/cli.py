@@ -10,6 +10,7 @@ import dataclasses
 import errno
 import importlib
 import importlib.util
+import io
 import json
 import logging
 import math
@@ -17,6 +18,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -120,7 +122,12 @@ def _data_check(args: argparse.Namespace) -> int:
     if limit is not None and (args.model is None or limit < 1):
         raise ConfigError(f"--max-prompt-tokens: expected a number from 1 on and --model, whose tokens it counts, got {limit}")
     limit = limit or config_module.RolloutConfig().max_prompt_tokens
-    report = check_files(args.files, not args.json, args.model and _token_counter(args.model), limit)
+    if args.processes is not None and args.processes < 1:
+        raise ConfigError(f"--processes: expected a number from 1 on, got {args.processes}")
+    counter = partial(_token_counter, args.model) if args.model else None
+    if counter is not None:
+        counter()  # what is wrong with the model is said once, and by this process
+    report = check_files(args.files, not args.json, counter, limit, args.processes)
     print(render_json(report) if args.json else render_text(report))
     return report.exit_code
 
@@ -134,7 +141,7 @@ def _token_counter(model: Path) -> Callable[[Prompt], int]:
 
     vision = check_model_folder(model) == "qwen3_vl"
     images = ImagePreparer(Qwen2VLImageProcessorPil.from_pretrained(model) if vision else None, cache_bytes=0)
-    chat = Chat(load_tokenizer(model, vision), images)
+    chat = Chat(load_tokenizer(model), images)
     return lambda prompt: len(chat.encode_prompt(prompt).tokens)
 
 
@@ -360,6 +367,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="N",
         help="with --model: longer ones are bad; default: as rollout.max_prompt_tokens",
     )
+    sub.add_argument("--processes", type=int, metavar="N", help="that decode images; default: one a core")
     sub.add_argument("--json", action="store_true", help="print the result as one JSON object")
     sub = verb(data, "demo", _data_demo, "Write the demo set (Parquet) and its search corpora.")
     sub.add_argument("out", type=Path, metavar="FOLDER")
@@ -422,8 +430,30 @@ def _open_standard_streams() -> None:
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
 
 
+def _use_utf8() -> None:
+    """In a locale that is not UTF-8, Python and the libraries under us spell a path like `läuft` differently: start again in
+    Python's UTF-8 mode, which all processes of ours inherit."""
+    if sys.getfilesystemencoding() != "utf-8":
+        os.environ["PYTHONUTF8"] = "1"
+        os.execv(sys.executable, sys.orig_argv)
+
+
+def _cannot_print() -> bool:
+    """Whether standard output refuses even nothing, as a device that is full does; then nothing more goes there."""
+    try:
+        os.write(sys.stdout.fileno(), b"")
+    except io.UnsupportedOperation:  # no file at all
+        return False
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what the interpreter still flushes
+        return True
+    return False
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of `metis-fast`."""
+    if argv is None:
+        _use_utf8()
     _open_standard_streams()
     args = parse(argv)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
@@ -440,6 +470,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what the interpreter still flushes
         return 141
     except OSError as error:
+        if error.filename is None and _cannot_print():
+            print(f"metis-fast: cannot write to standard output ({error.strerror}); send it elsewhere", file=sys.stderr)
+            return 2
         advice = _ADVICE.get(error.errno or 0)
         if advice is None:
             raise

@@ -14,7 +14,7 @@ import torch
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from metis_fast import host
-from metis_fast.checkpoint.export import export_policy
+from metis_fast.checkpoint.export import check_export, export_policy
 from metis_fast.checkpoint.resume import CheckpointStore, ResumeState
 from metis_fast.checkpoint.rng import capture_rng
 from metis_fast.config import Config, SftPhase
@@ -24,11 +24,11 @@ from metis_fast.data.scripted import ScriptedEngine, ScriptStyle
 from metis_fast.errors import ConfigError, DataError, Interrupted
 from metis_fast.interrupt import Interrupts
 from metis_fast.model import ImagePreparer, first_device, load_policy, load_tokenizer
-from metis_fast.parts import save_config
 from metis_fast.report.progress import progress
 from metis_fast.rollout.chat import Chat
 from metis_fast.rollout.episode import collect
 from metis_fast.rollout.store import RolloutStore, read_rollouts
+from metis_fast.run_record import open_record
 from metis_fast.tools import open_toolbox
 from metis_fast.train.protocol import TrainerState
 from metis_fast.train.torch_backend import TorchTrainer
@@ -115,13 +115,16 @@ def sft(config: Config, out: Path) -> None:
     host.prepare(config.run.threads)
     torch.manual_seed(config.run.seed)
     folder = config.run.dir / "sft"
-    save_config(config.model_copy(update={"run": config.run.model_copy(update={"dir": folder})}))
+    record = open_record(config.model_copy(update={"run": config.run.model_copy(update={"dir": folder})}), {})
+    record.save()
+    source = check_export(config.model.path, out, config.model.dtype)
     policy = load_policy(config.model, device=first_device())
     # everything is trained in the cold start: what HDPO freezes has to be learnt first
     unfrozen = config.model_copy(update={"model": config.model.model_copy(update={"freeze": ()})})
     trainer = TorchTrainer(policy, unfrozen, config.sft.optim, len(schedule))
     checkpoints = CheckpointStore(folder / "checkpoints", keep_last=1)
     loaded, losses = checkpoints.latest(), []
+    record.log_changes(0 if loaded is None else loaded.state.step)
     if loaded is not None:
         trainer.load(TrainerState(loaded.state.tensors, loaded.state.scalars["trainer"]))
         losses = list(loaded.state.scalars["losses"])
@@ -149,4 +152,4 @@ def sft(config: Config, out: Path) -> None:
     save(len(schedule))
     lines = [json.dumps({"step": i, "loss": loss, "grad_norm": norm}) for i, (loss, norm) in enumerate(losses)]
     (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    export_policy(policy, out)
+    export_policy(policy, source, out)

@@ -7,6 +7,11 @@ keeps its traceback.
 from __future__ import annotations
 
 
+def one_line(error: object) -> str:
+    """The message of another library's error, or other text from outside, without line breaks."""
+    return " ".join(str(error).split())
+
+
 class MetisError(ValueError):
     """Base of all errors that a user can cause and mend."""
 

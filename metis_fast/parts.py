@@ -16,18 +16,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from metis_fast import config as config_module
 from metis_fast import host
-from metis_fast.checkpoint.export import export_policy
+from metis_fast.checkpoint.export import Source, check_export, export_model, export_policy
 from metis_fast.checkpoint.resume import CheckpointStore, ResumeState
 from metis_fast.checkpoint.rng import RngState, capture_rng, restore_rng
-from metis_fast.checkpoint.safetensors_folder import write_folder
-from metis_fast.config import Config, deciding
+from metis_fast.config import Config
 from metis_fast.data.cursor import CursorState, PromptCursor
 from metis_fast.data.parquet import PromptFiles
 from metis_fast.errors import ConfigError, EngineError, ToolSetupError
 from metis_fast.interrupt import Interrupts
 from metis_fast.model import Policy, first_device, load_policy
+from metis_fast.model_folder import hf_shapes
 from metis_fast.report.log import RunLog
 from metis_fast.rollout.chat import Chat
 from metis_fast.rollout.engine import Engine, SyncReport, update
@@ -37,6 +36,7 @@ from metis_fast.rollout.native import NativeEngine
 from metis_fast.rollout.schedule import Pending, Rules, Schedule, group_player
 from metis_fast.rollout.store import RolloutStore
 from metis_fast.rollout.vllm.engine import VllmEngine
+from metis_fast.run_record import RunRecord, open_record
 from metis_fast.score.judge import StyleJudge, open_judge
 from metis_fast.score.protocol import Judge
 from metis_fast.score.remote import RemoteJudge, start_judge_workers
@@ -44,7 +44,6 @@ from metis_fast.tools import open_toolbox
 from metis_fast.tools.protocol import Toolbox
 from metis_fast.tools.remote import RemoteToolbox, start_tool_workers
 from metis_fast.train.megatron.backend import MegatronTrainer, check_settings
-from metis_fast.train.megatron.names import hf_shapes
 from metis_fast.train.protocol import Trainer, TrainerState
 from metis_fast.train.torch_backend import TorchTrainer
 from metis_fast.types import Prompt
@@ -84,17 +83,19 @@ class Parts:
         trainer: Trainer | None,
         files: PromptFiles | None,
         heldout: PromptFiles | None,
+        record: RunRecord | None = None,
+        source: Source | None = None,
     ) -> None:
         self.config, self.interrupts, self.policy = config, interrupts, policy
         self.engine, self.toolbox, self.judge = engine, toolbox, judge
-        self.chat = Chat(sampler.tokenizer, sampler.images)
+        self.chat = Chat(sampler.tokenizer, sampler.images, config.tools.call_syntax)
         self._heldout_files = heldout
         self._heldout: list[Prompt] | None = None
         self._probes: list[Prompt] | None = None
         self._asleep = False
-        if trainer is None or files is None:
+        if trainer is None or files is None or record is None or source is None:
             return
-        self.trainer = trainer
+        self.trainer, self._record, self._source = trainer, record, source
         self._shared = trainer.shares_policy and sampler is policy and isinstance(engine, NativeEngine)
         self.cursor = PromptCursor(files, config.run.seed, config.data.shuffle, config.data.on_bad_row)
         self.store = RolloutStore(config.run.dir / "rollouts")
@@ -129,6 +130,7 @@ class Parts:
         loaded = self.checkpoints.latest()
         if loaded is None:
             self.log.truncate(0)
+            self._record.log_changes(0)
             return 0
         state = loaded.state
         self.trainer.load(TrainerState(state.tensors, state.scalars["trainer"]), loaded.path)
@@ -139,6 +141,7 @@ class Parts:
         self._saved = state.step
         self.log.truncate(state.step)
         restore_rng(state.rng)
+        self._record.log_changes(state.step)
         self._boundary = self._here()
         return state.step
 
@@ -200,12 +203,12 @@ class Parts:
         """Write the trained model as a Hugging Face folder; a back end that holds the weights elsewhere sends them one by one.
 
         Raises:
-            CheckpointError: the disk failed; an older export is as it was.
+            CheckpointError: the disk failed, or the export is not the model; an older export is as it was.
         """
         if self.config.train.backend == "torch":
-            export_policy(self.policy, out)
+            export_policy(self.policy, self._source, out)
         else:
-            write_folder(self.trainer.weights(), hf_shapes(self.policy.model.config), self.policy.folder, out)
+            export_model(self.trainer.weights(), hf_shapes(self.policy.model.config), self._source, out)
 
     def _here(self) -> _Boundary:
         pending = () if self.schedule is None else self.schedule.pending()
@@ -232,47 +235,6 @@ class Parts:
         if self._saved != step and step > 0 and self._boundary.num_updates == self.trainer.num_updates:
             self.save(step, None)
             self.checkpoints.finish()
-
-
-def save_config(config: Config) -> None:
-    """Save the resolved config with the run; a run folder keeps the settings that decide its result.
-
-    Raises:
-        ConfigError: the folder holds a run with other settings, or cannot be made.
-    """
-    folder = config.run.dir
-    path = folder / "config.yaml"
-    text = config_module.to_yaml(config)
-    if path.exists():
-        old = config_module.load(path)
-        before, now = deciding(old), deciding(config)
-        if before != now:
-            changed = _first_difference(before, now)
-            raise ConfigError(
-                f"{folder} holds a run with another {changed}; set run.dir to a new folder, or restore the setting to resume"
-            )
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(
-            f"cannot make the run folder {folder}: {error.strerror}; set run.dir to one that you can write"
-        ) from None
-    scratch = path.with_name(".config.yaml.tmp")
-    scratch.write_text(text, encoding="utf-8")
-    scratch.replace(path)
-
-
-def _first_difference(old: dict[str, object], new: dict[str, object]) -> str:
-    def leaves(tree: object, prefix: str = "") -> Iterator[tuple[str, object]]:
-        if isinstance(tree, dict):
-            for key, value in tree.items():
-                yield from leaves(value, f"{prefix}.{key}" if prefix else key)
-        else:
-            yield prefix, tree
-
-    then = dict(leaves(old))
-    key, value = next((key, value) for key, value in leaves(new) if then.get(key) != value)
-    return f"{key} ({then.get(key)!r}, now {value!r})"
 
 
 def _open_trainer(config: Config, policy: Policy, total_steps: int, interrupts: Interrupts, hub: Hub | None) -> Trainer:
@@ -385,6 +347,11 @@ def open_parts(config: Config, interrupts: Interrupts, training: bool = True) ->
     torch.manual_seed(config.run.seed)
     files = PromptFiles(config.data.train) if training else None
     heldout = PromptFiles(config.data.heldout) if config.data.heldout else None
+    record = None
+    if training:
+        data = {"data.train": files, "data.heldout": heldout}
+        record = open_record(config, {key: one for key, one in data.items() if one is not None}, interrupts.check)
+    source = check_export(config.model.path, config.run.dir / "trained", config.model.dtype) if training else None
     styles = {style for part in (files, heldout) if part is not None for style in part.styles()}
     with ExitStack() as stack:
         scratch = Path(stack.enter_context(TemporaryDirectory(prefix="metis-tools-")))
@@ -412,13 +379,14 @@ def open_parts(config: Config, interrupts: Interrupts, training: bool = True) ->
         if training:
             if config.train.backend == "megatron":
                 check_settings(config, policy.model.config)
-            save_config(config)
+            assert record is not None
+            record.save()
             updates = config.train.steps * config.rollout.prompts_per_step // config.train.prompts_per_mini_batch
             trainer = _open_trainer(config, policy, updates, interrupts, hub)
             stack.callback(trainer.close)
         if isinstance(engine, VllmEngine):
             engine.wait(interrupts.check)  # they load while the trainer does
-        parts = Parts(config, interrupts, policy, sampler, engine, toolbox, judge, trainer, files, heldout)
+        parts = Parts(config, interrupts, policy, sampler, engine, toolbox, judge, trainer, files, heldout, record, source)
         if training:
             stack.callback(parts.log.close)
             schedule = parts.schedule

@@ -75,10 +75,20 @@ class ImageBlob:
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One chat message. `<image>` in `content` marks where the next image of the prompt stands."""
+    """One chat message.
+
+    content: `<image>` marks where the next image of the prompt stands, unless `texts` says where images stand.
+    texts: what stands before, between and behind the images, where `<image>` in it is text; empty: the parts of `content`.
+    """
 
     role: str
     content: str
+    texts: tuple[str, ...] = ()
+
+    @property
+    def around_images(self) -> tuple[str, ...]:
+        """The texts before, between and behind the images; one more than there are images."""
+        return self.texts or tuple(self.content.split("<image>"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +113,7 @@ class Prompt:
     extra: Mapping[str, JsonScalar] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        marks = sum(message.content.count("<image>") for message in self.messages)
+        marks = sum(len(message.around_images) - 1 for message in self.messages)
         if marks != len(self.images):
             raise ValueError(f"prompt {self.uid}: {marks} `<image>` marks in the messages but {len(self.images)} images")
 

@@ -15,12 +15,13 @@ from metis_fast.config.rollout import RolloutConfig
 from metis_fast.config.score import LlmJudgeConfig, ScoreConfig
 from metis_fast.config.sft import SftPhase
 from metis_fast.config.sync import SyncConfig
-from metis_fast.config.tools import ImageSearchConfig, PythonToolConfig, TextSearchConfig, ToolsConfig
+from metis_fast.config.tools import CallSyntax, ImageSearchConfig, PythonToolConfig, TextSearchConfig, ToolsConfig
 from metis_fast.config.train import MegatronConfig, OptimConfig
-from metis_fast.config.tree import Config, deciding, known_keys
+from metis_fast.config.tree import Config, by_content, deciding, known_keys
 from metis_fast.config.workers import WorkersConfig
 
 __all__ = [
+    "CallSyntax",
     "Config",
     "DemoConfig",
     "ImageSearchConfig",
@@ -39,6 +40,7 @@ __all__ = [
     "ToolsConfig",
     "WorkersConfig",
     "build",
+    "by_content",
     "deciding",
     "known_keys",
     "load",

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from metis_fast.config.section import MAY_CHANGE, FilePath, Section, Several
+from metis_fast.config.section import BY_CONTENT, MAY_CHANGE, FilePath, Section, Several
 
 
 class DataConfig(Section):
     """Prompts, in the Metis-RL Parquet schema."""
 
-    train: Annotated[Several[FilePath], MAY_CHANGE] = ()
+    train: Annotated[Several[FilePath], BY_CONTENT] = ()
     """Parquet files (or folders of them) to train on."""
-    heldout: Several[FilePath] = ()
+    heldout: Annotated[Several[FilePath], BY_CONTENT] = ()
     """Parquet files (or folders of them) to evaluate on."""
     shuffle: bool = True
     """Shuffle every epoch, by `run.seed` and the epoch's number."""

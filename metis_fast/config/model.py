@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator
 
-from metis_fast.config.section import FilePath, OrNone, Section, Several
+from metis_fast.config.section import BY_CONTENT, MAY_CHANGE, FilePath, OrNone, Section, Several
 
 
 def _dtype_here(value: str) -> str:
@@ -24,9 +24,9 @@ def _dtype_here(value: str) -> str:
 class ModelConfig(Section):
     """The policy: any Qwen3-VL folder with safetensors."""
 
-    path: FilePath = Path("models/Metis-8B-ColdStart")
+    path: Annotated[FilePath, BY_CONTENT] = Path("models/Metis-8B-ColdStart")
     """Folder with config.json, *.safetensors, tokenizer and processor."""
-    config: OrNone[FilePath] = None
+    config: Annotated[OrNone[FilePath], MAY_CHANGE] = None
     """A config.json that describes the model where `path` is not there yet, for `metis-fast plan`."""
     dtype: Annotated[Literal["auto", "bfloat16", "float32"], AfterValidator(_dtype_here)] = "bfloat16"
     """Type of weights and activations. With bfloat16 the optimizer keeps float32 masters. `auto`: bfloat16 on a machine with a

@@ -13,7 +13,8 @@ _HEAD = """# All settings
 
 A table for each section of a config file. [Configuration](configuration.md) says how files and command lines are read.
 A run may go on with another value of what is marked *May change*, and of all that is under `workers`, `sync`, `gate`,
-`checkpoint`, `log`, `rollout.vllm` and `train.megatron`: these decide no result.
+`checkpoint`, `log`, `rollout.vllm` and `train.megatron`: these decide no result. Files that are *known by content* may lie
+elsewhere then, if they hold the same. `run.accept_changes` names what else may differ.
 This page is what `metis-fast config --reference` prints.
 """
 
@@ -37,7 +38,7 @@ def _sections(node: dict[str, Any], path: str) -> Iterator[str]:
         if "properties" in items:
             inner.append((f"{key}[]", items))
         default = _default(part["default"]) if "default" in part else "must be given"
-        free = " *May change.*" if "x-may-change" in part else ""
+        free = " *May change.*" if "x-may-change" in part else " *Known by content.*" if "x-by-content" in part else ""
         rows.append(f"| `{name}` | {_values(part)} | {default} | {part['description'].replace('|', '&#124;')}{free} |")
     if rows:
         yield f"## {path}\n\n{node['description']}\n\n| key | values | default | meaning |\n| --- | --- | --- | --- |"

@@ -6,13 +6,23 @@ command line, arrive as `Plain` text, and the type of the setting says what it m
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Annotated, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, GetJsonSchemaHandler, PlainSerializer, SerializationInfo
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    GetJsonSchemaHandler,
+    JsonValue,
+    PlainSerializer,
+    SerializationInfo,
+)
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
 
@@ -27,7 +37,7 @@ class Section(BaseModel):
 
 class MayChange:
     """Marks a setting or a section that decides no result: a run may go on with another value. What it does change is speed,
-    memory, rounding, or how long something is waited for. Data, whose files may lie elsewhere, is known by its own fingerprint.
+    memory, rounding, or how long something is waited for.
     """
 
     def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
@@ -37,6 +47,17 @@ class MayChange:
 
 
 MAY_CHANGE = MayChange()
+
+
+class ByContent:
+    """Marks a setting that names files which decide a result: they may lie elsewhere when a run goes on, but hold the same."""
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        """In the schema of a config file, too."""
+        return handler(schema) | {"x-by-content": True}
+
+
+BY_CONTENT = ByContent()
 
 
 class Plain(str):
@@ -201,3 +222,18 @@ def _guess(value: object) -> object:
 
 Free = Annotated[str | int | float | bool, BeforeValidator(_guess)]
 Named = BeforeValidator(lambda value: {} if is_nothing(value) else value)
+
+
+def _json(value: object) -> object:
+    """As `_guess`, in lists and mappings too; JSON has no infinity."""
+    if isinstance(value, dict):
+        return {name: _json(entry) for name, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_json(entry) for entry in value]
+    value = None if is_nothing(value) else _guess(value)
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError("expected numbers that JSON has")
+    return value
+
+
+JsonObject = Annotated[dict[str, JsonValue], BeforeValidator(_json), Named]

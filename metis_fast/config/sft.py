@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from metis_fast.config.section import FilePath, Positive, Section, Several
+from typing import Annotated
+
+from metis_fast.config.section import BY_CONTENT, FilePath, Positive, Section, Several
 from metis_fast.config.train import OptimConfig
 from metis_fast.types import Ability
 
@@ -10,7 +12,7 @@ from metis_fast.types import Ability
 class SftPhase(Section):
     """A stretch of SFT on one set of trajectories."""
 
-    trajectories: FilePath
+    trajectories: Annotated[FilePath, BY_CONTENT]
     """Folder of stored rollouts (`metis-fast data demo` writes two)."""
     steps: Positive
     """Optimizer steps."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Annotated, Any, Self
 
 from pydantic import model_validator
@@ -18,7 +19,7 @@ from metis_fast.config.model import ModelConfig
 from metis_fast.config.rollout import RolloutConfig
 from metis_fast.config.run import RunConfig
 from metis_fast.config.score import ScoreConfig
-from metis_fast.config.section import MAY_CHANGE, Section
+from metis_fast.config.section import BY_CONTENT, MAY_CHANGE, Section
 from metis_fast.config.sft import SftConfig
 from metis_fast.config.sync import SyncConfig
 from metis_fast.config.tools import ToolsConfig
@@ -103,15 +104,30 @@ class Config(Section):
 
 
 def deciding(section: Section) -> dict[str, Any]:
-    """The settings that decide a run's result, as plain values: all but those that are marked `MAY_CHANGE`."""
+    """The settings that decide a run's result, as plain values: all but those that are marked `MAY_CHANGE`, and the paths of
+    files that are known by what is in them (`by_content`)."""
     tree = section.model_dump(mode="json")
     for name, info in type(section).model_fields.items():
         value = getattr(section, name)
-        if MAY_CHANGE in info.metadata:
+        if MAY_CHANGE in info.metadata or BY_CONTENT in info.metadata:
             del tree[name]
         elif isinstance(value, Section):
             tree[name] = deciding(value)
+        elif isinstance(value, tuple) and any(isinstance(part, Section) for part in value):
+            tree[name] = [deciding(part) for part in value]
     return tree
+
+
+def by_content(section: Section, prefix: str = "") -> Iterator[tuple[str, Path]]:
+    """Dotted key and path of every single file or folder whose content decides a result; of lists of sections with a number."""
+    for name, info in type(section).model_fields.items():
+        value = getattr(section, name)
+        if BY_CONTENT in info.metadata and isinstance(value, Path):
+            yield prefix + name, value
+        parts = value if isinstance(value, tuple) else (value,)
+        for number, part in enumerate(parts):
+            if isinstance(part, Section):
+                yield from by_content(part, f"{prefix}{name}.{number}." if isinstance(value, tuple) else f"{prefix}{name}.")
 
 
 def settings(model: type[Section] = Config, prefix: str = "") -> Iterator[tuple[str, type[Section] | None]]:

@@ -5,18 +5,28 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+import os
+import signal
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field
+from multiprocessing import get_context
 from pathlib import Path
 
 from PIL import Image
 from tqdm import tqdm
 
-from metis_fast.data.parquet import PromptFiles
+from metis_fast.data.parquet import PromptFiles, RawRow
 from metis_fast.data.row import BadRow, BadRowError
 from metis_fast.errors import DataError
 from metis_fast.types import Ability, ImageBlob, Prompt
+
+_PIECE = 8  # rows that are sent to a process at once; at half a megabyte each, reading stays ahead of decoding
+_SMALL, _FEW = 32 << 20, 256  # bytes, and prompts to count, that are done before other processes would have started
+
+CountTokens = Callable[[Prompt], int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,66 +54,157 @@ class CheckReport:
         return 1 if self.bad_rows else 0
 
 
-def check_files(
-    paths: Sequence[Path], progress: bool, num_tokens: Callable[[Prompt], int] | None = None, max_prompt_tokens: int = 0
-) -> CheckReport:
-    """Read every row of the files (or folders of them), as training would.
+@dataclass(slots=True)
+class _Found:
+    """What some rows hold; the fields of `CheckReport`."""
 
-    progress: show a bar over row groups on stderr, where that is a terminal. Where a row group cannot be decoded, all its
-    rows are bad. num_tokens: of a prompt, with the model to be trained; a row with more than max_prompt_tokens is bad, and so
-    is one for which it raises a DataError.
+    rows: int = 0
+    bad_rows: list[BadRow] = field(default_factory=list)
+    abilities: Counter[str] = field(default_factory=Counter)
+    images: int = 0
+    image_bytes: int = 0
+    sizes: set[tuple[int, int]] = field(default_factory=set)
+    longest: int = 0
+
+    def add(self, other: _Found) -> None:
+        self.rows += other.rows
+        self.bad_rows += other.bad_rows
+        self.abilities += other.abilities
+        self.images += other.images
+        self.image_bytes += other.image_bytes
+        self.sizes |= other.sizes
+        self.longest = max(self.longest, other.longest)
+
+
+@dataclass(frozen=True, slots=True)
+class _Checker:
+    """Checks rows, in this process or in another one. Rows that could not even be read pass through it."""
+
+    count_tokens: CountTokens | None
+    max_prompt_tokens: int
+
+    def __call__(self, rows: Sequence[RawRow | BadRow]) -> _Found:
+        found = _Found(rows=len(rows))
+        for row in rows:
+            try:
+                if isinstance(row, BadRow):
+                    raise BadRowError(row)
+                prompt = row.prompt()
+                if self.count_tokens is not None:
+                    found.longest = max(found.longest, self._length(prompt, row, self.count_tokens))
+            except BadRowError as error:
+                found.bad_rows.append(error.bad_row)
+                continue
+            found.abilities[prompt.ability.value] += 1
+            found.images += len(prompt.images)
+            found.image_bytes += sum(len(image.data) for image in prompt.images)
+            found.sizes.update(map(_size, prompt.images))
+        return found
+
+    def _length(self, prompt: Prompt, row: RawRow, count_tokens: CountTokens) -> int:
+        try:
+            length = count_tokens(prompt)
+        except DataError as error:
+            raise BadRowError(BadRow(str(row.path), row.row, "images", "images that the model can use", str(error))) from None
+        if length > self.max_prompt_tokens:
+            limit = f"at most rollout.max_prompt_tokens={self.max_prompt_tokens} tokens"
+            raise BadRowError(BadRow(str(row.path), row.row, "prompt", limit, f"{length} tokens"))
+        return length
+
+
+_checker = _Checker(None, 0)  # of a process of the pool
+
+
+def _open_process(open_counter: Callable[[], CountTokens] | None, max_prompt_tokens: int) -> None:
+    global _checker
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that waits for this one
+    _checker = _Checker(None if open_counter is None else open_counter(), max_prompt_tokens)
+
+
+def _check_here(rows: Sequence[RawRow | BadRow]) -> _Found:
+    return _checker(rows)
+
+
+def check_files(
+    paths: Sequence[Path],
+    progress: bool,
+    open_counter: Callable[[], CountTokens] | None = None,
+    max_prompt_tokens: int = 0,
+    processes: int | None = None,
+) -> CheckReport:
+    """Read every row of the files (or folders of them), as training would; images are decoded whole.
+
+    progress: show a bar on stderr, where that is a terminal. Where a row group cannot be decoded, its rows from the damage on
+    are bad. open_counter: opens what counts the tokens of a prompt with the model to be trained (pickled, and called in every
+    process); a row with more than max_prompt_tokens is bad, and so is one for which counting raises a DataError. processes:
+    None is one a core, and this one alone where the files are small.
 
     Raises:
-        DataError: a file is missing, is no Parquet file, or lacks a column (see `PromptFiles`).
+        DataError: a file is missing, is no Parquet file, or lacks a column (see `PromptFiles`); or a process died.
     """
     files = PromptFiles(paths)
-    bad_rows: list[BadRow] = []
-    abilities: Counter[str] = Counter({ability.value: 0 for ability in Ability})
-    sizes: set[tuple[int, int]] = set()
-    lengths: set[int] = set()
-    images = image_bytes = 0
-    for group in tqdm(files.row_groups, desc="checking", unit="row group", disable=None if progress else True):
-        for index in range(group.start, group.start + group.num_rows):
-            try:
-                prompt = files.read(index)
-                if num_tokens is not None:
-                    lengths.add(_checked_length(prompt, files.location(index), num_tokens, max_prompt_tokens))
-            except BadRowError as error:
-                bad_rows.append(error.bad_row)
-            except DataError as error:
-                column = f"all, row group {group.group}"
-                places = map(files.location, range(index, group.start + group.num_rows))
-                bad_rows.extend(BadRow(str(path), row, column, "data that decodes", str(error)) for path, row in places)
-                break  # its other rows would fail alike, each after another try to decode them all
-            else:
-                abilities[prompt.ability.value] += 1
-                images += len(prompt.images)
-                image_bytes += sum(len(image.data) for image in prompt.images)
-                sizes.update(_size(image) for image in prompt.images)
+    if processes is None:
+        small = sum(group.num_bytes for group in files.row_groups) < _SMALL and (open_counter is None or len(files) < _FEW)
+        processes = 1 if small else len(os.sched_getaffinity(0))
+    found = _Found()
+    with tqdm(total=len(files), desc="checking", unit="row", disable=None if progress else True) as bar:
+        for part in _check(files, open_counter, max_prompt_tokens, processes):
+            found.add(part)
+            bar.update(part.rows)
     return CheckReport(
         rows=len(files),
-        bad_rows=tuple(bad_rows),
-        abilities=dict(abilities),
-        images=images,
-        image_bytes=image_bytes,
-        smallest=min(sizes, key=_area, default=None),
-        largest=max(sizes, key=_area, default=None),
-        longest_prompt=max(lengths, default=None),
+        bad_rows=tuple(found.bad_rows),
+        abilities={ability.value: found.abilities[ability.value] for ability in Ability},
+        images=found.images,
+        image_bytes=found.image_bytes,
+        smallest=min(found.sizes, key=_area, default=None),
+        largest=max(found.sizes, key=_area, default=None),
+        longest_prompt=found.longest or None,
     )
 
 
-def _checked_length(
-    prompt: Prompt, place: tuple[Path, int], num_tokens: Callable[[Prompt], int], max_prompt_tokens: int
-) -> int:
-    path, row = place
+def _check(
+    files: PromptFiles, open_counter: Callable[[], CountTokens] | None, max_prompt_tokens: int, processes: int
+) -> Iterator[_Found]:
+    """What is found in piece after piece, in the order of the rows."""
+    if processes == 1:
+        yield from map(_Checker(None if open_counter is None else open_counter(), max_prompt_tokens), _pieces(files))
+        return
+    # spawned: a fork of a process with Arrow's threads may hang
+    pool = ProcessPoolExecutor(processes, get_context("spawn"), _open_process, (open_counter, max_prompt_tokens))
+    waiting: deque[Future[_Found]] = deque()
     try:
-        length = num_tokens(prompt)
-    except DataError as error:
-        raise BadRowError(BadRow(str(path), row, "images", "images that the model can use", str(error))) from None
-    if length > max_prompt_tokens:
-        limit = f"at most rollout.max_prompt_tokens={max_prompt_tokens} tokens"
-        raise BadRowError(BadRow(str(path), row, "prompt", limit, f"{length} tokens"))
-    return length
+        for rows in _pieces(files):
+            waiting.append(pool.submit(_check_here, rows))
+            if len(waiting) > 2 * processes:  # no more rows in memory than are about to be decoded
+                yield waiting.popleft().result()
+        for future in waiting:
+            yield future.result()
+    except BrokenProcessPool:
+        raise DataError(
+            "a process that checks rows died, most likely of too little memory; give it more, or use one (--processes 1)"
+        ) from None
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _pieces(files: PromptFiles) -> Iterator[list[RawRow | BadRow]]:
+    for group in files.row_groups:
+        piece: list[RawRow | BadRow] = []
+        num = 0
+        try:
+            for row in files.raw_rows(group):
+                num += 1
+                piece.append(row)
+                if len(piece) == _PIECE:
+                    yield piece
+                    piece = []
+        except DataError as error:
+            column = f"all, row group {group.group}"
+            places = map(files.location, range(group.start + num, group.start + group.num_rows))
+            piece += (BadRow(str(path), row, column, "data that decodes", str(error)) for path, row in places)
+        if piece:
+            yield piece
 
 
 def render_text(report: CheckReport) -> str:

@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from metis_fast.data.parquet import PromptFiles
+from metis_fast.data.parquet import Layout, PromptFiles
 from metis_fast.data.row import BadRowError
 from metis_fast.errors import CheckpointError, DataError
 from metis_fast.types import Prompt
@@ -23,7 +23,7 @@ class CursorState:
 
     epoch: from 0. position: rows of that epoch already visited, bad ones included.
     skipped: bad rows skipped since the start of the run; a row counts again in every epoch.
-    seed, shuffle, fingerprint: what the order depends on (`PromptFiles.fingerprint`).
+    seed, shuffle, fingerprint: what the order depends on (`Layout.fingerprint`).
     """
 
     epoch: int
@@ -34,24 +34,27 @@ class CursorState:
     fingerprint: str
 
 
-def epoch_order(files: PromptFiles, seed: int, epoch: int) -> npt.NDArray[np.int64]:
+def epoch_order(layout: Layout, seed: int, epoch: int) -> npt.NDArray[np.int64]:
     """Shuffled row indices [rows] of one epoch; a pure function of its arguments, the same on every machine and numpy.
 
-    Row groups are shuffled and cut into windows that fit `files.cache_bytes`; rows are shuffled within a window. So every row
-    group is decoded once an epoch, and a set that fits the cache as a whole is permuted uniformly.
+    Row groups are shuffled and cut into windows that fit `layout.cache_bytes`; rows are shuffled within a window. So every row
+    group is decoded once an epoch, and a set that fits the cache as a whole is permuted uniformly, whatever its row groups.
     """
-    # Raw output of a bit generator and SeedSequence never change between numpy versions (NEP 19); Generator methods may.
-    bits = np.random.PCG64(np.random.SeedSequence(seed % 2**64, spawn_key=(epoch,)))
-    groups = files.row_groups
-    window_of_group = np.zeros(len(groups), np.int64)
+    num_rows = [rows for rows, _ in layout.groups]
+    window_of_group = np.zeros(len(num_rows), np.int64)
     window, num_bytes = 0, 0
-    for group in np.argsort(bits.random_raw(len(groups)), kind="stable"):
-        if num_bytes and num_bytes + groups[group].num_bytes > files.cache_bytes:
+    for group in np.argsort(_raw(seed, (epoch, 1), len(num_rows)), kind="stable"):
+        size = layout.groups[group][1]
+        if num_bytes and num_bytes + size > layout.cache_bytes:
             window, num_bytes = window + 1, 0
         window_of_group[group] = window
-        num_bytes += groups[group].num_bytes
-    window_of_row = np.repeat(window_of_group, [group.num_rows for group in groups])
-    return np.lexsort((bits.random_raw(len(files)), window_of_row))
+        num_bytes += size
+    return np.lexsort((_raw(seed, (epoch,), sum(num_rows)), np.repeat(window_of_group, num_rows)))
+
+
+def _raw(seed: int, stream: tuple[int, ...], num: int) -> npt.NDArray[np.uint64]:
+    # Raw output of a bit generator and SeedSequence never change between numpy versions (NEP 19); Generator methods may.
+    return np.random.PCG64(np.random.SeedSequence(seed % 2**64, spawn_key=stream)).random_raw(num)
 
 
 class PromptCursor:
@@ -122,7 +125,9 @@ class PromptCursor:
 
     def state(self) -> CursorState:
         """Where the stream stands; `restore` continues with the prompt that `next` would have given."""
-        return CursorState(self._epoch, self._position, self._skipped, self._seed, self._shuffle, self._files.fingerprint)
+        return CursorState(
+            self._epoch, self._position, self._skipped, self._seed, self._shuffle, self._files.layout.fingerprint
+        )
 
     def restore(self, state: CursorState) -> None:
         """Go to a saved place.
@@ -131,7 +136,7 @@ class PromptCursor:
             CheckpointError: the state belongs to other files, another seed or another `shuffle`; the cursor stays where it was.
         """
         for what, saved, here in (
-            ("files", state.fingerprint, self._files.fingerprint),
+            ("files", state.fingerprint, self._files.layout.fingerprint),
             ("run.seed", state.seed, self._seed),
             ("data.shuffle", state.shuffle, self._shuffle),
         ):
@@ -146,7 +151,7 @@ class PromptCursor:
 
     def _order_of(self, epoch: int) -> npt.NDArray[np.int64]:
         if self._order is None or self._order[0] != epoch:
-            order = epoch_order(self._files, self._seed, epoch) if self._shuffle else np.arange(len(self._files))
+            order = epoch_order(self._files.layout, self._seed, epoch) if self._shuffle else np.arange(len(self._files))
             self._order = epoch, order
         return self._order[1]
 

@@ -16,9 +16,10 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from metis_fast.data.row import BadRow, BadRowError, MisfitError, one_line, parse_prompt
-from metis_fast.errors import DataError
-from metis_fast.types import JsonScalar, Prompt
+from metis_fast.data.content import DataRecord, row_digest
+from metis_fast.data.row import BadRow, BadRowError, MisfitError, parse_prompt
+from metis_fast.errors import DataError, one_line
+from metis_fast.types import JsonScalar, Message, Prompt
 
 _LOG = logging.getLogger(__name__)
 
@@ -44,6 +45,50 @@ class RowGroup:
     num_bytes: int
 
 
+@dataclass(frozen=True, slots=True)
+class RawRow:
+    """A row as plain Python values, or with what keeps Python from holding one. Can be pickled.
+
+    row: counted from 0 in its file. values: column -> value.
+    """
+
+    uid: str
+    path: Path
+    row: int
+    values: Mapping[str, object]
+    bad: BadRow | None = None
+
+    def prompt(self) -> Prompt:
+        """The row, parsed; its images are decoded once, to see that they can be.
+
+        Raises:
+            BadRowError: it does not fit the schema.
+        """
+        if self.bad is not None:
+            raise BadRowError(self.bad)
+        try:
+            return parse_prompt(self.values, self.uid, self.path.parent)
+        except MisfitError as misfit:
+            raise BadRowError(BadRow(str(self.path), self.row, misfit.column, misfit.expected, misfit.got)) from None
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Rows and bytes of every row group, in the order of the files, and how many bytes of them are mixed at a time."""
+
+    groups: tuple[tuple[int, int], ...]
+    cache_bytes: int
+
+    @property
+    def fingerprint(self) -> str:
+        """One short line; equal lines mean equal orders. A set that fits the cache is mixed as a whole, whatever its groups."""
+        rows = sum(rows for rows, _ in self.groups)
+        if sum(size for _, size in self.groups) <= self.cache_bytes:
+            return f"{rows} rows"
+        digest = hashlib.sha256(json.dumps([self.cache_bytes, self.groups]).encode()).hexdigest()
+        return f"{rows} rows in {len(self.groups)} groups, sha256 {digest[:16]}"
+
+
 class PromptFiles:
     """Rows of Parquet files as prompts, by index; file after file in the order given.
 
@@ -52,8 +97,8 @@ class PromptFiles:
 
     row_groups: tuple[RowGroup, ...]
     cache_bytes: int
-    fingerprint: str
-    """Names, sizes and row counts of the files in one short line: equal lines mean the same rows in the same order."""
+    layout: Layout
+    """What the shuffled order depends on."""
 
     def __init__(self, paths: Sequence[Path], cache_bytes: int = CACHE_BYTES) -> None:
         """Read the footers and check the schema of every file.
@@ -66,7 +111,6 @@ class PromptFiles:
         """
         self.cache_bytes = cache_bytes
         self._paths = _expand(paths)
-        self._names = _unique_names(self._paths)
         self._columns: list[list[str]] = []
         self._cache: OrderedDict[RowGroup, pa.Table] = OrderedDict()
         self._first_rows: list[int] = []
@@ -86,7 +130,11 @@ class PromptFiles:
         self.row_groups = tuple(row_groups)
         self._starts = [row_group.start for row_group in row_groups]
         self._num_rows = num_rows
-        self.fingerprint = self._fingerprint()
+        self.layout = Layout(tuple((group.num_rows, group.num_bytes) for group in row_groups), cache_bytes)
+        stops = [*self._first_rows[1:], num_rows]
+        sizes = [stop - start for start, stop in zip(self._first_rows, stops, strict=True)]
+        self._names = tuple(zip(_unique_names(self._paths), sizes, strict=True))
+        self._stamps = tuple((status.st_size, status.st_mtime_ns) for status in map(Path.stat, self._paths))
         largest = max(row_groups, key=lambda row_group: row_group.num_bytes)
         if largest.num_bytes > cache_bytes:
             _LOG.warning(
@@ -112,13 +160,30 @@ class PromptFiles:
             IndexError: no such row.
         """
         row_group = self.row_groups[self._group_of(index)]
-        path, row = self._paths[row_group.file], index - self._first_rows[row_group.file]
-        table = self._table(row_group)
-        try:
-            values = {name: _value(table, name, index - row_group.start) for name in table.column_names}
-            return parse_prompt(values, f"{self._names[row_group.file]}:{row}", path.parent)
-        except MisfitError as misfit:
-            raise BadRowError(BadRow(str(path), row, misfit.column, misfit.expected, misfit.got)) from None
+        return self._raw(self._table(row_group), index - row_group.start, index).prompt()
+
+    def raw_rows(self, row_group: RowGroup) -> Iterator[RawRow]:
+        """The rows of a row group, not parsed yet; they stream past the cache.
+
+        Raises:
+            DataError: the row group cannot be decoded (from where the damage is).
+        """
+        index = row_group.start
+        for batch in self._batches(row_group):
+            for row in range(batch.num_rows):
+                yield self._raw(batch, row, index + row)
+            index += batch.num_rows
+
+    def _raw(self, table: pa.Table | pa.RecordBatch, row: int, index: int) -> RawRow:
+        path, number = self.location(index)
+        values: dict[str, object] = {}
+        for name in table.schema.names:
+            try:
+                values[name] = table.column(name)[row].as_py()
+            except (ValueError, OverflowError) as error:  # text that is not UTF-8, a date out of range
+                bad = BadRow(str(path), number, name, "a value that Python can hold", one_line(error))
+                return RawRow(self._uid(index), path, number, {}, bad)
+        return RawRow(self._uid(index), path, number, values)
 
     def styles(self) -> set[str]:
         """Every `reward_model.style` of the files, read from that column alone; bad rows are left for `read` to report."""
@@ -129,6 +194,48 @@ class PromptFiles:
                     rows = batch.column(0).to_pylist()
                     found |= {row["style"] for row in rows if isinstance(row, dict) and isinstance(row.get("style"), str)}
         return found
+
+    def record(self, known: DataRecord | None = None, tick: Callable[[int], object] = lambda rows: None) -> DataRecord:
+        """Digests of all rows, with names and layout. Reads all files, but no image that rows only point to.
+
+        known: of an earlier run; where size and time of every file are still those, its digests are taken and nothing is read.
+        tick: called with the number of rows read since it was called last; what it raises goes on.
+
+        Raises:
+            DataError: a row group cannot be decoded.
+        """
+        if known is not None and known.stamps == self._stamps and known.num_rows == len(self):
+            rows = known.rows
+        else:
+            digests = list[bytes]()
+            for group in self.row_groups:
+                for row in self.raw_rows(group):
+                    digests.append(row_digest(row.values if row.bad is None else {row.bad.column: row.bad.got}))
+                    tick(1)
+            rows = b"".join(digests)
+        return DataRecord(self._names, self.layout.groups, self.layout.cache_bytes, self._stamps, rows)
+
+    def go_on(self, record: DataRecord) -> None:
+        """Name rows, and order epochs, as the run did that this is a record of, whatever its files are called now."""
+        self._names = record.names
+        self.layout = Layout(record.groups, record.cache_bytes)
+
+    def _uid(self, index: int) -> str:
+        for name, rows in self._names:
+            if index < rows:
+                return f"{name}:{index}"
+            index -= rows
+        raise IndexError(index)
+
+    def _batches(self, row_group: RowGroup) -> Iterator[pa.RecordBatch]:
+        path, columns = self._paths[row_group.file], self._columns[row_group.file]
+        try:
+            with pq.ParquetFile(path) as file:
+                yield from file.iter_batches(_BATCH_ROWS, [row_group.group], columns)
+        except (OSError, pa.ArrowException) as error:
+            raise DataError(
+                f"{path}: cannot read row group {row_group.group}: {one_line(error)}; write the file anew"
+            ) from None
 
     def _group_of(self, index: int) -> int:
         if not 0 <= index < self._num_rows:
@@ -142,30 +249,11 @@ class PromptFiles:
         room = self.cache_bytes - row_group.num_bytes
         while self._cache and sum(cached.num_bytes for cached in self._cache) > room:
             self._cache.popitem(last=False)  # before decoding, so that the two never add up in memory
-        path, columns = self._paths[row_group.file], self._columns[row_group.file]
-        try:
-            with pq.ParquetFile(path) as file:
-                table = pa.Table.from_batches(file.iter_batches(_BATCH_ROWS, [row_group.group], columns))
-        except (OSError, pa.ArrowException) as error:
-            raise DataError(
-                f"{path}: cannot read row group {row_group.group}: {one_line(error)}; write the file anew"
-            ) from None
+        table = pa.Table.from_batches(self._batches(row_group))
         if table.num_rows != row_group.num_rows:
-            raise DataError(f"{path}: changed while in use; start again")
+            raise DataError(f"{self._paths[row_group.file]}: changed while in use; start again")
         self._cache[row_group] = table
         return table
-
-    def _fingerprint(self) -> str:
-        rows = Counter[int]()
-        for row_group in self.row_groups:
-            rows[row_group.file] += row_group.num_rows
-        # The cache size is part of it because the shuffled order depends on it.
-        files = [
-            (name, path.stat().st_size, rows[number])
-            for number, (name, path) in enumerate(zip(self._names, self._paths, strict=True))
-        ]
-        digest = hashlib.sha256(json.dumps([self.cache_bytes, files]).encode()).hexdigest()
-        return f"{len(files)} files, {self._num_rows} rows, sha256 {digest[:16]}"
 
 
 def _expand(paths: Sequence[Path]) -> list[Path]:
@@ -182,13 +270,6 @@ def _expand(paths: Sequence[Path]) -> list[Path]:
         if times > 1:
             raise DataError(f"{path}: given {times} times; name each file once")
     return files
-
-
-def _value(table: pa.Table, name: str, row: int) -> object:
-    try:
-        return table.column(name)[row].as_py()
-    except (ValueError, OverflowError) as error:  # text that is not UTF-8, a date out of range
-        raise MisfitError(name, "a value that Python can hold", one_line(error)) from None
 
 
 def _unique_names(paths: Sequence[Path]) -> list[str]:
@@ -288,6 +369,12 @@ _FIXED_FIELDS = (
 )
 
 
+def _content(prompt: Prompt, message: Message) -> str:
+    if message.texts:
+        raise DataError(f"prompt {prompt.uid}: its text holds `<image>`, which the schema reads as an image; reword it")
+    return message.content
+
+
 def _extra_info(prompt: Prompt) -> dict[str, JsonScalar]:
     if "question" in prompt.extra:
         raise DataError(f"prompt {prompt.uid}: `extra` holds `question`, which the schema keeps for Prompt.question; rename it")
@@ -302,7 +389,7 @@ def _row_group(prompts: Sequence[Prompt]) -> pa.Table:
         raise DataError(f"prompts {prompts[0].uid} to {prompts[-1].uid}: `extra` has a key of mixed types: {reason}") from None
     fixed = [
         [prompt.data_source for prompt in prompts],
-        [[{"role": message.role, "content": message.content} for message in prompt.messages] for prompt in prompts],
+        [[{"role": message.role, "content": _content(prompt, message)} for message in prompt.messages] for prompt in prompts],
         [[{"bytes": image.data, "path": None} for image in prompt.images] for prompt in prompts],
         [prompt.ability.value for prompt in prompts],
         [{"ground_truth": list(prompt.answers), "style": prompt.judge_style} for prompt in prompts],

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import math
+import re
 import reprlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote, unquote_to_bytes
 
-from metis_fast.errors import DataError
+from metis_fast.errors import DataError, one_line
 from metis_fast.pixels import ImageError, decode
 from metis_fast.types import Ability, ImageBlob, JsonScalar, Message, Prompt
 
@@ -20,6 +23,13 @@ _MAX_ASPECT = 200  # Qwen3-VL's image processor refuses longer strips
 
 _SHOW = reprlib.Repr()
 _SHOW.maxstring = _SHOW.maxother = 80
+_SHOW_PATH = reprlib.Repr()
+_SHOW_PATH.maxstring = 300
+
+_LONG_PATH = 1000
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")  # two letters: C:/ is a disk
+_BASE64 = re.compile(r"[A-Za-z0-9+/_\-\s]{64,}={0,2}\s*")  # the smallest PNG has 90 characters
+_URL_SAFE = str.maketrans("-_", "+/")
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,11 +69,6 @@ class MisfitError(Exception):
         self.got = "null" if got is None else _SHOW.repr(got)
 
 
-def one_line(error: Exception) -> str:
-    """The message of another library's error, without line breaks."""
-    return " ".join(str(error).split())
-
-
 def parse_prompt(row: Mapping[str, Any], uid: str, folder: Path) -> Prompt:
     """One row as a prompt.
 
@@ -75,9 +80,10 @@ def parse_prompt(row: Mapping[str, Any], uid: str, folder: Path) -> Prompt:
     """
     messages = _messages(row["prompt"])
     images = _images(row.get("images"), folder)
-    marks = sum(message.content.count("<image>") for message in messages)
+    marks = sum(len(message.around_images) - 1 for message in messages)
     if marks != len(images):
-        raise MisfitError("images", f"{marks} images, one for each `<image>` in the prompt", len(images))
+        what = "image part" if any(message.texts for message in messages) else "`<image>`"
+        raise MisfitError("images", f"{marks} images, one for each {what} in the prompt", len(images))
     if not isinstance(row["data_source"], str):
         raise MisfitError("data_source", "text", row["data_source"])
     if row["ability"] not in tuple(Ability):
@@ -92,8 +98,8 @@ def parse_prompt(row: Mapping[str, Any], uid: str, folder: Path) -> Prompt:
     extra = dict(_flatten(row.get("extra_info") or {}))
     question = extra.pop("question", None)
     if not isinstance(question, str) or not question.strip():
-        last = [message.content for message in messages if message.role == "user"][-1]
-        question = last.replace("<image>", "").strip()
+        last = [message for message in messages if message.role == "user"][-1]
+        question = "".join(last.around_images).strip()
     return Prompt(
         uid=uid,
         data_source=row["data_source"],
@@ -120,27 +126,28 @@ def _messages(value: Any) -> tuple[Message, ...]:
         role, content = (entry.get("role"), entry.get("content")) if isinstance(entry, dict) else (None, None)
         if role not in _ROLES:
             raise MisfitError(f"prompt[{number}].role", ", ".join(_ROLES), role)
-        messages.append(Message(role, _content(content, f"prompt[{number}].content")))
+        column = f"prompt[{number}].content"
+        messages.append(Message(role, content) if isinstance(content, str) else _of_parts(role, content, column))
     if all(message.role != "user" for message in messages):
         raise MisfitError("prompt", "at least one user message", value)
     return tuple(messages)
 
 
-def _content(value: Any, column: str) -> str:
-    if isinstance(value, str):
-        return value
-    if not isinstance(value, list):
-        raise MisfitError(column, "text or a list of parts", value)
-    texts = []
-    for number, part in enumerate(value):
+def _of_parts(role: str, parts: Any, column: str) -> Message:
+    """A message whose content is a list of parts: only image parts stand for images."""
+    if not isinstance(parts, list):
+        raise MisfitError(column, "text or a list of parts", parts)
+    texts = [""]
+    for number, part in enumerate(parts):
         match part:
             case {"type": "text", "text": str(text)}:
-                texts.append(text)
+                texts[-1] += text
             case {"type": "image"}:
-                texts.append("<image>")
+                texts.append("")
             case _:
                 raise MisfitError(f"{column}[{number}]", "{type: text, text: ...} or {type: image}", part)
-    return "".join(texts)
+    spelt_out = any("<image>" in text for text in texts)
+    return Message(role, "<image>".join(texts), tuple(texts) if spelt_out else ())
 
 
 def _images(value: Any, folder: Path) -> tuple[ImageBlob, ...]:
@@ -153,12 +160,15 @@ def _images(value: Any, folder: Path) -> tuple[ImageBlob, ...]:
 def _image(entry: Any, column: str, folder: Path) -> ImageBlob:
     match entry:
         case {"bytes": bytes(data)} | bytes(data) if data:
-            pass
-        case {"path": str(path)} | str(path) if path:
-            try:
-                data = (folder / path).read_bytes()  # an absolute path replaces the folder
-            except (OSError, ValueError) as error:
-                raise MisfitError(column, f"an image file at {folder / path}", one_line(error)) from None
+            # text that was stored as bytes; an image that is itself plain text, like P3 of PPM, is none
+            if data.isascii() and not data.startswith(b"P"):
+                text = data.decode()
+                if text[:5].lower() == "data:" or _BASE64.fullmatch(text):
+                    data = _from_text(text, column)
+        case {"bytes": str(text)} if text:
+            data = _from_text(text, column)
+        case {"path": str(text)} | str(text) if text:
+            data = _from_path(text, column, folder)
         case _:
             raise MisfitError(column, "bytes, or the path of a file", entry)
     try:
@@ -168,6 +178,38 @@ def _image(entry: Any, column: str, folder: Path) -> ImageBlob:
     if max(width, height) > _MAX_ASPECT * min(width, height):
         raise MisfitError(column, f"an aspect ratio of at most {_MAX_ASPECT}", f"{width}x{height}")
     return ImageBlob.of(data)
+
+
+def _from_path(text: str, column: str, folder: Path) -> bytes:
+    """The file at a path, which is absolute or starts from `folder`; or the image itself, where one stands instead of it."""
+    if text[:5].lower() == "data:":
+        return _from_text(text, column)
+    if _URL.match(text):
+        raise MisfitError(column, "the image itself or the plain path of a file here, not a URL", text)
+    try:
+        return (folder / text).read_bytes()
+    except (OSError, ValueError) as error:
+        if _BASE64.fullmatch(text):
+            return _from_text(text, column)
+        reason = error.strerror if isinstance(error, OSError) else one_line(error)
+        place = text if len(text) > _LONG_PATH else str(folder / text)
+        raise MisfitError(column, f"an image file at {_SHOW_PATH.repr(place)}", reason) from None
+
+
+def _from_text(text: str, column: str) -> bytes:
+    """A data URL (RFC 2397), or base64 in either alphabet, with or without padding and line breaks."""
+    if text[:5].lower() == "data:":
+        head, comma, body = text.partition(",")
+        if not comma:
+            raise MisfitError(column, "a data URL like data:image/png;base64,...", text)
+        if not head.lower().endswith(";base64"):
+            return unquote_to_bytes(body)
+        text = unquote(body)
+    plain = "".join(text.translate(_URL_SAFE).split()).rstrip("=")
+    try:
+        return base64.b64decode(plain + "=" * (-len(plain) % 4), validate=True)
+    except ValueError as error:
+        raise MisfitError(column, "an image as base64", f"{len(text)} characters: {one_line(error)}") from None
 
 
 def _answers(value: Any) -> Iterator[str]:

@@ -22,7 +22,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from metis_fast.errors import DataError
+from metis_fast import seal
+from metis_fast.errors import DataError, one_line
 from metis_fast.types import (
     Ability,
     ImageBlob,
@@ -84,7 +85,7 @@ _SCHEMA = pa.schema(
         ("prompt_len", pa.int32()),
         *((name, pa.list_(arrow)) for name, _, arrow in _TOKEN_COLUMNS),
     ],
-    metadata={"metis_fast.rollouts": "1"},
+    metadata={b"metis_fast.rollouts": b"1", seal.KEY: seal.OPEN},
 )
 _IMAGE_SCHEMA = pa.schema([("sha256", pa.string()), ("data", pa.large_binary())])
 
@@ -247,9 +248,12 @@ class RolloutStore:
         self._images.add({image.sha256: image for _, rollout, _ in members for image in rollout.images})
 
         def fill(scratch: Path) -> None:
-            with pq.ParquetWriter(scratch, _SCHEMA, compression="zstd", use_dictionary=False) as writer:
+            with pq.ParquetWriter(
+                scratch, _SCHEMA, compression="zstd", use_dictionary=False, write_page_checksum=True
+            ) as writer:
                 for start in range(0, len(members), _ROWS_PER_GROUP):
                     writer.write_batch(_batch(members[start : start + _ROWS_PER_GROUP]))
+            seal.seal(scratch)
 
         path = self._folder / f"{name}.parquet"
         _write_atomically(path, fill)
@@ -307,8 +311,9 @@ def _restore(row: dict[str, Any], tokens: Mapping[str, np.ndarray], image: Calla
 
 def _read_part(path: Path) -> Iterator[StoredRollout]:
     try:
-        part = pq.ParquetFile(path)
-    except (OSError, pa.ArrowInvalid) as error:
+        seal.check_seal(path)
+        part = pq.ParquetFile(path, page_checksum_verification=True)
+    except (OSError, pa.ArrowException) as error:
         raise DataError(f"cannot read rollouts {path}: {error}; expected a Parquet file that a rollout store wrote") from None
     with part:
         if not part.schema_arrow.equals(_SCHEMA):
@@ -321,11 +326,14 @@ def _read_part(path: Path) -> Iterator[StoredRollout]:
             return seen[sha256]
 
         token_names = [name for name, _, _ in _TOKEN_COLUMNS]
-        for batch in part.iter_batches(_ROWS_PER_GROUP):
-            rows = batch.drop_columns(token_names).to_pylist()
-            views = [_token_views(batch.column(name), dtype) for name, dtype, _ in _TOKEN_COLUMNS]
-            for row, *arrays in zip(rows, *views, strict=True):
-                yield _restore(row, dict(zip(token_names, arrays, strict=True)), image)
+        try:
+            for batch in part.iter_batches(_ROWS_PER_GROUP):
+                rows = batch.drop_columns(token_names).to_pylist()
+                views = [_token_views(batch.column(name), dtype) for name, dtype, _ in _TOKEN_COLUMNS]
+                for row, *arrays in zip(rows, *views, strict=True):
+                    yield _restore(row, dict(zip(token_names, arrays, strict=True)), image)
+        except (OSError, pa.ArrowException, ValueError) as error:
+            raise DataError(f"{path} is damaged: {one_line(error)}; restore it from a copy") from None
 
 
 def read_rollouts(path: Path) -> Iterator[StoredRollout]:

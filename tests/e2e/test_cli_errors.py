@@ -104,11 +104,11 @@ def test_a_data_set_without_a_usable_row_is_refused_where_bad_rows_are_skipped(d
 @pytest.mark.parametrize(
     ("spoil", "says"),
     [
-        (lambda folder: (folder / "config.json").unlink(), "cannot read the model's"),
-        (lambda folder: (folder / "config.json").write_text('{"model_type": "llama"}'), "expected 'qwen3_vl'"),
+        (lambda folder: (folder / "config.json").unlink(), "lacks config.json; give a Qwen3-VL model folder"),
+        (lambda folder: (folder / "config.json").write_text('{"model_type": "llama"}'), "expected model_type qwen3_vl"),
         (lambda folder: (folder / "config.json").write_text("{"), "config.json is not valid JSON"),
         (lambda folder: (folder / "model.safetensors").rename(folder / "model.bin"), "has no *.safetensors"),
-        (lambda folder: (folder / "model.safetensors").write_bytes(b"cut"), "cannot be loaded"),
+        (lambda folder: (folder / "model.safetensors").write_bytes(b"cut"), "model.safetensors is damaged or cut short"),
         (lambda folder: (folder / "tokenizer.json").unlink(), "lacks tokenizer.json; copy it from the model"),
         (lambda folder: (folder / "tokenizer.json").write_text("{"), "tokenizer"),
         (lambda folder: (folder / "preprocessor_config.json").unlink(), "lacks preprocessor_config.json"),

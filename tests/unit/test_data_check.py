@@ -2,6 +2,9 @@
 
 import io
 import json
+import os
+import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow as pa
@@ -14,6 +17,7 @@ from metis_fast.data.check import check_files, render_json, render_text
 from metis_fast.data.parquet import PromptFiles
 from metis_fast.data.row import BadRowError
 from metis_fast.errors import DataError
+from metis_fast.types import Prompt
 
 
 def encoded(width: int, height: int) -> bytes:
@@ -111,7 +115,7 @@ def test_a_missing_file_is_an_error_rather_than_a_report(tmp_path: Path):
 
 def test_prompts_that_are_too_long_for_the_model_are_bad_rows(tmp_path: Path):
     path = write_rows(tmp_path / "set.parquet", ("math", []), ("math", [SMALL]), ("search", [SMALL, SMALL]), ("music", []))
-    report = check_files([path], False, lambda prompt: 10 + 5 * len(prompt.images), 15)
+    report = check_files([path], False, lambda: lambda prompt: 10 + 5 * len(prompt.images), 15, processes=1)
     assert [str(bad) for bad in report.bad_rows] == [
         f"{path}, row 2, column prompt: expected at most rollout.max_prompt_tokens=15 tokens, got 20 tokens",
         f"{path}, row 3, column ability: expected math, perception, search, got 'music'",
@@ -151,5 +155,30 @@ def test_images_for_a_model_that_reads_text_only_are_bad_rows(tmp_path: Path):
         return 3
 
     path = write_rows(tmp_path / "set.parquet", ("math", [SMALL]), ("math", []))
-    (bad,) = check_files([path], False, refuse, 15).bad_rows
+    (bad,) = check_files([path], False, lambda: refuse, 15, processes=1).bad_rows
     assert (bad.row, bad.column, bad.got) == (0, "images", "the model reads text only")
+
+
+def test_processes_find_what_one_finds_in_the_same_order(tmp_path: Path):
+    rows = [(("music" if i % 5 == 3 else "math"), [encoded(9 + i, 9)] if i % 7 else [SMALL[:-30]]) for i in range(50)]
+    for name in ("a", "b"):
+        write_rows(tmp_path / f"{name}.parquet", *rows)
+    one = check_files([tmp_path], progress=False, processes=1)
+    assert check_files([tmp_path], progress=False, processes=2) == one
+    assert len(one.bad_rows) == 2 * len({i for i in range(50) if i % 5 == 3 or i % 7 == 0})
+
+
+def _dies() -> Callable[[Prompt], int]:
+    os.kill(os.getpid(), signal.SIGKILL)
+    raise AssertionError
+
+
+def test_a_process_that_dies_is_one_line(tmp_path: Path):
+    path = write_rows(tmp_path / "a.parquet", *[("math", [SMALL])] * 40)
+    with pytest.raises(DataError, match="--processes 1"):
+        check_files([path], progress=False, open_counter=_dies, max_prompt_tokens=9, processes=2)
+
+
+def test_a_number_of_processes_that_is_none_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    assert main(["data", "check", str(tmp_path), "--processes", "0"]) == 2
+    assert "--processes: expected a number from 1 on" in capsys.readouterr().err

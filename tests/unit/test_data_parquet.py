@@ -180,19 +180,6 @@ def test_files_that_differ_only_in_their_ending_keep_it_in_the_uid(tmp_path: Pat
     assert [files.read(index).uid for index in range(2)] == ["set.parquet:0", "set.pq:0"]
 
 
-def test_the_fingerprint_changes_with_rows_bytes_and_order_but_not_with_the_folder(tmp_path: Path):
-    write_prompts(tmp_path / "here" / "a.parquet", [some_prompt(0)])
-    write_prompts(tmp_path / "here" / "b.parquet", [some_prompt(0), some_prompt(1)])
-    (tmp_path / "there").mkdir()
-    for name in ("a.parquet", "b.parquet"):
-        (tmp_path / "there" / name).write_bytes((tmp_path / "here" / name).read_bytes())
-    here = PromptFiles([tmp_path / "here"]).fingerprint
-    assert PromptFiles([tmp_path / "there"]).fingerprint == here
-    assert PromptFiles([tmp_path / "here" / "b.parquet", tmp_path / "here" / "a.parquet"]).fingerprint != here
-    write_prompts(tmp_path / "there" / "b.parquet", [some_prompt(0), dataclasses.replace(some_prompt(1), answers=("longer",))])
-    assert PromptFiles([tmp_path / "there"]).fingerprint != here
-
-
 PLAIN = {
     "data_source": "unit",
     "prompt": [{"role": "user", "content": "see <image>"}],

@@ -1,17 +1,23 @@
 """Rows: every shape of a value that writers produce gives the same prompt, and a bad row says where and why."""
 
+import base64
 import io
 import json
 import pickle
+from collections.abc import Callable
 from pathlib import Path
+from urllib.parse import quote
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
-from metis_fast.data.parquet import PromptFiles
+from metis_fast.data.parquet import PromptFiles, write_prompts
 from metis_fast.data.row import BadRow, BadRowError
+from metis_fast.errors import DataError
 from metis_fast.types import Ability, ImageBlob, Message, Prompt
 
 
@@ -269,3 +275,90 @@ def test_a_bad_row_error_survives_the_way_between_processes():
     copy = pickle.loads(pickle.dumps(error))
     assert isinstance(copy, BadRowError)
     assert (copy.bad_row, str(copy)) == (error.bad_row, str(error))
+
+
+TEXT = base64.b64encode(PNG).decode()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        TEXT,
+        TEXT.rstrip("="),
+        TEXT.replace("+", "-").replace("/", "_"),
+        base64.encodebytes(PNG).decode(),
+        f"data:image/png;base64,{TEXT}",
+        f"DATA:image/png;name=a.png;BASE64,{quote(TEXT)}",
+        f"data:image/png,{quote(PNG)}",
+    ],
+    ids=["plain", "unpadded", "url-safe", "lines", "data-url", "data-url-escaped", "data-url-percent"],
+)
+@pytest.mark.parametrize(
+    "shape",
+    [lambda t: [t], lambda t: [{"path": t}], lambda t: [{"bytes": t}], lambda t: [t.encode()], lambda t: t],
+    ids=range(5),
+)
+def test_an_image_that_is_written_as_text_is_read(tmp_path: Path, text: str, shape: Callable[[str], object]):
+    assert read_good(tmp_path, prompt=ONE_MARK, images=shape(text)).images == (ImageBlob.of(PNG),)
+
+
+def test_jpeg_as_base64_begins_like_a_path(tmp_path: Path):
+    jpeg = encoded(kind="JPEG")
+    assert base64.b64encode(jpeg).startswith(b"/9j/")
+    assert read_good(tmp_path, prompt=ONE_MARK, images=[base64.b64encode(jpeg).decode()]).images == (ImageBlob.of(jpeg),)
+
+
+def test_a_file_whose_name_could_be_base64_is_a_file_and_plain_text_pixels_are_pixels(tmp_path: Path):
+    (tmp_path / ("0" * 64)).write_bytes(PNG)
+    assert read_good(tmp_path, prompt=ONE_MARK, images=["0" * 64]).images == (ImageBlob.of(PNG),)
+    pixels = b"P3\n8 8\n255\n" + b"7 8 9 " * 64
+    assert read_good(tmp_path, prompt=ONE_MARK, images=[pixels]).images == (ImageBlob.of(pixels),)
+
+
+@pytest.mark.parametrize(
+    ("image", "said"),
+    [
+        ("file:///data/a.png", "not a URL"),
+        ("https://example.org/a.png", "not a URL"),
+        ("s3://bucket/a.png", "not a URL"),
+        ("data:image/png;base64", "expected a data URL like"),
+        ("data:image/png;base64,@@@@", "expected an image as base64"),
+        ("A" * 545_000, "expected an image that Pillow can decode"),
+        ("A" * 545_001, "expected an image as base64"),
+        ("no such.png" * 50_000, "File name too long"),
+        ("nul\0.png", "null"),
+    ],
+)
+def test_what_is_no_image_is_told_in_a_short_line(tmp_path: Path, image: str, said: str):
+    (bad_row,) = read_rows(tmp_path, {"prompt": ONE_MARK, "images": [image]})
+    assert isinstance(bad_row, BadRow)
+    assert said in str(bad_row) and bad_row.column == "images[0]" and len(str(bad_row)) < 700 and "\n" not in str(bad_row)
+
+
+def parts(*texts: str | None) -> list[dict[str, object]]:
+    """Content in parts; None stands for an image."""
+    return [{"type": "image", "text": None} if text is None else {"type": "text", "text": text} for text in texts]
+
+
+@given(
+    st.lists(st.one_of(st.none(), st.sampled_from(["<image>", "a", "", "x <image> y", "<ima", "ge>"])), min_size=1, max_size=8)
+)
+def test_only_image_parts_stand_for_images(tmp_path_factory: pytest.TempPathFactory, texts: list[str | None]):
+    num = sum(text is None for text in texts)
+    folder = tmp_path_factory.mktemp("parts")
+    prompt = read_good(folder, prompt=json.dumps([{"role": "user", "content": parts(*texts)}]), images=[{"bytes": PNG}] * num)
+    runs = "\0".join("\1" if text is None else text for text in texts).replace("\0", "").split("\1")
+    assert prompt.messages[0].around_images == tuple(runs) and len(prompt.images) == num
+    (bad_row,) = read_rows(
+        folder, {"prompt": json.dumps([{"role": "user", "content": parts(*texts)}]), "images": [{"bytes": PNG}] * (num + 1)}
+    )
+    assert isinstance(bad_row, BadRow) and bad_row.got == str(num + 1)
+
+
+def test_a_text_part_that_names_the_mark_cannot_be_written_as_plain_content(tmp_path: Path):
+    prompt = read_good(
+        tmp_path, prompt=json.dumps([{"role": "user", "content": parts("<image> is a tag", None)}]), images=[PNG]
+    )
+    assert prompt.question == "one and one"
+    with pytest.raises(DataError, match="reads as an image"):
+        write_prompts(tmp_path / "again.parquet", [prompt])

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from pictures import MODES, RAMP, TRANSPARENT, UPRIGHT, WIDE, encoded, turned
 from PIL import Image
 
 from metis_fast.data.row import MisfitError, parse_prompt
@@ -14,43 +15,6 @@ from metis_fast.model import Policy
 from metis_fast.pixels import ImageError, decode, to_rgb
 from metis_fast.tools.image_search import describe
 from metis_fast.types import ImageBlob
-
-RAMP = np.tile(np.linspace(0, 1, 64), (48, 1))  # [48, 64], from black on the left to white on the right
-
-
-def encoded(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
-    out = io.BytesIO()
-    image.save(out, kind, **options)
-    return out.getvalue()
-
-
-def a_drawing() -> Image.Image:
-    """Opaque dark strokes on nothing: black if alpha is thrown away."""
-    pixels = np.zeros((48, 64, 4), np.uint8)
-    pixels[10:20, 10:50] = (20, 30, 40, 255)
-    pixels[30:40, 10:50] = (200, 30, 40, 128)
-    return Image.fromarray(pixels, "RGBA")
-
-
-def with_palette() -> Image.Image:
-    """Index 0 is transparent."""
-    image = Image.new("P", (64, 48), 0)
-    image.putpalette([0, 0, 0, 20, 30, 40])
-    image.paste(1, (10, 10, 50, 20))
-    image.info["transparency"] = 0
-    return image
-
-
-TRANSPARENT = {
-    "RGBA PNG": encoded(a_drawing()),
-    "LA PNG": encoded(a_drawing().convert("LA")),
-    "palette PNG": encoded(with_palette(), transparency=0),
-    "GIF": encoded(with_palette(), "GIF", transparency=0),
-    "WebP": encoded(a_drawing(), "WEBP", lossless=True),
-    "RGBA TIFF": encoded(a_drawing(), "TIFF"),
-    "RGB PNG with a transparent colour": encoded(a_drawing().convert("RGB"), transparency=(0, 0, 0)),
-    "grey PNG with a transparent grey": encoded(a_drawing().convert("L"), transparency=0),
-}
 
 
 @pytest.mark.parametrize("name", TRANSPARENT)
@@ -68,30 +32,9 @@ def test_half_transparent_is_half_white() -> None:
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
 def test_photos_stand_upright(orientation: int, kind: str) -> None:
-    upright = Image.fromarray(np.uint8(255 * np.stack([RAMP, RAMP[::-1] * 0, np.linspace(0, 1, 48)[:, None] + 0 * RAMP], -1)))
-    back = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}  # Image.Transpose that undoes each orientation, inverted
-    stored = upright.transpose(Image.Transpose(back[orientation])) if orientation > 1 else upright
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    got = decode(encoded(stored, kind, exif=exif, **({"quality": 95} if kind in ("JPEG", "WEBP") else {})))
+    got = decode(turned(orientation, kind))
     assert got.size == (64, 48)
-    assert np.abs(np.asarray(got).astype(int) - np.asarray(upright)).mean() < 6
-
-
-WIDE = {
-    "16-bit grey PNG": encoded(Image.fromarray(np.uint16(65535 * RAMP))),
-    "16-bit grey TIFF": encoded(Image.fromarray(np.uint16(65535 * RAMP)), "TIFF"),
-    "big-endian 16-bit grey TIFF": encoded(
-        Image.frombytes("I;16B", (64, 48), np.uint16(65535 * RAMP).astype(">u2").tobytes()), "TIFF"
-    ),
-    "32-bit grey TIFF, 16 bits used": encoded(Image.fromarray(np.int32(65535 * RAMP)), "TIFF"),
-    "32-bit grey TIFF": encoded(Image.fromarray(np.int32(2**30 * RAMP)), "TIFF"),
-    "32-bit grey TIFF below 0": encoded(Image.fromarray(np.int32(2000 * RAMP - 1000)), "TIFF"),
-    "float TIFF from 0 to 1": encoded(Image.fromarray(np.float32(RAMP)), "TIFF"),
-    "float TIFF from 0 to 255": encoded(Image.fromarray(np.float32(255 * RAMP)), "TIFF"),
-    "float TIFF of heights": encoded(Image.fromarray(np.float32(9000 * RAMP - 400)), "TIFF"),
-    "8-bit grey PNG": encoded(Image.fromarray(np.uint8(255 * RAMP))),
-}
+    assert np.abs(np.asarray(got).astype(int) - np.asarray(UPRIGHT)).mean() < 6
 
 
 @pytest.mark.parametrize("name", WIDE)
@@ -121,11 +64,9 @@ def test_of_an_animation_the_first_frame_counts(kind: str) -> None:
     assert got.getpixel((30, 20)) == (255, 0, 0)
 
 
-@pytest.mark.parametrize("mode", ["1", "L", "P", "CMYK", "YCbCr", "RGB"])
+@pytest.mark.parametrize("mode", MODES)
 def test_other_modes_are_what_pillow_makes_of_them(mode: str) -> None:
-    image = Image.fromarray(np.uint8(255 * np.stack([RAMP, RAMP[:, ::-1], RAMP], -1))).convert(mode)
-    kind = "TIFF" if mode in ("CMYK", "YCbCr") else "PNG"
-    data = encoded(image, kind)
+    data = MODES[mode]
     with Image.open(io.BytesIO(data)) as opened:
         expected = opened.convert("RGB")
     assert (np.asarray(decode(data)) == np.asarray(expected)).all()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import random
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from metis_fast import seal
 from metis_fast.errors import DataError
 from metis_fast.rollout.store import RolloutStore, read_rollouts
 from metis_fast.types import (
@@ -225,3 +227,47 @@ def test_an_image_is_read_once_for_all_rollouts_that_show_it(tmp_path: Path):
     RolloutStore(tmp_path).write("trajectories", [make_group("a", tuple(rollouts))])
     read = list(read_rollouts(tmp_path))
     assert len(read) == 1875 and len({id(image) for stored in read for image in stored.rollout.images}) == 1000
+
+
+def test_a_part_with_a_flipped_bit_is_one_line_and_never_other_data(tmp_path: Path):
+    groups = [make_group(f"p{i}", tuple(make_rollout(f"p{i}", j, num_tokens=50) for j in range(2))) for i in range(3)]
+    path = RolloutStore(tmp_path).write("step-000001", groups)
+    whole, written = path.read_bytes(), list(read_rollouts(path))
+    key = whole.rindex(seal.KEY)
+    footer = len(whole) - 8 - int.from_bytes(whole[-8:-4], "little")
+    bits = random.Random(0)
+    for place in [*(bits.randrange(len(whole)) for _ in range(150)), *(bits.randrange(footer, len(whole)) for _ in range(150))]:
+        flipped = bytearray(whole)
+        flipped[place] ^= 1 << bits.randrange(8)
+        path.write_bytes(flipped)
+        if key <= place < key + len(seal.KEY) + 24:  # no seal, or that of another size; what is sealed is whole
+            assert len(list(read_rollouts(path))) == len(written)
+            continue
+        with pytest.raises(DataError, match=str(path)) as error:
+            list(read_rollouts(path))
+        assert "\n" not in str(error.value)
+    path.write_bytes(whole)
+    assert len(list(read_rollouts(path))) == len(written)
+
+
+def test_pages_carry_checksums_for_other_readers(tmp_path: Path):
+    path = RolloutStore(tmp_path).write("a", [make_group("p", (make_rollout("p", 0, num_tokens=900),))])
+    column = pq.ParquetFile(path).metadata.row_group(0).column(pq.read_schema(path).get_field_index("prompt_uid"))
+    data = bytearray(path.read_bytes())
+    data[column.data_page_offset + column.total_compressed_size - 3] ^= 4
+    path.write_bytes(data)
+    with pytest.raises(OSError, match="CRC"):
+        pq.ParquetFile(path, page_checksum_verification=True).read(["prompt_uid"])
+
+
+def test_a_part_that_another_program_writes_anew_is_read(tmp_path: Path):
+    path = RolloutStore(tmp_path).write("a", [make_group("p", (make_rollout("p", 0), make_rollout("p", 1)))])
+    pq.write_table(pq.read_table(path).slice(1), path)
+    assert [one.rollout.index for one in read_rollouts(path)] == [1]
+
+
+def test_only_a_file_that_was_written_for_it_is_sealed(tmp_path: Path):
+    pq.write_table(pa.table({"a": [1]}), tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match="no open seal"):
+        seal.seal(tmp_path / "a.parquet")
+    seal.check_seal(tmp_path / "a.parquet")

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import errno
+import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from metis_fast import cli
@@ -82,3 +86,30 @@ def test_what_the_system_refuses_is_one_line(
     assert cli.main(["report", "runs/x"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert said in line
+
+
+def _program(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "metis_fast", *arguments], stderr=subprocess.PIPE, text=True, timeout=120, **options
+    )
+
+
+def test_a_full_device_behind_standard_output_is_not_called_a_full_disk() -> None:
+    for arguments in (["config"], ["config", "--json"]):
+        with open("/dev/full", "w") as full:
+            ended = _program(*arguments, stdout=full)
+        assert ended.returncode == 2
+        assert (
+            ended.stderr.strip() == "metis-fast: cannot write to standard output (No space left on device); send it elsewhere"
+        )
+
+
+def test_a_locale_without_umlauts_takes_paths_with_them(tmp_path: Path) -> None:
+    """Python spells such a path with surrogates, which Arrow and others refuse."""
+    folder = tmp_path / "l\xe4uft"
+    folder.mkdir()
+    ascii_only = {name: value for name, value in os.environ.items() if not name.startswith("LC_")}
+    ascii_only |= {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    pq.write_table(pa.table({"a": [1]}), folder / "a.parquet")
+    ended = _program("data", "check", str(folder / "a.parquet"), env=ascii_only, stdout=subprocess.PIPE)
+    assert ended.returncode == 2 and "l\xe4uft/a.parquet: expected a column 'data_source'" in ended.stderr

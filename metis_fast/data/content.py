@@ -1,0 +1,113 @@
+"""Data known by what is in it: a digest of every row, kept with a run, whatever file, row group or Arrow type holds the row."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from decimal import Decimal
+from hashlib import blake2b
+from pathlib import PurePath
+from typing import Any
+
+DIGEST_BYTES = 8
+
+
+def row_digest(row: Mapping[str, object]) -> bytes:
+    """Digest of a row's columns, as plain Python values. [DIGEST_BYTES]
+
+    Nulls count as missing, 2.0 as 2, and of the path of an image its last part alone: these change when a table is written
+    anew or moved, and mean the same. An image that comes as a path is known by that name; its file is not read.
+    """
+    digest = blake2b(digest_size=DIGEST_BYTES)
+    for name, value in sorted(row.items()):
+        if value is not None:
+            _feed(digest, name)
+            _feed(digest, _without_folders(value) if name == "images" else value)
+    return digest.digest()
+
+
+def _without_folders(images: object) -> object:
+    match images:
+        case list():
+            return [_without_folders(image) for image in images]
+        case {"bytes": bytes(data)} if data:
+            return data  # where writers put a path beside the bytes, it says where they once came from
+        case {"path": str(path)} | str(path):
+            return PurePath(path).name if len(path) < 4096 else path  # longer: the image itself, as base64
+        case _:
+            return images
+
+
+def _feed(digest: blake2b, value: object) -> None:
+    match value:
+        case bytes():
+            digest.update(b"b%d:" % len(value))
+            digest.update(value)
+        case str():
+            _feed(digest, value.encode("utf-8", "surrogatepass"))
+        case list():
+            digest.update(b"[%d:" % len(value))
+            for item in value:
+                _feed(digest, item)
+        case dict():
+            items = sorted((str(key), item) for key, item in value.items() if item is not None)
+            digest.update(b"{%d:" % len(items))
+            for key, item in items:
+                _feed(digest, key)
+                _feed(digest, item)
+        case float() if value.is_integer():
+            digest.update(b"#%d;" % int(value))
+        case bool() | int() | float() | Decimal() | None:
+            digest.update(f"#{value!r};".encode())
+        case _:
+            _feed(digest, f"{type(value).__name__} {value}")  # dates and the like
+
+
+@dataclass(frozen=True, slots=True)
+class DataRecord:
+    """What a run keeps of its data; `to_json` and `from_json` for its file.
+
+    names: (name, rows) of every file. groups: (rows, bytes) of every row group, on which the shuffled order depends, with
+    cache_bytes. stamps: (bytes, time of change in ns) of every file. rows: the digests of all rows, one behind another.
+    """
+
+    names: tuple[tuple[str, int], ...]
+    groups: tuple[tuple[int, int], ...]
+    cache_bytes: int
+    stamps: tuple[tuple[int, int], ...]
+    rows: bytes
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of all files."""
+        return len(self.rows) // DIGEST_BYTES
+
+    def differing(self, other: DataRecord) -> list[int]:
+        """Rows that are not the same in another record of as many rows."""
+        places = range(0, len(self.rows), DIGEST_BYTES)
+        return [i for i, at in enumerate(places) if self.rows[at : at + DIGEST_BYTES] != other.rows[at : at + DIGEST_BYTES]]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return {
+            "names": self.names,
+            "groups": self.groups,
+            "cache_bytes": self.cache_bytes,
+            "stamps": self.stamps,
+            "rows": self.rows.hex(),
+        }
+
+    @staticmethod
+    def from_json(tree: Mapping[str, Any]) -> DataRecord:
+        """Inverse of `to_json`.
+
+        Raises:
+            KeyError, TypeError, ValueError: not such a tree.
+        """
+        return DataRecord(
+            names=tuple((str(name), int(rows)) for name, rows in tree["names"]),
+            groups=tuple((int(rows), int(size)) for rows, size in tree["groups"]),
+            cache_bytes=int(tree["cache_bytes"]),
+            stamps=tuple((int(size), int(time)) for size, time in tree["stamps"]),
+            rows=bytes.fromhex(tree["rows"]),
+        )
