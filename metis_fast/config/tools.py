@@ -29,7 +29,7 @@ class TextSearchConfig(Section):
     """The `text_search` tool over a local corpus."""
 
     corpus: Annotated[OrNone[FilePath], BY_CONTENT] = None
-    """Parquet file, or folder of them, with columns `title`, `link`, `text`; indexed when a run starts, the index kept beside it."""
+    """Parquet file, or folder of them, with columns `title`, `link`, `text`; indexed when a run starts."""
     max_results: Positive = 3
     """Results in an observation."""
     snippet_chars: Positive = 300
@@ -40,7 +40,7 @@ class ImageSearchConfig(Section):
     """The `image_search` tool over a local set of images."""
 
     corpus: Annotated[OrNone[FilePath], BY_CONTENT] = None
-    """Parquet file, or folder of them, with columns `title`, `link`, `image` ({bytes, path}, bytes or paths); indexed when a run
+    """Parquet file, or folder of them, with columns `title`, `link`, `image` (bytes or paths); indexed when a run
     starts."""
     max_results: Positive = 2
     """Results in an observation, each with a thumbnail."""

@@ -16,6 +16,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from metis_fast.arrow_types import is_bytes, is_string, item, stored
 from metis_fast.data.content import DataRecord, row_digest
 from metis_fast.data.row import BadRow, BadRowError, MisfitError, parse_prompt
 from metis_fast.errors import DataError, one_line
@@ -300,7 +301,7 @@ def _open(path: Path) -> tuple[pq.FileMetaData, list[str]]:
         if name not in schema.names:
             if name in _REQUIRED:
                 raise DataError(f"{path}: expected a column {name!r}, got {', '.join(schema.names)}; see docs/data.md")
-        elif not fits(_stored(schema.field(name).type)):
+        elif not fits(stored(schema.field(name).type)):
             raise DataError(
                 f"{path}: expected column {name!r} to be {expected}, got {schema.field(name).type}; see docs/data.md"
             )
@@ -312,49 +313,26 @@ def _read_bytes(metadata: pq.RowGroupMetaData, columns: Sequence[str]) -> int:
     return sum(chunk.total_uncompressed_size for chunk in chunks if chunk.path_in_schema.partition(".")[0] in columns)
 
 
-def _stored(kind: pa.DataType) -> pa.DataType:
-    """What an extension type (`arrow.json`) or a dictionary holds."""
-    kind = kind.storage_type if isinstance(kind, pa.BaseExtensionType) else kind
-    return kind.value_type if pa.types.is_dictionary(kind) else kind
-
-
-def _is_text(kind: pa.DataType) -> bool:
-    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
-
-
 def _has_fields(kind: pa.DataType, names: Sequence[str]) -> bool:
     return pa.types.is_struct(kind) and all(kind.get_field_index(name) >= 0 for name in names)
 
 
-def _item(kind: pa.DataType) -> pa.DataType | None:
-    lists = (
-        pa.types.is_list,
-        pa.types.is_large_list,
-        pa.types.is_fixed_size_list,
-        pa.types.is_list_view,
-        pa.types.is_large_list_view,
-    )
-    return _stored(kind.value_type) if any(is_list(kind) for is_list in lists) else None
-
-
 def _is_prompt(kind: pa.DataType) -> bool:
-    item = _item(kind)
-    return _is_text(kind) or (item is not None and _has_fields(item, ("role", "content")))
+    message = item(kind)
+    return is_string(kind) or (message is not None and _has_fields(message, ("role", "content")))
 
 
 def _is_images(kind: pa.DataType) -> bool:
-    item = _item(kind)
-    entry = kind if item is None else item
-    binary = pa.types.is_binary(entry) or pa.types.is_large_binary(entry) or pa.types.is_binary_view(entry)
+    entry = item(kind) or kind
     image = _has_fields(entry, ("bytes",)) or _has_fields(entry, ("path",))
-    return image or binary or _is_text(entry) or pa.types.is_null(entry)
+    return image or is_bytes(entry) or is_string(entry) or pa.types.is_null(entry)
 
 
 _COLUMN_TYPES: Mapping[str, tuple[Callable[[pa.DataType], bool], str]] = {
-    "data_source": (_is_text, "text"),
+    "data_source": (is_string, "text"),
     "prompt": (_is_prompt, "a list of {role, content}, or that as JSON text"),
     "images": (_is_images, "a list of {bytes, path}"),
-    "ability": (_is_text, "text"),
+    "ability": (is_string, "text"),
     "reward_model": (lambda kind: _has_fields(kind, ("ground_truth",)), "a struct {ground_truth, style}"),
     "extra_info": (lambda kind: pa.types.is_struct(kind) or pa.types.is_null(kind), "a struct"),
 }

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import base64
 import json
 import math
-import re
 import reprlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, unquote_to_bytes
 
 from metis_fast.errors import DataError, one_line
+from metis_fast.image_source import NoImageError, read_image
 from metis_fast.pixels import ImageError, decode
 from metis_fast.types import Ability, ImageBlob, JsonScalar, Message, Prompt
 
@@ -23,13 +21,6 @@ _MAX_ASPECT = 200  # Qwen3-VL's image processor refuses longer strips
 
 _SHOW = reprlib.Repr()
 _SHOW.maxstring = _SHOW.maxother = 80
-_SHOW_PATH = reprlib.Repr()
-_SHOW_PATH.maxstring = 300
-
-_LONG_PATH = 1000
-_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")  # two letters: C:/ is a disk
-_BASE64 = re.compile(r"[A-Za-z0-9+/_\-\s]{64,}={0,2}\s*")  # the smallest PNG has 90 characters
-_URL_SAFE = str.maketrans("-_", "+/")
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,19 +149,10 @@ def _images(value: Any, folder: Path) -> tuple[ImageBlob, ...]:
 
 
 def _image(entry: Any, column: str, folder: Path) -> ImageBlob:
-    match entry:
-        case {"bytes": bytes(data)} | bytes(data) if data:
-            # text that was stored as bytes; an image that is itself plain text, like P3 of PPM, is none
-            if data.isascii() and not data.startswith(b"P"):
-                text = data.decode()
-                if text[:5].lower() == "data:" or _BASE64.fullmatch(text):
-                    data = _from_text(text, column)
-        case {"bytes": str(text)} if text:
-            data = _from_text(text, column)
-        case {"path": str(text)} | str(text) if text:
-            data = _from_path(text, column, folder)
-        case _:
-            raise MisfitError(column, "bytes, or the path of a file", entry)
+    try:
+        data = read_image(entry, folder)
+    except NoImageError as error:
+        raise MisfitError(column, error.expected, error.got) from None
     try:
         width, height = decode(data).size
     except ImageError as error:
@@ -178,38 +160,6 @@ def _image(entry: Any, column: str, folder: Path) -> ImageBlob:
     if max(width, height) > _MAX_ASPECT * min(width, height):
         raise MisfitError(column, f"an aspect ratio of at most {_MAX_ASPECT}", f"{width}x{height}")
     return ImageBlob.of(data)
-
-
-def _from_path(text: str, column: str, folder: Path) -> bytes:
-    """The file at a path, which is absolute or starts from `folder`; or the image itself, where one stands instead of it."""
-    if text[:5].lower() == "data:":
-        return _from_text(text, column)
-    if _URL.match(text):
-        raise MisfitError(column, "the image itself or the plain path of a file here, not a URL", text)
-    try:
-        return (folder / text).read_bytes()
-    except (OSError, ValueError) as error:
-        if _BASE64.fullmatch(text):
-            return _from_text(text, column)
-        reason = error.strerror if isinstance(error, OSError) else one_line(error)
-        place = text if len(text) > _LONG_PATH else str(folder / text)
-        raise MisfitError(column, f"an image file at {_SHOW_PATH.repr(place)}", reason) from None
-
-
-def _from_text(text: str, column: str) -> bytes:
-    """A data URL (RFC 2397), or base64 in either alphabet, with or without padding and line breaks."""
-    if text[:5].lower() == "data:":
-        head, comma, body = text.partition(",")
-        if not comma:
-            raise MisfitError(column, "a data URL like data:image/png;base64,...", text)
-        if not head.lower().endswith(";base64"):
-            return unquote_to_bytes(body)
-        text = unquote(body)
-    plain = "".join(text.translate(_URL_SAFE).split()).rstrip("=")
-    try:
-        return base64.b64decode(plain + "=" * (-len(plain) % 4), validate=True)
-    except ValueError as error:
-        raise MisfitError(column, "an image as base64", f"{len(text)} characters: {one_line(error)}") from None
 
 
 def _answers(value: Any) -> Iterator[str]:

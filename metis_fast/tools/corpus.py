@@ -11,48 +11,35 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from metis_fast.errors import ToolSetupError
-from metis_fast.pixels import ImageError
+from metis_fast.arrow_types import is_bytes, is_string, item, stored
+from metis_fast.errors import ToolSetupError, one_line
+from metis_fast.image_source import read_image
 from metis_fast.types import ToolName
 
 _BATCH_ROWS = 64  # Arrow decodes at most 2 GiB of a nested column in one piece: 64 rows of 32 MiB
 
 
-def _stored(kind: pa.DataType) -> pa.DataType:
-    """What an extension type (`arrow.json`) or a dictionary holds."""
-    kind = kind.storage_type if isinstance(kind, pa.BaseExtensionType) else kind
-    return kind.value_type if pa.types.is_dictionary(kind) else kind
-
-
-def _is_string(kind: pa.DataType) -> bool:
-    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
-
-
-def _is_bytes(kind: pa.DataType) -> bool:
-    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind)
-
-
 def _is_scalar(kind: pa.DataType) -> bool:
     types = pa.types
     tests = (types.is_null, types.is_boolean, types.is_integer, types.is_floating, types.is_decimal, types.is_date)
-    return _is_string(kind) or any(test(kind) for test in tests)
+    return is_string(kind) or any(test(kind) for test in tests)
 
 
 def _is_text(kind: pa.DataType) -> bool:
-    kind, types = _stored(kind), pa.types
-    lists = (types.is_list, types.is_large_list, types.is_fixed_size_list, types.is_list_view, types.is_large_list_view)
-    return _is_text(kind.value_type) if any(is_list(kind) for is_list in lists) else _is_scalar(kind)
+    kind = stored(kind)
+    inside = item(kind)
+    return _is_scalar(kind) if inside is None else _is_text(inside)
 
 
 def _is_image(kind: pa.DataType) -> bool:
-    kind = _stored(kind)
+    kind = stored(kind)
     if not pa.types.is_struct(kind):
-        return _is_bytes(kind) or _is_string(kind)
-    fields = {field.name: _stored(field.type) for field in kind}
+        return is_bytes(kind) or is_string(kind)
+    fields = {field.name: stored(field.type) for field in kind}
     data, path = (fields.get(name, pa.null()) for name in ("bytes", "path"))
     return (
-        (_is_bytes(data) or pa.types.is_null(data))
-        and (_is_string(path) or pa.types.is_null(path))
+        (is_bytes(data) or is_string(data) or pa.types.is_null(data))
+        and (is_string(path) or pa.types.is_null(path))
         and not (pa.types.is_null(data) and pa.types.is_null(path))
     )
 
@@ -83,31 +70,12 @@ def cell_text(value: object) -> str:
     return str(value)
 
 
-def image_bytes(cell: object, folder: Path) -> bytes:
-    """The encoded image of a cell of an image column.
-
-    folder: what relative paths start from.
-
-    Raises:
-        ImageError: the cell is empty, or there is no such file.
-    """
-    match cell:
-        case {"bytes": bytes(data)} | bytes(data) if data:
-            return data
-        case {"path": str(path)} | str(path) if path:
-            try:
-                return (folder / path).read_bytes()  # an absolute path replaces the folder
-            except (OSError, ValueError) as error:
-                raise ImageError(_one_line(error)[:200]) from None
-    raise ImageError("neither bytes nor a path")
-
-
 def _path_columns(path: Path) -> list[str]:
     """What to read of a file's column `image` for the paths in it."""
-    kind = _stored(pq.read_schema(path).field("image").type)
+    kind = stored(pq.read_schema(path).field("image").type)
     if pa.types.is_struct(kind):
         return ["image.path"] if kind.get_field_index("path") >= 0 else []
-    return ["image"] if _is_string(kind) else []
+    return ["image"] if is_string(kind) else []
 
 
 def _state(path: Path) -> str:
@@ -116,10 +84,6 @@ def _state(path: Path) -> str:
     except (OSError, ValueError):
         return "absent "
     return f"{status.st_size}:{status.st_mtime_ns} "
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,7 +148,7 @@ class Corpus:
                 yield from zip(*([cell_text(value) for value in column] for column in columns), strict=True)
 
     def images(self) -> Iterator[tuple[Path, int, object]]:
-        """File, row in it and cell of the column `image`, row after row; `image_bytes` reads a cell.
+        """File, row in it and cell of the column `image`, row after row; `read_image` reads a cell.
 
         Raises:
             ToolSetupError: as `texts`.
@@ -218,7 +182,7 @@ class Corpus:
         """
         for path, num_rows in self.files:
             if index < num_rows:
-                return image_bytes(_cell(path, index), path.parent)
+                return read_image(_cell(path, index), path.parent)
             index -= num_rows
         raise IndexError("row beyond the corpus")
 
@@ -243,12 +207,12 @@ class Corpus:
                 except (ValueError, OverflowError) as error:
                     place = f"{path}, row {row}, column {name!r}"
                     raise ToolSetupError(
-                        f"the corpus of {self.tool}, {place}: {_one_line(error)}; mend the row (text is UTF-8)"
+                        f"the corpus of {self.tool}, {place}: {one_line(error)}; mend the row (text is UTF-8)"
                     ) from None
             raise
 
     def _unreadable(self, path: Path, error: Exception) -> ToolSetupError:
-        return ToolSetupError(f"cannot read the corpus of {self.tool}, {path}: {_one_line(error)}; write the file anew")
+        return ToolSetupError(f"cannot read the corpus of {self.tool}, {path}: {one_line(error)}; write the file anew")
 
 
 def _check_file(tool: ToolName, path: Path, columns: Mapping[str, tuple[Callable[[pa.DataType], bool], str]]) -> int:
@@ -258,9 +222,9 @@ def _check_file(tool: ToolName, path: Path, columns: Mapping[str, tuple[Callable
         with pq.ParquetFile(path) as file:
             schema, names, num_rows = file.schema_arrow, file.schema_arrow.names, file.metadata.num_rows
     except OSError as error:
-        raise ToolSetupError(f"cannot read the corpus of {tool}, {path}: {_one_line(error)}; set tools.{tool}.corpus") from None
+        raise ToolSetupError(f"cannot read the corpus of {tool}, {path}: {one_line(error)}; set tools.{tool}.corpus") from None
     except (pa.ArrowException, UnicodeDecodeError) as error:  # the second: a damaged name of a column
-        raise ToolSetupError(f"{where} is not a Parquet file ({_one_line(error)}); set tools.{tool}.corpus") from None
+        raise ToolSetupError(f"{where} is not a Parquet file ({one_line(error)}); set tools.{tool}.corpus") from None
     for name, (fits, expected) in columns.items():
         if name not in names:
             got = ", ".join(names) or "no columns"

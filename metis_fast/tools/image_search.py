@@ -19,8 +19,9 @@ from PIL import Image
 from metis_fast import pixels
 from metis_fast.config import ImageSearchConfig
 from metis_fast.errors import InfrastructureError, ToolSetupError
+from metis_fast.image_source import read_image
 from metis_fast.pixels import ImageError
-from metis_fast.tools.corpus import IMAGE, TEXT, Corpus, image_bytes, page_text
+from metis_fast.tools.corpus import IMAGE, TEXT, Corpus, page_text
 from metis_fast.tools.derived import derived_folder
 from metis_fast.types import ImageBlob, Observation, Outcome, ToolName
 
@@ -61,7 +62,7 @@ def _build(corpus: Corpus, folder: Path) -> None:
     bad: list[str] = []
     for path, row, cell in corpus.images():
         try:
-            rows.append(describe(pixels.decode(image_bytes(cell, path.parent))))
+            rows.append(describe(pixels.decode(read_image(cell, path.parent))))
         except ImageError as error:
             rows.append(np.zeros(DESCRIPTOR_SIZE, np.float32))  # keeps its row, and is like nothing
             bad.append(f"{path}, row {row}: {error}")

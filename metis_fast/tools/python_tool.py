@@ -28,6 +28,7 @@ from PIL import Image
 from metis_fast import pixels
 from metis_fast.config import PythonToolConfig
 from metis_fast.errors import InfrastructureError, ToolSetupError
+from metis_fast.open_files import allow_files
 from metis_fast.pixels import ImageError
 from metis_fast.tools.sandbox.transcript import Transcript, transcript_size
 from metis_fast.tools.sandbox.wire import (
@@ -198,6 +199,7 @@ class PythonServer:
             max_output_chars=config.max_output_chars,
             unsafe=config.unsafe,
         )
+        allow_files(1 << 15)  # a session takes three here
         self._scratch = scratch
         self._lock = threading.Lock()
         self._closed = False

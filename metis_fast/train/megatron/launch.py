@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import resource
 import secrets
 import socket
 import sys
@@ -25,6 +24,7 @@ import torch.distributed as dist
 from metis_fast import __version__
 from metis_fast.config import MegatronConfig
 from metis_fast.errors import ConfigError, Interrupted, TrainerError
+from metis_fast.open_files import allow_files
 from metis_fast.train.megatron.door import Arrival, Door, listen
 from metis_fast.train.megatron.peer import Peer, names, place, start
 from metis_fast.train.megatron.wire import (
@@ -84,7 +84,8 @@ class Ranks:
         self._pinged = 0.0
         self._ready = False
         self._open = self._in_step = True
-        _allow_files(layout.num_ranks)
+        # a rank takes a descriptor here and several in the store, one a process group
+        allow_files(1024 + 64 * layout.num_ranks)
         try:
             with listen(layout, self._launcher) as server, _store_socket(server) as store_socket:
                 host, port = store_socket.getsockname()
@@ -394,15 +395,6 @@ class Ranks:
             rank.kill()
         for rank in self._ranks:
             rank.bury()
-
-
-def _allow_files(num_ranks: int) -> None:
-    """A rank takes a descriptor here and several in the store (one a process group); 1024 is a usual limit."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = 1024 + 64 * num_ranks
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        allowed = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
 
 
 def _store_socket(server: socket.socket) -> socket.socket:
