@@ -1,0 +1,84 @@
+"""The bytes of an image, however a table holds it: bytes, a path, base64 or a data URL. Pixels are the business of `pixels`."""
+
+from __future__ import annotations
+
+import base64
+import re
+import reprlib
+from pathlib import Path
+from urllib.parse import unquote, unquote_to_bytes
+
+from metis_fast.errors import one_line
+from metis_fast.pixels import ImageError
+
+_SHOW_PATH = reprlib.Repr()
+_SHOW_PATH.maxstring = 300
+_LONG_PATH = 1000
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")  # two letters: C:/ is a disk
+_BASE64 = re.compile(r"[A-Za-z0-9+/_\-\s]{64,}={0,2}\s*")  # the smallest PNG has 90 characters
+_URL_SAFE = str.maketrans("-_", "+/")
+
+
+class NoImageError(ImageError):
+    """There is no image where one should be. got: what came, which may be long."""
+
+    def __init__(self, expected: str, got: object) -> None:
+        super().__init__(f"expected {expected}, got {reprlib.repr(got)}")
+        self.expected, self.got = expected, got
+
+
+def read_image(entry: object, folder: Path) -> bytes:
+    """The encoded bytes of an image; they need not be those of an image yet.
+
+    entry: a cell of a table: {bytes, path}, bytes, or text (a path, a data URL, base64).
+    folder: what relative paths start from.
+
+    Raises:
+        NoImageError: it is none of these, or there is no such file.
+    """
+    match entry:
+        case {"bytes": bytes(data)} | bytes(data) if data:
+            # text that was stored as bytes; an image that is itself plain text, like P3 of PPM, is none
+            if data.isascii() and not data.startswith(b"P"):
+                text = data.decode()
+                if text[:5].lower() == "data:" or _BASE64.fullmatch(text):
+                    return _from_text(text)
+            return data
+        case {"bytes": str(text)} if text:
+            return _from_text(text)
+        case {"path": str(text)} | str(text) if text:
+            return _from_path(text, folder)
+        case _:
+            raise NoImageError("bytes, or the path of a file", entry)
+
+
+def _from_path(text: str, folder: Path) -> bytes:
+    """The file at a path, which is absolute or starts from `folder`; or the image itself, where one stands instead of it."""
+    if text[:5].lower() == "data:":
+        return _from_text(text)
+    if _URL.match(text):
+        raise NoImageError("the image itself or the plain path of a file here, not a URL", text)
+    try:
+        return (folder / text).read_bytes()
+    except (OSError, ValueError) as error:
+        if _BASE64.fullmatch(text):
+            return _from_text(text)
+        reason = error.strerror if isinstance(error, OSError) else one_line(error)
+        place = text if len(text) > _LONG_PATH else str(folder / text)
+        raise NoImageError(f"an image file at {_SHOW_PATH.repr(place)}", reason) from None
+
+
+def _from_text(text: str) -> bytes:
+    """A data URL (RFC 2397), or base64 in either alphabet, with or without padding and line breaks."""
+    if text[:5].lower() == "data:":
+        head, comma, body = text.partition(",")
+        if not comma:
+            raise NoImageError("a data URL like data:image/png;base64,...", text)
+        if not head.lower().endswith(";base64"):
+            return unquote_to_bytes(body)
+        text = unquote(body)
+    plain = "".join(text.translate(_URL_SAFE).split()).rstrip("=")
+    try:
+        return base64.b64decode(plain + "=" * (-len(plain) % 4), validate=True)
+    except ValueError as error:
+        raise NoImageError("an image as base64", f"{len(text)} characters: {one_line(error)}") from None
