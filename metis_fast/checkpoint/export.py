@@ -123,7 +123,7 @@ def check_export(folder: Path, out: Path, dtype: str) -> Source:
     free = shutil.disk_usage(writable).free
     if free < size:
         log.warning(
-            "the trained model will take %.1f GB at %s, where %.1f GB are free; free some before the run ends",
+            "the trained model will take %.3g GB at %s, where %.3g GB are free; free some before the run ends",
             size / 1e9, out, free / 1e9,
         )  # fmt: skip
     return source

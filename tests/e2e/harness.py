@@ -210,10 +210,15 @@ def succeed(arguments: Sequence[object], folder: Path) -> str:
     return ended.out
 
 
-def error_line(ended: Ended) -> str:
-    """The one line on stderr of a command that failed for a reason that its user can mend."""
+def error_line(ended: Ended, warned: str = "") -> str:
+    """The one line on stderr of a command that failed for a reason that its user can mend.
+
+    warned: begins a line of the log that comes before it.
+    """
     assert ended.code == 2, ended
     lines = ended.err.splitlines()
+    if warned:
+        assert lines.pop(0).startswith(f"WARNING {warned}"), ended.err
     assert len(lines) == 1 and lines[0].startswith("metis-fast: "), ended.err
     return lines[0]
 

@@ -81,7 +81,8 @@ def assert_same_curve(folder: Path, reference: Path, rel: float, floor: float = 
                 assert one[name] == pytest.approx(value, rel=rel, abs=floor), (step, name)
             elif name != ".sync_bytes":  # the torch back end's engine runs the trainer's own module
                 assert one[name] == value, (step, name)
-            assert value or not name.endswith(".grad_norm"), "nothing is learnt"
+    # not in each mini-batch: the two groups of one may agree in all their rewards
+    assert any(one[name] for one in expected for name in one if name.endswith(".grad_norm")), "nothing is learnt"
 
 
 def failed(ended: Ended) -> str:
