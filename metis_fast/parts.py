@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from metis_fast import host
-from metis_fast.checkpoint.export import Source, check_export, export_model, export_policy
+from metis_fast.checkpoint.export import Source, check_export, check_logprobs, export_model, export_policy, probe_rollout
 from metis_fast.checkpoint.resume import CheckpointStore, ResumeState
 from metis_fast.checkpoint.rng import RngState, capture_rng, restore_rng
 from metis_fast.config import Config
@@ -208,7 +208,12 @@ class Parts:
         if self.config.train.backend == "torch":
             export_policy(self.policy, self._source, out)
         else:
-            export_model(self.trainer.weights(), hf_shapes(self.policy.model.config), self._source, out)
+            probe, temperature = probe_rollout(self.policy), self.config.rollout.temperature
+            (logp,) = self.trainer.logprobs([probe])
+            export_model(
+                self.trainer.weights(), hf_shapes(self.policy.model.config), self._source, out,
+                check=lambda tmp: check_logprobs(self.policy, probe, logp, temperature, tmp),
+            )  # fmt: skip
 
     def _here(self) -> _Boundary:
         pending = () if self.schedule is None else self.schedule.pending()

@@ -13,7 +13,7 @@ import logging
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from io import BytesIO
@@ -48,7 +48,7 @@ from metis_fast.model_folder import (
     standard,
     trouble,
 )
-from metis_fast.types import ImageBlob, ImageSpan
+from metis_fast.types import ImageBlob, ImageSpan, Outcome, Rollout
 
 log = logging.getLogger(__name__)
 
@@ -182,23 +182,13 @@ def check_logits(policy: Policy, folder: Path) -> float:
         ModelError: they differ by more, or are not finite.
     """
     ids, spans, blob = _probe(policy)
-    tokens, grids = torch.tensor([ids]), [span.grid for span in spans]
+    tokens = torch.tensor([ids])
     positions = torch.from_numpy(rope_positions(len(ids), spans, policy.merge))[:, None]
     device = policy.head.device
     features = policy.encode_images([blob]) if spans else None
     hidden = policy.hidden(tokens.to(device), positions.to(device), features, CausalSdpa())
     ours = (hidden @ policy.head.mT).float().cpu()
-    extra: dict[str, Tensor] = {}
-    if spans:
-        extra = {
-            "pixel_values": policy.images(blob).pixels.to(policy.head.dtype),
-            "image_grid_thw": torch.tensor(grids),
-            "mm_token_type_ids": (tokens == policy.image_token_id).int(),
-        }
-    plain: Any = type(policy.model).from_pretrained(folder, attn_implementation="sdpa", local_files_only=True)
-    if plain.dtype != policy.head.dtype:
-        raise ModelError(f"its weights are loaded as {plain.dtype}, expected {policy.head.dtype}")
-    theirs = plain(input_ids=tokens, use_cache=False, **extra).logits.float()
+    theirs = _plain_logits(policy, folder, tokens, spans, blob)
     gap = float((theirs - ours).norm() / ours.norm())
     if not gap <= LOGITS_DIFFER[policy.head.dtype]:  # nor is NaN
         raise ModelError(
@@ -206,6 +196,67 @@ def check_logits(policy: Policy, folder: Path) -> float:
             f"{LOGITS_DIFFER[policy.head.dtype]:.0e}; the last checkpoint has the weights"
         )
     return gap
+
+
+def probe_rollout(policy: Policy) -> Rollout:
+    """The text with an image, for a trainer in other processes: its end counts as sampled, so that they say its log-probs."""
+    ids, spans, blob = _probe(policy)
+    sampled = np.arange(len(ids)) > (spans[-1].stop if spans else 0)  # not the mark behind the image
+    return Rollout(
+        prompt_uid="export",
+        index=0,
+        tokens=np.array(ids, np.int32),
+        prompt_len=int(sampled.argmax()),
+        sampled=sampled,
+        logp=np.zeros(len(ids), np.float32),
+        weight_version=np.where(sampled, 0, -1).astype(np.int32),
+        images=(blob,) if spans else (),
+        image_spans=spans,
+        turns=(),
+        outcome=Outcome.LENGTH,
+    )
+
+
+@torch.no_grad()
+def check_logprobs(policy: Policy, rollout: Rollout, logp: np.ndarray, temperature: float, folder: Path) -> float:
+    """As `check_logits`, for a trainer that is asked for log-probs alone.
+
+    policy: of the same shape, whatever its weights. rollout: of `probe_rollout`. logp: the trainer's, [S], at `temperature`.
+
+    Returns the mean difference over sampled tokens, as a share of their mean; see `LOGITS_DIFFER`.
+
+    Raises:
+        ModelError: it is larger, or not finite.
+    """
+    tokens = torch.from_numpy(rollout.tokens)[None].long()
+    blob = next(iter(rollout.images), None)
+    logits = _plain_logits(policy, folder, tokens, rollout.image_spans, blob)[0, :-1] / temperature
+    theirs = logits.log_softmax(-1).gather(-1, tokens[0, 1:, None])[:, 0].numpy()
+    at = rollout.sampled[1:]
+    gap = float(np.abs(theirs - logp[1:])[at].mean() / np.abs(logp[1:])[at].mean())
+    if not gap <= LOGITS_DIFFER[policy.head.dtype]:  # nor is NaN
+        raise ModelError(
+            f"log-probs of plain transformers differ by {gap:.1e} of their size from the trainer's, expected at most "
+            f"{LOGITS_DIFFER[policy.head.dtype]:.0e}; the last checkpoint has the weights"
+        )
+    return gap
+
+
+def _plain_logits(
+    policy: Policy, folder: Path, tokens: Tensor, spans: Sequence[ImageSpan], blob: ImageBlob | None
+) -> Tensor:
+    """[1, S, V] float32, of transformers' own model with the weights of a folder. tokens: [1, S], with one image or none."""
+    extra: dict[str, Tensor] = {}
+    if spans and blob is not None:
+        extra = {
+            "pixel_values": policy.images(blob).pixels.to(policy.head.dtype),
+            "image_grid_thw": torch.tensor([span.grid for span in spans]),
+            "mm_token_type_ids": (tokens == policy.image_token_id).int(),
+        }
+    plain: Any = type(policy.model).from_pretrained(folder, attn_implementation="sdpa", local_files_only=True)
+    if plain.dtype != policy.head.dtype:
+        raise ModelError(f"its weights are loaded as {plain.dtype}, expected {policy.head.dtype}")
+    return plain(input_ids=tokens, use_cache=False, **extra).logits.float()
 
 
 def _probe(policy: Policy) -> tuple[list[int], tuple[ImageSpan, ...], ImageBlob]:

@@ -28,15 +28,18 @@ from metis_fast.checkpoint.export import (
     Source,
     check_export,
     check_logits,
+    check_logprobs,
     export_model,
     export_policy,
+    probe_rollout,
     read_source,
     write_weights,
 )
 from metis_fast.checkpoint.safetensors_folder import FolderReader
-from metis_fast.config import ModelConfig
+from metis_fast.config import ModelConfig, build
 from metis_fast.errors import CheckpointError, ModelError
 from metis_fast.model import load_policy
+from metis_fast.train.torch_backend import TorchTrainer
 
 
 @pytest.mark.parametrize("max_shard_bytes", [50_000, 10**9])
@@ -314,6 +317,29 @@ def test_an_export_whose_logits_are_not_the_trainers_gets_no_name(tmp_path):
             export_policy(policy, replace(kept, config={**kept.config, "text_config": other}), out)
         assert {path.name: path.read_bytes() for path in out.iterdir()} == before
         assert not list(tmp_path.glob(".tmp-*"))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_log_probs_tell_an_export_of_other_weights_too(tmp_path, dtype):
+    source = tiny(tmp_path / "model")
+    config = build({"model": {"path": source, "dtype": dtype}, "rollout": {"temperature": 0.7}})
+    policy = load_policy(config.model)
+    with torch.no_grad():
+        for weight in policy.model.parameters():
+            weight.mul_(8)
+    trainer = TorchTrainer(policy, config, config.train.optim, 1)
+    probe = probe_rollout(policy)
+    (logp,) = trainer.logprobs([probe])
+    assert probe.images and (logp[probe.sampled] < 0).all()
+    export_policy(policy, read_source(source), tmp_path / "out")
+    assert check_logprobs(policy, probe, logp, 0.7, tmp_path / "out") < LOGITS_DIFFER[policy.head.dtype]
+    with pytest.raises(ModelError, match="log-probs of plain transformers differ"):
+        check_logprobs(policy, probe, logp, 1.0, tmp_path / "out")
+    with torch.no_grad():
+        policy.model.model.visual.merger.linear_fc2.weight.add_(1.0)
+    export_policy(policy, read_source(source), tmp_path / "out")
+    with pytest.raises(ModelError, match="log-probs of plain transformers differ"):
+        check_logprobs(policy, probe, logp, 0.7, tmp_path / "out")
 
 
 def test_an_export_that_plain_transformers_reads_as_another_model_gets_no_name(tmp_path):
