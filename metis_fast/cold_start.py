@@ -11,7 +11,6 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from metis_fast import host
 from metis_fast.checkpoint.export import check_export, export_policy
@@ -23,7 +22,8 @@ from metis_fast.data.parquet import PromptFiles
 from metis_fast.data.scripted import ScriptedEngine, ScriptStyle
 from metis_fast.errors import ConfigError, DataError, Interrupted
 from metis_fast.interrupt import Interrupts
-from metis_fast.model import ImagePreparer, first_device, load_policy, load_tokenizer
+from metis_fast.model import ImagePreparer, first_device, load_policy
+from metis_fast.model_folder import check_model_folder, load_processor, load_tokenizer
 from metis_fast.report.progress import progress
 from metis_fast.rollout.chat import Chat
 from metis_fast.rollout.episode import collect
@@ -43,8 +43,9 @@ def play(config: Config, prompts: Path, style: ScriptStyle, out: Path) -> int:
     Continues where an interrupted call stopped. Returns the number of trajectories.
     """
     files = PromptFiles([prompts])
+    check_model_folder(config.model.path)
     tokenizer = load_tokenizer(config.model.path)
-    chat = Chat(tokenizer, ImagePreparer(Qwen2VLImageProcessorPil.from_pretrained(config.model.path)))
+    chat = Chat(tokenizer, ImagePreparer(load_processor(config.model.path)))
     cursor = PromptCursor(files, config.run.seed, shuffle=False)
     store, rollout = RolloutStore(out), config.rollout.model_copy(update={"deterministic": False})
     with Interrupts() as interrupts, TemporaryDirectory(prefix="metis-tools-") as scratch, ExitStack() as stack:
@@ -115,8 +116,7 @@ def sft(config: Config, out: Path) -> None:
     host.prepare(config.run.threads)
     torch.manual_seed(config.run.seed)
     folder = config.run.dir / "sft"
-    record = open_record(config.model_copy(update={"run": config.run.model_copy(update={"dir": folder})}), {})
-    record.save()
+    record = open_record(config.model_copy(update={"run": config.run.model_copy(update={"dir": folder})}), {}, ("model", "sft"))
     source = check_export(config.model.path, out, config.model.dtype)
     policy = load_policy(config.model, device=first_device())
     # everything is trained in the cold start: what HDPO freezes has to be learnt first
@@ -124,10 +124,10 @@ def sft(config: Config, out: Path) -> None:
     trainer = TorchTrainer(policy, unfrozen, config.sft.optim, len(schedule))
     checkpoints = CheckpointStore(folder / "checkpoints", keep_last=1)
     loaded, losses = checkpoints.latest(), []
-    record.log_changes(0 if loaded is None else loaded.state.step)
     if loaded is not None:
         trainer.load(TrainerState(loaded.state.tensors, loaded.state.scalars["trainer"]))
         losses = list(loaded.state.scalars["losses"])
+    record.save(len(losses))
 
     def save(step: int) -> None:
         state = trainer.state()

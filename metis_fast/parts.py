@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -21,9 +22,9 @@ from metis_fast.checkpoint.export import Source, check_export, check_logprobs, e
 from metis_fast.checkpoint.resume import CheckpointStore, ResumeState
 from metis_fast.checkpoint.rng import RngState, capture_rng, restore_rng
 from metis_fast.config import Config
-from metis_fast.data.cursor import CursorState, PromptCursor
+from metis_fast.data.cursor import CursorState, PromptCursor, read_once
 from metis_fast.data.parquet import PromptFiles
-from metis_fast.errors import ConfigError, EngineError, ToolSetupError
+from metis_fast.errors import ConfigError, DataError, EngineError, ToolSetupError
 from metis_fast.interrupt import Interrupts
 from metis_fast.model import Policy, first_device, load_policy
 from metis_fast.model_folder import hf_shapes
@@ -116,8 +117,9 @@ class Parts:
             if files is None:
                 raise ConfigError("no held-out prompts; set data.heldout to Parquet files")
             limit = self.config.eval.max_prompts or len(files)
-            cursor = PromptCursor(files, 0, shuffle=False, on_bad_row=self.config.data.on_bad_row)
-            self._heldout = cursor.next(min(limit, len(files)))
+            self._heldout = list(islice(read_once(files, self.config.data.on_bad_row), limit))
+            if not self._heldout:
+                raise DataError(f"no usable row among {len(files)} held-out ones; run `metis-fast data check` on data.heldout")
         return self._heldout
 
     @property
@@ -130,7 +132,7 @@ class Parts:
         loaded = self.checkpoints.latest()
         if loaded is None:
             self.log.truncate(0)
-            self._record.log_changes(0)
+            self._record.save(0)
             return 0
         state = loaded.state
         self.trainer.load(TrainerState(state.tensors, state.scalars["trainer"]), loaded.path)
@@ -141,7 +143,7 @@ class Parts:
         self._saved = state.step
         self.log.truncate(state.step)
         restore_rng(state.rng)
-        self._record.log_changes(state.step)
+        self._record.save(state.step)
         self._boundary = self._here()
         return state.step
 
@@ -355,7 +357,7 @@ def open_parts(config: Config, interrupts: Interrupts, training: bool = True) ->
     record = None
     if training:
         data = {"data.train": files, "data.heldout": heldout}
-        record = open_record(config, {key: one for key, one in data.items() if one is not None}, interrupts.check)
+        record = open_record(config, data, ("model", "tools"), interrupts.check)
     source = check_export(config.model.path, config.run.dir / "trained", config.model.dtype) if training else None
     styles = {style for part in (files, heldout) if part is not None for style in part.styles()}
     with ExitStack() as stack:
@@ -384,8 +386,6 @@ def open_parts(config: Config, interrupts: Interrupts, training: bool = True) ->
         if training:
             if config.train.backend == "megatron":
                 check_settings(config, policy.model.config)
-            assert record is not None
-            record.save()
             updates = config.train.steps * config.rollout.prompts_per_step // config.train.prompts_per_mini_batch
             trainer = _open_trainer(config, policy, updates, interrupts, hub)
             stack.callback(trainer.close)

@@ -1,17 +1,18 @@
 """What a run folder keeps of the settings and files that decide its result, and whether a run may go on with others.
 
-config.yaml     settings, resolved
-inputs.json     what the files were that settings name: digests of rows of data, of models and corpora
+config.yaml     settings, resolved, for people and for other runs
+inputs.json     those that decide the result, and what the files were that settings name: digests of rows, models, corpora
 changes.jsonl   what differs since the run began: mended rows, and what `run.accept_changes` let through
 """
 
 from __future__ import annotations
 
+import difflib
 import json
 import logging
-import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,8 @@ from typing import Any
 from tqdm import tqdm
 
 from metis_fast import config as config_module
-from metis_fast.config import Config, by_content, deciding
+from metis_fast.checkpoint.export import COPIED
+from metis_fast.config import Config, by_content, deciding, known_keys
 from metis_fast.data.content import DataRecord
 from metis_fast.data.parquet import PromptFiles
 from metis_fast.errors import ConfigError
@@ -27,17 +29,26 @@ from metis_fast.report.progress import progress
 
 _LOG = logging.getLogger(__name__)
 _CONFIG, _INPUTS, _CHANGES = "config.yaml", "inputs.json", "changes.jsonl"
-_SUFFIXES = (".safetensors", ".json", ".jinja", ".txt", ".parquet", ".arrow")  # not a README, nor what tools keep beside
-_ENDS = 1 << 20  # bytes at each end: a safetensors file begins with its shapes, a Parquet file ends with its statistics
+_WEIGHTS = (".safetensors", ".parquet", ".arrow")  # of a folder, these and what a model is copied with; not what lies beside
+_BLOCK, _BLOCKS = 1 << 16, 64  # of large files so many bytes in so many places are read: weights of 17 GB are not read twice
+
+MODEL_FILES = frozenset({"config.json", "model.safetensors.index.json", *COPIED})
+
+Inputs = dict[str, DataRecord | str]
 
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """A setting, or the files that it names, that is not what the run began with."""
+    """A setting, or the files that it names, that is not what the run had. None: it was, or is, not set.
+
+    is_mended: rows of data that changed, while most did not. can_be_accepted: by `run.accept_changes`.
+    """
 
     key: str
     before: object
     now: object
+    is_mended: bool = False
+    can_be_accepted: bool = True
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -45,14 +56,16 @@ class RunRecord:
     """Made by `open_record`. inputs: by dotted key. changes: what differs from the record in the folder, all of it allowed."""
 
     config: Config
-    inputs: Mapping[str, DataRecord | str]
-    changes: list[Change] = field(default_factory=list)
+    inputs: Inputs
+    changes: tuple[Change, ...] = ()
 
-    def save(self) -> None:
-        """Write settings and inputs into the folder.
+    def save(self, step: int) -> None:
+        """Write settings and inputs into the folder, and what changed. step: the last one before that.
+
+        Called when the run goes on and nothing can refuse it any more: what is written now is what it is held to.
 
         Raises:
-            ConfigError: it cannot be made.
+            ConfigError: the folder cannot be made.
         """
         folder = self.config.run.dir
         try:
@@ -61,69 +74,83 @@ class RunRecord:
             raise ConfigError(
                 f"cannot make the run folder {folder}: {error.strerror}; set run.dir to one that you can write"
             ) from None
-        inputs = {key: one.to_json() if isinstance(one, DataRecord) else one for key, one in self.inputs.items()}
-        _write(folder / _INPUTS, json.dumps({"sha256": _checksum(inputs), "inputs": inputs}) + "\n")
+        if self.changes:
+            when = datetime.now(UTC).isoformat(timespec="seconds")
+            lines = [
+                json.dumps({"after_step": step, "time": when, "key": one.key, "before": one.before, "now": one.now})
+                for one in self.changes
+            ]
+            with (folder / _CHANGES).open("a", encoding="utf-8") as file:
+                file.write("\n".join(lines) + "\n")
+        tree = {
+            "settings": dict(_leaves(deciding(self.config))),
+            "inputs": {key: one.to_json() if isinstance(one, DataRecord) else one for key, one in self.inputs.items()},
+        }
+        _write(folder / _INPUTS, json.dumps({"sha256": _checksum(tree), **tree}) + "\n")
         _write(folder / _CONFIG, config_module.to_yaml(self.config))
 
-    def log_changes(self, step: int) -> None:
-        """Append what differs, with the step that is the last one before it."""
-        lines = [
-            json.dumps({"after_step": step, "time": time.time(), "key": one.key, "before": one.before, "now": one.now})
-            for one in self.changes
-        ]
-        if lines:
-            with (self.config.run.dir / _CHANGES).open("a", encoding="utf-8") as file:
-                file.write("\n".join(lines) + "\n")
-            self.changes.clear()
 
-
-def open_record(config: Config, data: Mapping[str, PromptFiles], check: Callable[[], None] = lambda: None) -> RunRecord:
+def open_record(
+    config: Config, data: Mapping[str, PromptFiles | None], sections: Collection[str], check: Callable[[], None] = lambda: None
+) -> RunRecord:
     """Compare settings and files with what `config.run.dir` began with; rows keep the names and the order that they had.
 
-    data: opened files of prompts by dotted key. They are read whole in a new run, and where they changed. check: called
-    meanwhile; what it raises goes on.
+    data: opened files of prompts by dotted key, None where there are none. They are read whole in a new run, and where they
+    changed. sections: of the config, whose other files are compared, too. check: called meanwhile; what it raises goes on.
 
     Raises:
         ConfigError: the folder holds a run with other settings or other files, or what it keeps of them is gone or damaged.
         DataError: a row group cannot be decoded.
     """
+    _check_keys(config.run.accept_changes)
     folder = config.run.dir
-    old_config, old_inputs = _load(folder)
-    changes = [] if old_config is None else _setting_changes(old_config, config)
-    inputs: dict[str, DataRecord | str] = {}
+    known = _load(folder)
+    settings, old = ({}, {}) if known is None else known
+    changes = [] if known is None else _setting_changes(settings, config)
+    inputs: Inputs = {}
     for key, files in data.items():
-        known = old_inputs.get(key)
-        known = known if isinstance(known, DataRecord) else None
-        with progress(len(files), f"reading {key}", config.log, "row") as bar:
-            now = files.record(known, lambda rows, bar=bar: _tick(bar, rows, check))
-        inputs[key] = now if known is None else _go_on(key, files, known, now, changes)
-    for key, path in by_content(config):
-        if key not in data and path.exists():  # what is missing, and needed, is found where it is opened
+        if files is not None:
+            before = old.get(key)
+            before = before if isinstance(before, DataRecord) else None
+            with progress(len(files), f"reading {key}", config.log, "row") as bar:
+                now = files.record(before, lambda rows, bar=bar: _tick(bar, rows, check))
+            inputs[key] = now if before is None else _go_on(key, files, before, now, changes)
+    paths = {key: path for key, path in by_content(config) if key.partition(".")[0] in sections}
+    for key, path in paths.items():
+        if path is not None and path.exists():  # what is missing, and needed, is found where it is opened
             inputs[key] = files_digest(path)
-            before = old_inputs.get(key, inputs[key])
-            if before != inputs[key]:
-                changes.append(Change(key, before, inputs[key]))
-    refused = [one for one in changes if one.key not in config.run.accept_changes and not _is_mended(one)]
+            if old.get(key, inputs[key]) != inputs[key]:
+                changes.append(Change(key, old[key], inputs[key]))
+    if known is not None:
+        unset = {key for key in old if (data.get(key) is None if key in data else paths.get(key, key) is None)}
+        changes += [Change(key, "some", None) for key in sorted(unset)]
+        changes += [Change(key, None, "some") for key in inputs if key not in old]
+    accepted = set(config.run.accept_changes)
+    refused = [one for one in changes if not (one.is_mended or (one.can_be_accepted and one.key in accepted))]
     if refused:
-        raise ConfigError(_refusal(folder, refused[0]))
+        raise ConfigError(_refusal(config, refused))
     for change in changes:
-        _LOG.warning("%s is not what %s began with: %s; the run goes on with it", change.key, folder, _words(change))
-    # what the folder knew and nobody asked for now stays
-    return RunRecord(config, old_inputs | inputs, changes)
+        _LOG.warning("%s is not what %s had: %s; the run goes on with it", change.key, folder, _words(change))
+    kept = {key: one for key, one in old.items() if key not in data and key not in paths}
+    return RunRecord(config, kept | inputs, tuple(changes))
 
 
 def files_digest(path: Path) -> str:
-    """What a file, or the model, corpus or trajectories in a folder are known by: names, sizes, and the bytes at both ends of
-    each, since weights of 17 GB are not read twice."""
+    """What a file, or the model, corpus or trajectories of a folder, are known by: names, sizes, and bytes from all over."""
     digest = sha256()
-    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.suffix in _SUFFIXES)
-    for file in files:
+    found = [path] if path.is_file() else sorted([*path.glob("*"), *path.glob("images/*")])
+    for file in found:
+        if file != path and not (file.is_file() and (file.suffix in _WEIGHTS or file.name in MODEL_FILES)):
+            continue
         size = file.stat().st_size
         digest.update(f"{file.relative_to(path)}:{size}\n".encode(errors="surrogateescape"))
         with file.open("rb") as opened:
-            digest.update(opened.read(_ENDS))
-            opened.seek(max(0, size - _ENDS))
-            digest.update(opened.read(_ENDS))
+            if size <= _BLOCK * _BLOCKS:
+                digest.update(opened.read())
+                continue
+            for block in range(_BLOCKS):  # the first and the last bytes are among them: shapes, and statistics of columns
+                opened.seek((size - _BLOCK) * block // (_BLOCKS - 1))
+                digest.update(opened.read(_BLOCK))
     return f"sha256 {digest.hexdigest()[:16]}"
 
 
@@ -142,67 +169,79 @@ def _tick(bar: tqdm, rows: int, check: Callable[[], None]) -> None:
     check()
 
 
-def _load(folder: Path) -> tuple[Config | None, dict[str, DataRecord | str]]:
-    """What the folder keeps; nothing in a new one."""
-    missing = [name for name in (_CONFIG, _INPUTS) if not (folder / name).exists()]
-    if missing:
+def _check_keys(keys: Sequence[str]) -> None:
+    known = (*known_keys(), *(f"sft.phases.{number}.trajectories" for number in range(100)))
+    for key in keys:
+        if key not in known:
+            close = [one for one in known if one.endswith(f".{key}")] or difflib.get_close_matches(key, known, n=1, cutoff=0.4)
+            meant = f"; did you mean {close[0]!r}?" if close else "; see docs/settings.md"
+            raise ConfigError(f"run.accept_changes: unknown key {key!r}{meant}")
+
+
+def _load(folder: Path) -> tuple[dict[str, object], Inputs] | None:
+    """Settings and inputs that the folder keeps; None for a new run."""
+    path = folder / _INPUTS
+    if not path.exists():
         if any((folder / "checkpoints").glob("step-*")):
             raise ConfigError(
-                f"{folder} holds checkpoints, but its {missing[0]} is gone, so that nobody can say whether the settings are "
-                "still the same; restore it from a copy, or set run.dir to a new folder"
+                f"{folder} holds checkpoints, but its {_INPUTS} is gone, so that nobody can say whether the settings are still "
+                "the same; restore it from a copy, or set run.dir to a new folder"
             )
-        return None, {}
-    path = folder / _INPUTS
+        return None
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
-        tree: dict[str, Any] = document["inputs"]
+        tree: dict[str, Any] = {key: document[key] for key in ("settings", "inputs")}
         if document["sha256"] != _checksum(tree):
             raise ValueError("its checksum is another one")
-        inputs = {key: one if isinstance(one, str) else DataRecord.from_json(one) for key, one in tree.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        inputs = {key: one if isinstance(one, str) else DataRecord.from_json(one) for key, one in tree["inputs"].items()}
+        return dict(tree["settings"]), inputs
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ConfigError(f"{path} is damaged ({error!r}); restore it from a copy, or set run.dir to a new folder") from None
-    return config_module.load(folder / _CONFIG), inputs
 
 
 def _leaves(tree: object, prefix: str = "") -> Iterator[tuple[str, object]]:
-    if isinstance(tree, dict):
+    if isinstance(tree, dict) and tree:
         for key, value in tree.items():
             yield from _leaves(value, f"{prefix}.{key}" if prefix else str(key))
     else:
         yield prefix, tree
 
 
-def _setting_changes(old: Config, new: Config) -> list[Change]:
-    then, now = dict(_leaves(deciding(old))), dict(_leaves(deciding(new)))
-    keys = [*now, *(key for key in then if key not in now)]  # of a setting with free names, some may be gone
-    return [Change(key, then.get(key), now.get(key)) for key in keys if then.get(key) != now.get(key)]
+def _setting_changes(then: Mapping[str, object], config: Config) -> list[Change]:
+    now = dict(_leaves(json.loads(json.dumps(deciding(config)))))
+    defaults = dict(_leaves(json.loads(json.dumps(deciding(Config())))))  # of a setting that was not there yet
+    keys = [*now, *(key for key in then if key not in now and key in defaults)]
+    before = {key: then.get(key, defaults.get(key)) for key in keys}
+    return [Change(key, before[key], now.get(key)) for key in keys if before[key] != now.get(key)]
 
 
 def _go_on(key: str, files: PromptFiles, known: DataRecord, now: DataRecord, changes: list[Change]) -> DataRecord:
     if known.num_rows != now.num_rows:
-        changes.append(Change(key, f"{known.num_rows} rows", f"{now.num_rows} rows"))
+        # training cannot go on in an order over another number of rows
+        accept = key != "data.train"
+        changes.append(Change(key, f"{known.num_rows} rows", f"{now.num_rows} rows", can_be_accepted=accept))
         return now
-    differing = known.differing(now)
     files.go_on(known)
+    differing = known.differing(now.rows)
     if differing:
         path, row = files.location(differing[0])
         places = f"{len(differing)} of {now.num_rows} rows differ, the first is row {row} of {path.name}"
-        changes.append(Change(key, None if 2 * len(differing) <= now.num_rows else "other rows", places))
+        others = len(known.differing(now.rows, known.began))
+        mended = 2 * others <= max(2, now.num_rows)
+        changes.append(Change(key, None if mended else "other rows", places, is_mended=mended))
     return replace(known, stamps=now.stamps, rows=now.rows)
 
 
-def _is_mended(change: Change) -> bool:
-    """Rows that changed, while most did not."""
-    return change.before is None and change.key.startswith("data.")
-
-
 def _words(change: Change) -> str:
-    return str(change.now) if _is_mended(change) else f"{change.before!r}, now {change.now!r}"
+    return str(change.now) if change.is_mended else f"{change.before!r}, now {change.now!r}"
 
 
-def _refusal(folder: Path, change: Change) -> str:
-    if change.key == "data.train" and change.before != "other rows":
-        advice = "restore the file to resume"  # the order of rows cannot go on over another number of them
+def _refusal(config: Config, refused: Sequence[Change]) -> str:
+    what = ", ".join(f"{one.key} ({_words(one)})" for one in refused[:5])
+    what += f" and {len(refused) - 5} more" if len(refused) > 5 else ""
+    if all(one.can_be_accepted for one in refused):
+        keys = ",".join(dict.fromkeys([*config.run.accept_changes, *(one.key for one in refused)]))
+        advice = f"restore the setting to resume, or accept it with run.accept_changes=[{keys}]"
     else:
-        advice = f"restore the setting to resume, or accept it with run.accept_changes=[{change.key}]"
-    return f"{folder} holds a run with another {change.key} ({_words(change)}); set run.dir to a new folder, or {advice}"
+        advice = "restore the file to resume"
+    return f"{config.run.dir} holds a run with another {what}; set run.dir to a new folder, or {advice}"

@@ -1,4 +1,4 @@
-"""Parquet files that carry the SHA-256 of their own bytes, in a metadata entry of fixed size.
+"""Parquet and Arrow files that carry the SHA-256 of their own bytes, in a metadata entry of fixed size.
 
 Parquet's page checksums cover the pages, not their headers nor the footer: of 4,000 files with a flipped bit, 8 read as other
 data. The digest covers all bytes, its own place counted as zeros.
@@ -13,12 +13,12 @@ from pathlib import Path
 from metis_fast.errors import DataError
 
 KEY = b"metis_fast.seal"
-OPEN = b"0" * 80
-"""What a writer puts under KEY; `seal` replaces it by the size of the file (16 digits) and its digest."""
+_MARK = b"sealed:"
+_SIZE, _DIGEST = 16, 64
+OPEN = _MARK + b"0" * (_SIZE + _DIGEST)
+"""What a writer puts under KEY; `seal` replaces the zeros by the size of the file and its digest."""
 
-_SIZE = 16
-_MAX_FOOTER = 1 << 20  # the entry stands in the footer, at the end
-_MAX_GAP = 8  # between key and value: Thrift's field header and length
+_MAX_FOOTER = 1 << 20  # the entry stands in the footer, at the end; Arrow has it at the beginning, too
 
 
 def seal(path: Path) -> None:
@@ -29,9 +29,9 @@ def seal(path: Path) -> None:
     """
     with path.open("r+b") as file, mmap.mmap(file.fileno(), 0) as data:
         place = _place(data)
-        if place is None or data[place : place + len(OPEN)] != OPEN:
+        if place is None or data[place : place + _SIZE + _DIGEST] != OPEN[len(_MARK) :]:
             raise ValueError(f"{path} has no open seal")
-        data[place : place + len(OPEN)] = _seal_of(data, place)
+        data[place : place + _SIZE + _DIGEST] = _seal_of(data, place)
 
 
 def check_seal(path: Path) -> None:
@@ -49,16 +49,13 @@ def check_seal(path: Path) -> None:
             place = _place(data)
             if place is None or data[place : place + _SIZE] != _size_of(data):
                 return
-            if data[place : place + len(OPEN)] != _seal_of(data, place):
+            if data[place : place + _SIZE + _DIGEST] != _seal_of(data, place):
                 raise DataError(f"{path} is damaged: its checksum is not that of its bytes; restore it from a copy")
 
 
 def _place(data: mmap.mmap) -> int | None:
-    found = data.rfind(KEY, max(0, len(data) - _MAX_FOOTER))
-    if found < 0:
-        return None
-    head = data[found + len(KEY) : found + len(KEY) + _MAX_GAP]
-    return found + len(KEY) + next((gap for gap, byte in enumerate(head) if byte in b"0123456789"), 0)
+    found = data.rfind(_MARK, max(0, len(data) - _MAX_FOOTER))
+    return None if found < 0 else found + len(_MARK)
 
 
 def _size_of(data: mmap.mmap) -> bytes:
@@ -68,5 +65,5 @@ def _size_of(data: mmap.mmap) -> bytes:
 def _seal_of(data: mmap.mmap, place: int) -> bytes:
     digest = hashlib.sha256(memoryview(data)[:place])
     digest.update(OPEN)
-    digest.update(memoryview(data)[place + len(OPEN) :])
+    digest.update(memoryview(data)[place + _SIZE + _DIGEST :])
     return _size_of(data) + digest.hexdigest().encode()

@@ -118,11 +118,12 @@ def deciding(section: Section) -> dict[str, Any]:
     return tree
 
 
-def by_content(section: Section, prefix: str = "") -> Iterator[tuple[str, Path]]:
-    """Dotted key and path of every single file or folder whose content decides a result; of lists of sections with a number."""
+def by_content(section: Section, prefix: str = "") -> Iterator[tuple[str, Path | None]]:
+    """Dotted key and path (None: not set) of every file or folder whose content decides a result, but for lists of them. Keys
+    in lists of sections have a number."""
     for name, info in type(section).model_fields.items():
         value = getattr(section, name)
-        if BY_CONTENT in info.metadata and isinstance(value, Path):
+        if BY_CONTENT in info.metadata and not isinstance(value, tuple):
             yield prefix + name, value
         parts = value if isinstance(value, tuple) else (value,)
         for number, part in enumerate(parts):

@@ -11,6 +11,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
@@ -117,8 +118,17 @@ _checker = _Checker(None, 0)  # of a process of the pool
 
 def _open_process(open_counter: Callable[[], CountTokens] | None, max_prompt_tokens: int) -> None:
     global _checker
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that waits for this one
     _checker = _Checker(None if open_counter is None else open_counter(), max_prompt_tokens)
+
+
+@contextmanager
+def _without_interrupts() -> Iterator[None]:
+    """Ctrl-C is for this process, at the end of the block, and not for those that it starts."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _check_here(rows: Sequence[RawRow | BadRow]) -> _Found:
@@ -175,7 +185,8 @@ def _check(
     waiting: deque[Future[_Found]] = deque()
     try:
         for rows in _pieces(files):
-            waiting.append(pool.submit(_check_here, rows))
+            with _without_interrupts():  # which processes that start now inherit
+                waiting.append(pool.submit(_check_here, rows))
             if len(waiting) > 2 * processes:  # no more rows in memory than are about to be decoded
                 yield waiting.popleft().result()
         for future in waiting:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from decimal import Decimal
 from hashlib import blake2b
 from pathlib import PurePath
 from typing import Any
+
+from metis_fast.image_source import is_inline
 
 DIGEST_BYTES = 8
 
@@ -20,22 +23,37 @@ def row_digest(row: Mapping[str, object]) -> bytes:
     """
     digest = blake2b(digest_size=DIGEST_BYTES)
     for name, value in sorted(row.items()):
-        if value is not None:
+        if not _is_missing(value):
             _feed(digest, name)
             _feed(digest, _without_folders(value) if name == "images" else value)
     return digest.digest()
 
 
+def _is_missing(value: object) -> bool:
+    """Null, NaN (what pandas makes of a null among numbers), or an empty list; a struct of nothing else."""
+    match value:
+        case None | []:
+            return True
+        case float():
+            return math.isnan(value)
+        case dict():
+            return all(map(_is_missing, value.values()))
+    return False
+
+
 def _without_folders(images: object) -> object:
-    match images:
-        case list():
-            return [_without_folders(image) for image in images]
-        case {"bytes": bytes(data)} if data:
+    entries = images if isinstance(images, list) else [images]
+    return [_without_folder(entry) for entry in entries]
+
+
+def _without_folder(image: object) -> object:
+    match image:
+        case {"bytes": bytes(data) | str(data)} | bytes(data) if data:
             return data  # where writers put a path beside the bytes, it says where they once came from
-        case {"path": str(path)} | str(path):
-            return PurePath(path).name if len(path) < 4096 else path  # longer: the image itself, as base64
+        case {"path": str(text)} | str(text):
+            return text if is_inline(text) else PurePath(text).name
         case _:
-            return images
+            return image
 
 
 def _feed(digest: blake2b, value: object) -> None:
@@ -50,7 +68,7 @@ def _feed(digest: blake2b, value: object) -> None:
             for item in value:
                 _feed(digest, item)
         case dict():
-            items = sorted((str(key), item) for key, item in value.items() if item is not None)
+            items = sorted((str(key), item) for key, item in value.items() if not _is_missing(item))
             digest.update(b"{%d:" % len(items))
             for key, item in items:
                 _feed(digest, key)
@@ -68,7 +86,8 @@ class DataRecord:
     """What a run keeps of its data; `to_json` and `from_json` for its file.
 
     names: (name, rows) of every file. groups: (rows, bytes) of every row group, on which the shuffled order depends, with
-    cache_bytes. stamps: (bytes, time of change in ns) of every file. rows: the digests of all rows, one behind another.
+    cache_bytes. stamps: (bytes, time of change in ns) of every file. rows: the digests of all rows, one behind another, as they
+    are now; began: as they were when the run began.
     """
 
     names: tuple[tuple[str, int], ...]
@@ -76,16 +95,17 @@ class DataRecord:
     cache_bytes: int
     stamps: tuple[tuple[int, int], ...]
     rows: bytes
+    began: bytes
 
     @property
     def num_rows(self) -> int:
         """Rows of all files."""
         return len(self.rows) // DIGEST_BYTES
 
-    def differing(self, other: DataRecord) -> list[int]:
-        """Rows that are not the same in another record of as many rows."""
-        places = range(0, len(self.rows), DIGEST_BYTES)
-        return [i for i, at in enumerate(places) if self.rows[at : at + DIGEST_BYTES] != other.rows[at : at + DIGEST_BYTES]]
+    def differing(self, rows: bytes, of: bytes | None = None) -> list[int]:
+        """Numbers of the rows that are not those of other digests of as many rows. of: in place of this record's `rows`."""
+        mine, places = self.rows if of is None else of, range(0, len(rows), DIGEST_BYTES)
+        return [i for i, at in enumerate(places) if mine[at : at + DIGEST_BYTES] != rows[at : at + DIGEST_BYTES]]
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -95,6 +115,7 @@ class DataRecord:
             "cache_bytes": self.cache_bytes,
             "stamps": self.stamps,
             "rows": self.rows.hex(),
+            "began": self.began.hex(),
         }
 
     @staticmethod
@@ -110,4 +131,5 @@ class DataRecord:
             cache_bytes=int(tree["cache_bytes"]),
             stamps=tuple((int(size), int(time)) for size, time in tree["stamps"]),
             rows=bytes.fromhex(tree["rows"]),
+            began=bytes.fromhex(tree["began"]),
         )

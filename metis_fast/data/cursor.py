@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -55,6 +56,24 @@ def epoch_order(layout: Layout, seed: int, epoch: int) -> npt.NDArray[np.int64]:
 def _raw(seed: int, stream: tuple[int, ...], num: int) -> npt.NDArray[np.uint64]:
     # Raw output of a bit generator and SeedSequence never change between numpy versions (NEP 19); Generator methods may.
     return np.random.PCG64(np.random.SeedSequence(seed % 2**64, spawn_key=stream)).random_raw(num)
+
+
+def read_once(files: PromptFiles, on_bad_row: Literal["stop", "skip"]) -> Iterator[Prompt]:
+    """Every usable prompt, in the order of the files.
+
+    Raises:
+        BadRowError: a bad row, with on_bad_row="stop".
+        DataError: a file cannot be read any more.
+    """
+    for index in range(len(files)):
+        try:
+            prompt = files.read(index)
+        except BadRowError as error:
+            if on_bad_row == "stop":
+                raise
+            _LOG.warning("skipped bad row: %s", error.bad_row)
+            continue
+        yield prompt
 
 
 class PromptCursor:

@@ -9,10 +9,13 @@ import logging
 import os
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -178,11 +181,15 @@ class PromptFiles:
     def _raw(self, table: pa.Table | pa.RecordBatch, row: int, index: int) -> RawRow:
         path, number = self.location(index)
         values: dict[str, object] = {}
-        for name in table.schema.names:
+        for field in table.schema:
+            cell = table.column(field.name)[row]
             try:
-                values[name] = table.column(name)[row].as_py()
-            except (ValueError, OverflowError) as error:  # text that is not UTF-8, a date out of range
-                bad = BadRow(str(path), number, name, "a value that Python can hold", one_line(error))
+                values[field.name] = _shortest(cell.as_py(), field.type) if _has_short_floats(field.type) else cell.as_py()
+            except (ValueError, OverflowError, pa.ArrowException) as error:  # text that is not UTF-8, a date out of range
+                if field.name == "extra_info" and isinstance(cell, pa.StructScalar):
+                    values[field.name] = _readable(cell)
+                    continue
+                bad = BadRow(str(path), number, field.name, "a value that Python can hold", one_line(error))
                 return RawRow(self._uid(index), path, number, {}, bad)
         return RawRow(self._uid(index), path, number, values)
 
@@ -192,8 +199,11 @@ class PromptFiles:
         for path in self._paths:
             with pq.ParquetFile(path) as file:
                 for batch in file.iter_batches(_BATCH_ROWS, columns=["reward_model"]):
-                    rows = batch.column(0).to_pylist()
-                    found |= {row["style"] for row in rows if isinstance(row, dict) and isinstance(row.get("style"), str)}
+                    for cell in batch.column(0):
+                        with suppress(ValueError, OverflowError, pa.ArrowException):
+                            row = cell.as_py()
+                            if isinstance(row, dict) and isinstance(row.get("style"), str):
+                                found.add(row["style"])
         return found
 
     def record(self, known: DataRecord | None = None, tick: Callable[[int], object] = lambda rows: None) -> DataRecord:
@@ -214,7 +224,7 @@ class PromptFiles:
                     digests.append(row_digest(row.values if row.bad is None else {row.bad.column: row.bad.got}))
                     tick(1)
             rows = b"".join(digests)
-        return DataRecord(self._names, self.layout.groups, self.layout.cache_bytes, self._stamps, rows)
+        return DataRecord(self._names, self.layout.groups, self.layout.cache_bytes, self._stamps, rows, rows)
 
     def go_on(self, record: DataRecord) -> None:
         """Name rows, and order epochs, as the run did that this is a record of, whatever its files are called now."""
@@ -231,7 +241,7 @@ class PromptFiles:
     def _batches(self, row_group: RowGroup) -> Iterator[pa.RecordBatch]:
         path, columns = self._paths[row_group.file], self._columns[row_group.file]
         try:
-            with pq.ParquetFile(path) as file:
+            with pq.ParquetFile(path, page_checksum_verification=True) as file:
                 yield from file.iter_batches(_BATCH_ROWS, [row_group.group], columns)
         except (OSError, pa.ArrowException) as error:
             raise DataError(
@@ -273,6 +283,36 @@ def _expand(paths: Sequence[Path]) -> list[Path]:
     return files
 
 
+def _has_short_floats(kind: pa.DataType) -> bool:
+    kind = stored(kind)
+    if pa.types.is_struct(kind):
+        return any(_has_short_floats(field.type) for field in kind)
+    inside = item(kind)
+    return pa.types.is_float16(kind) or pa.types.is_float32(kind) if inside is None else _has_short_floats(inside)
+
+
+def _shortest(value: Any, kind: pa.DataType) -> Any:
+    """A value in which floats of 16 and 32 bits are what their writer meant: 0.1, not 0.10000000149011612."""
+    kind = stored(kind)
+    inside = item(kind)
+    if isinstance(value, dict) and pa.types.is_struct(kind):
+        return {field.name: _shortest(value[field.name], field.type) for field in kind}
+    if isinstance(value, list) and inside is not None:
+        return [_shortest(entry, inside) for entry in value]
+    if isinstance(value, float) and (pa.types.is_float16(kind) or pa.types.is_float32(kind)):
+        return float(str((np.float16 if pa.types.is_float16(kind) else np.float32)(value)))
+    return value
+
+
+def _readable(struct: pa.StructScalar) -> dict[str, object]:
+    """The fields that Python can hold."""
+    values: dict[str, object] = {}
+    for name in struct:
+        with suppress(ValueError, OverflowError, pa.ArrowException):
+            values[name] = struct[name].as_py()
+    return values
+
+
 def _unique_names(paths: Sequence[Path]) -> list[str]:
     """The stem of each file, with as many parent folders as it takes to tell files apart."""
     full = [Path(os.path.abspath(path)) for path in paths]
@@ -295,9 +335,11 @@ def _open(path: Path) -> tuple[pq.FileMetaData, list[str]]:
             metadata, schema = file.metadata, file.schema_arrow
     except FileNotFoundError:
         raise DataError(f"{path}: no such file; give the path of a Parquet file or of a folder of them") from None
-    except (OSError, pa.ArrowException) as error:
+    except (OSError, pa.ArrowException, ValueError) as error:  # the last one: a name that is not UTF-8, its own or a column's
         raise DataError(f"{path}: not a Parquet file that can be read ({one_line(error)}); write it anew") from None
     for name, (fits, expected) in _COLUMN_TYPES.items():
+        if schema.names.count(name) > 1:
+            raise DataError(f"{path}: expected one column {name!r}, got several; rename all but one")
         if name not in schema.names:
             if name in _REQUIRED:
                 raise DataError(f"{path}: expected a column {name!r}, got {', '.join(schema.names)}; see docs/data.md")

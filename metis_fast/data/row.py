@@ -118,7 +118,12 @@ def _messages(value: Any) -> tuple[Message, ...]:
         if role not in _ROLES:
             raise MisfitError(f"prompt[{number}].role", ", ".join(_ROLES), role)
         column = f"prompt[{number}].content"
-        messages.append(Message(role, content) if isinstance(content, str) else _of_parts(role, content, column))
+        message = Message(role, content) if isinstance(content, str) else _of_parts(role, content, column)
+        try:
+            message.content.encode()
+        except UnicodeEncodeError as error:  # JSON can spell half of a character
+            raise MisfitError(column, "text in UTF-8", one_line(error)) from None
+        messages.append(message)
     if all(message.role != "user" for message in messages):
         raise MisfitError("prompt", "at least one user message", value)
     return tuple(messages)

@@ -87,7 +87,7 @@ _SCHEMA = pa.schema(
     ],
     metadata={b"metis_fast.rollouts": b"1", seal.KEY: seal.OPEN},
 )
-_IMAGE_SCHEMA = pa.schema([("sha256", pa.string()), ("data", pa.large_binary())])
+_IMAGE_SCHEMA = pa.schema([("sha256", pa.string()), ("data", pa.large_binary())], metadata={seal.KEY: seal.OPEN})
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -131,10 +131,11 @@ class _Images:
             self._open(path)
 
     def _open(self, path: Path) -> None:
+        seal.check_seal(path)  # Arrow ends the process at some damage in its metadata
         try:
             table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
             hashes, data = table["sha256"].to_pylist(), table["data"]
-        except (pa.ArrowInvalid, KeyError) as error:
+        except (OSError, pa.ArrowException, KeyError, ValueError) as error:
             raise DataError(f"{path}: expected an Arrow file of images, got {error}; restore it from a copy") from None
         self._where.update((sha256, (data, row)) for row, sha256 in enumerate(hashes))
 
@@ -148,6 +149,7 @@ class _Images:
             with pa.OSFile(str(scratch), "wb") as sink, pa.ipc.new_file(sink, _IMAGE_SCHEMA) as writer:
                 for sha256 in new:  # a batch each: only one image is copied at a time
                     writer.write_batch(pa.record_batch([[sha256], [images[sha256].data]], schema=_IMAGE_SCHEMA))
+            seal.seal(scratch)
 
         self._folder.mkdir(parents=True, exist_ok=True)
         path = self._folder / f"{hashlib.sha256(''.join(new).encode()).hexdigest()[:32]}.arrow"
@@ -332,7 +334,7 @@ def _read_part(path: Path) -> Iterator[StoredRollout]:
                 views = [_token_views(batch.column(name), dtype) for name, dtype, _ in _TOKEN_COLUMNS]
                 for row, *arrays in zip(rows, *views, strict=True):
                     yield _restore(row, dict(zip(token_names, arrays, strict=True)), image)
-        except (OSError, pa.ArrowException, ValueError) as error:
+        except (OSError, pa.ArrowException, ValueError, TypeError) as error:  # the last one: another program left nulls in it
             raise DataError(f"{path} is damaged: {one_line(error)}; restore it from a copy") from None
 
 

@@ -4,6 +4,9 @@ import io
 import json
 import os
 import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -177,6 +180,19 @@ def test_a_process_that_dies_is_one_line(tmp_path: Path):
     path = write_rows(tmp_path / "a.parquet", *[("math", [SMALL])] * 40)
     with pytest.raises(DataError, match="--processes 1"):
         check_files([path], progress=False, open_counter=_dies, max_prompt_tokens=9, processes=2)
+
+
+def test_ctrl_c_stops_all_processes_without_a_traceback(tmp_path: Path):
+    path = write_rows(tmp_path / "a.parquet", *[("math", [encoded(1500, 1500)])] * 400)
+    command = [sys.executable, "-m", "metis_fast", "data", "check", str(path), "--processes", "2"]
+    for after_s in (0.5, 1.5):
+        with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True) as check:
+            time.sleep(after_s)
+            os.killpg(check.pid, signal.SIGINT)  # as a terminal does
+            _, err = check.communicate(timeout=60)
+        if check.returncode != -signal.SIGINT:  # before Python could take it
+            assert check.returncode == 130 and err.decode().strip().splitlines()[-1].startswith("metis-fast: stopped")
+            assert b"Traceback" not in err
 
 
 def test_a_number_of_processes_that_is_none_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import json
 from collections.abc import Callable
@@ -82,14 +83,14 @@ def test_a_row_that_changed_in_any_column_is_found_by_its_number(tmp_path: Path,
     changed = rows()
     changed[4] |= {column: rows(9)[8][column] if column not in ("data_source", "ability") else "search"}
     before, now = record(write(tmp_path / "a.parquet", rows())), record(write(tmp_path / "b.parquet", changed))
-    assert before.differing(now) == [4]
+    assert before.differing(now.rows) == [4]
 
 
 def test_two_rows_that_changed_places_differ(tmp_path: Path) -> None:
     changed = rows()
     changed[1], changed[5] = changed[5], changed[1]
     before, now = record(write(tmp_path / "a.parquet", rows())), record(write(tmp_path / "b.parquet", changed))
-    assert before.differing(now) == [1, 5]
+    assert before.differing(now.rows) == [1, 5]
 
 
 def test_values_do_not_run_into_one_another(tmp_path: Path) -> None:
@@ -98,7 +99,7 @@ def test_values_do_not_run_into_one_another(tmp_path: Path) -> None:
     b[0]["reward_model"] = {"ground_truth": ["a", "bc"], "style": "rule"}
     for one in (a, b):
         one[1]["reward_model"] = {"ground_truth": ["2"], "style": "rule"}
-    assert record(write(tmp_path / "a.parquet", a)).differing(record(write(tmp_path / "b.parquet", b))) == [0]
+    assert record(write(tmp_path / "a.parquet", a)).differing(record(write(tmp_path / "b.parquet", b)).rows) == [0]
 
 
 def test_a_record_survives_json(tmp_path: Path) -> None:
@@ -166,3 +167,33 @@ def test_what_an_order_depends_on_is_in_its_fingerprint() -> None:
         Layout(((7, 9),), 15),
     ]
     assert small.fingerprint not in {one.fingerprint for one in others}
+
+
+def text_image(data: bytes, field: str) -> dict[str, Any]:
+    image = {"bytes": None, "path": None} | {field: base64.b64encode(data).decode()}
+    return {"images": [image | ({"path": "a.png"} if field == "bytes" else {})]}
+
+
+@pytest.mark.parametrize("field", ["bytes", "path"])
+def test_images_as_text_are_known_by_the_whole_text(tmp_path: Path, field: str) -> None:
+    """Base64 has slashes, and ends alike in many images."""
+    jpegs = []
+    for grey in (10, 90, 170):
+        out = io.BytesIO()
+        Image.new("L", (8, 8), grey).save(out, "JPEG")
+        jpegs.append(out.getvalue())
+    assert len({base64.b64encode(data).decode().rpartition("/")[2] for data in jpegs}) < 3
+    records = [record(write(tmp_path / f"{i}.parquet", [rows(1)[0] | text_image(data, field)])) for i, data in enumerate(jpegs)]
+    assert len({one.rows for one in records}) == 3
+
+
+def test_what_writers_make_of_nothing_is_the_same(tmp_path: Path) -> None:
+    base = [row | {"images": []} for row in rows(2)]
+    digests = []
+    for i, nothing in enumerate([None, float("nan")]):
+        extra = [{"level": nothing}, {"level": 1.0}]
+        changed = [row | {"extra_info": one} for row, one in zip(base, extra, strict=True)]
+        digests.append(record(write(tmp_path / f"{i}.parquet", changed)))
+    assert digests[0].rows == digests[1].rows
+    single = record(write(tmp_path / "single.parquet", [row | {"images": row["images"][0]} for row in rows(2)]))
+    assert single.rows == record(write(tmp_path / "listed.parquet", rows(2))).rows

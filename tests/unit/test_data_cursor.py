@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from metis_fast.data.cursor import CursorState, PromptCursor, epoch_order
+from metis_fast.data.cursor import CursorState, PromptCursor, epoch_order, read_once
 from metis_fast.data.parquet import Layout, PromptFiles
 from metis_fast.data.row import BadRowError
 from metis_fast.errors import CheckpointError, DataError
@@ -210,3 +210,11 @@ def test_an_impossible_place_is_refused(folder: Path, change: dict[str, int]):
     cursor = PromptCursor(PromptFiles([folder]), seed=0)
     with pytest.raises(CheckpointError, match="impossible"):
         cursor.restore(dataclasses.replace(cursor.state(), **change))
+
+
+def test_reading_once_gives_every_usable_row_and_no_row_twice(folder: Path):
+    files = PromptFiles([folder])
+    uids = [prompt.uid for prompt in read_once(files, "skip")]
+    assert len(uids) == len(set(uids)) == NUM_ROWS - NUM_BAD and uids[:3] == ["a:0", "a:1", "a:3"]
+    with pytest.raises(BadRowError):
+        list(read_once(files, "stop"))

@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import os
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -362,3 +363,66 @@ def test_a_text_part_that_names_the_mark_cannot_be_written_as_plain_content(tmp_
     assert prompt.question == "one and one"
     with pytest.raises(DataError, match="reads as an image"):
         write_prompts(tmp_path / "again.parquet", [prompt])
+
+
+def typed(folder: Path, name: str, column: pa.Array) -> PromptFiles:
+    """PLAIN with a column of another type."""
+    table = pa.Table.from_pylist([PLAIN] * len(column))
+    pq.write_table(table.set_column(table.schema.get_field_index(name), name, column), folder / "set.parquet")
+    return PromptFiles([folder / "set.parquet"])
+
+
+@pytest.mark.parametrize("kind", [pa.float16(), pa.float32(), pa.float64()], ids=str)
+def test_short_floats_are_what_their_writer_meant(tmp_path: Path, kind: pa.DataType):
+    values = [0.1, 33.3, 0.7, 2.0]
+    truths = pa.array([{"ground_truth": [value], "style": "rule"} for value in values])
+    truths = truths.cast(pa.struct([("ground_truth", pa.list_(kind)), ("style", pa.string())]))
+    files = typed(tmp_path, "reward_model", truths)
+    assert [files.read(i).answers for i in range(4)] == [("0.1",), ("33.3",), ("0.7",), ("2",)]
+    extra = pa.array([{"x": 0.1}]).cast(pa.struct([("x", kind)]))
+    assert typed(tmp_path, "extra_info", extra).read(0).extra == {"x": 0.1}
+
+
+def test_extra_info_that_python_cannot_hold_is_left_out(tmp_path: Path):
+    when = pa.array([1, 2**62], pa.timestamp("ns"))
+    files = typed(tmp_path, "extra_info", pa.StructArray.from_arrays([when, pa.array(["a", "b"])], ["when", "kind"]))
+    assert [files.read(i).extra for i in range(2)] == [{"kind": "a"}, {"kind": "b"}]
+
+
+def test_half_a_character_in_json_is_a_bad_row(tmp_path: Path):
+    (bad_row,) = read_rows(tmp_path, {"prompt": '[{"role": "user", "content": "cut \\ud83d"}]'})
+    assert isinstance(bad_row, BadRow) and bad_row.expected == "text in UTF-8"
+
+
+def test_a_style_that_is_not_utf8_stops_no_one_from_reading_the_others(tmp_path: Path):
+    buffers = [None, pa.array([0, 2, 6], pa.int32()).buffers()[1], pa.py_buffer(b"\xff\xfemath")]
+    styles = pa.Array.from_buffers(pa.string(), 2, buffers)
+    truths = pa.StructArray.from_arrays([pa.array(["1", "2"]), styles], ["ground_truth", "style"])
+    files = typed(tmp_path, "reward_model", truths)
+    assert files.styles() == {"math"}
+    with pytest.raises(BadRowError):
+        files.read(0)
+
+
+def test_a_column_that_is_there_twice_is_told(tmp_path: Path):
+    table = pa.Table.from_pylist([PLAIN])
+    pq.write_table(table.append_column("prompt", table["prompt"]), tmp_path / "set.parquet")
+    with pytest.raises(DataError, match="expected one column 'prompt', got several"):
+        PromptFiles([tmp_path / "set.parquet"])
+
+
+def test_a_name_that_is_not_utf8_is_told(tmp_path: Path):
+    pq.write_table(pa.Table.from_pylist([PLAIN]), tmp_path / "set.parquet")
+    name = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff.parquet"))
+    (tmp_path / "set.parquet").rename(name)
+    with pytest.raises(DataError, match="not a Parquet file that can be read"):
+        PromptFiles([name])
+
+
+def test_pages_whose_checksum_is_wrong_are_not_read(tmp_path: Path):
+    pq.write_table(pa.Table.from_pylist([PLAIN]), tmp_path / "set.parquet", write_page_checksum=True, compression="none")
+    data = (tmp_path / "set.parquet").read_bytes()
+    at = data.index(b"1 + 1?")
+    (tmp_path / "set.parquet").write_bytes(data[:at] + b"1 - 1?" + data[at + 6 :])
+    with pytest.raises(DataError, match="CRC"):
+        PromptFiles([tmp_path / "set.parquet"]).read(0)

@@ -211,6 +211,31 @@ def test_a_damaged_image_is_refused_rather_than_trained_on(tmp_path: Path):
         list(read_rollouts(path))
 
 
+def test_image_files_with_a_flipped_bit_are_one_line(tmp_path: Path):
+    """Without a seal, Arrow ended the process at some of them."""
+    path = RolloutStore(tmp_path).write("part", [make_group("a", (make_rollout("a", 0, (RED,)),))])
+    (images,) = tmp_path.glob("images/*.arrow")
+    whole, bits = images.read_bytes(), random.Random(0)
+    key = whole.rindex(b"sealed:")
+    for _ in range(300):
+        place = bits.randrange(len(whole))
+        flipped = bytearray(whole)
+        flipped[place] ^= 1 << bits.randrange(8)
+        if not key <= place < key + len(b"sealed:") + 16:
+            images.write_bytes(flipped)
+            with pytest.raises(DataError, match="damaged"):
+                list(read_rollouts(path))
+
+
+def test_a_part_with_nulls_of_another_program_is_one_line(tmp_path: Path):
+    path = RolloutStore(tmp_path).write("part", [make_group("a", (make_rollout("a", 0),))])
+    table = pq.read_table(path)
+    nulls = pa.nulls(len(table), table.schema.field("images").type)
+    pq.write_table(table.set_column(table.schema.get_field_index("images"), table.schema.field("images"), nulls), path)
+    with pytest.raises(DataError, match="is damaged"):
+        list(read_rollouts(path))
+
+
 def test_an_image_file_cut_short_is_refused_when_the_store_opens(tmp_path: Path):
     RolloutStore(tmp_path).write("part", [make_group("a", (make_rollout("a", 0, (RED,)),))])
     (images,) = tmp_path.glob("images/*.arrow")
@@ -233,14 +258,14 @@ def test_a_part_with_a_flipped_bit_is_one_line_and_never_other_data(tmp_path: Pa
     groups = [make_group(f"p{i}", tuple(make_rollout(f"p{i}", j, num_tokens=50) for j in range(2))) for i in range(3)]
     path = RolloutStore(tmp_path).write("step-000001", groups)
     whole, written = path.read_bytes(), list(read_rollouts(path))
-    key = whole.rindex(seal.KEY)
+    key = whole.rindex(b"sealed:")
     footer = len(whole) - 8 - int.from_bytes(whole[-8:-4], "little")
     bits = random.Random(0)
     for place in [*(bits.randrange(len(whole)) for _ in range(150)), *(bits.randrange(footer, len(whole)) for _ in range(150))]:
         flipped = bytearray(whole)
         flipped[place] ^= 1 << bits.randrange(8)
         path.write_bytes(flipped)
-        if key <= place < key + len(seal.KEY) + 24:  # no seal, or that of another size; what is sealed is whole
+        if key <= place < key + len(b"sealed:") + 16:  # no seal, or that of another size; what is sealed is whole
             assert len(list(read_rollouts(path))) == len(written)
             continue
         with pytest.raises(DataError, match=str(path)) as error:

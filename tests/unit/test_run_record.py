@@ -14,10 +14,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from metis_fast.config import Config, build, by_content
+from metis_fast.config import Config, build, by_content, load
 from metis_fast.data.parquet import PromptFiles
 from metis_fast.errors import ConfigError
-from metis_fast.run_record import files_digest, open_record
+from metis_fast.run_record import RunRecord, files_digest, open_record
 
 
 def write_rows(path: Path, answers: list[str]) -> Path:
@@ -48,19 +48,21 @@ def config(tmp_path: Path) -> Config:
     (tmp_path / "model" / "config.json").write_text("{}")
     (tmp_path / "corpus.parquet").write_bytes(b"pages")
     config = settings(tmp_path)
+    record(config).save(0)
     (tmp_path / "run" / "checkpoints" / "step-000003").mkdir(parents=True)
-    first = open_record(
-        config.model_copy(update={"run": config.run.model_copy(update={"dir": tmp_path / "new"})}), opened(config)
-    )
-    first.save()
-    for name in ("config.yaml", "inputs.json"):
-        (tmp_path / "new" / name).rename(tmp_path / "run" / name)
     return config
 
 
+def record(config: Config, data: dict[str, PromptFiles | None] | None = None) -> RunRecord:
+    return open_record(config, opened(config) if data is None else data, ("model", "tools"))
+
+
+def changed(config: Config) -> list[str]:
+    return [one.key for one in record(config).changes]
+
+
 def settings(folder: Path, **changes: Any) -> Config:
-    (folder / "new").mkdir(exist_ok=True)
-    tree = {
+    tree: dict[str, Any] = {
         "run": {"dir": folder / "run", **changes.pop("run", {})},
         "data": {"train": [folder / "data" / "train.parquet"], "heldout": [folder / "data" / "heldout.parquet"]},
         "model": {"path": folder / "model"},
@@ -69,8 +71,9 @@ def settings(folder: Path, **changes: Any) -> Config:
     return build({**tree, **changes})
 
 
-def opened(config: Config) -> dict[str, PromptFiles]:
-    return {"data.train": PromptFiles(config.data.train), "data.heldout": PromptFiles(config.data.heldout)}
+def opened(config: Config) -> dict[str, PromptFiles | None]:
+    heldout = PromptFiles(config.data.heldout) if config.data.heldout else None
+    return {"data.train": PromptFiles(config.data.train), "data.heldout": heldout}
 
 
 def test_everything_may_move(config: Config, tmp_path: Path) -> None:
@@ -84,22 +87,39 @@ def test_everything_may_move(config: Config, tmp_path: Path) -> None:
         update={"data": moved.data.model_copy(update={"train": (elsewhere / "deep" / "data" / "renamed.parquet",)})}
     )
     files = opened(moved)
-    record = open_record(moved, files)
-    assert record.changes == []
-    assert files["data.train"].read(3).uid == "train:3"
+    assert record(moved, files).changes == ()
+    train = files["data.train"]
+    assert train is not None and train.read(3).uid == "train:3"
 
 
 def test_a_mended_row_is_a_warning_that_names_it(config: Config, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     write_rows(tmp_path / "data" / "train.parquet", [*ANSWERS[:7], "mended", *ANSWERS[8:]])
     with caplog.at_level(logging.WARNING):
-        record = open_record(config, opened(config))
+        again = record(config)
     assert "data.train" in caplog.text and "the first is row 7 of train.parquet" in caplog.text
-    record.save()
-    record.log_changes(3)
+    assert not (tmp_path / "run" / "changes.jsonl").exists()  # not before the run goes on
+    again.save(3)
     (line,) = (tmp_path / "run" / "changes.jsonl").read_text().splitlines()
     assert json.loads(line).items() >= {"after_step": 3, "key": "data.train"}.items()
     caplog.clear()
-    assert open_record(config, opened(config)).changes == [] and not caplog.text
+    assert changed(config) == [] and not caplog.text
+
+
+def test_rows_that_are_mended_a_few_at_a_time_are_other_rows_in_the_end(config: Config, tmp_path: Path) -> None:
+    for num in (3, 5):
+        write_rows(tmp_path / "data" / "train.parquet", ["mended"] * num + ANSWERS[num:])
+        record(config).save(3)
+    write_rows(tmp_path / "data" / "train.parquet", ["mended"] * 6 + ANSWERS[6:])
+    with pytest.raises(ConfigError, match=r"another data\.train"):
+        record(config)
+
+
+def test_the_only_row_may_be_mended(tmp_path: Path) -> None:
+    for name in ("train", "heldout"):
+        write_rows(tmp_path / "data" / f"{name}.parquet", ["1"])
+    record(settings(tmp_path)).save(0)
+    write_rows(tmp_path / "data" / "train.parquet", ["2"])
+    assert changed(settings(tmp_path)) == ["data.train"]
 
 
 def other_rows(folder: Path) -> None:
@@ -142,40 +162,92 @@ def test_other_files_are_refused_unless_they_are_named(
 ) -> None:
     change(tmp_path)
     with pytest.raises(ConfigError, match=f"holds a run with another {key} ") as error:
-        open_record(config, opened(config))
+        record(config)
     assert (f"run.accept_changes=[{key}]" in str(error.value)) == can_be_accepted
     accepting = settings(tmp_path, run={"accept_changes": [key]})
-    assert [one.key for one in open_record(accepting, opened(accepting)).changes] == [key]
+    if not can_be_accepted:
+        with pytest.raises(ConfigError, match="restore the file to resume"):
+            record(accepting)
+        return
+    record(accepting).save(3)
+    assert changed(config) == []  # it is what the run has now
+
+
+def test_what_was_not_set_before_or_is_not_any_more_is_a_change(config: Config, tmp_path: Path) -> None:
+    without = settings(tmp_path, data={"train": [tmp_path / "data" / "train.parquet"]}, tools={})
+    with pytest.raises(
+        ConfigError, match=r"another data\.heldout \('some', now None\), tools\.text_search\.corpus \('some', now None\)"
+    ):
+        record(without)
+    accepting = settings(
+        tmp_path,
+        data={"train": [tmp_path / "data" / "train.parquet"]},
+        tools={},
+        run={"accept_changes": ["data.heldout", "tools.text_search.corpus"]},
+    )
+    record(accepting).save(3)
+    assert changed(without) == []
+    with pytest.raises(ConfigError, match=r"another data\.heldout \(None, now 'some'\)"):
+        record(config)
 
 
 def test_every_setting_that_differs_has_to_be_named(config: Config, tmp_path: Path) -> None:
-    changed = {"loss": {"w_tool": 0.7}, "score": {"alpha": 0.5}}
+    changes = {"loss": {"w_tool": 0.7}, "score": {"alpha": 0.5}}
     with pytest.raises(
         ConfigError,
-        match=r"loss.w_tool \(0.15, now 0.7\).*accept it with run.accept_changes=\[loss.w_tool\]|score.alpha.*=\[score.alpha\]",
+        match=r"score\.alpha \(0\.15, now 0\.5\), loss\.w_tool \(0\.15, now 0\.7\);.*=\[score\.alpha,loss\.w_tool\]",
     ):
-        open_record(settings(tmp_path, **changed), opened(config))
-    with pytest.raises(ConfigError, match=r"holds a run with another score\.alpha"):
-        open_record(settings(tmp_path, run={"accept_changes": ["loss.w_tool"]}, **changed), opened(config))
-    both = settings(tmp_path, run={"accept_changes": ["loss.w_tool", "score.alpha"]}, **changed)
-    record = open_record(both, opened(config))
-    record.save()
-    record.log_changes(3)
+        record(settings(tmp_path, **changes))
+    with pytest.raises(ConfigError, match=r"another score\.alpha .*=\[loss\.w_tool,score\.alpha\]"):
+        record(settings(tmp_path, run={"accept_changes": ["loss.w_tool"]}, **changes))
+    record(settings(tmp_path, run={"accept_changes": ["loss.w_tool", "score.alpha"]}, **changes)).save(3)
     lines = [json.loads(line) for line in (tmp_path / "run" / "changes.jsonl").read_text().splitlines()]
     assert {(line["key"], line["before"], line["now"]) for line in lines} == {
         ("loss.w_tool", 0.15, 0.7),
         ("score.alpha", 0.15, 0.5),
     }
-    assert open_record(settings(tmp_path, **changed), opened(config)).changes == []
+    assert changed(settings(tmp_path, **changes)) == []
 
 
-@pytest.mark.parametrize("name", ["config.yaml", "inputs.json"])
-def test_checkpoints_without_a_record_are_not_gone_on_with(config: Config, tmp_path: Path, name: str) -> None:
-    (tmp_path / "run" / name).unlink()
-    with pytest.raises(ConfigError, match=f"holds checkpoints, but its {name} is gone"):
-        open_record(config, opened(config))
+@pytest.mark.parametrize(
+    ("key", "meant"), [("w_tool", "loss.w_tool"), ("model.pth", "model.path"), ("sft.phases.0.trajectory", "")]
+)
+def test_a_key_that_nobody_knows_cannot_be_accepted(config: Config, tmp_path: Path, key: str, meant: str) -> None:
+    with pytest.raises(ConfigError, match=f"run.accept_changes: unknown key {key!r}; did you mean '{meant}"):
+        record(settings(tmp_path, run={"accept_changes": [key]}))
+
+
+def test_a_setting_of_a_later_release_had_its_default_before(config: Config, tmp_path: Path) -> None:
+    path = tmp_path / "run" / "inputs.json"
+    document = json.loads(path.read_text())
+    del document["settings"]["loss.w_tool"]
+    document["settings"]["loss.gone"] = 3
+    document["sha256"] = sha256(json.dumps({key: document[key] for key in ("settings", "inputs")}).encode()).hexdigest()
+    path.write_text(json.dumps(document))
+    assert changed(config) == []
+
+
+def test_the_settings_that_count_are_those_of_the_record_not_of_a_file_that_people_edit(config: Config, tmp_path: Path) -> None:
+    path = tmp_path / "run" / "config.yaml"
+    path.write_text("loss: {w_tool: 0.3}\n")
+    with pytest.raises(ConfigError, match=r"another loss\.w_tool"):
+        record(settings(tmp_path, loss={"w_tool": 0.3}))
+    path.unlink()
+    record(config).save(3)
+    assert load(path) == config
+
+
+def test_checkpoints_without_a_record_are_not_gone_on_with(config: Config, tmp_path: Path) -> None:
+    (tmp_path / "run" / "inputs.json").unlink()
+    with pytest.raises(ConfigError, match=r"holds checkpoints, but its inputs\.json is gone"):
+        record(config)
     shutil.rmtree(tmp_path / "run" / "checkpoints")
-    assert open_record(config, opened(config)).changes == []
+    assert changed(config) == []
+
+
+def _with_inputs(text: str) -> str:
+    tree = f'{{"settings": {{}}, "inputs": {text}}}'
+    return f'{{"sha256": "{sha256(tree.encode()).hexdigest()}", {tree[1:]}'
 
 
 @pytest.mark.parametrize(
@@ -183,47 +255,57 @@ def test_checkpoints_without_a_record_are_not_gone_on_with(config: Config, tmp_p
     [
         lambda text: "",
         lambda text: "[]",
+        lambda text: "[" * 100_000,
         lambda text: text[:-9],
         lambda text: text.replace("train", "trein", 1),
-        lambda text: json.dumps({"inputs": {"data.train": {}}, "sha256": sha256(b'{"data.train": {}}').hexdigest()}),
-        lambda text: json.dumps({"inputs": {"data.train": None}, "sha256": sha256(b'{"data.train": null}').hexdigest()}),
+        lambda text: _with_inputs('{"data.train": {}}'),
+        lambda text: _with_inputs('{"data.train": null}'),
     ],
-    ids=range(6),
+    ids=range(7),
 )
 def test_a_damaged_record_is_one_line(config: Config, tmp_path: Path, damage: Callable[[str], str]) -> None:
     path = tmp_path / "run" / "inputs.json"
     path.write_text(damage(path.read_text()))
     with pytest.raises(ConfigError, match=r"inputs\.json is damaged"):
-        open_record(config, opened(config))
+        record(config)
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(ConfigError, match=r"inputs\.json is damaged"):
+        record(config)
 
 
 def test_what_reads_the_files_can_be_stopped(config: Config, tmp_path: Path) -> None:
-    (tmp_path / "run" / "inputs.json").unlink()
-    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    shutil.rmtree(tmp_path / "run")
 
     def stop() -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        open_record(config, opened(config), stop)
+        open_record(config, opened(config), (), stop)
 
 
-def test_a_readme_beside_the_weights_is_not_the_model(tmp_path: Path) -> None:
+def test_what_lies_beside_the_weights_is_not_the_model(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(bytes(5 << 20))
     before = files_digest(tmp_path)
-    (tmp_path / "README.md").write_text("notes")
+    for name in ("README.md", "all_results.json", "checkpoint-500/model.safetensors", "runs/x/config.json"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("notes")
+    (tmp_path / "gone.safetensors").symlink_to(tmp_path / "nowhere")  # told where the model is opened
+    (tmp_path / "sub.parquet").mkdir()
     assert files_digest(tmp_path) == before
-    for at in (0, -1):
+    for at in (0, 2_640_000, -1):
         data = bytearray(5 << 20)
         data[at] = 1
         (tmp_path / "model.safetensors").write_bytes(data)
         assert files_digest(tmp_path) != before
 
 
-def test_every_single_path_that_decides_is_found(tmp_path: Path) -> None:
+def test_every_single_path_that_decides_is_found() -> None:
     config = build({"sft": {"phases": [{"trajectories": "a", "steps": 1}, {"trajectories": "b", "steps": 1}]}})
     assert dict(by_content(config)) == {
         "model.path": config.model.path,
+        "tools.text_search.corpus": None,
+        "tools.image_search.corpus": None,
         "sft.phases.0.trajectories": Path("a"),
         "sft.phases.1.trajectories": Path("b"),
     }
