@@ -41,6 +41,7 @@ from metis_fast.run_record import RunRecord, open_record
 from metis_fast.score.judge import StyleJudge, open_judge
 from metis_fast.score.protocol import Judge
 from metis_fast.score.remote import RemoteJudge, start_judge_workers
+from metis_fast.score.styles import known_style
 from metis_fast.tools import open_toolbox
 from metis_fast.tools.protocol import Toolbox
 from metis_fast.tools.remote import RemoteToolbox, start_tool_workers
@@ -360,6 +361,8 @@ def open_parts(config: Config, interrupts: Interrupts, training: bool = True) ->
         record = open_record(config, data, ("model", "tools"), interrupts.check)
     source = check_export(config.model.path, config.run.dir / "trained", config.model.dtype) if training else None
     styles = {style for part in (files, heldout) if part is not None for style in part.styles()}
+    if config.data.on_bad_row == "skip":
+        styles = {style for style in styles if known_style(style)}  # rows of others are bad ones
     with ExitStack() as stack:
         scratch = Path(stack.enter_context(TemporaryDirectory(prefix="metis-tools-")))
         hub = open_hub(config, stack, interrupts.check, training) if needs_hub(config, training) else None

@@ -14,6 +14,7 @@ from typing import Any
 from metis_fast.errors import DataError, one_line
 from metis_fast.image_source import NoImageError, read_image
 from metis_fast.pixels import ImageError, decode
+from metis_fast.score.styles import STYLES, known_style
 from metis_fast.types import Ability, ImageBlob, JsonScalar, Message, Prompt
 
 _ROLES = ("system", "user", "assistant")
@@ -84,8 +85,8 @@ def parse_prompt(row: Mapping[str, Any], uid: str, folder: Path) -> Prompt:
     if not answers:
         raise MisfitError("reward_model.ground_truth", "at least one answer", reward_model.get("ground_truth"))
     style = reward_model.get("style")
-    if not isinstance(style, str | None):
-        raise MisfitError("reward_model.style", "text", style)
+    if not isinstance(style, str | None) or (style and known_style(style) is None):
+        raise MisfitError("reward_model.style", ", ".join(STYLES), style)
     extra = dict(_flatten(row.get("extra_info") or {}))
     question = extra.pop("question", None)
     if not isinstance(question, str) or not question.strip():

@@ -11,6 +11,7 @@ from metis_fast.score.mathematics import MathMatcher
 from metis_fast.score.protocol import Judge, JudgeUnavailable, Matcher
 from metis_fast.score.response import format_ok, last_answer
 from metis_fast.score.rule import RuleMatcher
+from metis_fast.score.styles import STYLES, SYNONYMS, known_style
 from metis_fast.types import Prompt, Rollout, Verdict
 
 __all__ = ["Judge", "JudgeUnavailable", "StyleJudge", "open_judge"]
@@ -29,22 +30,13 @@ _MATCHERS: dict[str, Callable[[ScoreConfig], Matcher]] = {
     "llm": _open_llm,
 }
 
-# What public data sets call the same things.
-_SYNONYMS = {
-    **dict.fromkeys(("exact_match", "exact", "em", "string", "string_match", "number", "numeric", "boolean"), "rule"),
-    **dict.fromkeys(("multiple_choice", "multi_choice", "mcq", "option"), "choice"),
-    **dict.fromkeys(("math_verify", "mathematics", "latex"), "math"),
-    **dict.fromkeys(("model", "llm_judge", "model_judge", "gpt"), "llm"),
-}
-
 
 def _known_style(style: str) -> str:
-    name = style.strip().lower().replace("-", "_").replace(" ", "_")
-    name = _SYNONYMS.get(name, name)
-    if name not in _MATCHERS:
+    name = known_style(style)
+    if name is None:
         raise ConfigError(
-            f"the data has judge style {style!r}; known styles are {', '.join(_MATCHERS)} (or {', '.join(_SYNONYMS)}); "
-            "change reward_model.style of those rows"
+            f"the data has judge style {style!r}; known styles are {', '.join(STYLES)} (or {', '.join(SYNONYMS)}); change "
+            "reward_model.style of those rows, which `metis-fast data check` names"
         )
     return name
 

@@ -207,6 +207,7 @@ def text_of(content: object) -> list[dict[str, object]]:
         ({"reward_model": {"ground_truth": b"2"}}, "reward_model.ground_truth", "b'2'"),
         ({"reward_model": {"ground_truth": {"a": "1", "b": "2"}}}, "reward_model.ground_truth", "{'a': '1', 'b': '2'}"),
         ({"reward_model": {"ground_truth": "2", "style": 1}}, "reward_model.style", "1"),
+        ({"reward_model": {"ground_truth": "2", "style": "vibes"}}, "reward_model.style", "'vibes'"),
         ({"prompt": ONE_MARK}, "images", "0"),
         ({"images": [PNG]}, "images", "1"),
         ({"images": [None, PNG]}, "images[0]", "null"),
