@@ -134,14 +134,12 @@ def _data_check(args: argparse.Namespace) -> int:
 
 def _token_counter(model: Path) -> Callable[[Prompt], int]:
     """Tokens of a prompt as a run with this model would encode it. Its weights are not read."""
-    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
-
-    from metis_fast.model import ImagePreparer, check_model_folder, load_tokenizer
+    from metis_fast.model import ImagePreparer
+    from metis_fast.model_folder import check_model_folder, load_processor, load_tokenizer
     from metis_fast.rollout.chat import Chat
 
-    vision = check_model_folder(model) == "qwen3_vl"
-    images = ImagePreparer(Qwen2VLImageProcessorPil.from_pretrained(model) if vision else None, cache_bytes=0)
-    chat = Chat(load_tokenizer(model), images)
+    check_model_folder(model)
+    chat = Chat(load_tokenizer(model), ImagePreparer(load_processor(model), cache_bytes=0))
     return lambda prompt: len(chat.encode_prompt(prompt).tokens)
 
 

@@ -42,10 +42,10 @@ def play(config: Config, prompts: Path, style: ScriptStyle, out: Path) -> int:
 
     Continues where an interrupted call stopped. Returns the number of trajectories.
     """
-    files = PromptFiles([prompts])
     check_model_folder(config.model.path)
     tokenizer = load_tokenizer(config.model.path)
     chat = Chat(tokenizer, ImagePreparer(load_processor(config.model.path)))
+    files = PromptFiles([prompts])
     cursor = PromptCursor(files, config.run.seed, shuffle=False)
     store, rollout = RolloutStore(out), config.rollout.model_copy(update={"deterministic": False})
     with Interrupts() as interrupts, TemporaryDirectory(prefix="metis-tools-") as scratch, ExitStack() as stack:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import re
 import reprlib
+import stat
 from pathlib import Path
 from urllib.parse import unquote, unquote_to_bytes
 
@@ -14,6 +15,7 @@ from metis_fast.pixels import ImageError
 _SHOW_PATH = reprlib.Repr()
 _SHOW_PATH.maxstring = 300
 _LONG_PATH = 1000
+_MAX_BYTES = 256 << 20
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")  # two letters: C:/ is a disk
 _BASE64 = re.compile(r"[A-Za-z0-9+/_\-\s]{64,}={0,2}\s*")  # the smallest PNG has 90 characters
 _URL_SAFE = str.maketrans("-_", "+/")
@@ -25,6 +27,11 @@ class NoImageError(ImageError):
     def __init__(self, expected: str, got: object) -> None:
         super().__init__(f"expected {expected}, got {reprlib.repr(got)}")
         self.expected, self.got = expected, got
+
+
+def is_inline(text: str) -> bool:
+    """Whether text is an image itself, as a data URL or base64, and not the path of one."""
+    return text[:5].lower() == "data:" or _BASE64.fullmatch(text) is not None
 
 
 def read_image(entry: object, folder: Path) -> bytes:
@@ -59,13 +66,28 @@ def _from_path(text: str, folder: Path) -> bytes:
     if _URL.match(text):
         raise NoImageError("the image itself or the plain path of a file here, not a URL", text)
     try:
-        return (folder / text).read_bytes()
+        return _read_file(folder / text)
     except (OSError, ValueError) as error:
         if _BASE64.fullmatch(text):
             return _from_text(text)
-        reason = error.strerror if isinstance(error, OSError) else one_line(error)
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else one_line(error)
         place = text if len(text) > _LONG_PATH else str(folder / text)
         raise NoImageError(f"an image file at {_SHOW_PATH.repr(place)}", reason) from None
+
+
+def _read_file(path: Path) -> bytes:
+    """All of a regular file; a pipe could make us wait for ever, and a device could be endless.
+
+    Raises:
+        OSError: it is not there, is something else, or is too large. ValueError: it cannot be a path.
+    """
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError("a folder" if stat.S_ISDIR(status.st_mode) else "a device or a pipe")
+    if status.st_size > _MAX_BYTES:
+        raise OSError(f"{status.st_size >> 20} MiB; an image file has at most {_MAX_BYTES >> 20} MiB")
+    with path.open("rb") as file:
+        return file.read(status.st_size)  # the size says 0 for what the kernel makes up, and some of that is endless, too
 
 
 def _from_text(text: str) -> bytes:

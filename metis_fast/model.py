@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase, Qwen3ForCausalLM, Qwen3VLForConditionalGeneration
+from transformers import PretrainedConfig, PreTrainedTokenizerBase, Qwen3ForCausalLM, Qwen3VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Model
 from transformers.models.qwen3_vl.configuration_qwen3_vl import Qwen3VLTextConfig
@@ -233,6 +233,19 @@ def first_device() -> torch.device:
     return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 
 
+def build_model(
+    config: PretrainedConfig, weights: dict[str, Tensor], dtype: torch.dtype, attention_of: str | dict[str, str]
+) -> Qwen3VLForConditionalGeneration | Qwen3ForCausalLM:
+    """transformers' model on the CPU, of weights in `dtype`, which it takes over as they are.
+
+    It is not asked to read a folder: it would hold all of it, take what is not there for fresh weights, and cast integers.
+    attention_of: name of the attention, of the whole model or by part.
+    """
+    return ARCHITECTURES[config.model_type][1].from_pretrained(
+        None, config=config, state_dict=weights, dtype=dtype, attn_implementation=attention_of
+    )
+
+
 def load_policy(config: ModelConfig, folder: Path | None = None, device: torch.device | None = None) -> Policy:
     """Load `folder` (default: config.path) for training and sampling. device: None is the CPU.
 
@@ -246,22 +259,15 @@ def load_policy(config: ModelConfig, folder: Path | None = None, device: torch.d
     vision = check_model_folder(folder) == "qwen3_vl"
     described = read_config(folder)
     tokenizer = load_tokenizer(folder)
-    processor = load_processor(folder) if vision else None
+    processor = load_processor(folder)
     reader = FolderReader(folder)
     shapes = hf_shapes(described)
     reader.check(shapes, may_have(described))
     if described.tie_word_embeddings:
         reader.check_same("lm_head.weight", next(name for name in shapes if name.endswith("embed_tokens.weight")))
     implementations = {"text_config": attention.NAME, "vision_config": attention.IMAGES}
-    # transformers takes the tensors over as they are; it is not asked to read the folder, since it would hold all of it, take
-    # what is not there for fresh weights, and cast integers
-    model = ARCHITECTURES[described.model_type][1].from_pretrained(
-        None,
-        config=described,
-        state_dict=reader.read_all(shapes, getattr(torch, config.dtype)),
-        dtype=getattr(torch, config.dtype),
-        attn_implementation=implementations if vision else attention.NAME,
-    )
+    dtype = getattr(torch, config.dtype)
+    model = build_model(described, reader.read_all(shapes, dtype), dtype, implementations if vision else attention.NAME)
     torch.backends.cudnn.allow_tf32 = False  # float32 is float32 in the vision tower's convolution, too
     if device is not None:
         model.to(device)  # pyright: ignore[reportArgumentType]

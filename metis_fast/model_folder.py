@@ -13,8 +13,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from PIL import Image
 from transformers import (
     AutoTokenizer,
     GenerationConfig,
@@ -55,6 +57,13 @@ _TEXT = (
     "head_dim", "hidden_act", "max_position_embeddings", "rms_norm_eps", "attention_bias", "rope_theta", *_ROPE,
 )  # fmt: skip
 _HEAD = "lm_head.weight"
+_MAY_LACK = ("bos_token_id", "pad_token_id")
+"""Tokens without which a model works; an end of the text it needs."""
+_SETTINGS = (
+    OSError, ValueError, TypeError, KeyError, IndexError, AttributeError, ArithmeticError, RuntimeError, MemoryError,
+    StrictDataclassError,
+)  # fmt: skip
+"""What transformers, numpy and Pillow raise for an image processor's settings that cannot be."""
 
 
 def trouble(path: Path) -> str:
@@ -62,11 +71,11 @@ def trouble(path: Path) -> str:
     try:
         with path.open("rb") as file:
             start = file.read(len(_LFS))
-    except OSError as error:
-        if path.is_symlink() and not path.exists():
+    except FileNotFoundError:
+        if path.is_symlink():
             return f"is a link to {os.readlink(path)}, which does not exist; copy or download the folder again"
-        if isinstance(error, FileNotFoundError):
-            return "does not exist; name another, or copy it from its source"
+        return "does not exist; name another, or copy it from its source"
+    except OSError as error:
         return f"cannot be read ({error.strerror}); change its permissions, or copy it from its source again"
     if not start:
         return "is empty; copy it from its source again"
@@ -101,6 +110,9 @@ def check_model_folder(folder: Path) -> str:
         raise ModelError(f"model.path {folder} is not a folder; give one that holds a Qwen3-VL (config.json, *.safetensors)")
     if (folder / "adapter_config.json").exists():
         raise ModelError(f"{folder} holds a LoRA adapter; merge it into its model (merge_and_unload), save that and give it")
+    for path in sorted(folder.glob("*")):  # whichever it is, the folder was copied without what it points to
+        if path.is_symlink() and not os.path.exists(path):
+            raise ModelError(f"{path} {trouble(path)}")
     config = read_config(folder)
     if not any(folder.glob("*.safetensors")):
         raise ModelError(f"{folder} has no *.safetensors; convert the weights to safetensors first")
@@ -128,7 +140,7 @@ def _token_ids(folder: Path, config: PretrainedConfig) -> Iterator[tuple[str, li
     names = ("bos_token_id", "eos_token_id", "pad_token_id")
     trees = {"config.json": config.to_dict(), "text_config of config.json": config.get_text_config().to_dict()}
     if os.path.lexists(folder / GENERATION):
-        trees[GENERATION] = read_json(folder / GENERATION)
+        trees[GENERATION] = _none_for_minus_one(read_json(folder / GENERATION))
         try:
             GenerationConfig.from_dict(dict(trees[GENERATION]))
         except (ValueError, TypeError, AttributeError) as error:
@@ -138,20 +150,26 @@ def _token_ids(folder: Path, config: PretrainedConfig) -> Iterator[tuple[str, li
             value = tree.get(name)
             if value is not None:
                 ids = value if isinstance(value, list) else [value]
-                if not all(isinstance(token, int) for token in ids):
+                if not all(type(token) is int for token in ids):  # nor true, which Python counts as 1
                     raise ModelError(f"{folder}: {name} in {file} is {value!r}, expected token ids; correct it")
                 yield f"{name} in {file}", ids
+
+
+def _none_for_minus_one(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Of token ids: some write -1 for a token that the model has not."""
+    return {**tree, **{name: None for name in _MAY_LACK if tree.get(name) == -1}}
 
 
 def standard(tree: Mapping[str, Any]) -> dict[str, Any]:
     """A config.json with every setting where transformers looks for it; one that it wrote itself is as it was.
 
     Taken from other places: a text model's settings and `rope_theta` beside `text_config`, `tie_word_embeddings` inside of it,
-    and `rope_scaling` where `rope_parameters` is there as well, of which transformers would drop one.
+    and `rope_scaling` where `rope_parameters` is there as well, of which transformers would drop one. A padding token -1 is
+    none, where transformers would take the last row of the embedding.
     """
-    changed = dict(tree)
+    changed = _none_for_minus_one(tree)
     nested = tree.get("model_type") == "qwen3_vl"
-    text = dict(tree.get("text_config") or {}) if nested else changed
+    text = _none_for_minus_one(tree.get("text_config") or {}) if nested else changed
     if nested:
         has_rope = any(text.get(name) for name in _ROPE)
         text |= {name: tree[name] for name in _TEXT if name in tree and name not in text and not (has_rope and name in _ROPE)}
@@ -254,25 +272,47 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_processor(folder: Path) -> Qwen2VLImageProcessorPil:
+def load_processor(folder: Path) -> Qwen2VLImageProcessorPil | None:
     """The folder's image processor: that of `processor_config.json` where one is inside, else of `preprocessor_config.json`.
 
+    None for a model that reads text only.
+
     Raises:
-        ModelError: it cannot be loaded, or cuts images up in another way than the model expects.
+        ModelError: it cannot be loaded, cuts images up in another way than the model expects, or cannot process any.
     """
+    config = read_config(folder)
+    if config.model_type != "qwen3_vl":
+        return None
     try:
         processor = Qwen2VLImageProcessorPil.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as error:
+    except _SETTINGS as error:
         raise ModelError(f"image processor of {folder} cannot be loaded ({_line(error)}); copy it from its source") from None
-    vision = read_config(folder).vision_config  # pyright: ignore[reportAttributeAccessIssue]
+    vision = config.vision_config  # pyright: ignore[reportAttributeAccessIssue]
     names = {"patch_size": "patch_size", "temporal_patch_size": "temporal_patch_size", "merge_size": "spatial_merge_size"}
     for ours, theirs in names.items():
         if getattr(processor, ours) != getattr(vision, theirs):
             raise ModelError(
-                f"{folder}: the image processor has {ours} {getattr(processor, ours)}, the vision_config of config.json "
-                f"{theirs} {getattr(vision, theirs)}; copy both from the same model"
+                f"{folder}: the image processor has {ours} {getattr(processor, ours)!r}, the vision_config of config.json "
+                f"{theirs} {getattr(vision, theirs)!r}; copy both from the same model"
             )
+    if problem := _processor_trouble(processor):
+        raise ModelError(f"image processor of {folder} cannot be used ({problem}); copy it from its source")
     return processor
+
+
+def _processor_trouble(processor: Qwen2VLImageProcessorPil) -> str:
+    """What is wrong with the patches of one image; empty if nothing is. Otherwise it would look like each image's own fault."""
+    shades = np.arange(61 * 83 * 3).reshape(61, 83, 3) % 251  # of a size that has to be changed
+    try:
+        with np.errstate(all="ignore"):
+            out = processor([Image.fromarray(shades.astype(np.uint8))], return_tensors="pt")
+        (t, h, w), pixels = out["image_grid_thw"][0].tolist(), out["pixel_values"]
+        channels, rest = divmod(pixels.shape[1], processor.temporal_patch_size * processor.patch_size**2)
+        if (len(pixels), channels, rest) != (t * h * w, 3, 0) or h % processor.merge_size or w % processor.merge_size:
+            return f"an image of 83 x 61 becomes patches {list(pixels.shape)} for a grid {[t, h, w]}"
+    except _SETTINGS as error:
+        return f"of an image of 83 x 61: {_line(error)}"
+    return "" if pixels.isfinite().all() else "pixels become NaN or Inf; see image_std, image_mean and rescale_factor"
 
 
 def _line(error: Exception) -> str:

@@ -12,6 +12,7 @@ import json
 import logging
 import math
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -26,7 +27,7 @@ from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoConfig
+from transformers import AutoConfig, PretrainedConfig
 
 from metis_fast.attention import CausalSdpa
 from metis_fast.checkpoint.atomic import clean_leftovers, new_folder
@@ -71,6 +72,10 @@ COPIED = (
 MAX_SHARD_BYTES = 5_000_000_000
 """Of a weight file, as `save_pretrained` has it by default."""
 
+_METADATA = {"format": "pt", "exported_by": "metis_fast"}
+"""Of an export's weight files: what tells it from other model folders, which are never replaced."""
+_WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
+
 LOGITS_DIFFER = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
 """Most that logits of an export may differ from the trainer's, as a share of their size (norms over all tokens), by dtype: of
 equal weights, rounding alone makes 1e-6 and 1e-2."""
@@ -111,7 +116,7 @@ def check_export(folder: Path, out: Path, dtype: str) -> Source:
     folder: of the model that is trained. dtype: what its weights will be in.
 
     Raises:
-        ModelError: see `read_source`. CheckpointError: `out` cannot be written.
+        ModelError: see `read_source`. CheckpointError: `out` cannot be written, or holds what would be lost.
     """
     source = read_source(folder)
     _check_target(out, folder)
@@ -157,7 +162,7 @@ def export_model(
         dtype = write_weights(tensors, expected, tmp, max_shard_bytes)
         (tmp / "config.json").write_text(json.dumps(_with_dtype(source.config, dtype), indent=2) + "\n", encoding="utf-8")
         try:
-            _check_written(tmp)
+            _check_written(tmp, dtype)
             if check is not None:
                 check(tmp)
         except ModelError as error:
@@ -187,7 +192,7 @@ def check_logits(policy: Policy, folder: Path) -> float:
     device = policy.head.device
     features = policy.encode_images([blob]) if spans else None
     hidden = policy.hidden(tokens.to(device), positions.to(device), features, CausalSdpa())
-    ours = (hidden @ policy.head.mT).float().cpu()
+    ours = (hidden @ policy.head.mT).cpu().float()  # in this order: a GPU may have little room beside the training
     theirs = _plain_logits(policy, folder, tokens, spans, blob)
     gap = float((theirs - ours).norm() / ours.norm())
     if not gap <= LOGITS_DIFFER[policy.head.dtype]:  # nor is NaN
@@ -242,9 +247,7 @@ def check_logprobs(policy: Policy, rollout: Rollout, logp: np.ndarray, temperatu
     return gap
 
 
-def _plain_logits(
-    policy: Policy, folder: Path, tokens: Tensor, spans: Sequence[ImageSpan], blob: ImageBlob | None
-) -> Tensor:
+def _plain_logits(policy: Policy, folder: Path, tokens: Tensor, spans: Sequence[ImageSpan], blob: ImageBlob | None) -> Tensor:
     """[1, S, V] float32, of transformers' own model with the weights of a folder. tokens: [1, S], with one image or none."""
     extra: dict[str, Tensor] = {}
     if spans and blob is not None:
@@ -253,9 +256,8 @@ def _plain_logits(
             "image_grid_thw": torch.tensor([span.grid for span in spans]),
             "mm_token_type_ids": (tokens == policy.image_token_id).int(),
         }
+    _plain_config(folder, policy.head.dtype)
     plain: Any = type(policy.model).from_pretrained(folder, attn_implementation="sdpa", local_files_only=True)
-    if plain.dtype != policy.head.dtype:
-        raise ModelError(f"its weights are loaded as {plain.dtype}, expected {policy.head.dtype}")
     return plain(input_ids=tokens, use_cache=False, **extra).logits.float()
 
 
@@ -277,29 +279,71 @@ def _probe(policy: Policy) -> tuple[list[int], tuple[ImageSpan, ...], ImageBlob]
     return ids, (ImageSpan(blob.sha256, at, at + size, policy.images(blob).grid),), blob
 
 
-def _check_written(folder: Path) -> None:
+def _check_written(folder: Path, dtype: torch.dtype) -> None:
     """
     Raises:
         ModelError: plain transformers would not load it, or loads another model.
+    """
+    FolderReader(folder).check(hf_shapes(_plain_config(folder, dtype)))
+    load_tokenizer(folder)
+    load_processor(folder)
+
+
+def _plain_config(folder: Path, dtype: torch.dtype) -> PretrainedConfig:
+    """
+    Raises:
+        ModelError: plain transformers cannot read it, or would load the weights in another dtype.
     """
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise ModelError(f"transformers cannot read its config ({' '.join(str(error).split())[:300]})") from None
-    FolderReader(folder).check(hf_shapes(config))
-    load_tokenizer(folder)
-    if config.model_type == "qwen3_vl":
-        load_processor(folder)
+    if config.dtype != dtype:
+        raise ModelError(f"its weights are loaded as {config.dtype}, expected {dtype}")
+    return config
 
 
 def _check_target(out: Path, source: Path) -> None:
-    out = out.resolve()
-    if out == source.resolve():
-        raise CheckpointError(f"cannot export to {out}: it is the folder of the model that was trained; choose another one")
-    # what may be replaced is an empty folder, or one that has config and weights as an export does
-    is_export = (out / "config.json").is_file() and any(out.glob("*.safetensors"))
-    if out.exists() and not (out.is_dir() and (is_export or not any(out.iterdir()))):
-        raise CheckpointError(f"cannot export to {out}: it exists and holds no exported model; choose another folder")
+    """
+    Raises:
+        CheckpointError: replacing `out` would take away the model that is trained, or what no export has written.
+    """
+    try:
+        out = out.resolve()
+        # also what is linked to: without it the source would be links to nowhere
+        if any(path.resolve().is_relative_to(out) for path in (source, *source.glob("*"))):
+            raise CheckpointError(
+                f"cannot export to {out}: it is or holds the folder of the model that was trained; choose another one"
+            )
+        if out.exists() and (other := _not_exported(out)):
+            raise CheckpointError(
+                f"cannot export to {out}: it exists and holds no exported model, or more than that ({other}); "
+                "choose another folder, or move it away"
+            )
+    except (OSError, RuntimeError) as error:  # RuntimeError: a link that leads to itself
+        raise CheckpointError(f"cannot export to {out}: {' '.join(str(error).split())}; choose another folder") from None
+
+
+def _not_exported(out: Path) -> str | None:
+    """The name of something at `out` that no export has written; None in an empty folder."""
+    if not out.is_dir():
+        return out.name
+    paths = sorted(out.iterdir())
+    has_weights = any(_WEIGHTS.fullmatch(path.name) for path in paths)
+    known = {*COPIED, "config.json", INDEX}
+    for path in paths:
+        is_own = _has_metadata(path) if _WEIGHTS.fullmatch(path.name) else has_weights and path.name in known
+        if path.is_symlink() or not path.is_file() or not is_own:
+            return path.name
+    return None
+
+
+def _has_metadata(path: Path) -> bool:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return file.metadata() == _METADATA
+    except (OSError, SafetensorError):  # a folder, or damaged
+        return False
 
 
 @contextmanager
@@ -322,12 +366,12 @@ def _new_export(out: Path, source: Path) -> Iterator[Path]:
 def _with_dtype(config: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
     """The config as it was, with another dtype at the top and wherever a part names one."""
     name = str(dtype).removeprefix("torch.")
-    key = "torch_dtype" if "torch_dtype" in config else "dtype"  # what older versions wrote is what they read
-    changed = {**config, key: name}
-    for part, tree in config.items():
-        if isinstance(tree, dict):
-            changed[part] = tree | {its: name for its in ("dtype", "torch_dtype") if its in tree}
-    return changed
+
+    def named(tree: Mapping[str, Any]) -> dict[str, Any]:
+        return {key: name for key in ("dtype", "torch_dtype") if key in tree}  # older versions read the second
+
+    parts = {part: tree | named(tree) for part, tree in config.items() if isinstance(tree, dict)}
+    return {**config, **parts, **(named(config) or {"dtype": name})}
 
 
 def write_weights(
@@ -347,7 +391,7 @@ def write_weights(
 
     def flush() -> None:
         path = folder / _part(len(files))
-        save_file(held, path, metadata={"format": "pt"})
+        save_file(held, path, metadata=_METADATA)
         with safe_open(path, framework="pt") as file:
             for name, tensor in held.items():
                 found = file.get_tensor(name)

@@ -148,23 +148,31 @@ class FolderReader:
                 "set tie_word_embeddings to false in config.json, or remove the one that is not the model's"
             )
 
-    def read(self, name: str, dim: int = 0, start: int = 0, stop: int | None = None) -> Tensor:
-        """The slice [start, stop) of a tensor along a dim, in the folder's dtype; only that is read from disk.
+    def read(
+        self, name: str, dim: int = 0, start: int = 0, stop: int | None = None, dtype: torch.dtype | None = None
+    ) -> Tensor:
+        """The slice [start, stop) of a tensor along a dim; only that is read from disk.
+
+        dtype: that of the copy that is returned; None is the folder's, and perhaps no copy.
 
         Raises:
-            ModelError: there is no such tensor, or NaN or Inf in what was read.
+            ModelError: there is no such tensor, or it has NaN or Inf, also where a number is too large for `dtype`.
         """
         if name not in self._where:
             raise ModelError(f"{self._folder} lacks the tensor {name}; weights and config.json are of different models")
         file, stored = self._where[name]
         with safe_open(self._folder / file, framework="pt") as opened:
             tensor: Tensor = opened.get_slice(stored)[(*(slice(None),) * dim, slice(start, stop))]
+        within = ""
+        if dtype is not None:
+            within = "" if dtype == tensor.dtype else f" in {str(dtype).removeprefix('torch.')}"
+            tensor = tensor.to(dtype, copy=True)
         # extremes pass NaN on, and take a tenth of the time of asking each number
         if tensor.numel() and not all(map(torch.isfinite, tensor.aminmax())):
             bad = tensor.numel() - int(torch.isfinite(tensor).sum())
             raise ModelError(
-                f"{self._path(name)}: {name} has {bad} numbers that are NaN or Inf; give a model whose weights are finite, "
-                "such as an earlier checkpoint of it"
+                f"{self._path(name)}: {name} has {bad} numbers that are NaN or Inf{within}; give a model whose weights are "
+                "finite, such as an earlier checkpoint of it"
             )
         return tensor
 
@@ -172,7 +180,7 @@ class FolderReader:
         """Whole tensors in a dtype. Beside the result, as many of the folder's as there are threads are held."""
 
         def one(name: str) -> Tensor:
-            return self.read(name).to(dtype, copy=True)
+            return self.read(name, dtype=dtype)
 
         with ThreadPoolExecutor(_READERS) as pool:
             return dict(zip(names, pool.map(one, names), strict=True))

@@ -30,7 +30,13 @@ _ESCAPE = re.compile(r'\\(.)|"', re.DOTALL)
 _WORDS = {"true": "true", "false": "false", "null": "null", "True": "true", "False": "false", "None": "null"}
 _SYNONYMS = ("parameters", "args")
 _EXAMPLE = '{"name": "python", "arguments": {"code": "..."}}'
+_KEYS = frozenset({"name", "arguments", *_SYNONYMS, "id", "type"})  # of a call, as servers write them; the last two say nothing
+_BLANKS = " \t\r\n"  # JSON's; Python's strip takes more
 _MAX_FAILURES = 50  # unreadable calls of a message; behind them a closing tag ends a call wherever it stands
+
+
+class _Twice(ValueError):
+    """A name stands twice in an object: which value is meant?"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,8 +67,10 @@ def parse_turn(text: str, syntax: CallSyntax = "strict") -> ParsedTurn:
         return _malformed("the tool call has no </tool_call>")
     try:
         body = _read(found, syntax)
+    except _Twice as error:
+        return _malformed(str(error))
     except (ValueError, RecursionError):  # also a number of over 4300 digits, and half a surrogate pair ("\\ud800")
-        return _malformed(f"the tool call is not valid JSON: {_fault(found.strip())}")
+        return _malformed(f"the tool call is not valid JSON: {_fault(found.strip(_BLANKS))}")
     return _call(body, syntax)
 
 
@@ -136,17 +144,29 @@ def _read(body: str, syntax: CallSyntax) -> object:
     Raises:
         ValueError, RecursionError: the syntax does not allow this.
     """
+    pairs = _each_name_once if syntax == "lenient" else None
     try:
-        tree: object = json.loads(body)
+        tree: object = json.loads(body, object_pairs_hook=pairs)
+    except _Twice:
+        raise
     except (ValueError, RecursionError):
         json_text, stop = _read_object(body, 0)
         fence = _BODY.match(body)
         if syntax == "strict" or json_text is None or fence is None:
             raise
-        if body[stop:].strip(" \t\r\n") != ("```" if fence["fence"] else ""):
+        if body[stop:].strip(_BLANKS) != ("```" if fence["fence"] else ""):
             raise
-        tree = json.loads(json_text, strict=False)
+        tree = json.loads(json_text, strict=False, object_pairs_hook=pairs)
     json.dumps(tree, ensure_ascii=False).encode()
+    return tree
+
+
+def _each_name_once(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    tree: dict[str, object] = {}
+    for name, value in pairs:
+        if name in tree:
+            raise _Twice(f"{_shown(name)} stands twice in one object; write it once")
+        tree[name] = value
     return tree
 
 
@@ -163,8 +183,14 @@ def _call(body: object, syntax: CallSyntax) -> ParsedTurn:
             instead = f' instead of "{synonyms[0]}"' if synonyms else ""
             return ParsedTurn(ToolCall(name, ""), None, f'"arguments" is missing: write "arguments": {{...}}{instead}')
         arguments = body[synonyms[0]]
-    if isinstance(arguments, str) and syntax == "lenient":
-        arguments = _decoded(arguments)
+    if syntax == "lenient":
+        places = [key for key in ("arguments", *_SYNONYMS) if key in body]
+        others = [*places[1:], *(key for key in body if key not in _KEYS)]
+        if others:
+            error = f'{_shown(others[0])} beside "{places[0]}"; write all arguments in "arguments": {{...}}'
+            return ParsedTurn(ToolCall(name, ""), None, error)
+        if isinstance(arguments, str):
+            arguments = _decoded(arguments)
     call = ToolCall(name, json.dumps(arguments, ensure_ascii=False))
     if isinstance(arguments, str):
         return ParsedTurn(call, None, '"arguments" must be an object, not a string: write "arguments": {...}')
@@ -176,7 +202,7 @@ def _call(body: object, syntax: CallSyntax) -> ParsedTurn:
 def _decoded(text: str) -> object:
     """Arguments that were written as a string of JSON; the string itself if it is none, or holds no object."""
     try:
-        arguments = json.loads(text, strict=False)
+        arguments = json.loads(text, strict=False, object_pairs_hook=_each_name_once)
         json.dumps(arguments, ensure_ascii=False).encode()
     except (ValueError, RecursionError):
         return text
@@ -205,11 +231,16 @@ def _fault(body: str) -> str:
     return "half of a surrogate pair in it; write the character itself"
 
 
+def _shown(text: str) -> str:
+    quoted = json.dumps(text[:20], ensure_ascii=False).replace("<image>", "< image >")
+    return quoted.encode(errors="replace").decode()  # it may be half of a surrogate pair
+
+
 def _fault_at(body: str, pos: int, message: str) -> str:
     rest = body[pos : pos + 20]
     char, before = rest[:1], body[:pos].rstrip()[-1:]
     word = re.match(r"\w*", rest)
-    got = json.dumps(rest, ensure_ascii=False).replace("<image>", "< image >")
+    got = _shown(rest)
     if message.startswith("Unterminated string"):
         return f'the string {got[:-1]}... has no end; write \\" for a quote in a string, <\\/tool_call> for the tag'
     if message.startswith("Invalid control"):
@@ -218,6 +249,8 @@ def _fault_at(body: str, pos: int, message: str) -> str:
         return f"a raw {name} in a string; write {escape}"
     if message.startswith("Invalid \\"):
         return f"a backslash in a string that escapes nothing ({got}); write \\\\ for a backslash"
+    if char and char not in _BLANKS and (char.isspace() or not char.isprintable()):
+        return f"U+{ord(char):04X} outside of a string; leave it out"
     if message.startswith("Extra data"):
         if rest.lstrip(", \t\r\n")[:1] in ("{", "["):
             return "several objects; write one call a message"

@@ -17,7 +17,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from metis_fast.model import Policy
+from metis_fast.model import Policy, build_model
 from metis_fast.types import Rollout
 
 DIRECTIONS = 16
@@ -81,12 +81,10 @@ class Reference:
 
 @torch.no_grad()
 def reference(policy: Policy, weights: Iterator[tuple[str, Tensor]], rollout: Rollout, temperature: float) -> Reference:
-    """Load the model a second time, in the memory of the host, and run it. weights: see `Trainer.weights`; all are read."""
+    """Build the model a second time, in the memory of the host, and run it. weights: see `Trainer.weights`; all are read."""
     dtype = policy.head.dtype
-    model: Any = type(policy.model).from_pretrained(policy.folder, dtype=dtype, attn_implementation="sdpa")
-    own = dict(model.named_parameters())
-    for name, tensor in weights:
-        own[name].copy_(tensor)
+    copies = {name: torch.empty(tensor.shape, dtype=dtype).copy_(tensor) for name, tensor in weights}
+    model: Any = build_model(policy.model.config, copies, dtype, "sdpa")
     tokens = torch.from_numpy(rollout.tokens.astype(np.int64))
     extra: dict[str, Tensor] = {}
     if rollout.image_spans:

@@ -13,7 +13,7 @@ import httpx2
 from metis_fast.config import LlmJudgeConfig
 from metis_fast.errors import JudgeError
 from metis_fast.score.llm_endpoint import Endpoint, Message
-from metis_fast.score.llm_reply import read_reply
+from metis_fast.score.llm_reply import READING, read_reply
 from metis_fast.score.protocol import JudgeUnavailable, TryAgain
 from metis_fast.score.verdict_cache import VerdictCache
 from metis_fast.types import Prompt
@@ -70,8 +70,8 @@ class LlmMatcher:
         if not answer or len(answer) > _MAX_ANSWER_CHARS:
             return False
         messages = _messages(prompt.question, prompt.answers, answer)
-        # a verdict holds for the prompt and the settings it was given under
-        asked = json.dumps([self._config.model, self._config.extra_body, messages], sort_keys=True)
+        # a verdict holds for the prompt and the settings it was given under, and the way it was read
+        asked = json.dumps([READING, self._config.model, self._config.extra_body, messages], sort_keys=True)
         key = hashlib.sha256(asked.encode()).hexdigest()
         known = self._cache.get(key)
         if known is not None:

@@ -10,7 +10,9 @@ import re
 import socket
 import ssl
 import urllib.request
+import zlib
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from typing import Any
@@ -29,6 +31,10 @@ MAX_WAIT_S = 60.0
 """Longest pause that an endpoint can ask for with Retry-After."""
 _RETRIED_STATUS = frozenset({408, 409, 425, 429})  # and every 5xx
 _MAX_PORT = 65535
+_MAX_REDIRECTS = 5
+_SET_URL = "set score.llm.base_url to the API itself"
+_MAX_BODY_BYTES = 8 * 2**20
+"""Far more than a chat completion has, thinking and log-probs included; else one reply could take all memory."""
 _OPERATION = re.compile(rb"(/chat/completions|/chat|/completions|/models|/responses)?/*\Z")
 
 # What some endpoints refuse -> how their message says so. Each is left out once it was refused.
@@ -48,6 +54,16 @@ class _Models(BaseModel):
     data: list[_Model]
 
 
+@dataclass(frozen=True, slots=True)
+class _Reply:
+    """moved_to: where it redirects to, if that is not followed."""
+
+    status: int
+    headers: httpx2.Headers
+    body: bytes
+    moved_to: str = ""
+
+
 def parse_address(base_url: str) -> httpx2.URL:
     """`score.llm.base_url` without blanks, trailing slashes and the name of an operation; a query stays.
 
@@ -60,15 +76,36 @@ def parse_address(base_url: str) -> httpx2.URL:
         raise JudgeError(f"score.llm.base_url={base_url!r} does not begin with http:// or https://; write http://{rest}")
     try:
         url = httpx2.URL(text).copy_with(fragment=None)
-        url.host.encode("idna")
-        if (url.port or 0) > _MAX_PORT:
-            raise httpx2.InvalidURL(f"a port is at most {_MAX_PORT}")
-    except (httpx2.InvalidURL, UnicodeError) as error:
+        _refuse_unusable(url)
+    except httpx2.InvalidURL as error:
         raise JudgeError(
             f"score.llm.base_url={base_url!r} is no address: {error}; write it like http://127.0.0.1:8000/v1"
         ) from None
     path, mark, query = url.raw_path.partition(b"?")
     return url.copy_with(raw_path=(_OPERATION.sub(b"", path) or b"/") + mark + query)
+
+
+def _refuse_unusable(url: httpx2.URL) -> None:
+    """Raise InvalidURL for what the client takes and then fails on with errors that are none of its own."""
+    if (url.port or 0) > _MAX_PORT:
+        raise httpx2.InvalidURL(f"a port is at most {_MAX_PORT}")
+    try:
+        url.host.encode("idna")
+    except UnicodeError as error:
+        raise httpx2.InvalidURL(f"{url.host!r} is no host ({error})") from None
+
+
+def _is_usable(url: httpx2.URL) -> bool:
+    try:
+        _refuse_unusable(url)
+    except httpx2.InvalidURL:
+        return False
+    return url.scheme in ("http", "https")
+
+
+def _shown(url: httpx2.URL) -> str:
+    """Without its secrets."""
+    return one_line(str(url.copy_with(userinfo=b"", query=None)))
 
 
 def proxy_of(url: httpx2.URL) -> tuple[str, str] | None:
@@ -123,7 +160,7 @@ class Endpoint:
             self._see_log = f"mend {self._proxy[0]}, or add {self._url.host} to NO_PROXY if it is reached without"
 
     def __str__(self) -> str:
-        return str(self._url.copy_with(userinfo=b"", query=None)).rstrip("/")
+        return _shown(self._url).rstrip("/")
 
     def client(self) -> httpx2.AsyncClient:
         """A client for one event loop.
@@ -131,12 +168,15 @@ class Endpoint:
         Raises:
             JudgeError: the proxy that the environment names cannot be used.
         """
-        headers = {"Connection": "close"}  # no connection outlives its request, so none outlives its event loop
+        # no connection outlives its request, so none outlives its event loop
+        headers = {"Connection": "close", "Accept-Encoding": "identity"}
         if self._key:
             headers["Authorization"] = f"Bearer {self._key}"
             if b"api-version=" in self._query:  # Azure
                 headers["api-key"] = self._key
         try:
+            if self._proxy:
+                _refuse_unusable(httpx2.URL(self._proxy[1]))
             # a transport of its own: else the client would read the proxies of the environment itself
             transport = httpx2.AsyncHTTPTransport(
                 proxy=self._proxy[1] if self._proxy else None, limits=httpx2.Limits(max_connections=None)
@@ -147,7 +187,7 @@ class Endpoint:
                 f"the proxy in ${self._proxy[0]}, for the LLM judge at {self}, cannot be used: {one_line(str(error))}; "
                 f"{self._see_log}"
             ) from None
-        return httpx2.AsyncClient(transport=transport, headers=headers, timeout=None, follow_redirects=True)
+        return httpx2.AsyncClient(transport=transport, headers=headers, timeout=None)
 
     async def complete(self, client: httpx2.AsyncClient, messages: Sequence[Message]) -> bytes:
         """The body of a chat completion.
@@ -158,15 +198,15 @@ class Endpoint:
         refused = self._refused
         while True:
             body = self._body(messages, refused)
-            response = await self._post(client, body)
-            more = self._refused_in(response, body)
+            reply = await self._post(client, body)
+            more = self._refused_in(reply, body)
             if not more:
                 break
             refused |= more
-        if not response.is_success or response.request.method != "POST":
-            raise await self._failure(client, response)
+        if not 200 <= reply.status < 300:
+            raise await self._failure(client, reply)
         self._refused |= refused
-        return response.content
+        return reply.body
 
     def _body(self, messages: Sequence[Message], refused: frozenset[str]) -> dict[str, Any]:
         if "system" in refused:
@@ -177,46 +217,67 @@ class Endpoint:
         kept = {name: value for name, value in optional.items() if name not in refused}
         return {"model": self._config.model, "messages": messages} | kept | self._config.extra_body
 
-    def _refused_in(self, response: httpx2.Response, body: Mapping[str, Any]) -> frozenset[str]:
+    def _refused_in(self, reply: _Reply, body: Mapping[str, Any]) -> frozenset[str]:
         """What of a request's optional parts a reply refuses, at most one of them; what the settings ask for stays."""
-        if response.status_code not in (400, 422):
+        if reply.status not in (400, 422):
             return frozenset()
         ours = [name for name in _MAY_GO if name in body and name not in self._config.extra_body]
         if len(body["messages"]) > 1:
             ours.append("system")
-        said = _said(response)
+        said = _said(reply.body)
         return frozenset([name for name in ours if re.search(_MAY_GO[name], said, re.IGNORECASE)][:1])
 
-    async def _post(self, client: httpx2.AsyncClient, body: Mapping[str, Any]) -> httpx2.Response:
+    async def _post(self, client: httpx2.AsyncClient, body: Mapping[str, Any]) -> _Reply:
         """The reply under the first path where there is something."""
-        first: httpx2.Response | None = None
+        first: _Reply | None = None
         for path in self._paths:
             # ASCII: text of a lone surrogate has no UTF-8
-            response = await self._send(client, "POST", path + b"/chat/completions", json.dumps(body))
-            if response.status_code not in (404, 405) or "model" in _said(response).lower():
+            reply = await self._send(client, "POST", path + b"/chat/completions", json.dumps(body))
+            if reply.status not in (404, 405) or "model" in _said(reply.body).lower():
                 self._paths = [path]
-                return response
-            first = first or response
+                return reply
+            first = first or reply
         assert first is not None
         return first
 
-    async def _send(self, client: httpx2.AsyncClient, method: str, path: bytes, body: str | None = None) -> httpx2.Response:
+    async def _send(self, client: httpx2.AsyncClient, method: str, path: bytes, body: str | None = None) -> _Reply:
+        """What comes, behind redirects that keep the request as it is."""
         url = self._url.copy_with(raw_path=path + self._query)
-        try:
-            return await client.request(method, url, content=body, headers={"Content-Type": "application/json"})
-        except httpx2.RequestError as error:
-            raise self._no_connection(error) from None
+        request = client.build_request(method, url, content=body, headers={"Content-Type": "application/json"})
+        redirects = 0
+        while True:
+            try:
+                response = await client.send(request, stream=True)
+                try:
+                    content = await _read(response)
+                finally:
+                    await response.aclose()
+            except httpx2.RequestError as error:
+                failure = self._no_connection(error)
+                if redirects:
+                    failure = TryAgain(f"{failure.reason}, redirected to {_shown(request.url)}", failure.detail, _SET_URL)
+                raise failure from None
+            reply = _Reply(response.status_code, response.headers, content)
+            if not response.has_redirect_location:
+                return reply
+            request = response.next_request
+            if request is None:
+                return replace(reply, moved_to="what is no address")
+            redirects += 1
+            if request.method != method or redirects > _MAX_REDIRECTS or not _is_usable(request.url):
+                return replace(reply, moved_to=_shown(request.url))
+            if "Authorization" not in request.headers:  # the client takes one key away where another host is asked
+                request.headers.pop("api-key", None)
 
-    async def _failure(self, client: httpx2.AsyncClient, response: httpx2.Response) -> JudgeUnavailable:
-        status, said = response.status_code, _said(response)
+    async def _failure(self, client: httpx2.AsyncClient, reply: _Reply) -> JudgeUnavailable:
+        status, said = reply.status, _said(reply.body)
         reason = f"HTTP status {status}{self.way}"
         key = self._config.api_key_env
-        if response.request.method != "POST":  # a redirect made it a GET
-            to = one_line(str(response.url.copy_with(query=None)))
-            return JudgeUnavailable(f"redirected to {to}", said, "set score.llm.base_url to the API itself")
+        if reply.moved_to:
+            return JudgeUnavailable(f"redirected to {reply.moved_to}", said, _SET_URL)
         if status >= 500 or status in _RETRIED_STATUS:
             advice = "lower score.llm.concurrency, or raise score.llm.retries" if status == 429 else self._see_log
-            return TryAgain(reason, said, advice, _retry_after(response.headers))
+            return TryAgain(reason, said, advice, _retry_after(reply.headers))
         if status in (401, 403):
             how = f"the key in ${key} is refused; set another" if self._key else f"set the key in ${key}, which is not set"
             return JudgeUnavailable(reason, said, f"{how}, or name its variable in score.llm.api_key_env")
@@ -235,8 +296,8 @@ class Endpoint:
     async def _served(self, client: httpx2.AsyncClient) -> list[str]:
         """Names of models, at most 10; none where the endpoint does not tell."""
         try:
-            response = await self._send(client, "GET", self._paths[0] + b"/models")
-            return [one_line(model.id) for model in _Models.model_validate_json(response.content).data[:10]]
+            reply = await self._send(client, "GET", self._paths[0] + b"/models")
+            return [one_line(model.id) for model in _Models.model_validate_json(reply.body).data[:10]]
         except (TryAgain, ValidationError):
             return []
 
@@ -267,17 +328,44 @@ _TLS_AND_HOST: tuple[tuple[type[BaseException], str, str], ...] = (
 )
 
 
-def _said(response: httpx2.Response) -> str:
-    """What the body of an error says, in one line."""
+async def _read(response: httpx2.Response) -> bytes:
+    """A body of at most _MAX_BODY_BYTES. It is unpacked here: the client would do it without a limit.
+
+    Raises:
+        TryAgain: it is larger, or damaged.
+    """
+    status, packing = response.status_code, response.headers.get("content-encoding", "identity").strip().lower()
+    if packing not in ("", "identity", "gzip", "x-gzip"):
+        raise TryAgain(f"HTTP status {status} with Content-Encoding {one_line(packing)!r}, which was not asked for")
+    gzip = zlib.decompressobj(wbits=zlib.MAX_WBITS | 16) if "gzip" in packing else None
+    body = bytearray()
     try:
-        value = response.json()
-    except ValueError:
-        kind = described(response.content)
-        return kind if kind != "something else" else one_line(response.text)
-    for name in ("error", "detail", "message"):
-        if isinstance(value, dict) and value.get(name):
-            value = value[name]
-    return one_line(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
+        async for part in response.aiter_raw():
+            body += gzip.decompress(part, _MAX_BODY_BYTES + 1 - len(body)) if gzip else part
+            if len(body) > _MAX_BODY_BYTES:
+                advice = "see what score.llm.base_url leads to"
+                raise TryAgain(f"HTTP status {status} with more than {_MAX_BODY_BYTES >> 20} MiB", advice=advice)
+            if gzip and gzip.eof:
+                break  # the rest would be kept
+    except zlib.error as error:
+        raise TryAgain(f"HTTP status {status} with a damaged gzip body", one_line(str(error))) from None
+    if gzip and not gzip.eof and body:
+        raise TryAgain(f"HTTP status {status} with a gzip body that is cut off")
+    return bytes(body)
+
+
+def _said(body: bytes) -> str:
+    """What the body of an error says, in one line."""
+    text = body.decode(errors="replace")  # whatever charset is named: some of those are no text
+    try:
+        value = json.loads(text)
+        for name in ("error", "detail", "message"):
+            if isinstance(value, dict) and value.get(name):
+                value = value[name]
+        return one_line(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
+    except (ValueError, RecursionError):
+        kind = described(body)
+        return kind if kind != "something else" else one_line(text)
 
 
 def _retry_after(headers: httpx2.Headers) -> float:

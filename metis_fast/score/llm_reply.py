@@ -4,49 +4,98 @@ from __future__ import annotations
 
 import json
 import re
+from typing import Literal
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 
 from metis_fast.score.protocol import TryAgain
 
+READING = 2
+"""Goes up when a reply is read otherwise than before: verdicts in caches are of one way to read."""
 _ENDS = frozenset({"", "stop", "eos", "eos_token", "end_turn", "stop_sequence", "complete"})
 """What servers call the end of a whole reply."""
 _CUT = frozenset({"length", "max_tokens"})
+_THOUGHT_PARTS = frozenset({"thinking", "redacted_thinking", "reasoning"})
 _REFUSED = frozenset({"content_filter", "refusal", "safety", "recitation", "prohibited_content"})
 
-_NAMES = r"(?:seed:)?(?:think|thinking|thought|thoughts|reasoning|reason|reflection|analysis|scratchpad)"
-_THOUGHT = re.compile(
-    rf"(?P<opens><{_NAMES}>|\[THINK\]|◁think▷|<\|begin_of_thought\|>|<\|START_THINKING\|>|<\|channel>thought"
-    r"|<\|channel\|>(?:analysis|commentary)[^<]*<\|message\|>)"
-    rf"|</{_NAMES}>|\[/THINK\]|◁/think▷|<\|end_of_thought\|>|<\|END_THINKING\|>|<channel\|>"
-    r"|<\|channel\|>final[^<]*<\|message\|>",
-    re.IGNORECASE,
+_TAGS = (
+    "think",
+    "seed:think",
+    "thinking",
+    "thought",
+    "thoughts",
+    "reasoning",
+    "reason",
+    "reflection",
+    "analysis",
+    "scratchpad",
 )
-"""Marks around thinking: tags; Magistral, Kimi, Sky-T1, Command, Gemma, gpt-oss."""
+_THOUGHTS = {f"<{tag}>": f"</{tag}>" for tag in _TAGS} | {
+    "[think]": "[/think]",  # Magistral
+    "◁think▷": "◁/think▷",  # Kimi
+    "<|begin_of_thought|>": "<|end_of_thought|>",  # Sky-T1
+    "<|start_thinking|>": "<|end_thinking|>",  # Command
+    "<|channel>thought": "<channel|>",  # Gemma
+    "<|channel|>analysis": "<|channel|>final<|message|>",  # gpt-oss
+    "<|channel|>commentary": "<|channel|>final<|message|>",
+}
+"""Marks around thinking: what opens it, in lower case, and the only thing that closes it."""
+_OPENED_IN_PROMPT = frozenset({"</think>", "</seed:think>", "◁/think▷", "<|end_thinking|>"})
+_THOUGHT = re.compile("|".join(map(re.escape, {*_THOUGHTS, *_THOUGHTS.values()})), re.IGNORECASE)
+
+_ENDS_OF_TURN = r"im_end|endoftext|end_of_text|eot_id|eom_id|end|return|eot|end_response|end_of_turn_token|user|observation"
 _WRAPPERS = re.compile(
-    r"</?(?:answer|verdict|final|final_answer|output|response|result)>|<\|(?:begin|end)_of_box\|>"
-    r"|\\(?:boxed|text|textbf|mathrm|mathbf)\s*(?=\{)|<[|｜][^<>\s]{1,30}[|｜]>|</s>|<eos>|<end_of_turn>",
+    r"</?(?:answer|verdict|final|final_answer|output|response|result)>|<\|(?:begin|end)_of_box\|>|<\|start_response\|>"
+    rf"|\\(?:boxed|text|textbf|mathrm|mathbf)\s*(?=\{{)|<\|(?:{_ENDS_OF_TURN})\|>|<｜end▁of▁sentence｜>|</s>|<eos>|<end_of_turn>",
     re.IGNORECASE,
 )
-_MARKS = " \t\r\n\u00a0\u200b\ufeff\"'`´“”‘’„«»‹›「」『』()[]{}*_#>$"
+_MAX_VERDICT_CHARS = 300  # of the longest dress a word was seen in, and some blanks
+_BLANKS = " \t\r\n\u00a0\u200b\ufeff"
+_PAIRS = frozenset(
+    [
+        '""',
+        "''",
+        "``",
+        "´´",
+        "“”",
+        "„“",
+        "„”",
+        "””",
+        "‘’",
+        "’’",
+        "«»",
+        "»«",
+        "‹›",
+        "「」",
+        "『』",
+        "()",
+        "[]",
+        "{}",
+        "**",
+        "__",
+        "$$",
+    ]
+)
 _LABEL = (
     r"(?:(?:the|my|final|overall)\s+)*"
     r"(?:verdict|answer|judge?ment|decision|result|grade|grading|conclusion|evaluation|assessment)"
 )
-_ANY_MARKS = f"[{re.escape(_MARKS)}]*"
-_LINE = re.compile(rf"(?:{_LABEL}{_ANY_MARKS}[:：=]{_ANY_MARKS})?(IN)?CORRECT!?", re.IGNORECASE)
-_HEADING = re.compile(_LABEL, re.IGNORECASE)
+_LEAD = re.compile(rf"\A(?:#{{1,6}}\s)?\s*(?:(\*\*|\*|__|_|){_LABEL}(?:\1\s*[:：=]|\s*[:：=]\s*\1|\1[ \t]*\n))?", re.IGNORECASE)
+_FENCE = re.compile(r"```(?:\w+[ \t]*)?\n(.*)```", re.DOTALL)
+_NAME = re.compile(_LABEL, re.IGNORECASE)
 
 
 class _Part(BaseModel):
     type: str = "text"
     text: object = None
-    refusal: object = None
+    refusal: str | None = None
 
 
 class _Message(BaseModel):
+    role: Literal["assistant", "model"] | None = None
     content: str | list[str | _Part] | None = None
-    refusal: object = None
+    refusal: str | None = None
+    tool_calls: object = None
     reasoning_content: object = None
     reasoning: object = None
 
@@ -54,12 +103,14 @@ class _Message(BaseModel):
 class _Choice(BaseModel):
     message: _Message
     finish_reason: str | None = None
+    error: object = None
 
 
 class _Reply(BaseModel):
     """The part of a chat completion that is needed."""
 
     choices: list[_Choice]
+    error: object = None
 
 
 def read_reply(body: bytes) -> bool:
@@ -69,18 +120,24 @@ def read_reply(body: bytes) -> bool:
         TryAgain: there is none, or it is in doubt.
     """
     try:
-        choices = _Reply.model_validate_json(body).choices
-    except ValidationError:
+        reply = _Reply.model_validate(json.loads(body.decode("utf-8-sig"), object_pairs_hook=_each_name_once))
+    except (ValueError, RecursionError):  # pydantic's ValidationError is a ValueError, too
         said = one_line(body.decode(errors="replace"))
         advice = "see what score.llm.base_url leads to"
         raise TryAgain(f"{described(body)} came instead of a chat completion", said, advice) from None
-    if not choices:
+    if not reply.choices:
         raise TryAgain("a reply without choices came")
-    choice = choices[0]
+    if len(reply.choices) > 1:
+        raise TryAgain("a reply with several choices came", advice="leave n out of score.llm.extra_body")
+    choice = reply.choices[0]
+    if reply.error or choice.error:
+        raise TryAgain("an error came beside the reply", one_line(body.decode(errors="replace")))
     message, end = choice.message, (choice.finish_reason or "").lower()
+    if message.tool_calls:
+        end = "tool_calls"
     parts = message.content if isinstance(message.content, list) else [message.content or ""]
     refusals = [message.refusal, *(part.refusal for part in parts if isinstance(part, _Part))]
-    said = next((str(refusal) for refusal in refusals if refusal), "")
+    said = next(filter(None, refusals), "")
     if said or end in _REFUSED:
         raise TryAgain("the model refused or its reply was filtered", one_line(said or end))
     text = "".join(map(_text, parts))
@@ -96,72 +153,87 @@ def read_reply(body: bytes) -> bool:
         advice = "turn thinking off (docs/scoring.md), or start the server without its reasoning parser"
         raise TryAgain("the reply has thinking and nothing after it", advice=advice)
     got = f"got {one_line(text, from_end=True)!r}"
-    raise TryAgain("expected CORRECT or INCORRECT", got, "see docs/scoring.md for what counts as a verdict")
+    advice = "make the model say the word alone with score.llm.extra_body (docs/scoring.md)"
+    raise TryAgain("expected CORRECT or INCORRECT and nothing else", got, advice)
 
 
-def _text(part: str | _Part | None) -> str:
-    if isinstance(part, _Part):
-        return part.text if part.type in ("text", "output_text") and isinstance(part.text, str) else ""
-    return part or ""
+def _each_name_once(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    if len(dict(pairs)) < len(pairs):
+        raise ValueError("a name twice in an object")
+    return dict(pairs)
+
+
+def _text(part: str | _Part) -> str:
+    if isinstance(part, str):
+        return part
+    if part.type in ("text", "output_text") and isinstance(part.text, str | None):
+        return part.text or ""
+    return "" if part.type in _THOUGHT_PARTS else "?"  # nobody knows what it says: no verdict
 
 
 def verdict_in(text: str) -> bool | None:
-    """The verdict that a reply says, None where it says none, or more than one thing."""
+    """The verdict that a reply says, None where it says none, or anything beside it: nobody can read what prose means by it."""
     thoughtless = without_thoughts(text)
     if thoughtless is None:
         return None
-    reply = _WRAPPERS.sub(" ", thoughtless).strip()
-    if reply.lower().count("correct") != 1:  # INCORRECT has it, too
+    reply = _WRAPPERS.sub(" ", thoughtless).strip(_BLANKS)
+    if len(reply) > _MAX_VERDICT_CHARS:
         return None
-    lines = [line for line in reply.splitlines() if line.strip()]
-    if len(lines) > 2 and lines[0].startswith("```") and lines[-1].strip() == "```":
-        lines = lines[1:-1]
-        reply = "\n".join(lines)
-    verdict = _word_of(_json_verdict(reply))
-    if verdict is None and len(lines) > 1 and _is_closed(lines[-2]):
-        verdict = _word_of(lines[-1])
-    return verdict
+    fenced = _FENCE.fullmatch(reply)
+    reply = _json_verdict(fenced[1].strip(_BLANKS) if fenced else reply)
+    for line in (reply, _undressed(reply)):  # **Verdict:** **CORRECT**, and **Verdict: CORRECT**
+        word = _undressed(_LEAD.sub("", line)).lower()
+        if word in ("correct", "incorrect"):
+            return word == "correct"
+    return None
 
 
-def _word_of(text: str) -> bool | None:
-    word = _LINE.fullmatch(text.lstrip(_MARKS).rstrip(_MARKS + ".。"))
-    return None if word is None else word[1] is None
+def _undressed(text: str) -> str:
+    """Without what stands around the whole: blanks, pairs of quotes, brackets and Markdown marks, a stop at the end."""
+    while True:
+        bare = text.strip(_BLANKS).removesuffix(".").removesuffix("!").removesuffix("。")
+        if len(bare) > 1 and bare[0] + bare[-1] in _PAIRS:
+            bare = bare[1:-1]
+        if bare == text:
+            return bare
+        text = bare
 
 
 def without_thoughts(text: str) -> str | None:
     """A reply without what the model thought before it, None where the thinking has no end.
 
-    An opening mark may be missing: then it stood in the prompt.
+    Some opening marks may be missing: then they stood in the prompt. A mark inside a thought of another kind is its text.
     """
     if text.startswith("analysis"):  # gpt-oss, its special tokens dropped
         text = text.rpartition("assistantfinal")[2]
-    kept, inside, last = [], False, 0
-    for mark in _THOUGHT.finditer(text):
-        if mark["opens"] is None:
-            inside = False
-        elif not inside:
-            kept.append(text[last : mark.start()])
-            inside = True
-        last = mark.end()
-    return None if inside else "\n".join([*kept, text[last:]])
+    kept, awaited, last = [], "", 0
+    closing = set(_OPENED_IN_PROMPT)
+    for match in _THOUGHT.finditer(text):
+        mark = match[0].lower()
+        if awaited:
+            if mark == awaited:
+                closing.add(mark)  # one that comes again was quoted before
+                awaited, last = "", match.end()
+        elif mark in _THOUGHTS:
+            kept.append(text[last : match.start()])
+            awaited, last = _THOUGHTS[mark], match.end()
+        elif mark in closing:
+            last = match.end()
+    return None if awaited else "\n".join([*kept, text[last:]])
 
 
 def _json_verdict(reply: str) -> str:
-    """The word of {"verdict": "CORRECT"}, "" where an object says none; what is no object, as it is."""
+    """The word of {"verdict": "CORRECT"}, "" where an object says more or less; what is no object, as it is."""
     try:
-        value = json.loads(reply)
+        value = json.loads(reply, object_pairs_hook=list)
     except (ValueError, RecursionError):
         return reply
-    if not isinstance(value, dict):
+    if not reply.startswith("{"):
         return reply
-    said = [entry for name, entry in value.items() if _HEADING.fullmatch(name.replace("_", " ").strip())]
-    return said[0] if len(said) == 1 and isinstance(said[0], str) else ""
-
-
-def _is_closed(line: str) -> bool:
-    """Whether a line ends a sentence, so that the next one does not go on with it ("It is not / CORRECT")."""
-    bare = line.strip(_MARKS)
-    return bare.endswith((".", "!", ":", "。", "！", "：")) or _HEADING.fullmatch(bare) is not None
+    match value:
+        case [(str(name), str(said))] if _NAME.fullmatch(name.replace("_", " ").strip()):
+            return said
+    return ""
 
 
 def described(body: bytes) -> str:
@@ -174,6 +246,9 @@ def described(body: bytes) -> str:
 
 
 def one_line(text: str, from_end: bool = False) -> str:
-    """As part of a message: without line breaks, at most 200 characters."""
-    flat = " ".join(text.split())
-    return flat if len(flat) <= 200 else f"...{flat[-200:]}" if from_end else f"{flat[:200]}..."
+    """As part of a message: without line breaks and what a terminal or a log cannot show, at most 200 characters."""
+    near = text[-2000:] if from_end else text[:2000]
+    flat = " ".join("".join(char if char.isprintable() else " " for char in near).split())
+    if len(flat) <= 200 and len(near) == len(text):
+        return flat
+    return f"...{flat[-200:]}" if from_end else f"{flat[:200]}..."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import unicodedata
 
@@ -25,15 +26,21 @@ _QUOTED = re.compile(r"""^(?:"([^"]*)"|'([^']*)'|\*+([^*]+)\*+|_+([^_]+)_+)$""",
 _LATEX_WRAPPER = re.compile(
     r"\\(?:boxed|fbox|text(?:bf|it|rm|sf|tt|normal)?|math(?:rm|bf|it|sf|tt)|mbox|operatorname)\*?\s*\{([^{}]*)\}"
 )
+_BOX = re.compile(r"\\(?:boxed|fbox)(?![a-zA-Z])")
 _LATEX_FRACTION = re.compile(r"(\d?)\\[dtc]?frac\s*(?:\{([^{}\\]*)\}|(\d))\s*(?:\{([^{}\\]*)\}|(\d))")
+_PLAIN_PART = re.compile(r"\s*(?:-?\d+(?:\.\d+)?|[a-zA-Z]|[a-zA-Z]{3,})\s*")
+_MORE_OF_A_FORMULA = re.compile(r"[\w.^!'({\[]|\\(?!text|mathrm|mbox|right|[,;:!%$\s\])}])")
 _LATEX_MARKS = (
     (re.compile(r"\\(?:left|right|displaystyle|bigl?|bigr|Bigl?|Bigr)(?![a-zA-Z])"), ""),
-    (re.compile(r"\s*\^\s*\{?\s*\\circ\s*\}?|\s*\\(?:degree|circ)(?![a-zA-Z])"), "°"),
+    (re.compile(r"\s?\^\s?\{?\s?\\circ\s?\}?|\s?\\(?:degree|circ)(?![a-zA-Z])"), "°"),
     (re.compile(r"\\(?:times|cdot)(?![a-zA-Z])"), "×"),
+    (re.compile(r"\\[lc]?dots(?![a-zA-Z])"), "..."),
     (re.compile(r"\\!|\\(?:quad|qquad|thinspace|,|;|:|\s)"), " "),
     (re.compile(r"\\([%$#&_{}])"), r"\1"),
     (re.compile(r"\{,\}"), ","),
-    (re.compile(r"\^\{([^{}]*)\}"), r"^\1"),
+    (re.compile(r"_\{(\w*)\}"), r"_\1"),
+    (re.compile(r"\^\{([+-]?\d+|[a-zA-Z])\}(?![\w.(])"), r"^\1"),
+    (re.compile(r"\^\{([^{}]*)\}"), r"^(\1)"),
 )
 _FORMULA = re.compile(r"^(?:\$\$([^$]+)\$\$|\$([^$]+)\$|\\\((.+)\\\)|\\\[(.+)\\\])$", re.DOTALL)
 _ROUNDS = 4  # of wrappers within wrappers: $\boxed{\text{"A"}}$
@@ -49,20 +56,52 @@ _ONE_OF_A_SCALE = re.compile(rf"\ba(?=\s+(?:{'|'.join(_SCALES)}|dozen)\b)", re.I
 _DIGIT_AND_SCALE = re.compile(rf"\d\s*(?:{'|'.join(_SCALES)})\b", re.IGNORECASE)  # "5 million" would become "5 1000000"
 _MAX_WORDS_CHARS = 2000  # longer texts are no numbers in words
 
+# "No one" is no number, and "the one" is no 1.
+_ONE_AS_A_PRONOUN = re.compile(r"\b(?:no|any|every|some|the|this|that|each|which|last)[\s-]+one\b", re.IGNORECASE)
+
 _TOKEN = re.compile(r"\d*\.\d+|\d+|[^\W\d_]+|\S")
-_JOINED = re.compile(r"(?<=[^\W\d_])\.(?=[^\W\d_])|(?<=[^\W\d_])'|'(?=[^\W\d_])|\.{2,}|…")  # U.S.A., don't, wait...
+_JOINED = re.compile(
+    r"(?<=[^\W\d_])\.(?=[^\W\d_])|(?<=[^\W\d_]{2})'(?=[^\W\d_])|(?<=[^\W\d_])'(?=[^\W\d_]{2})"
+)  # U.S.A., don't
+# Words that are numbers or functions: beside them a mark is one of a formula, as beside x.
+_OF_FORMULAS = frozenset(
+    (
+        *("pi", "tau", "phi", "alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa", "lambda"),
+        *("mu", "nu", "xi", "rho", "sigma", "upsilon", "chi", "psi", "omega", "inf", "infinity", "infty", "infinite", "oo"),
+        *("sin", "cos", "tan", "cot", "sec", "csc", "arcsin", "arccos", "arctan", "sinh", "cosh", "tanh", "ln", "log", "lg"),
+        *("exp", "sqrt", "cbrt", "root", "abs", "det", "gcd", "lcm", "lim", "min", "max", "mod", "unity", "half", "third"),
+        *("quarter", "positive", "negative", "plus", "minus", "times", "over", "divided", "and", "or", "not", "nan", "null"),
+    )
+)
+_LAST_MARKS = re.compile(r"([^\W\d_]{2,})\s?([!?.]+)$")
 _SPACE = re.compile(r"\s+")
 
 
-def _without_latex(text: str) -> str:
-    def fraction(found: re.Match[str]) -> str:
-        over, under = found[2] or found[3] or "", found[4] or found[5] or ""
-        whole = f"{found[1]} " if found[1] else ""
-        plain = all(re.fullmatch(r"\s*-?[\w.]+\s*", part) for part in (over, under))
-        return f"{whole}{over.strip()}/{under.strip()}" if plain else f"{whole}({over})/({under})"
+def _fraction(found: re.Match[str]) -> str:
+    """In brackets wherever it would take in what stands beside it: \\frac{1}{2}x is not 1/(2x), x^\\frac{1}{2} not x^1/2."""
+    over, under = found[2] or found[3] or "", found[4] or found[5] or ""
+    text = "/".join(part.strip() if _PLAIN_PART.fullmatch(part) else f"({part})" for part in (over, under))
+    before, after = found.string[: found.start()].rstrip()[-1:], found.string[found.end() :][:9].lstrip()
+    joined = _MORE_OF_A_FORMULA.match(after) and not re.match(r"[a-zA-Z]{2}", after)
+    word = under.strip().isalpha() and after[:1].isalpha()
+    text = f"({text})" if joined or word or before in ("^", "_", "/") else text
+    return f"{found[1]} {text}" if found[1] else text
 
+
+def _unwrapped(found: re.Match[str]) -> str:
+    """What is in the braces, kept apart from its neighbours; of digits beside digits, which are no number, the wrapper stays."""
+    inside, before, after = found[1], found.string[: found.start()][-1:], found.string[found.end() :][:1]
+    if (inside[:1].isdigit() and (before.isdigit() or before in ("}", "."))) or (inside[-1:].isdigit() and after.isdigit()):
+        return found[0]
+    left = " " if inside[:1].isalnum() and (before.isalnum() or before == "}") else ""
+    return left + inside + (" " if inside[-1:].isalnum() and after.isalnum() else "")
+
+
+def _without_latex(text: str) -> str:
+    several = len(_BOX.findall(text)) > 1  # answers in two boxes are two answers
     for _ in range(_ROUNDS):
-        text = _LATEX_WRAPPER.sub(r"\1", _LATEX_FRACTION.sub(fraction, text))
+        text = _LATEX_FRACTION.sub(_fraction, text)
+        text = text if several else _LATEX_WRAPPER.sub(_unwrapped, text)
     for mark, plain in _LATEX_MARKS:
         text = mark.sub(plain, text)
     return text
@@ -82,7 +121,7 @@ def fold(text: str) -> str:
     text = unicodedata.normalize("NFKC", text.translate(_SAME)).translate(_SAME)
     if not text.isascii():
         text = "".join(str(unicodedata.decimal(char)) if char.isdecimal() else char for char in text)
-    text = text.strip()
+    text = _SPACE.sub(lambda found: "\n" if "\n" in found[0] else " ", text).strip()
     for _ in range(_ROUNDS):
         before = text
         if "\\" in text or "{" in text:
@@ -103,55 +142,83 @@ def fold(text: str) -> str:
 def digits_for_words(text: str) -> str:
     """English number words as digits: "twenty-one dogs" -> "21 dogs"."""
     text = _ONE_OF_A_SCALE.sub("one", text)
-    if len(text) > _MAX_WORDS_CHARS or not _HAS_NUMBER_WORD.search(text) or _DIGIT_AND_SCALE.search(text):
+    if len(text) > _MAX_WORDS_CHARS or not _HAS_NUMBER_WORD.search(text):
         return text
-    return alpha2digit(text.lower(), "en", threshold=0)
+    if _DIGIT_AND_SCALE.search(text) or _ONE_AS_A_PRONOUN.search(text):
+        return text
+    return alpha2digit(text, "en", threshold=0)
 
 
 def _is_word(token: str) -> bool:
     """Of two letters or more; a single one may be a label, an option or a variable, beside which every mark counts."""
-    return len(token) > 1 and token[0].isalpha()
+    return len(token) > 1 and token[0].isalpha() and token.casefold() not in _OF_FORMULAS
 
 
-def _kept(token: str, before: str, after: str) -> str:
-    """What stands for a token in the normalised text, by its neighbours; "" for nothing."""
-    if token[0].isalnum() or unicodedata.category(token)[0] not in "PS":
+def _are_words(one: str, other: str) -> bool:
+    """Two words that a mark may join or part; of short ones or of capitals, AB-CD, it may be an operator."""
+    capitals = any(len(word) < 3 and word.isupper() for word in (one, other))
+    return _is_word(one) and _is_word(other) and len(one) + len(other) > 4 and not capitals
+
+
+def _kept(token: str, before: str, after: str, spaced: tuple[bool, bool]) -> str:
+    """What stands for a token in the normalised text, by its neighbours and the spaces to them; "" for nothing."""
+    if len(token) > 1 or token.isalnum() or unicodedata.category(token)[0] not in "PS":
         return token
-    if token in "'\"":
-        return token if before[-1:].isdigit() else ""
     match token:
         case "&":
             return "and"
-        case "." | "_":
+        case '"' if not before or not after or (any(spaced) and not before.isdigit() and len(before) > 1):
             return ""
-        case "!" | "?" | "¿" | "¡":
-            return token if before[-1:].isdigit() else ""  # 5! is 120
-        case "-" if not before and _is_word(after):
+        case "." if before[:1].isalpha():
             return ""
-        case "-" | "," | ";" | "、" | "(" | ")" | "[" | "]":
-            if token in ",;、" and (not before or not after):
-                return ""
-            return "" if _is_word(before) or _is_word(after) else token.replace(";", ",").replace("、", ",")
-        case ":":
-            return token if before[-1:].isdigit() and after[:1].isdigit() else ""
+        case "¿" | "¡" if not before and _is_word(after):
+            return ""
+        case "-" if not before and spaced[1] and _is_word(after) and len(after) > 2:
+            return ""  # of a list
+        case "-" | "_" if not any(spaced) and _are_words(before, after):
+            return ""
+        case ":" if spaced == (False, True) and _are_words(before, after):
+            return ""
+        case "," | ";" | "、":
+            return "" if not before or not after or _is_word(before) or _is_word(after) else ","
     return token  # of symbols and the rest: C# is not C, and a/b is not a b
+
+
+_ASIDE = re.compile(r"\(([^\W\d_]{2,}(?: [^\W\d_]{2,})*)\)(?=$|[\s,])")
+
+
+def _without_aside(found: re.Match[str]) -> str:
+    plain = all(_is_word(word) for word in found[1].split()) and found.string[: found.start()][-2:-1].isalpha()
+    return found[1] if plain and found.string[found.start() - 1].isspace() else found[0]
+
+
+def _without_last_marks(found: re.Match[str]) -> str:
+    marks, before = found[2], found.string[: found.start()]
+    listed = marks.startswith("..") and re.search("[,;、\\d]", before)
+    asked = "?" in marks and not before.strip()  # "Paris?"
+    return found[0] if listed or asked or not _is_word(found[1]) else found[1]
 
 
 def normalise(text: str) -> str:
     """Text as the rule judge compares it: case, number words, articles, and punctuation that means nothing evened out.
 
-    Marks count between numbers and single letters ("1, 2" is not "12", "A, B" is not "AB"), and so do all symbols; between
-    words, commas, hyphens and brackets are space. "the" goes, and "a" or "an" before a word at the beginning (not the A of
-    "Vitamin A" or "A Team"). "" where nothing but punctuation was there.
+    Marks count beside numbers, single letters and words of formulas ("1, 2" is not "12", "-pi" is not "pi"), and so do all
+    symbols; between words, a comma, a hyphen that joins them, and brackets around words are space. "the" goes, and "a" or
+    "an" before a word at the beginning (not the A of "Vitamin A" or "A Team"). "" where nothing but punctuation was there.
     """
-    folded = digits_for_words(fold(text))
-    tokens = _TOKEN.findall(_JOINED.sub("", folded))
+    folded = _LAST_MARKS.sub(_without_last_marks, _JOINED.sub("", digits_for_words(one_line(text))))
+    folded = _ASIDE.sub(_without_aside, folded)
+    found = list(_TOKEN.finditer(folded))
+    tokens = [token[0] for token in found]
     around = ["", *tokens, ""]
-    kept = [_kept(token, around[i], around[i + 2]) for i, token in enumerate(tokens)]
+    gaps = [False, *(one.end() < other.start() for one, other in itertools.pairwise(found)), False]
+    kept = [_kept(token, around[i], around[i + 2], (gaps[i], gaps[i + 1])) for i, token in enumerate(tokens)]
     if len(tokens) > 1 and tokens[0] in ("a", "an", "A", "An") and _is_word(tokens[1]):
         is_name = tokens[0][0].isupper() and tokens[1][0].isupper()
         kept[0] = kept[0] if is_name else ""
     words = [token.casefold() for token in kept if token]
+    if not any(token[0].isalnum() for token in words):
+        words = [token for token in words if unicodedata.category(token[0])[0] != "P"]
     return " ".join([word for word in words if word != "the"] or words)
 
 

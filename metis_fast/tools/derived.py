@@ -97,5 +97,5 @@ def _is_intact(folder: Path) -> bool:
     try:
         written = json.loads((folder / _CHECKSUMS).read_text())
         return bool(written) and written == _hashes(folder, list(written))
-    except (OSError, ValueError, TypeError):  # a missing file; a damaged list of them
+    except (OSError, ValueError, TypeError, RecursionError):  # a missing file; a damaged list of them
         return False

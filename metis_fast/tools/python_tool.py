@@ -54,15 +54,19 @@ _OPEN = b"open"
 _READY = b"ready"
 # sys.path is set by hand because the server ignores the caller's folder and PYTHONPATH, as `-I` would have it. Not `-I` itself:
 # it also ignores PYTHONHASHSEED, which makes the order of sets repeat. The environment is ours, so nothing else differs.
+# An alarm of the agent's that raises again and again must end before any function of ours is entered: each entry runs handlers.
 _COMMAND = """
-import sys
+import signal, sys
 sys.path.insert(0, sys.argv.pop(1))
 from metis_fast.tools.sandbox.server import main
 del sys.path[0]
 for call in main():
-    with call:
-        for code in call:
-            exec(code, call.scope)
+    with call, call:
+        try:
+            for code in call:
+                exec(code, call.scope)
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
 """
 
 
@@ -74,6 +78,7 @@ def _environment() -> dict[str, str]:
         "PYTHONHASHSEED": "0",
         "PYTHONDONTWRITEBYTECODE": "1",
         "PYTHONUNBUFFERED": "1",  # what a child has printed is there, also if it is killed
+        "MALLOC_ARENA_MAX": "1",  # of 64 MiB of address space each, one a thread, they would use up the memory limit
         "OMP_NUM_THREADS": "1",
         "OPENBLAS_NUM_THREADS": "1",
         "MPLBACKEND": "module://metis_fast.tools.sandbox.figures",

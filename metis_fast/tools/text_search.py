@@ -87,6 +87,7 @@ class TextSearch:
 
     def search(self, query: str) -> Observation:
         """The best pages for the words of `query`; what is not a word does not count, and nothing in it is syntax."""
+        query = query.encode("utf-8", "replace").decode()  # JSON may hold half a pair of surrogates
         units = query_units(self._words, query)
         pages = self._best(self._query(units, _same_title(self._exact, query))) if units else []
         if not pages:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import io
+import re
 from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -22,6 +26,17 @@ NEXT = "[new Python session: earlier variables are gone]\n2"
 Run = Callable[..., list[Observation]]
 
 
+def observations(server: PythonServer, *codes: str, timeout_s: float = 60.0) -> list[Observation]:
+    async def story() -> list[Observation]:
+        tool = PythonTool(server, (), timeout_s, LIMIT)
+        try:
+            return [await tool.call(code) for code in codes]
+        finally:
+            await tool.close()
+
+    return asyncio.run(story())
+
+
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PythonServer]:
     try:
@@ -36,17 +51,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PythonServer]:
 def run(server: PythonServer) -> Run:
     """The observations of calls in one session."""
 
-    def calls(*codes: str, timeout_s: float = 60.0) -> list[Observation]:
-        async def story() -> list[Observation]:
-            tool = PythonTool(server, (), timeout_s, LIMIT)
-            try:
-                return [await tool.call(code) for code in codes]
-            finally:
-                await tool.close()
-
-        return asyncio.run(story())
-
-    return calls
+    return partial(observations, server)
 
 
 # -- processes and threads of the agent -----------------------------------------------------------------------------------
@@ -278,6 +283,104 @@ def test_streams_have_what_programs_expect_of_them(run: Run) -> None:
     assert run(code) == [Observation("<stdout> utf-8 False 1 2\nraw\n5\n?")]
 
 
+def test_a_thread_that_prints_outlives_the_streams_of_every_call(run: Run) -> None:
+    start = "import threading\ngo, done = threading.Event(), threading.Event()\n"
+    start += "def spam():\n    while not go.is_set(): print('spam')\n    done.set()\n"
+    start += "threading.Thread(target=spam, daemon=True).start()"
+    replace = "import io, sys\nsys.stdout = sys.stderr = io.StringIO()"
+    between = [replace if number % 3 == 0 else "import time\ntime.sleep(0.002)" for number in range(12)]
+    *_, end, after = run(start, *between, "go.set(); done.wait()", "2")
+    assert end.outcome is Outcome.TOOL_RESULT and after == Observation("2")
+
+
+@pytest.mark.parametrize(
+    "take",
+    [
+        "while True: x.append(bytearray(700))",
+        "while True: x.append(object())",
+        "while True: x[0] = [x[0], str(len(x))]; x.append(x[0])",
+        "y = {}\nx.append(y)\nfor i in range(1 << 40): y[i] = str(i)",
+        "for size in (1 << 20, 5000, 700, 200, 60, 30):\n    try:\n        while True: x.append(bytes(size))\n"
+        "    except MemoryError: pass\nwhile True: x.append(bytes(7))",
+    ],
+    ids=["small", "smallest", "lists", "dictionary", "every size"],
+)
+def test_code_that_takes_all_memory_is_told_so_and_keeps_its_session(tmp_path: Path, take: str) -> None:
+    with contextlib.closing(PythonServer(PythonToolConfig(memory_mb=128), tmp_path)) as server:
+        calls = ["x = [0]", take, "len(x) > 1 or len(x[0]) > 1", take, "len(x) > 1", "del x", "print('room again')"]
+        _, full, kept, again, still, _, after = observations(server, *calls)
+    for got in (full, again):
+        assert got.outcome is Outcome.TOOL_ERROR and got.text.endswith("MemoryError")
+    assert [kept.text, still.text, after.text] == ["True", "True", "room again"]
+
+
+def test_forty_threads_fit_into_the_memory_limit(run: Run) -> None:
+    code = "from concurrent.futures import ThreadPoolExecutor\nimport threading\nall_here = threading.Barrier(40)\n"
+    code += "with ThreadPoolExecutor(40) as pool: print(sum(pool.map(lambda x: all_here.wait() * 0 + bool(bytearray(999)), range(40))))"
+    assert run(code) == [Observation("40")]
+
+
+ERROR = "class E({}):\n    @property\n    def {}(self): raise KeyError\nraise E"
+
+
+@pytest.mark.parametrize(
+    ("code", "end"),
+    [
+        ("import numpy, sys\nsys.exit(numpy.array([1, 2]))", "SystemExit: [1 2]"),
+        ("import numpy, sys\nsys.exit(numpy.array([0]))", "SystemExit: [0]"),
+        ("class A:\n    def __str__(self): raise ValueError\nraise SystemExit(A())", "SystemExit (no traceback: ValueError)"),
+        (ERROR.format("SystemExit", "code"), "E (no traceback: KeyError)"),
+        (ERROR.format("Exception", "__notes__"), "E (no traceback: KeyError)"),
+        (ERROR.format("Exception", "__cause__"), "E (no traceback: KeyError)"),
+        ("raise SyntaxError('m', ('f', 1, 1, 5))", "SyntaxError (no traceback: AttributeError)"),
+        ("class E(Exception):\n    def __str__(self): raise E\nraise E", "E: <exception str() failed>"),
+        (
+            "e = None\nfor i in range(3000):\n    new = ValueError(i)\n    new.__cause__ = e\n    e = new\nraise e",
+            "ValueError: 2999",
+        ),
+        (
+            "e = None\nfor i in range(3000):\n    new = ValueError(i)\n    new.__context__ = e\n    e = new\nraise e",
+            "ValueError: 2999",
+        ),
+        ("e = ValueError()\nfor i in range(3000): e = ExceptionGroup('g', [e])\nraise e", "---"),
+        ("import sys\nsys.setrecursionlimit(12)\nraise ValueError", "ValueError"),
+        (
+            "import sys\ndef trace(frame, *_):\n    if frame.f_code.co_name == '__exit__': raise KeyError\nsys.setprofile(trace)",
+            "KeyError",
+        ),
+        ("import resource\nresource.setrlimit(resource.RLIMIT_AS, (1 << 29, 1 << 29))\nbytearray(1 << 30)", "MemoryError"),
+    ],
+)
+def test_no_error_costs_the_session_whatever_it_is_made_of(run: Run, code: str, end: str) -> None:
+    _, got, kept = run("x = 1", "print('printed')\n" + code, "x")
+    assert got.outcome is Outcome.TOOL_ERROR and got.text.startswith("printed\n") and got.text.endswith(end)
+    assert "metis_fast" not in got.text and kept == Observation("1")
+
+
+@pytest.mark.parametrize(("timer", "name"), [("REAL", "ALRM"), ("VIRTUAL", "VTALRM"), ("PROF", "PROF")])
+def test_a_timer_whose_handler_raises_again_and_again_ends_with_its_call(run: Run, timer: str, name: str) -> None:
+    code = f"from signal import *\ndef ring(*_): raise TimeoutError\nsignal(SIG{name}, ring)\n"
+    code += f"setitimer(ITIMER_{timer}, 0.001, 0.0001)\nwhile True: pass"
+    got, spent, kept = run(code, "for _ in range(1 << 20): pass", f"getsignal(SIG{name}) is ring")
+    assert got.text.endswith("TimeoutError") and [spent, kept] == [Observation("(no output)"), Observation("True")]
+
+
+def test_signals_between_calls_end_no_session(run: Run) -> None:
+    start = "import _thread, os, signal, threading, time\ngo, done = threading.Event(), threading.Event()\n"
+    start += "def fail(*_): raise ValueError\nsignal.signal(signal.SIGUSR1, fail)\n"
+    start += "def send():\n    while signal.getsignal(signal.SIGUSR1) is fail: time.sleep(0.0001)\n"  # the call has ended
+    start += "    _thread.interrupt_main(); os.kill(os.getpid(), signal.SIGUSR1); done.set()\n"
+    start += "threading.Thread(target=send).start()"
+    wait = "while not done.is_set(): time.sleep(0.001)"
+    first, second, handler = run(start, wait, "signal.getsignal(signal.SIGUSR1) is fail")
+    assert [first.text, second.outcome, handler.text] == ["(no output)", Outcome.TOOL_RESULT, "True"]
+
+
+def test_a_signal_to_itself_ends_no_session(run: Run) -> None:
+    code = "import os, signal\nfor number in (signal.SIGSEGV, signal.SIGTERM, signal.SIGKILL, signal.SIGSTOP): os.kill(os.getpid(), number)"
+    assert run(code + "\nos.kill(0, 9)", "2") == [Observation("(no output)"), Observation("2")]
+
+
 # -- warnings and paths ---------------------------------------------------------------------------------------------------
 
 
@@ -302,6 +405,21 @@ def test_a_warning_names_the_line_of_the_call_and_comes_again_in_the_next(run: R
     for number, got in enumerate(run(code, code), start=1):
         assert got.text.startswith(f"<call {number}>:3: {shown}\n  {line}")
         assert "metis_fast" not in got.text and "site-packages" not in got.text
+
+
+def test_groups_of_errors_show_the_agents_lines_only(run: Run) -> None:
+    code = "import asyncio, json\nasync def parse(): json.loads('x')\nasync def main():\n"
+    code += "    async with asyncio.TaskGroup() as group: group.create_task(parse())\nasyncio.run(main())"
+    nest = "import json\ntry: json.loads('x')\nexcept ValueError as e: raise ExceptionGroup('a', [ExceptionGroup('b', [e])]) from None"
+    for got in run(code, nest):
+        files = set(re.findall(r'File "([^"]*)"', got.text))
+        assert "JSONDecodeError" in got.text and files and all(name.startswith("<call ") for name in files)
+
+
+def test_the_path_of_imports_holds_only_what_the_sandbox_has(run: Run) -> None:
+    code = "import os, sys\n[path for path in sys.path[1:] if not path.endswith('.zip') and not os.listdir(path)]"
+    got, listed = run(code, "print('\\n'.join(sys.path))")
+    assert got == Observation("[]") and str(Path(__file__).parents[2]) not in listed.text.split("\n")
 
 
 def test_nothing_that_the_agent_is_shown_names_our_files(run: Run) -> None:

@@ -20,7 +20,7 @@ class Reply:
     """reset: the connection is cut after what there is of the body."""
 
     status: int
-    text: str
+    text: str | bytes
     headers: Mapping[str, str] = field(default_factory=dict)
     reset: bool = False
 
@@ -105,7 +105,7 @@ def serving(judge: JudgeServer) -> Iterator[str]:
             self._send(Reply(200, json.dumps(models)) if self.path.partition("?")[0] == "/v1/models" else Reply(404, ""))
 
         def _send(self, reply: Reply) -> None:
-            payload = reply.text.encode()
+            payload = reply.text if isinstance(reply.text, bytes) else reply.text.encode()
             self.close_connection = reply.reset
             try:
                 if reply.reset and not payload:

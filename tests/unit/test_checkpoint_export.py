@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import resource
@@ -20,6 +21,7 @@ import pytest
 import torch
 from folders import LFS, copy_through, shapes_of, tiny, weights_of
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from transformers import AutoProcessor, Qwen3Config, Qwen3ForCausalLM, Qwen3VLForConditionalGeneration
 from transformers.utils.import_utils import is_torchvision_available
 
@@ -70,7 +72,7 @@ def test_plain_transformers_loads_what_was_written(tied, dtype, max_shard_bytes,
     listed = set()
     for file in files:
         with safe_open(tmp_path / "out" / file, framework="pt") as opened:
-            assert opened.metadata() == {"format": "pt"}
+            assert opened.metadata()["format"] == "pt"  # which transformers asks for
             names = list(opened.keys())
             listed |= {(name, file) for name in names}
         size = sum(trained[name].nbytes for name in names)
@@ -280,6 +282,7 @@ def test_where_an_export_cannot_be_is_said_when_the_run_starts(tmp_path, monkeyp
         ("home/thesis.tex", "holds no exported model"),
         ("model/../model", "folder of the model that was trained"),
         ("link", "folder of the model that was trained"),
+        (".", "folder of the model that was trained"),
     ):
         with pytest.raises(CheckpointError, match=says):
             check_start(source, tmp_path / out)
@@ -296,7 +299,101 @@ def test_where_an_export_cannot_be_is_said_when_the_run_starts(tmp_path, monkeyp
             check_start(source, tmp_path / "home" / "run" / "trained")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**6, 10**6, 1000))
     check_start(source, tmp_path / "new" / "trained")
-    assert "the trained model will take 0.0 GB" in caplog.text and caplog.text.count("\n") == 1
+    assert "the trained model will take 0.000452 GB" in caplog.text and caplog.text.count("\n") == 1
+
+
+def _no_marks(out: Path) -> None:
+    """As somebody else's tools save the same weights."""
+    save_file(load_file(out / "model.safetensors"), out / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("add", "names"),
+    [
+        (lambda out: (out / "README.md").write_text("A model card."), "README.md"),
+        (lambda out: (out / ".gitattributes").write_text("*.safetensors filter=lfs"), ".gitattributes"),
+        (lambda out: (out / "optimizer.pt").write_bytes(b"moments"), "optimizer.pt"),
+        (lambda out: (out / "adapter_model.safetensors").write_bytes(b"weights"), "adapter_model.safetensors"),
+        (lambda out: (out / "model.safetensors.bak").write_bytes(b"weights"), "model.safetensors.bak"),
+        (lambda out: shutil.copytree(out, out / "checkpoint-500"), "checkpoint-500"),
+        (lambda out: (out / "merges.txt").symlink_to("../notes"), "merges.txt"),
+        (lambda out: (out / "model.safetensors").write_bytes(b"no longer weights"), "model.safetensors"),
+        (lambda out: (out / "model.safetensors").unlink(), "chat_template.jinja"),
+        (_no_marks, "model.safetensors"),
+    ],
+)
+def test_an_export_replaces_an_export_and_nothing_else(add, names, tmp_path):
+    source, out = tiny(tmp_path / "model"), tmp_path / "out"
+    copy_through(source, out, max_shard_bytes=10**9)
+    check_start(source, out)
+    add(out)
+    before = {path.relative_to(out): path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    with pytest.raises(CheckpointError) as caught:
+        check_start(source, out)
+    assert f"({names}); choose another folder, or move it away" in str(caught.value) and "\n" not in str(caught.value)
+    with pytest.raises(CheckpointError, match="holds no exported model, or more than that"):
+        copy_through(source, out)
+    assert {path.relative_to(out): path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+
+
+def test_the_model_that_a_run_starts_from_is_never_where_it_is_exported_to(tmp_path):
+    top = tmp_path / "hf"
+    copy_through(tiny(tmp_path / "model"), top)
+    inside = top / "checkpoint-500"  # where transformers' Trainer saves them
+    shutil.copytree(tmp_path / "model", inside)
+    linked = tmp_path / "linked"  # its files are those of an export
+    linked.mkdir()
+    copy_through(tmp_path / "model", tmp_path / "older")
+    for path in (tmp_path / "older").iterdir():
+        (linked / path.name).symlink_to(path)
+    (tmp_path / "way").symlink_to("hf")
+    for source, out in ((inside, top), (inside, tmp_path / "way"), (tmp_path / "way" / "checkpoint-500", top),
+                        (linked, tmp_path / "older")):  # fmt: skip
+        with pytest.raises(CheckpointError, match="it is or holds the folder of the model that was trained"):
+            check_start(source, out)
+        with pytest.raises(CheckpointError, match="it is or holds the folder of the model that was trained"):
+            copy_through(source, out)
+    check_start(inside, inside / "trained")
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(CheckpointError, match=r"cannot export to .*loop"):
+        check_start(inside, tmp_path / "loop")
+
+
+@pytest.mark.parametrize(
+    "top", [{}, {"dtype": 1}, {"torch_dtype": 1}, {"dtype": 1, "torch_dtype": 1}, {"dtype": 1, "torch_dtype": 0}]
+)
+def test_any_spelling_of_the_dtype_is_that_of_the_weights_when_the_run_ends(top, tmp_path):
+    source, names = tiny(tmp_path / "model"), {0: "float32", 1: "bfloat16"}
+    path = source / "config.json"
+    tree = json.loads(path.read_text())
+    del tree["dtype"]
+    given = {key: names[which] for key, which in top.items()}
+    for part in (tree, tree["text_config"], tree["vision_config"]):
+        part |= given
+    path.write_text(json.dumps(tree))
+    for dtype in ("float32", "bfloat16"):
+        policy = load_policy(ModelConfig.model_validate({"path": source, "dtype": dtype}))
+        export_policy(policy, check_export(source, tmp_path / "out", dtype), tmp_path / "out")
+        found = json.loads((tmp_path / "out" / "config.json").read_text())
+        for part in (found, found["text_config"], found["vision_config"]):
+            assert all(part[key] == dtype for key in given)
+
+
+def test_the_second_model_of_the_check_is_gone_when_it_returns(tmp_path):
+    source = tiny(tmp_path / "model")
+    policy = load_policy(ModelConfig(path=source, dtype="float32"))
+    config = json.loads((source / "config.json").read_text())
+    gc.collect()
+    gc.disable()  # nor is it left to the collector, which runs when it likes
+    try:
+        check_logits(policy, source)
+        (source / "config.json").write_text(json.dumps(config | {"dtype": "bfloat16"}))
+        with pytest.raises(ModelError, match="its weights are loaded as torch.bfloat16, expected torch.float32") as caught:
+            check_logits(policy, source)
+        models = [one for one in gc.get_objects() if isinstance(one, Qwen3VLForConditionalGeneration)]
+    finally:
+        gc.enable()
+    assert caught.value.__traceback__ is not None and sum(one is not policy.model for one in models) == 0
 
 
 def test_an_export_whose_logits_are_not_the_trainers_gets_no_name(tmp_path):

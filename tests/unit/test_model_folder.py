@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -18,13 +19,18 @@ from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken
 from transformers import AutoTokenizer
 
-from metis_fast.checkpoint.export import check_logits, export_policy, read_source
+from metis_fast import cli
+from metis_fast.checkpoint.export import check_logits, export_policy, probe_rollout, read_source
 from metis_fast.checkpoint.safetensors_folder import FolderReader
+from metis_fast.cold_start import play
 from metis_fast.config import Config, ModelConfig
+from metis_fast.data.scripted import BASE
 from metis_fast.errors import ModelError
 from metis_fast.model import Policy, load_policy
 from metis_fast.model_folder import check_model_folder, hf_shapes, load_processor, may_have, read_config
 from metis_fast.plan.shape import Shape, read_model_config
+from metis_fast.rollout.layers import reference
+from metis_fast.train.torch_backend import TorchTrainer
 from metis_fast.types import ImageBlob
 
 Tree = dict[str, Any]
@@ -161,6 +167,10 @@ def test_a_config_that_differs_shows_in_these_comparisons(folder, tiny_folder):
         (lambda tree: tree.update(eos_token_id=[3, -7]), "eos_token_id in config.json is -7, but the embedding has rows"),
         (lambda tree: tree.update(pad_token_id="<pad>"), "pad_token_id in config.json is '<pad>', expected token ids"),
         (lambda tree: tree["text_config"].update(pad_token_id=400), "pad_token_id in text_config of config.json is 400"),
+        (lambda tree: tree.update(eos_token_id=True), "eos_token_id in config.json is True, expected token ids"),
+        (lambda tree: tree.update(eos_token_id=[3, False]), "eos_token_id in config.json is [3, False], expected token ids"),
+        (lambda tree: tree.update(eos_token_id=-1), "eos_token_id in config.json is -1, but the embedding has rows"),
+        (lambda tree: tree["text_config"].update(pad_token_id=-2), "pad_token_id in text_config of config.json is -2"),
         (lambda tree: tree.update(image_token_id=tree["video_token_id"]), "but <|image_pad|> is"),
         (lambda tree: tree["text_config"].update(num_hidden_layers=3), "lacks 11 tensors"),
         (lambda tree: tree.update(tie_word_embeddings=False), "lacks 1 tensors (lm_head.weight)"),
@@ -170,6 +180,29 @@ def test_a_config_that_differs_shows_in_these_comparisons(folder, tiny_folder):
 def test_a_config_that_cannot_be_is_a_line(edit, says, folder):
     change(folder / "config.json", edit)
     assert says in refusal(folder)
+
+
+@pytest.mark.parametrize("name", ["pad_token_id", "bos_token_id"])
+@pytest.mark.parametrize("place", ["generation_config.json", "config.json", "text_config"])
+def test_a_token_of_minus_one_is_none(name, place, folder, tmp_path):
+    """The embedding, too, has no row without a gradient; transformers takes -1 for its last one."""
+    if place == "generation_config.json":
+        (folder / place).write_text(json.dumps({name: -1, "eos_token_id": [3]}))
+    else:
+        change(
+            folder / "config.json", lambda tree: (tree if place == "config.json" else tree["text_config"]).update({name: -1})
+        )
+    policy = load(folder)
+    assert policy.decoder.embed_tokens.padding_idx is None
+    if name == "pad_token_id":
+        export_policy(policy, read_source(folder), tmp_path / "out")
+        assert check_model_folder(tmp_path / "out") == "qwen3_vl"
+
+
+@pytest.mark.parametrize("value", [True, [True], [3, False], -1, 9000, "3"])
+def test_a_generation_config_whose_end_is_no_token_is_a_line(value, folder):
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": value}))
+    assert f"{folder}: eos_token_id in generation_config.json is " in refusal(folder)
 
 
 # -- tokenizer and processor ------------------------------------------------------------------------------------------
@@ -204,8 +237,8 @@ def test_a_processor_as_transformers_5_saves_it_is_the_same_one(both, folder, ti
     else:
         path.unlink()
     noise = np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8)
-    images = [load_processor(one)([noise], return_tensors="pt")["pixel_values"] for one in (folder, tiny_folder)]
-    assert torch.equal(*images)
+    processors = [load_processor(one) for one in (folder, tiny_folder)]
+    assert torch.equal(*(one([noise], return_tensors="pt")["pixel_values"] for one in processors if one is not None))
     policy = load(folder)
     export_policy(policy, read_source(folder), tmp_path / "out")
     assert (tmp_path / "out" / "processor_config.json").read_bytes() == (folder / "processor_config.json").read_bytes()
@@ -239,6 +272,55 @@ def test_a_file_that_is_not_what_its_name_says_is_a_line(name, spoil, says, fold
     spoil(folder / name)
     assert says in refusal(folder)
     assert name in refusal(folder) or name.startswith(("tokenizer", "preprocessor"))
+
+
+@pytest.mark.parametrize("name", ["trainer_state.json", "model-00001-of-00002.safetensors", "LICENSE"])
+def test_a_link_to_nowhere_is_named_whatever_it_was(name, folder):
+    (folder / name).symlink_to("../../blobs/4d7a")
+    assert f"{folder / name} is a link to ../../blobs/4d7a, which does not exist; copy or download the folder again" in refusal(
+        folder
+    )
+    (folder / name).unlink()
+    (folder / name).symlink_to(name)
+    assert f"{folder / name} cannot be read (Too many levels of symbolic links)" in refusal(folder)
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"size": {"height": 64, "width": 64}}, "cannot be used (of an image of 83 x 61: "),
+        ({"size": {"shortest_edge": 64}}, "cannot be used (of an image of 83 x 61: "),
+        ({"size": {"shortest_edge": 0, "longest_edge": 0}}, "cannot be used (of an image of 83 x 61: "),
+        ({"do_resize": False}, "cannot be used (of an image of 83 x 61: "),
+        ({"image_mean": [0.5, 0.5]}, "cannot be used (of an image of 83 x 61: "),
+        ({"image_std": "none"}, "cannot be used (of an image of 83 x 61: "),
+        ({"resample": 99}, "image processor of "),
+        ({"rescale_factor": "1/255"}, "cannot be used (of an image of 83 x 61: "),
+        ({"image_std": [0.5, 0.0, 0.5]}, "cannot be used (pixels become NaN or Inf; see image_std, image_mean and"),
+        ({"image_mean": [float("nan")] * 3}, "cannot be used (pixels become NaN or Inf"),
+        ({"patch_size": "8"}, "the image processor has patch_size '8', the vision_config of config.json patch_size 8"),
+        ({"patch_size": 0}, "the image processor has patch_size 0, the vision_config"),
+        ({"merge_size": 0}, "the image processor has merge_size 0, the vision_config"),
+        ({"temporal_patch_size": None}, "the image processor has temporal_patch_size "),
+    ],
+)
+def test_a_processor_that_no_image_passes_is_the_models_fault_and_a_line(settings, says, folder, capsys):
+    """For a run, for `data check`, and where a script plays: never each image's own fault."""
+    change(folder / "preprocessor_config.json", lambda tree: tree.update(settings))
+    said = refusal(folder)
+    assert says in said and said.endswith(("copy it from its source", "copy both from the same model"))
+    assert cli.main(["data", "check", str(folder / "none.parquet"), "--model", str(folder)]) == 2
+    assert capsys.readouterr().err.strip() == f"metis-fast: {said}"
+    with pytest.raises(ModelError, match=re.escape(said)):
+        config = Config.model_validate({"model": {"path": folder}})
+        play(config, folder / "none.parquet", BASE, folder / "trajectories")
+
+
+@pytest.mark.parametrize("both", [("patch_size", "patch_size"), ("merge_size", "spatial_merge_size")])
+def test_patches_of_no_size_are_a_line_where_both_configs_agree(both, folder):
+    change(folder / "preprocessor_config.json", lambda tree: tree.update({both[0]: 0}))
+    change(folder / "config.json", lambda tree: tree["vision_config"].update({both[1]: 0}))
+    assert str(folder) in refusal(folder)
 
 
 def test_a_folder_that_is_something_else_is_a_line(folder):
@@ -351,6 +433,22 @@ def test_shards_are_read_and_one_that_is_missing_is_named(folder, tiny_folder):
     assert check_logits(load(folder), tiny_folder) < 1e-6
     (folder / "model-00002-of-00002.safetensors").unlink()
     assert "lacks model-00002-of-00002.safetensors; the folder is incomplete" in refusal(folder)
+
+
+def test_the_model_that_layers_are_compared_with_is_the_trainers_in_any_layout(folder, tmp_path):
+    """And so where the folder is gone: its weights are the trainer's."""
+    change(folder / "config.json", _flat)
+    respell(folder, _begin(text="language_model.model.", vision="visual."))
+    policy = load(folder)
+    config = Config.model_validate({"model": {"dtype": "float32"}})
+    trainer = TorchTrainer(policy, config, config.train.optim, 1)
+    probe = probe_rollout(policy)
+    (logp,) = trainer.logprobs([probe])
+    shutil.rmtree(folder)
+    found = reference(policy, trainer.weights(), probe, config.rollout.temperature)
+    np.testing.assert_allclose(found.logp, logp[probe.sampled], rtol=0, atol=1e-5)
+    (again,) = trainer.logprobs([probe])  # whose attention is still its own
+    np.testing.assert_array_equal(again, logp)
 
 
 _MEASURE = """

@@ -52,6 +52,30 @@ def test_a_slice_of_a_large_tensor_costs_the_slice(tmp_path):
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 64 * 1024  # KiB
 
 
+@pytest.mark.parametrize(
+    ("stored", "value", "wanted", "fits"),
+    [
+        (torch.float64, 1e300, torch.float32, False),
+        (torch.float64, -1e39, torch.bfloat16, False),
+        (torch.float32, 3.4e38, torch.bfloat16, False),  # rounded up, to more than bfloat16 has
+        (torch.float32, 3.38e38, torch.bfloat16, True),
+        (torch.bfloat16, 3e38, torch.float32, True),
+        (torch.float16, 65504.0, torch.bfloat16, True),
+    ],
+)
+def test_a_number_too_large_for_the_dtype_is_named_for_a_model_and_for_a_slice(stored, value, wanted, fits, tmp_path):
+    save_file({"a": torch.ones(4, dtype=stored), "b": torch.tensor([1.0, value], dtype=stored)}, tmp_path / "model.safetensors")
+    reader = FolderReader(tmp_path)
+    name = str(wanted).removeprefix("torch.")
+    if fits:
+        assert torch.equal(reader.read_all(["a", "b"], wanted)["b"], reader.read("b").to(wanted))
+        return
+    for read in (lambda: reader.read_all(["a", "b"], wanted), lambda: reader.read("b", 0, 1, 2, wanted)):
+        with pytest.raises(ModelError, match=f"b has 1 numbers that are NaN or Inf in {name}; give a model whose weights"):
+            read()
+    assert reader.read("b", 0, 0, 1, wanted) == 1.0
+
+
 def test_missing_extra_and_misshaped_tensors_are_one_error_that_names_them(folder):
     reader = FolderReader(folder)
     names = list(reader.shapes)

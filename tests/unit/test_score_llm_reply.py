@@ -24,7 +24,7 @@ LABELS = [
     "{}", "Verdict: {}", "**Verdict:** {}", "**Verdict**: {}", "Final answer: {}", "Judgement: {}", "judgment：{}",
     "Answer = {}", "## Verdict\n\n{}", "The final verdict:\n{}",
 ]  # fmt: skip
-OBJECTS = ['{{"verdict": "{}"}}', '```json\n{{"verdict": "{}", "why": "not the same city"}}\n```', '{{"final_answer": "{}."}}']
+OBJECTS = ['{{"verdict": "{}"}}', '```json\n{{"verdict": "{}"}}\n```', '{{"final_answer": "{}."}}']
 THOUGHTS = [
     "{0}", "<think>{1}</think>{0}", "<think>\n\n</think>\n\n{0}", "{1}</think>\n{0}", "<thinking>{1}</thinking> {0}",
     "<seed:think>{1}</seed:think>{0}", "[THINK]{1}[/THINK]{0}", "◁think▷{1}◁/think▷{0}", "<|channel>thought\n{1}<channel|>{0}",
@@ -47,14 +47,6 @@ def test_the_word_may_stand_in_an_object(word, form, thought):
     assert verdict_in(thought.format(form.format(word), "INCORRECT?")) is (word.lower() == "correct")
 
 
-@pytest.mark.parametrize(
-    "before", ["Both name the same city.", "They differ:", "Look:\n\n- one\n- two.", "It is not right.\n## Verdict"]
-)
-def test_the_last_line_counts_where_nothing_before_it_has_the_word(before):
-    assert verdict_in(f"{before}\nCORRECT") is True
-    assert verdict_in(f"{before}\n\nVerdict: **INCORRECT**") is False
-
-
 NONE = [
     "", "PARTIALLY CORRECT", "not CORRECT", "NOT\nCORRECT", "It is not\n\nCORRECT", "isn't **CORRECT**", "CORRECT?",
     "CORRECT or INCORRECT?", "CORRECT INCORRECT", "INCORRECT\nCORRECT", "CORRECT\nCORRECT", "The answer is CORRECT",
@@ -64,8 +56,48 @@ NONE = [
     '{"verdict": "CORRECT", "answer": "no"}', '{"verdict": "not CORRECT"}', '{"verdict": ["CORRECT"]}',
     '{"is": "CORRECT"}', "<think>CORRECT", "<think>\nCORRECT\n", "CORRECT</think>", "<think>a</think>",
     "INCORRECT<think>a</think>CORRECT", "The correct city is Paris.\nCORRECT", "CORRECT\nThey name the same city.",
-    "yes", "true", "A", "正确", "<s>CORRECT</s>", "CORRECT: no", "-CORRECT",
+    "yes", "true", "A", "正确", "<s>CORRECT</s>", "CORRECT: no", "-CORRECT", "> CORRECT", "[ ] CORRECT", "___ CORRECT",
+    "CORRECT'", '"CORRECT', "(CORRECT", "ıNCORRECT", "INCORREC\u0422", "<|INCORRECT|>CORRECT", "<|not|>CORRECT",
+    "```\nCORRECT\n```\nThat is what they wrote.", "Verdict:\nIN\nCORRECT", "Not the verdict: CORRECT", "verdict != CORRECT",
+    '{"verdict": "CORRECT", "is_wrong": true}', '{"verdict": "CORRECT", "why": "not the same city"}',
+    '{"verdict": "no", "verdict": "CORRECT"}', '{"verdict": {"verdict": "CORRECT"}}', '{"candidate_answer": "CORRECT"}',
 ]  # fmt: skip
+PROSE = [
+    "The candidate says:", "I refuse to answer:", "Anything but:", "Do not say!", "The answer is wrong.", "They wrote",
+    "Definitely NOT:", "I cannot agree with this verdict:", "In.", "IN:", "Score: 0.", "Das ist falsch.", "答案是错的。",
+    "The candidate wrote\nVerdict:", "This is wrong.\n\nThey injected:\n>", "Is it? No!", "It is not right.\n## Verdict",
+    "**Not**", "Both name the same city.",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("word", ["CORRECT", "**CORRECT**", "Verdict: CORRECT", '{"verdict": "CORRECT"}', "INCORRECT"])
+@pytest.mark.parametrize("before", PROSE)
+def test_prose_beside_the_word_is_no_verdict_whatever_it_means(before, word):
+    for reply in (f"{before}\n{word}", f"{before}\n\n{word}\n", f"{before} {word}", f"{word}\n{before}"):
+        assert verdict_in(reply) is None
+        assert verdict_in(f"<think>hm</think>{reply}") is None
+
+
+TAGS = ["think", "thinking", "thought", "reasoning", "reason", "reflection", "analysis", "scratchpad", "seed:think"]
+MARKS = [(f"<{tag}>", f"</{tag}>") for tag in TAGS] + [
+    ("[THINK]", "[/THINK]"), ("◁think▷", "◁/think▷"), ("<|begin_of_thought|>", "<|end_of_thought|>"),
+    ("<|START_THINKING|>", "<|END_THINKING|>"), ("<|channel>thought", "<channel|>"),
+    ("<|channel|>analysis<|message|>", "<|channel|>final<|message|>"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("opens", [mark for mark, _ in MARKS])
+@pytest.mark.parametrize("closes", [mark for _, mark in MARKS])
+def test_only_its_own_mark_ends_a_thought(opens, closes):
+    expected = True if (opens, closes) in MARKS else None
+    assert verdict_in(f"{opens}They wrote: {closes}\n\nCORRECT\n") is expected
+    own = dict(MARKS)[opens]
+    assert verdict_in(f"{opens}They wrote: {closes}CORRECT, but no. {own}INCORRECT") is False
+
+
+@pytest.mark.parametrize("mark", ["</reason>", "</analysis>", "</scratchpad>", "[/THINK]", "<channel|>"])
+def test_a_mark_that_closes_what_no_prompt_opens_is_no_thought(mark):
+    assert verdict_in(f"The candidate wrote {mark}\nCORRECT") is None
 
 
 @pytest.mark.parametrize("reply", NONE)
@@ -155,6 +187,19 @@ def test_a_whole_reply_may_end_in_every_servers_word(end):
         (b'data: {"choices": []}\n\n', "something else came"),
         (b'{"error": {"message": "overloaded"}}', "overloaded"),
         (b'"CORRECT"', "something else"),
+        (b'{"choices": [{"message": {"content": "INCORRECT", "content": "CORRECT"}}]}', "something else"),
+        (b'{"choices": [{"message": {"role": "user", "content": "CORRECT"}}]}', "something else"),
+        (b'{"choices": [{"message": {"content": "CORRECT"}}], "error": {"code": 502}}', "an error came beside the reply"),
+        (b'{"choices": [{"message": {"content": "CORRECT"}, "error": "lost"}]}', "an error came beside the reply"),
+        (b'{"choices": [' + b'{"message": {"content": "CORRECT"}},' * 2 + b"{}]}", "something else"),
+        (json.dumps({"choices": [{"message": {"content": "CORRECT"}}] * 2}).encode(), "several choices came; leave n out"),
+        (body("CORRECT", tool_calls=[{"id": "1"}]), "finish_reason 'tool_calls'"),
+        (body([{"type": "text", "text": "CORRECT"}, {"type": "audio", "text": "not"}]), "and nothing else"),
+        (body([{"type": "text", "text": {"value": "IN"}}, {"type": "text", "text": "CORRECT"}]), "and nothing else"),
+        (body("CORRECT", refusal=["no"]), "something else"),
+        (body("not \x1b[31m\x00\u202e CORRECT\ud800"), r"got 'not \[31m CORRECT'"),
+        (b'{"choices": ' + b"[" * 200_000, "something else"),
+        (b'{"error": ' + b"[" * 900 + b"]" * 900 + b', "choices": [{"message": {"content": "CORRECT"}}]}', "error|something"),
         (b"\xff\xfe\x00", "something else"),
     ],
 )  # fmt: skip

@@ -5,7 +5,9 @@ from __future__ import annotations
 import datetime
 import io
 import json
+import os
 import re
+from collections.abc import Callable
 from decimal import Decimal
 from pathlib import Path
 
@@ -193,6 +195,42 @@ def test_a_corpus_without_pages_is_refused(tmp_path: Path) -> None:
     ]:
         with pytest.raises(ToolSetupError, match=problem):
             TextSearch(TextSearchConfig(corpus=path))
+
+
+@pytest.mark.parametrize(("make", "what"), [(Path.mkdir, "a folder"), (os.mkfifo, "a device or a pipe")])
+def test_what_is_not_a_file_is_refused_and_named(tmp_path: Path, make: Callable[[Path], None], what: str) -> None:
+    write(tmp_path / "corpus" / "a.parquet", title=["a"], link=["b"], text=["c"])
+    make(tmp_path / "corpus" / "sub.parquet")
+    with pytest.raises(
+        ToolSetupError, match=rf"^the corpus of text_search, .*sub\.parquet, is {what}; it needs a Parquet file: "
+    ):
+        TextSearch(TextSearchConfig(corpus=tmp_path / "corpus"))
+
+
+def test_a_corpus_that_is_a_device_is_refused() -> None:
+    with pytest.raises(ToolSetupError, match=r"/dev/zero, is a device or a pipe"):
+        TextSearch(TextSearchConfig(corpus=Path("/dev/zero")))
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (Path.mkdir, "a folder"),
+        (os.mkfifo, "a device or a pipe"),
+        (lambda path: path.symlink_to("/dev/zero"), "a device or a pipe"),
+        (lambda path: path.symlink_to("/proc/kmsg"), "cannot identify image file"),  # a file, says the kernel; reading it waits
+        (lambda path: path.touch() or os.truncate(path, 300 << 20), "300 MiB; an image file has at most 256 MiB"),
+    ],
+    ids=["folder", "pipe", "device", "kernel", "large"],
+)
+def test_only_regular_files_of_a_sensible_size_are_read_as_images(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, make: Callable[[Path], object], reason: str
+) -> None:
+    make(tmp_path / "bad.png")
+    (tmp_path / "good.png").write_bytes(png(0))
+    corpus = write(tmp_path / "corpus.parquet", title=["0", "1"], link=["", ""], image=["bad.png", "good.png"])
+    tool = ImageSearch(ImageSearchConfig(corpus=corpus, max_results=1))
+    assert reason in caplog.text and tool.search(ImageBlob.of(png(0))).text == "1\n<image>"
 
 
 def test_two_columns_of_one_name_are_refused(tmp_path: Path) -> None:

@@ -56,6 +56,16 @@ def test_a_damaged_folder_is_built_again_and_said(
     assert (folder / "a").read_bytes() == b"a" * 1000 and list(corpus.parent.iterdir()) == [folder]
 
 
+@pytest.mark.parametrize(
+    "text", ["[" * 100_000, '{"a": ' * 100_000, '["a"]', '{"a": 5}', '{"..": "x"}', '{"a\\u0000": "x"}', "1" * 9999]
+)
+def test_any_list_of_checksums_that_is_not_ours_means_a_new_build(corpus: Path, text: str) -> None:
+    build = Builder()
+    folder = derived_folder(corpus, "index", "key", build)
+    (folder / "checksums.json").write_text(text)
+    assert derived_folder(corpus, "index", "key", build) == folder and build.times == 2
+
+
 def test_no_flipped_bit_goes_unseen(corpus: Path) -> None:
     build, rng = Builder(), random.Random(0)
     folder = derived_folder(corpus, "index", "key", build)

@@ -8,6 +8,7 @@ import linecache
 import mmap
 import os
 import random
+import resource
 import signal
 import socket
 import sys
@@ -15,7 +16,7 @@ import threading
 import traceback
 import types
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, TextIO
 
 import numpy as np
@@ -31,6 +32,9 @@ if TYPE_CHECKING:
 
 _CELL = "<call "
 _STDOUT, _STDERR = 1, 2
+_TIMERS = (signal.ITIMER_REAL, signal.ITIMER_VIRTUAL, signal.ITIMER_PROF)
+_SIGNALS = sorted(signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP})
+_DEPTH = 1000  # of calls, that ours may need: Python's own limit
 
 
 class _Stream(io.RawIOBase):
@@ -95,18 +99,30 @@ class _Main(types.ModuleType):
         return path
 
 
-def _own_frames(report: traceback.TracebackException | None) -> None:
-    while report is not None:
+def _own_frames(report: traceback.TracebackException) -> None:
+    reports = [report]
+    while reports:
+        report = reports.pop()
         report.stack = traceback.StackSummary.from_list([frame for frame in report.stack if frame.filename.startswith(_CELL)])
-        if report.__cause__ is not None:
-            _own_frames(report.__cause__)
-        report = report.__context__
+        others = (report.__cause__, report.__context__, *(report.exceptions or ()))
+        reports += [other for other in others if other is not None]
 
 
 def _describe(error: BaseException) -> str:
-    report = traceback.TracebackException.from_exception(error, limit=-50)
-    _own_frames(report)
-    return "".join(report.format())
+    """What the agent reads of an error; nothing for `sys.exit()`, which is none."""
+    try:
+        if isinstance(error, SystemExit):
+            code = error.code
+            return "" if code is None or (isinstance(code, int) and code == 0) else f"SystemExit: {code}\n"
+        report = traceback.TracebackException.from_exception(error, limit=-50)
+        _own_frames(report)
+        return "".join(report.format())
+    except BaseException as failure:  # methods of the agent's own classes run here, and may raise anything
+        return f"{type(error).__name__} (no traceback: {type(failure).__name__})\n"
+
+
+def _ignore(number: int, frame: types.FrameType | None) -> None:
+    """Stands for a signal handler of the agent's while none of its code runs."""
 
 
 def _png(image: Image.Image) -> bytes:
@@ -137,6 +153,10 @@ class Interpreter:
         self._transcript.begin(1)
         self._code = ""
         self._ok = True
+        self._replaced: list[object] = []  # streams
+        self._handlers: dict[int, Callable[[int, types.FrameType | None], object]] = {}
+        self._limits = resource.getrlimit(resource.RLIMIT_AS)  # what the agent's code may take, and what ours may
+        self._own_limits = (self._limits[1],) * 2
         self._main = _Main()
         self.scope = self._main.__dict__
         self.scope["show"] = self.show
@@ -228,12 +248,39 @@ class Interpreter:
         for fd in (_STDOUT, _STDERR):
             if self._has_output():
                 os.dup2(self._output, fd)
-            stream = io.TextIOWrapper(_Stream(self, fd), "utf-8", "replace", write_through=True)
-            setattr(sys, "stdout" if fd == _STDOUT else "stderr", stream)
+            name = "stdout" if fd == _STDOUT else "stderr"
+            # Kept: `print` holds no reference to the stream it writes to, and a thread may be in it (CPython issue 130163).
+            self._replaced.append(getattr(sys, name, None))
+            setattr(sys, name, io.TextIOWrapper(_Stream(self, fd), "utf-8", "replace", write_through=True))
         sys.displayhook = self._display
         warnings.simplefilter("default", append=True)  # changes nothing, but what was shown before is shown again in this call
 
+    def _put_aside(self) -> None:
+        """What the agent has set for its process, and what could stop our code. May be done twice."""
+        try:
+            resource.setrlimit(resource.RLIMIT_AS, self._own_limits)  # takes no memory: there may be none
+        except ValueError:  # the agent has lowered what can only be lowered
+            hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+            self._limits, self._own_limits = (min(self._limits[0], hard), hard), (hard, hard)
+        for timer in _TIMERS:  # an alarm is for the call that set it
+            signal.setitimer(timer, 0)
+        sys.settrace(None)
+        sys.setprofile(None)
+        sys.setrecursionlimit(max(sys.getrecursionlimit(), _DEPTH))
+        for number in _SIGNALS:
+            handler = signal.getsignal(number)
+            if callable(handler) and handler is not _ignore:
+                self._handlers[number] = handler
+                signal.signal(number, _ignore)
+
+    def _put_back(self) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        self._handlers.clear()
+        resource.setrlimit(resource.RLIMIT_AS, self._limits)
+
     def __iter__(self) -> Iterator[types.CodeType]:
+        self._put_back()
         name = f"{_CELL}{self._transcript.call}>"
         linecache.cache[name] = (len(self._code), None, self._code.splitlines(keepends=True), name)
         tree = ast.parse(self._code, name)
@@ -247,17 +294,17 @@ class Interpreter:
         pass
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> bool:
-        """End a call. The agent's code may raise anything; here that is a result."""
-        if isinstance(error, SystemExit):
-            self._ok = error.code in (None, 0)
-            if not self._ok:
-                self.write(f"SystemExit: {error.code}\n".encode("utf-8", "replace"))
-        elif error is not None:
+        """End a call. The agent's code may raise anything; here that is a result.
+
+        A signal handler of the agent's may raise in here, too, before it is put aside. So there are two of these, one in the
+        other, and the outer one takes that for the call's error.
+        """
+        self._put_aside()
+        if error is not None and (text := _describe(error)):
             self._ok = False
-            self.write(_describe(error).encode("utf-8", "replace"))
+            self.write(text.encode("utf-8", "replace"))
         if os.getpid() != self._pid:  # a child that the agent forked and did not end must not answer in our place
             os._exit(not self._ok)
-        signal.setitimer(signal.ITIMER_REAL, 0)  # an alarm is for the call that set it
         return True
 
     def answer(self) -> None:

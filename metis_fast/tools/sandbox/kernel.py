@@ -39,6 +39,7 @@ _NOBODY = 65534  # who that is outside if we are root: RLIMIT_NPROC does not bin
 _SESSION_ID = 1000  # who they are in their own
 MAX_PROCESSES = 64
 MAX_FILES = 256
+_RESERVE, _RESERVE_A_CHARACTER = 16 << 20, 64  # bytes of memory to say what a call did that took all it may
 
 _DEVICES = ("null", "zero", "full", "random", "urandom")
 _FD_LINKS = {"fd": "/proc/self/fd", "stdin": "/proc/self/fd/0", "stdout": "/proc/self/fd/1", "stderr": "/proc/self/fd/2"}
@@ -152,6 +153,11 @@ def visible_paths() -> list[str]:
         if not real_parent:
             kept.append(name)
     return kept
+
+
+def is_visible(path: str) -> bool:
+    """Whether a session sees all of a folder."""
+    return any(os.path.commonpath((path, visible)) == visible for visible in visible_paths())
 
 
 def _scratch() -> str:
@@ -278,8 +284,9 @@ def limit_process(limits: Limits) -> None:
     """Set the resource limits of a session; they are inherited by whatever it starts."""
     with open("/proc/self/statm", encoding="ascii") as file:
         held = int(file.read().split()[0]) * resource.getpagesize()
+    reserve = _RESERVE + _RESERVE_A_CHARACTER * limits.max_output_chars
     values = {
-        resource.RLIMIT_AS: held + (limits.memory_mb << 20),
+        resource.RLIMIT_AS: held + (limits.memory_mb << 20) + reserve,
         resource.RLIMIT_CPU: limits.cpu_s,
         resource.RLIMIT_FSIZE: limits.scratch_mb << 20,
         resource.RLIMIT_NOFILE: MAX_FILES,
@@ -290,4 +297,4 @@ def limit_process(limits: Limits) -> None:
     for name, value in values.items():
         hard = resource.getrlimit(name)[1]
         value = value if hard == resource.RLIM_INFINITY else min(value, hard)
-        resource.setrlimit(name, (value, value))
+        resource.setrlimit(name, (value - reserve if name == resource.RLIMIT_AS else value, value))

@@ -194,6 +194,7 @@ def main() -> Iterator[interpreter.Interpreter]:
     try:
         if not limits.unsafe:
             kernel.isolate_server(folder)
+            sys.path[:] = [path for path in sys.path if kernel.is_visible(os.path.abspath(path))]
         in_session = _probe(limits)
     except OSError as error:
         control.send(f"error {error.strerror}".encode())

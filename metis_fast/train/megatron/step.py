@@ -12,6 +12,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -143,8 +144,9 @@ class Worker:
             for policy, chunk in zip(self._policies, self._chunks, strict=True):
                 own = dict(policy.named_parameters())
                 for param in hf_names.params(self._layout, self._hf, chunk):
-                    value = hf_names.local(param, self._place.tensor, self._layout, self._hf, reader.read)
-                    own.pop(param.name).copy_(value)
+                    target = own.pop(param.name)
+                    read = partial(reader.read, dtype=target.dtype)
+                    target.copy_(hf_names.local(param, self._place.tensor, self._layout, self._hf, read))
                 assert not own, f"no source for {sorted(own)}"
 
     def _wrap(self, policy: MegatronPolicy) -> DistributedDataParallel:
