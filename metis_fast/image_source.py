@@ -85,7 +85,7 @@ def _read_file(path: Path) -> bytes:
     if not stat.S_ISREG(status.st_mode):
         raise OSError("a folder" if stat.S_ISDIR(status.st_mode) else "a device or a pipe")
     if status.st_size > _MAX_BYTES:
-        raise OSError(f"{status.st_size >> 20} MiB; an image file has at most {_MAX_BYTES >> 20} MiB")
+        raise OSError(f"{status.st_size >> 20} MiB, more than {_MAX_BYTES >> 20} MiB")
     with path.open("rb") as file:
         return file.read(status.st_size)  # the size says 0 for what the kernel makes up, and some of that is endless, too
 

@@ -316,7 +316,7 @@ def test_code_that_takes_all_memory_is_told_so_and_keeps_its_session(tmp_path: P
 
 def test_forty_threads_fit_into_the_memory_limit(run: Run) -> None:
     code = "from concurrent.futures import ThreadPoolExecutor\nimport threading\nall_here = threading.Barrier(40)\n"
-    code += "with ThreadPoolExecutor(40) as pool: print(sum(pool.map(lambda x: all_here.wait() * 0 + bool(bytearray(999)), range(40))))"
+    code += "with ThreadPoolExecutor(40) as pool: print(sum(pool.map(lambda x: all_here.wait() >= 0, range(40))))"
     assert run(code) == [Observation("40")]
 
 
@@ -345,7 +345,7 @@ ERROR = "class E({}):\n    @property\n    def {}(self): raise KeyError\nraise E"
         ("e = ValueError()\nfor i in range(3000): e = ExceptionGroup('g', [e])\nraise e", "---"),
         ("import sys\nsys.setrecursionlimit(12)\nraise ValueError", "ValueError"),
         (
-            "import sys\ndef trace(frame, *_):\n    if frame.f_code.co_name == '__exit__': raise KeyError\nsys.setprofile(trace)",
+            "import sys\ndef f(frame, *_):\n    if frame.f_code.co_name == '__exit__': raise KeyError\nsys.setprofile(f)",
             "KeyError",
         ),
         ("import resource\nresource.setrlimit(resource.RLIMIT_AS, (1 << 29, 1 << 29))\nbytearray(1 << 30)", "MemoryError"),
@@ -365,20 +365,18 @@ def test_a_timer_whose_handler_raises_again_and_again_ends_with_its_call(run: Ru
     assert got.text.endswith("TimeoutError") and [spent, kept] == [Observation("(no output)"), Observation("True")]
 
 
-def test_signals_between_calls_end_no_session(run: Run) -> None:
-    start = "import _thread, os, signal, threading, time\ngo, done = threading.Event(), threading.Event()\n"
-    start += "def fail(*_): raise ValueError\nsignal.signal(signal.SIGUSR1, fail)\n"
-    start += "def send():\n    while signal.getsignal(signal.SIGUSR1) is fail: time.sleep(0.0001)\n"  # the call has ended
-    start += "    _thread.interrupt_main(); os.kill(os.getpid(), signal.SIGUSR1); done.set()\n"
-    start += "threading.Thread(target=send).start()"
-    wait = "while not done.is_set(): time.sleep(0.001)"
-    first, second, handler = run(start, wait, "signal.getsignal(signal.SIGUSR1) is fail")
-    assert [first.text, second.outcome, handler.text] == ["(no output)", Outcome.TOOL_RESULT, "True"]
+def test_signals_that_come_between_calls_end_no_session(run: Run) -> None:
+    start = "import os, signal, threading, time\ndef raise_in_code_that_is_not_mine(_, frame):\n"
+    start += "    if not frame.f_code.co_filename.startswith('<call'): raise ValueError\n"
+    start += "signal.signal(signal.SIGUSR1, raise_in_code_that_is_not_mine)\ndef send():\n"
+    start += "    while True: os.kill(os.getpid(), signal.SIGUSR1); time.sleep(0.0002)\n"
+    start += "threading.Thread(target=send, daemon=True).start()"
+    assert not any("Python session" in got.text for got in run(start, *["time.sleep(0.005)"] * 10))
 
 
 def test_a_signal_to_itself_ends_no_session(run: Run) -> None:
-    code = "import os, signal\nfor number in (signal.SIGSEGV, signal.SIGTERM, signal.SIGKILL, signal.SIGSTOP): os.kill(os.getpid(), number)"
-    assert run(code + "\nos.kill(0, 9)", "2") == [Observation("(no output)"), Observation("2")]
+    code = "import os\nfrom signal import *\nfor number in (SIGSEGV, SIGTERM, SIGKILL, SIGSTOP): os.kill(os.getpid(), number)\n"
+    assert run(code + "os.kill(0, 9)", "2") == [Observation("(no output)"), Observation("2")]
 
 
 # -- warnings and paths ---------------------------------------------------------------------------------------------------
@@ -410,7 +408,8 @@ def test_a_warning_names_the_line_of_the_call_and_comes_again_in_the_next(run: R
 def test_groups_of_errors_show_the_agents_lines_only(run: Run) -> None:
     code = "import asyncio, json\nasync def parse(): json.loads('x')\nasync def main():\n"
     code += "    async with asyncio.TaskGroup() as group: group.create_task(parse())\nasyncio.run(main())"
-    nest = "import json\ntry: json.loads('x')\nexcept ValueError as e: raise ExceptionGroup('a', [ExceptionGroup('b', [e])]) from None"
+    nest = "import json\ntry: json.loads('x')\n"
+    nest += "except ValueError as e: raise ExceptionGroup('a', [ExceptionGroup('b', [e])]) from None"
     for got in run(code, nest):
         files = set(re.findall(r'File "([^"]*)"', got.text))
         assert "JSONDecodeError" in got.text and files and all(name.startswith("<call ") for name in files)

@@ -103,10 +103,19 @@ def test_nothing_found_is_a_result(search: TextSearch, query: str) -> None:
     assert search.search(query) == Observation("No results.", outcome=Outcome.TOOL_RESULT)
 
 
-@given(st.text(max_size=60) | st.text(alphabet='+-&|!(){}[]^"~*?:\\/ AND OR NOT title burkina', max_size=60))
+@given(
+    st.text(max_size=60)
+    | st.text(st.characters(), max_size=60)
+    | st.text(alphabet='+-&|!(){}[]^"~*?:\\/ AND OR NOT title burkina', max_size=60)
+)
 @settings(max_examples=150)
 def test_no_query_breaks_the_search(search: TextSearch, query: str) -> None:
     assert search.search(query).outcome is Outcome.TOOL_RESULT
+
+
+@pytest.mark.parametrize("query", ["\ud83d burkina", "burkina\udc00"])
+def test_half_a_pair_of_surrogates_is_no_word(search: TextSearch, query: str) -> None:
+    assert search.search(query) == search.search("burkina")
 
 
 def test_query_syntax_has_no_meaning(search: TextSearch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _signal  # pyright: ignore[reportMissingImports]  # `signal` makes an enumeration of every answer: 65 us a call
 import ast
 import io
 import linecache
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 _CELL = "<call "
 _STDOUT, _STDERR = 1, 2
 _TIMERS = (signal.ITIMER_REAL, signal.ITIMER_VIRTUAL, signal.ITIMER_PROF)
-_SIGNALS = sorted(signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP})
+_SIGNALS = sorted(int(number) for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP})
 _DEPTH = 1000  # of calls, that ours may need: Python's own limit
 
 
@@ -156,7 +157,7 @@ class Interpreter:
         self._replaced: list[object] = []  # streams
         self._handlers: dict[int, Callable[[int, types.FrameType | None], object]] = {}
         self._limits = resource.getrlimit(resource.RLIMIT_AS)  # what the agent's code may take, and what ours may
-        self._own_limits = (self._limits[1],) * 2
+        self._own_limits = (self._limits[1], self._limits[1])
         self._main = _Main()
         self.scope = self._main.__dict__
         self.scope["show"] = self.show
@@ -268,14 +269,14 @@ class Interpreter:
         sys.setprofile(None)
         sys.setrecursionlimit(max(sys.getrecursionlimit(), _DEPTH))
         for number in _SIGNALS:
-            handler = signal.getsignal(number)
+            handler = _signal.getsignal(number)
             if callable(handler) and handler is not _ignore:
                 self._handlers[number] = handler
-                signal.signal(number, _ignore)
+                _signal.signal(number, _ignore)
 
     def _put_back(self) -> None:
         for number, handler in self._handlers.items():
-            signal.signal(number, handler)
+            _signal.signal(number, handler)
         self._handlers.clear()
         resource.setrlimit(resource.RLIMIT_AS, self._limits)
 
