@@ -85,15 +85,22 @@ class LlmMatcher:
         return correct
 
     async def check(self) -> None:
-        """Ask for one verdict.
+        """Ask for two verdicts that are beyond doubt.
 
         Raises:
-            JudgeError: none came; the message says what to do.
+            JudgeError: none came, or a wrong one; the message says what to do.
         """
-        try:
-            await self._ask(_messages("What is 1 + 1?", ("2",), "2"))
-        except JudgeUnavailable as error:
-            raise JudgeError(f"LLM judge {self._config.model!r} at {self._endpoint}: {error}") from None
+        for answer, correct in (("2", True), ("7", False)):
+            try:
+                verdict = await self._ask(_messages("What is 1 + 1?", ("2",), answer))
+            except JudgeUnavailable as error:
+                raise JudgeError(f"LLM judge {self._config.model!r} at {self._endpoint}: {error}") from None
+            if verdict != correct:
+                said = "CORRECT" if verdict else "INCORRECT"
+                raise JudgeError(
+                    f"LLM judge {self._config.model!r} at {self._endpoint} says that {answer} is {said} for 1 + 1; name a model "
+                    "that can judge with score.llm.model"
+                )
 
     def close(self) -> None:
         """Close the cache."""

@@ -19,17 +19,8 @@ _THOUGHT_PARTS = frozenset({"thinking", "redacted_thinking", "reasoning"})
 _REFUSED = frozenset({"content_filter", "refusal", "safety", "recitation", "prohibited_content"})
 
 _TAGS = (
-    "think",
-    "seed:think",
-    "thinking",
-    "thought",
-    "thoughts",
-    "reasoning",
-    "reason",
-    "reflection",
-    "analysis",
-    "scratchpad",
-)
+    "think", "seed:think", "thinking", "thought", "thoughts", "reasoning", "reason", "reflection", "analysis", "scratchpad",
+)  # fmt: skip
 _THOUGHTS = {f"<{tag}>": f"</{tag}>" for tag in _TAGS} | {
     "[think]": "[/think]",  # Magistral
     "◁think▷": "◁/think▷",  # Kimi
@@ -49,33 +40,12 @@ _WRAPPERS = re.compile(
     rf"|\\(?:boxed|text|textbf|mathrm|mathbf)\s*(?=\{{)|<\|(?:{_ENDS_OF_TURN})\|>|<｜end▁of▁sentence｜>|</s>|<eos>|<end_of_turn>",
     re.IGNORECASE,
 )
-_MAX_VERDICT_CHARS = 300  # of the longest dress a word was seen in, and some blanks
+_MAX_VERDICT_CHARS = 300  # what is longer says more than the word; peeling it would take the square of its length
 _BLANKS = " \t\r\n\u00a0\u200b\ufeff"
-_PAIRS = frozenset(
-    [
-        '""',
-        "''",
-        "``",
-        "´´",
-        "“”",
-        "„“",
-        "„”",
-        "””",
-        "‘’",
-        "’’",
-        "«»",
-        "»«",
-        "‹›",
-        "「」",
-        "『』",
-        "()",
-        "[]",
-        "{}",
-        "**",
-        "__",
-        "$$",
-    ]
-)
+_PAIRS = frozenset({
+    '""', "''", "``", "´´", "“”", "„“", "„”", "””", "‘’", "’’", "«»", "»«", "‹›", "「」", "『』", "()", "[]", "{}", "**", "__",
+    "$$",
+})  # fmt: skip
 _LABEL = (
     r"(?:(?:the|my|final|overall)\s+)*"
     r"(?:verdict|answer|judge?ment|decision|result|grade|grading|conclusion|evaluation|assessment)"
@@ -128,7 +98,7 @@ def read_reply(body: bytes) -> bool:
     if not reply.choices:
         raise TryAgain("a reply without choices came")
     if len(reply.choices) > 1:
-        raise TryAgain("a reply with several choices came", advice="leave n out of score.llm.extra_body")
+        raise TryAgain("a reply with several choices came", advice="see what score.llm.base_url leads to")
     choice = reply.choices[0]
     if reply.error or choice.error:
         raise TryAgain("an error came beside the reply", one_line(body.decode(errors="replace")))

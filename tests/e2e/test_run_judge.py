@@ -17,7 +17,8 @@ from harness import Command, checkpoint_state, error_line, run, run_state, succe
 
 
 class _Server(ThreadingHTTPServer):
-    """Says CORRECT where the answer has an even length, so that groups disagree; HTTP status 503 while it is down."""
+    """Says CORRECT where the answer has an even length, so that groups disagree; HTTP status 503 while it is down. What is right
+    beyond doubt it knows."""
 
     daemon_threads = True
     down = False
@@ -30,9 +31,11 @@ class _Server(ThreadingHTTPServer):
 class _Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         task = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        answer = json.loads(task["messages"][1]["content"].split("\n\n")[0])["candidate_answer"]
+        asked = json.loads(task["messages"][1]["content"].split("\n\n")[0])
+        answer = asked["candidate_answer"]
+        is_right = answer in asked["accepted_answers"] if asked["question"] == "What is 1 + 1?" else len(answer) % 2 == 0
         assert isinstance(self.server, _Server)
-        word = "INCORRECT" if len(answer) % 2 else "CORRECT"
+        word = "CORRECT" if is_right else "INCORRECT"
         body = json.dumps({"choices": [{"index": 0, "message": {"role": "assistant", "content": word}}]}).encode()
         self.send_response(503 if self.server.down else 200)
         self.send_header("Content-Type", "application/json")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -23,6 +24,14 @@ class Reply:
     text: str | bytes
     headers: Mapping[str, str] = field(default_factory=dict)
     reset: bool = False
+
+    @property
+    def payload(self) -> bytes:
+        return self.text if isinstance(self.text, bytes) else self.text.encode()
+
+
+BOMB = Reply(200, gzip.compress(b" " * (64 << 20), 6), {"Content-Encoding": "gzip"})
+"""64 MiB in 64 KiB."""
 
 
 def completion(content: object, finish_reason: str | None = "stop", **message: object) -> Reply:
@@ -105,7 +114,7 @@ def serving(judge: JudgeServer) -> Iterator[str]:
             self._send(Reply(200, json.dumps(models)) if self.path.partition("?")[0] == "/v1/models" else Reply(404, ""))
 
         def _send(self, reply: Reply) -> None:
-            payload = reply.text if isinstance(reply.text, bytes) else reply.text.encode()
+            payload = reply.payload
             self.close_connection = reply.reset
             try:
                 if reply.reset and not payload:

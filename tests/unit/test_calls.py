@@ -137,6 +137,16 @@ FAULTS = [
     ('{"name": "a", "arguments": ' + "[" * 100_000 + "}", "it is nested too deeply"),
     ('{"name": "a", "arguments": {"code": "\\ud800"}}', "half of a surrogate pair"),
     ('{"name": "\\udfff"}', "half of a surrogate pair"),
+    ('\u00a0{"name": "a"}', "U+00A0 outside of a string; leave it out"),
+    ('{"name": "a"}\u00a0', "U+00A0 outside of a string; leave it out"),
+    ('{"name":\u2003"a"}', "U+2003 outside of a string; leave it out"),
+    ('{"name": "a",\u3000"arguments": {}}', "U+3000 outside of a string; leave it out"),
+    ('\ufeff{"name": "a"}', "U+FEFF outside of a string; leave it out"),
+    ('{"name": "a"}\u200b', "U+200B outside of a string; leave it out"),
+    ('{"name": "a"\x0b}', "U+000B outside of a string; leave it out"),
+    ('{"name": "a"}\0', "U+0000 outside of a string; leave it out"),
+    ("\u00a0", "U+00A0 outside of a string; leave it out"),
+    ('\u00a0```\n{"name": "a"}\n```', "U+00A0 outside of a string; leave it out"),
 ]
 
 
@@ -245,6 +255,43 @@ REFUSED = [
 def test_lenient_refuses_what_is_in_doubt_in_the_words_of_strict(body):
     parsed = parse_turn(wrap(body), "lenient")
     assert parsed.arguments is None and parsed == parse_turn(wrap(body), "strict")
+
+
+@pytest.mark.parametrize(
+    ("body", "says"),
+    [
+        ('{"name": "python", "name": "search", "arguments": {}}', '"name" stands twice'),
+        ('{"name": "a", "arguments": {"x": "1"}, "arguments": {"x": "2"}}', '"arguments" stands twice'),
+        ('{"name": "a", "arguments": {"x": "1", "x": "2"}}', '"x" stands twice'),
+        ('{"name": "a", "arguments": {"x": [{"y": 1, "\\u0079": 2}]}}', '"y" stands twice'),
+        ('{"name": "a", "parameters": {"x": "1"}, "parameters": {"x": "2"}}', '"parameters" stands twice'),
+        ("{'name': 'a', 'arguments': {'x': 1, \"x\": 2,}}", '"x" stands twice'),
+        ('```\n{"name": "a", "arguments": {"x": 1, "x": 1}}\n```', '"x" stands twice'),
+        ('{"name": "a", "arguments": {"\\ud800": 1, "\\ud800": 1}}', '"?" stands twice'),
+        ('{"name": "a", "arguments": "{\\"x\\": 1, \\"x\\": 2}"}', '"arguments" must be an object, not a string'),
+        ('{"name": "a", "parameters": {"x": "1"}, "x": "2"}', '"x" beside "parameters"; write all arguments in "arguments"'),
+        ('{"name": "a", "arguments": {"x": "1"}, "x": "2"}', '"x" beside "arguments"; write all arguments in "arguments"'),
+        ('{"name": "a", "arguments": {}, "parameters": {"x": "1"}}', '"parameters" beside "arguments"'),
+        ('{"name": "a", "arguments": null, "args": {"x": "1"}}', '"args" beside "arguments"'),
+        ('{"name": "a", "parameters": {}, "args": {}}', '"arguments" is missing'),
+    ],
+)
+def test_lenient_refuses_what_says_two_things(body, says):
+    parsed = parse_turn(wrap(body), "lenient")
+    assert parsed.arguments is None and says in parsed.error
+    assert len(parsed.error) <= 200 and "\n" not in parsed.error
+    parsed.error.encode()
+
+
+def test_strict_reads_a_name_that_stands_twice_as_json_does():
+    twice = parse_turn(wrap('{"name": "a", "name": "b", "arguments": {"x": 1, "x": 2}, "x": 3}'), "strict")
+    assert twice.call == ToolCall("b", '{"x": 2}') and twice.arguments == {"x": 2}
+
+
+@pytest.mark.parametrize("place", ["arguments", "parameters", "args"])
+def test_what_servers_write_beside_a_call_says_nothing(place):
+    body = json.dumps({"id": "call_1", "type": "function", "name": "python", place: {"code": "1"}})
+    assert parse_turn(wrap(body), "lenient").arguments == {"code": "1"}
 
 
 @pytest.mark.parametrize("arguments", ['"1"', '"[1]"', '"{\\"a\\": \\"\\\\ud800\\"}"', '"{"'])

@@ -1,6 +1,7 @@
 """The LLM judge against a real HTTP server: requests, tries, cache and check."""
 
 import asyncio
+import hashlib
 import json
 import socket
 import sqlite3
@@ -14,6 +15,7 @@ from metis_fast.config import LlmJudgeConfig, ScoreConfig
 from metis_fast.errors import JudgeError
 from metis_fast.score.judge import JudgeUnavailable, open_judge
 from metis_fast.score.llm import LlmMatcher
+from metis_fast.score.verdict_cache import VerdictCache
 from metis_fast.testing.judge import text_rollout
 from metis_fast.types import Prompt
 
@@ -146,6 +148,18 @@ def test_a_cache_that_holds_no_verdict_is_asked_past_and_a_broken_one_is_named(t
     assert len(endpoint.tasks) == 2
 
 
+def test_a_verdict_that_was_cached_under_another_way_to_read_replies_is_asked_for_anew(tmp_path):
+    endpoint, cache = JudgeServer(), tmp_path / "verdicts"
+    with serving(endpoint) as url:
+        ask(a_matcher(url), "Rome")
+        asked = json.dumps(["grader", {}, endpoint.bodies[0]["messages"]], sort_keys=True)
+        store = VerdictCache(cache)
+        store.put(hashlib.sha256(asked.encode()).hexdigest(), True)
+        store.close()
+        assert ask(a_matcher(url, cache=cache), "Rome") == [False]
+    assert len(endpoint.tasks) == 2
+
+
 def test_failures_are_not_cached():
     endpoint = JudgeServer()
     endpoint.replies = [error(500, "")]
@@ -184,13 +198,22 @@ def test_the_key_comes_from_the_environment(monkeypatch):
     assert [headers["Authorization"] for headers in endpoint.headers] == ["Bearer secret"]
 
 
-def test_the_check_passes_on_a_judge_that_answers_with_one_request():
+@pytest.mark.parametrize(("word", "answer"), [("CORRECT", "7"), ("INCORRECT", "2")])
+def test_the_check_refuses_a_judge_that_always_says_the_same(word: str, answer: str):
+    with serving(JudgeServer(lambda task: completion(word))) as url:
+        matcher = a_matcher(url)
+        with pytest.raises(JudgeError, match=f"says that {answer} is {word} for 1"):
+            asyncio.run(matcher.check())
+        matcher.close()
+
+
+def test_the_check_passes_on_a_judge_that_knows_right_from_wrong():
     endpoint = JudgeServer()
     with serving(endpoint) as url:
         matcher = a_matcher(url)
         asyncio.run(matcher.check())
         matcher.close()
-    assert len(endpoint.tasks) == 1
+    assert len(endpoint.tasks) == 2
 
 
 def test_the_check_of_a_dead_server_fails():

@@ -14,9 +14,9 @@ from typing import Any
 
 import httpx2
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
-from judge_endpoint import JudgeServer, Reply, a_matcher, a_prompt, by_equality, completion, error, serving
+from judge_endpoint import BOMB, JudgeServer, Reply, a_matcher, a_prompt, by_equality, completion, error, serving
 
 from metis_fast.config import Config, LlmJudgeConfig, ScoreConfig
 from metis_fast.errors import JudgeError
@@ -251,7 +251,7 @@ def test_a_refusal_that_only_mentions_a_setting_changes_nothing_for_later():
         (Reply(405, "<html><title>Chat</title>"), r"405 \(a web page \(chat\)\); set score\.llm\.base_url"),
         (error(400, "bad\nthing"), r"\(bad thing\); see score\.llm\.model"),
         (Reply(400, "<html><title>The plain HTTP request was sent to HTTPS port</title>"), "write https:// in score"),
-        (Reply(302, "", {"Location": "/login"}), r"redirected to http://127\.0\.0\.1:\d+/login \(nothing\); set score\.llm\.base_url"),
+        (Reply(302, "", {"Location": "/login"}), r"redirected to http://127\.0\.0\.1:\d+/login .*set score\.llm\.base_url"),
         (Reply(303, "", {"Location": "/v1/models"}), r"redirected to http://\S+/v1/models .*set score\.llm\.base_url"),
         (error(429, "quota"), r"lower score\.llm\.concurrency"),
         (Reply(200, "<!DOCTYPE html><title>Sign in</title>"), r"a web page \(sign in\) came instead of a chat completion"),
@@ -284,92 +284,6 @@ def test_a_redirect_that_keeps_the_request_is_followed():
         moved = JudgeServer(refuse=lambda body: Reply(307, "", {"Location": f"{url[:-3]}/v2/chat/completions"}))
         with serving(moved) as old:
             assert ask(a_matcher(old))
-
-
-def unavailable(reply: Reply, **changes: object) -> str:
-    """What a judge that always replies so says, in one line that every terminal and log can show."""
-    with (
-        serving(JudgeServer(refuse=lambda body: reply)) as url,
-        pytest.raises(JudgeUnavailable) as caught,
-    ):
-        ask(a_matcher(url, retries=0, **changes))
-    line = str(caught.value)
-    assert line.isprintable() and len(line) < 500
-    return line
-
-
-def test_a_key_goes_to_no_other_host(monkeypatch):
-    monkeypatch.setenv("METIS_JUDGE_API_KEY", "secret")
-    judge = JudgeServer()
-    with serving(judge) as url:
-        moved = JudgeServer(refuse=lambda body: Reply(308, "", {"Location": f"{url}/chat/completions"}))
-        with serving(moved) as old:
-            assert ask(a_matcher(f"{old}?api-version=1"))
-    assert {"Authorization", "api-key"} <= {*moved.headers[0]}
-    assert not {"Authorization", "api-key"} & {*judge.headers[0]}
-
-
-REDIRECTS = [
-    "http://127.0.0.1:99999/", "https://127.0.0.1:65536", "http://a..b/", f"http://{'a' * 64}/", "http://[bad", "http://[::1",
-    "ftp://127.0.0.1/", "file:///etc/hosts", "//", "http://", "http:", ":", "http://127.0.0.1:1/", "http://127.0.0.1:port/",
-    "/" + "a" * 60_000, "http://\xff\xfe.invalid/", "http://a b/", "javascript:0", "?" * 9, "",
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("location", REDIRECTS, ids=range(len(REDIRECTS)))
-@pytest.mark.parametrize("status", [302, 307])
-def test_a_redirect_to_nowhere_is_no_verdict(location, status):
-    line = unavailable(Reply(status, "", {"Location": location}))
-    assert "redirected to" in line and "set score.llm.base_url to the API itself" in line
-
-
-@given(st.text("/?#[]@%\\.:9a\x80\xff\t\"'{", max_size=8))
-@settings(max_examples=40, deadline=None)
-def test_no_redirect_breaks_the_judge(rest):
-    for location in (rest, f"http://127.0.0.1:1{rest}", f"http://[::1]{rest}"):
-        assert "redirected to" in unavailable(Reply(307, "", {"Location": location}))
-
-
-@pytest.mark.parametrize(
-    "charset",
-    ["hex", "zip", "rot13", "idna", "undefined", "punycode", "unicode_escape", "utf-16", "utf-7", "base64", "none", "\xff"],
-)
-@pytest.mark.parametrize("status", [400, 404, 500])
-def test_an_error_may_claim_any_charset_and_nothing_in_it_reaches_a_terminal(charset, status):
-    said = unavailable(Reply(status, "a..b \x1b[31m\0\x9b\u202ec", {"Content-Type": f"text/plain; charset={charset}"}))
-    assert f"HTTP status {status} (a..b [31m c)" in said
-
-
-@pytest.mark.parametrize("status", [200, 400, 404, 429, 500])
-@pytest.mark.parametrize(
-    "text",
-    ["[" * 200_000, '{"error": ' + "[" * 950 + "]" * 950 + "}", "9" * 10_000, '{"error": "\\ud800\\u001b"}', "<title>\x1b", b"\xff\x00"],
-    ids=range(6),
-)  # fmt: skip
-def test_no_body_breaks_the_judge(text, status):
-    unavailable(Reply(status, text))
-
-
-@given(st.binary(max_size=40), st.sampled_from([200, 400, 404, 503]), st.sampled_from(["", "gzip", "x-gzip", "identity"]))
-@example(gzip.compress(b"[]") * 2, 200, "gzip")
-@settings(max_examples=40, deadline=None)
-def test_no_bytes_break_the_judge(text, status, encoding):
-    unavailable(Reply(status, text, {"Content-Encoding": encoding}))
-
-
-@pytest.mark.parametrize("status", [200, 404, 500])
-def test_a_body_without_end_is_given_up_at_once(status):
-    for reply in (replace(BOMB, status=status), Reply(status, b" " * (9 << 20))):
-        assert "with more than 8 MiB" in unavailable(reply, timeout_s=5.0)
-
-
-def test_a_packed_reply_is_read_though_none_was_asked_for():
-    packed = gzip.compress(completion("CORRECT").text.encode())
-    for text in (packed, packed + b"\0" * 9):
-        judge = JudgeServer(lambda task, text=text: Reply(200, text, {"Content-Encoding": "GZIP"}))
-        with serving(judge) as url:
-            assert ask(a_matcher(url))
-        assert judge.headers[0]["Accept-Encoding"] == "identity"
 
 
 @pytest.mark.parametrize(
@@ -427,7 +341,6 @@ def test_it_is_honoured(status):
     assert time.monotonic() - start >= 0.4
 
 
-BOMB = Reply(200, gzip.compress(b" " * (200 << 20), 6), {"Content-Encoding": "gzip"})  # 0.2 MB
 KINDS: dict[str, tuple[Reply, str]] = {
     "500": (error(500, "oops"), "HTTP status 500"),
     "429": (error(429, "slow down", retry_after_ms="1"), "HTTP status 429"),
@@ -447,7 +360,7 @@ KINDS: dict[str, tuple[Reply, str]] = {
     "error in 200": (Reply(200, '{"error": {"message": "overloaded"}}'), "something else came"),
     "damaged gzip": (Reply(200, "CORRECT", {"Content-Encoding": "gzip"}), "HTTP status 200 with a damaged gzip body"),
     "gzip without end": (
-        Reply(200, gzip.compress(completion("CORRECT").text.encode())[:-9], {"Content-Encoding": "gzip"}),
+        Reply(200, gzip.compress(completion("CORRECT").payload)[:-9], {"Content-Encoding": "gzip"}),
         "HTTP status 200 with a gzip body that is cut off",
     ),
     "packed otherwise": (

@@ -192,7 +192,7 @@ def test_a_whole_reply_may_end_in_every_servers_word(end):
         (b'{"choices": [{"message": {"content": "CORRECT"}}], "error": {"code": 502}}', "an error came beside the reply"),
         (b'{"choices": [{"message": {"content": "CORRECT"}, "error": "lost"}]}', "an error came beside the reply"),
         (b'{"choices": [' + b'{"message": {"content": "CORRECT"}},' * 2 + b"{}]}", "something else"),
-        (json.dumps({"choices": [{"message": {"content": "CORRECT"}}] * 2}).encode(), "several choices came; leave n out"),
+        (json.dumps({"choices": [{"message": {"content": "CORRECT"}}] * 2}).encode(), "several choices came; see what"),
         (body("CORRECT", tool_calls=[{"id": "1"}]), "finish_reason 'tool_calls'"),
         (body([{"type": "text", "text": "CORRECT"}, {"type": "audio", "text": "not"}]), "and nothing else"),
         (body([{"type": "text", "text": {"value": "IN"}}, {"type": "text", "text": "CORRECT"}]), "and nothing else"),
