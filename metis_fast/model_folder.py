@@ -59,11 +59,11 @@ _TEXT = (
 _HEAD = "lm_head.weight"
 _MAY_LACK = ("bos_token_id", "pad_token_id")
 """Tokens without which a model works; an end of the text it needs."""
-_SETTINGS = (
+_BAD_SETTINGS = (
     OSError, ValueError, TypeError, KeyError, IndexError, AttributeError, ArithmeticError, RuntimeError, MemoryError,
     StrictDataclassError,
 )  # fmt: skip
-"""What transformers, numpy and Pillow raise for an image processor's settings that cannot be."""
+"""What transformers, torch, numpy and Pillow raise for settings that cannot be."""
 
 
 def trouble(path: Path) -> str:
@@ -143,7 +143,7 @@ def _token_ids(folder: Path, config: PretrainedConfig) -> Iterator[tuple[str, li
         trees[GENERATION] = _none_for_minus_one(read_json(folder / GENERATION))
         try:
             GenerationConfig.from_dict(dict(trees[GENERATION]))
-        except (ValueError, TypeError, AttributeError) as error:
+        except _BAD_SETTINGS as error:
             raise ModelError(f"{folder / GENERATION} cannot be used ({_line(error)}); correct it, or remove it") from None
     for file, tree in trees.items():
         for name in (*names, *(VISION_TOKENS if file == "config.json" else ())):
@@ -205,7 +205,7 @@ def config_of(tree: Mapping[str, Any], file: Path) -> PretrainedConfig:
                 )
     try:
         return ARCHITECTURES[kind][0].from_dict(copy.deepcopy(standard(tree)))
-    except (ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as error:
+    except _BAD_SETTINGS as error:
         raise ModelError(f"{file} cannot be used ({_line(error)}); restore the file from its source") from None
 
 
@@ -222,7 +222,11 @@ def read_config(folder: Path) -> PretrainedConfig:
 
 
 def hf_shapes(config: PretrainedConfig) -> Mapping[str, tuple[int, ...]]:
-    """Names and shapes of a model's weights as Hugging Face folders have them; a tied LM head is left out."""
+    """Names and shapes of a model's weights as Hugging Face folders have them; a tied LM head is left out.
+
+    Raises:
+        ModelError: there is no model of that config (no attention heads, an unknown activation).
+    """
     return _shapes(config.model_type, config.to_json_string(use_diff=False))
 
 
@@ -234,8 +238,12 @@ def may_have(config: PretrainedConfig) -> frozenset[str]:
 @lru_cache(maxsize=4)
 def _shapes(kind: str, text: str) -> Mapping[str, tuple[int, ...]]:
     of_config, of_model = ARCHITECTURES[kind]
-    with torch.device("meta"):
-        model = of_model(of_config.from_dict(json.loads(text)))  # pyright: ignore[reportArgumentType]
+    try:
+        with torch.device("meta"):
+            model = of_model(of_config.from_dict(json.loads(text)))  # pyright: ignore[reportArgumentType]
+    except _BAD_SETTINGS as error:
+        reason = f"{type(error).__name__}: {_line(error)}"
+        raise ModelError(f"config.json is of no model that can be built ({reason}); restore the file from its source") from None
     return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
 
 
@@ -285,7 +293,7 @@ def load_processor(folder: Path) -> Qwen2VLImageProcessorPil | None:
         return None
     try:
         processor = Qwen2VLImageProcessorPil.from_pretrained(folder, local_files_only=True)
-    except _SETTINGS as error:
+    except _BAD_SETTINGS as error:
         raise ModelError(f"image processor of {folder} cannot be loaded ({_line(error)}); copy it from its source") from None
     vision = config.vision_config  # pyright: ignore[reportAttributeAccessIssue]
     names = {"patch_size": "patch_size", "temporal_patch_size": "temporal_patch_size", "merge_size": "spatial_merge_size"}
@@ -295,22 +303,30 @@ def load_processor(folder: Path) -> Qwen2VLImageProcessorPil | None:
                 f"{folder}: the image processor has {ours} {getattr(processor, ours)!r}, the vision_config of config.json "
                 f"{theirs} {getattr(vision, theirs)!r}; copy both from the same model"
             )
-    if problem := _processor_trouble(processor):
+    if problem := _processor_trouble(processor, config.get_text_config().max_position_embeddings):
         raise ModelError(f"image processor of {folder} cannot be used ({problem}); copy it from its source")
     return processor
 
 
-def _processor_trouble(processor: Qwen2VLImageProcessorPil) -> str:
-    """What is wrong with the patches of one image; empty if nothing is. Otherwise it would look like each image's own fault."""
+def _processor_trouble(processor: Qwen2VLImageProcessorPil, longest: int) -> str:
+    """What is wrong with the patches of one image; empty if nothing is. Otherwise it would look like each image's own fault.
+
+    longest: most tokens of a sequence.
+    """
     shades = np.arange(61 * 83 * 3).reshape(61, 83, 3) % 251  # of a size that has to be changed
     try:
+        if not (processor.size["shortest_edge"] and processor.size["longest_edge"]):
+            return "its size has no shortest_edge and longest_edge, in pixels of the whole image"
+        # asked first: a smallest size that is far too large would take all of the memory
+        if (tokens := processor.get_number_of_image_patches(61, 83) // processor.merge_size**2) > longest:
+            return f"an image of 83 x 61 becomes {tokens} tokens, where the model reads {longest}; see size"
         with np.errstate(all="ignore"):
             out = processor([Image.fromarray(shades.astype(np.uint8))], return_tensors="pt")
         (t, h, w), pixels = out["image_grid_thw"][0].tolist(), out["pixel_values"]
         channels, rest = divmod(pixels.shape[1], processor.temporal_patch_size * processor.patch_size**2)
         if (len(pixels), channels, rest) != (t * h * w, 3, 0) or h % processor.merge_size or w % processor.merge_size:
             return f"an image of 83 x 61 becomes patches {list(pixels.shape)} for a grid {[t, h, w]}"
-    except _SETTINGS as error:
+    except _BAD_SETTINGS as error:
         return f"of an image of 83 x 61: {_line(error)}"
     return "" if pixels.isfinite().all() else "pixels become NaN or Inf; see image_std, image_mean and rescale_factor"
 

@@ -72,8 +72,9 @@ COPIED = (
 MAX_SHARD_BYTES = 5_000_000_000
 """Of a weight file, as `save_pretrained` has it by default."""
 
-_METADATA = {"format": "pt", "exported_by": "metis_fast"}
-"""Of an export's weight files: what tells it from other model folders, which are never replaced."""
+MARK = "model.export.json"
+"""Tells an export from other model folders, which are never replaced. No metadata of the weight files: safetensors writes two
+entries in any order, and equal models would not be equal files."""
 _WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
 
 LOGITS_DIFFER = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
@@ -161,6 +162,7 @@ def export_model(
             (tmp / name).write_bytes(content)
         dtype = write_weights(tensors, expected, tmp, max_shard_bytes)
         (tmp / "config.json").write_text(json.dumps(_with_dtype(source.config, dtype), indent=2) + "\n", encoding="utf-8")
+        (tmp / MARK).write_text('{"exported_by": "metis_fast"}\n', encoding="utf-8")
         try:
             _check_written(tmp, dtype)
             if check is not None:
@@ -325,25 +327,16 @@ def _check_target(out: Path, source: Path) -> None:
 
 
 def _not_exported(out: Path) -> str | None:
-    """The name of something at `out` that no export has written; None in an empty folder."""
+    """What shows that not all at `out` was written by an export; None where it was, and in an empty folder."""
     if not out.is_dir():
         return out.name
     paths = sorted(out.iterdir())
-    has_weights = any(_WEIGHTS.fullmatch(path.name) for path in paths)
-    known = {*COPIED, "config.json", INDEX}
+    known = {*COPIED, "config.json", INDEX, MARK}
     for path in paths:
-        is_own = _has_metadata(path) if _WEIGHTS.fullmatch(path.name) else has_weights and path.name in known
-        if path.is_symlink() or not path.is_file() or not is_own:
+        is_known = path.name in known or _WEIGHTS.fullmatch(path.name)
+        if path.is_symlink() or not path.is_file() or not is_known:
             return path.name
-    return None
-
-
-def _has_metadata(path: Path) -> bool:
-    try:
-        with safe_open(path, framework="pt") as file:
-            return file.metadata() == _METADATA
-    except (OSError, SafetensorError):  # a folder, or damaged
-        return False
+    return f"no {MARK}" if paths and out / MARK not in paths else None
 
 
 @contextmanager
@@ -391,7 +384,7 @@ def write_weights(
 
     def flush() -> None:
         path = folder / _part(len(files))
-        save_file(held, path, metadata=_METADATA)
+        save_file(held, path, metadata={"format": "pt"})
         with safe_open(path, framework="pt") as file:
             for name, tensor in held.items():
                 found = file.get_tensor(name)

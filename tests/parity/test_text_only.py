@@ -135,5 +135,5 @@ def test_an_image_that_a_tool_returns_is_left_out_and_said(load, picture):
 
 def test_another_architecture_is_refused(folder, tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-    with pytest.raises(ModelError, match=r"model_type 'llama', expected 'qwen3_vl' \(or 'qwen3' for text only\); give"):
+    with pytest.raises(ModelError, match=r"expected model_type qwen3_vl \(or qwen3 for text only\), got 'llama'; give"):
         load_policy(ModelConfig(path=tmp_path))

@@ -21,12 +21,12 @@ import pytest
 import torch
 from folders import LFS, copy_through, shapes_of, tiny, weights_of
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
-from transformers import AutoProcessor, Qwen3Config, Qwen3ForCausalLM, Qwen3VLForConditionalGeneration
+from transformers import AutoConfig, AutoProcessor, Qwen3Config, Qwen3ForCausalLM, Qwen3VLForConditionalGeneration
 from transformers.utils.import_utils import is_torchvision_available
 
 from metis_fast.checkpoint.export import (
     LOGITS_DIFFER,
+    MARK,
     Source,
     check_export,
     check_logits,
@@ -72,7 +72,7 @@ def test_plain_transformers_loads_what_was_written(tied, dtype, max_shard_bytes,
     listed = set()
     for file in files:
         with safe_open(tmp_path / "out" / file, framework="pt") as opened:
-            assert opened.metadata()["format"] == "pt"  # which transformers asks for
+            assert opened.metadata() == {"format": "pt"}
             names = list(opened.keys())
             listed |= {(name, file) for name in names}
         size = sum(trained[name].nbytes for name in names)
@@ -114,6 +114,14 @@ def test_nothing_is_asked_of_the_source_when_the_run_ends(tmp_path):
     shutil.rmtree(source)
     export_model(weights.items(), shapes_of(weights), kept, tmp_path / "out")
     assert load_policy(ModelConfig(path=tmp_path / "out", dtype="float32")).reads_images
+
+
+def test_exports_of_equal_models_are_equal_files(tmp_path):
+    source = tiny(tmp_path / "model")
+    for name in ("one", "other"):
+        copy_through(source, tmp_path / name)
+    one, other = ({path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("one", "other"))
+    assert one == other and MARK in one
 
 
 @pytest.mark.parametrize("umask", [0o022, 0o027])
@@ -302,11 +310,6 @@ def test_where_an_export_cannot_be_is_said_when_the_run_starts(tmp_path, monkeyp
     assert "the trained model will take 0.000452 GB" in caplog.text and caplog.text.count("\n") == 1
 
 
-def _no_marks(out: Path) -> None:
-    """As somebody else's tools save the same weights."""
-    save_file(load_file(out / "model.safetensors"), out / "model.safetensors", metadata={"format": "pt"})
-
-
 @pytest.mark.parametrize(
     ("add", "names"),
     [
@@ -317,9 +320,7 @@ def _no_marks(out: Path) -> None:
         (lambda out: (out / "model.safetensors.bak").write_bytes(b"weights"), "model.safetensors.bak"),
         (lambda out: shutil.copytree(out, out / "checkpoint-500"), "checkpoint-500"),
         (lambda out: (out / "merges.txt").symlink_to("../notes"), "merges.txt"),
-        (lambda out: (out / "model.safetensors").write_bytes(b"no longer weights"), "model.safetensors"),
-        (lambda out: (out / "model.safetensors").unlink(), "chat_template.jinja"),
-        (_no_marks, "model.safetensors"),
+        (lambda out: (out / MARK).unlink(), "no model.export.json"),  # as a downloaded model
     ],
 )
 def test_an_export_replaces_an_export_and_nothing_else(add, names, tmp_path):
@@ -371,29 +372,34 @@ def test_any_spelling_of_the_dtype_is_that_of_the_weights_when_the_run_ends(top,
     for part in (tree, tree["text_config"], tree["vision_config"]):
         part |= given
     path.write_text(json.dumps(tree))
-    for dtype in ("float32", "bfloat16"):
-        policy = load_policy(ModelConfig.model_validate({"path": source, "dtype": dtype}))
-        export_policy(policy, check_export(source, tmp_path / "out", dtype), tmp_path / "out")
+    for dtype in (torch.float32, torch.bfloat16):
+        weights = {name: tensor.to(dtype) for name, tensor in weights_of(source).items()}
+        export_model(weights.items(), shapes_of(weights), check_start(source, tmp_path / "out"), tmp_path / "out")
+        assert AutoConfig.from_pretrained(tmp_path / "out").dtype == dtype
         found = json.loads((tmp_path / "out" / "config.json").read_text())
         for part in (found, found["text_config"], found["vision_config"]):
-            assert all(part[key] == dtype for key in given)
+            assert all(part[key] == str(dtype).removeprefix("torch.") for key in given)
 
 
 def test_the_second_model_of_the_check_is_gone_when_it_returns(tmp_path):
+    def models() -> int:
+        return sum(type(one) is Qwen3VLForConditionalGeneration for one in gc.get_objects())
+
     source = tiny(tmp_path / "model")
     policy = load_policy(ModelConfig(path=source, dtype="float32"))
     config = json.loads((source / "config.json").read_text())
     gc.collect()
     gc.disable()  # nor is it left to the collector, which runs when it likes
     try:
+        before = models()
         check_logits(policy, source)
+        assert models() == before > 0
         (source / "config.json").write_text(json.dumps(config | {"dtype": "bfloat16"}))
-        with pytest.raises(ModelError, match="its weights are loaded as torch.bfloat16, expected torch.float32") as caught:
+        with pytest.raises(ModelError, match=r"its weights are loaded as torch\.bfloat16, expected torch\.float32") as caught:
             check_logits(policy, source)
-        models = [one for one in gc.get_objects() if isinstance(one, Qwen3VLForConditionalGeneration)]
+        assert models() == before and caught.value.__traceback__ is not None
     finally:
         gc.enable()
-    assert caught.value.__traceback__ is not None and sum(one is not policy.model for one in models) == 0
 
 
 def test_an_export_whose_logits_are_not_the_trainers_gets_no_name(tmp_path):
@@ -433,7 +439,7 @@ def test_log_probs_tell_an_export_of_other_weights_too(tmp_path, dtype):
     with pytest.raises(ModelError, match="log-probs of plain transformers differ"):
         check_logprobs(policy, probe, logp, 1.0, tmp_path / "out")
     with torch.no_grad():
-        policy.model.model.visual.merger.linear_fc2.weight.add_(1.0)
+        dict(policy.model.named_parameters())["model.visual.merger.linear_fc2.weight"].add_(1.0)
     export_policy(policy, read_source(source), tmp_path / "out")
     with pytest.raises(ModelError, match="log-probs of plain transformers differ"):
         check_logprobs(policy, probe, logp, 0.7, tmp_path / "out")

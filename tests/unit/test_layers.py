@@ -1,13 +1,15 @@
 """The layer in which two models part is the one that is named."""
 
+import shutil
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from metis_fast.config import Config
-from metis_fast.model import Policy
+from metis_fast.config import Config, ModelConfig
+from metis_fast.model import Policy, load_policy
 from metis_fast.rollout.chat import Chat
 from metis_fast.rollout.engine import Completion
 from metis_fast.rollout.episode import Trace
@@ -48,6 +50,20 @@ def test_transformers_own_model_says_what_the_trainer_says(load_tiny: Callable[.
     decoder = [f"layers.{i}.{part}" for i in range(len(policy.decoder.layers)) for part in ("self_attn", "mlp")]
     assert [name for name in names if name.startswith("layers.")] == decoder
     assert found.layers["norm"].shape == (len(rollout.tokens) - 1, DIRECTIONS)
+
+
+def test_nothing_is_read_of_the_folder_whose_layout_may_be_an_older_one(
+    tiny_folder: Path, rollout: Rollout, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(tiny_folder, tmp_path / "model"))
+    policy = load_policy(ModelConfig(path=folder, dtype="float32"))
+    trainer = TorchTrainer(policy, CONFIG, CONFIG.train.optim, 1)
+    (own,) = trainer.logprobs([rollout])
+    shutil.rmtree(folder)
+    found = reference(policy, trainer.weights(), rollout, CONFIG.rollout.temperature)
+    np.testing.assert_allclose(found.logp, own[rollout.sampled], rtol=0, atol=1e-5)
+    (again,) = trainer.logprobs([rollout])  # whose attention is still its own
+    np.testing.assert_array_equal(again, own)
 
 
 @pytest.mark.parametrize(
