@@ -11,15 +11,18 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
+from pictures import MODES, TRANSPARENT, WIDE, turned
 from PIL import Image
 
 from metis_fast.config import ToolsConfig
 from metis_fast.errors import InfrastructureError, ToolSetupError
+from metis_fast.pixels import decode
 from metis_fast.tools.toolbox import LocalToolbox
 from metis_fast.types import ImageBlob, Observation, Outcome
 
@@ -106,6 +109,16 @@ def test_prompt_images_arrive_and_shown_images_return_in_order(open_box: Open) -
     assert pixels(got.images[0]).tobytes() == sent.tobytes()
     assert pixels(got.images[1]).getpixel((4, 4)) == (255, 0, 0)
     assert pixels(got.images[2]).tobytes() == sent.crop((0, 0, 5, 6)).tobytes()
+
+
+def test_prompt_images_are_those_that_the_model_sees(open_box: Open) -> None:
+    """In RGB and upright, so that a crop is a crop of what was seen."""
+    blobs = [*TRANSPARENT.values(), *WIDE.values(), *MODES.values(), *(turned(number, "JPEG") for number in range(1, 9))]
+    code = f"import hashlib\nfor i in range(1, {len(blobs) + 1}):\n    image = globals()[f'image_{{i}}']\n"
+    code += "    print(image.mode, image.size, hashlib.sha256(image.tobytes()).hexdigest())"
+    (seen,) = run(open_box(), code, images=tuple(ImageBlob.of(data) for data in blobs))
+    expected = [decode(data) for data in blobs]
+    assert seen.text.splitlines() == [f"{e.mode} {e.size} {sha256(e.tobytes()).hexdigest()}" for e in expected]
 
 
 def test_matplotlib_figures_are_shown(open_box: Open) -> None:

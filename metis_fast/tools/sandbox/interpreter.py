@@ -24,7 +24,7 @@ import numpy as np
 import numpy.random  # loads late by itself, in every session anew
 from PIL import Image, ImageShow
 
-from metis_fast.pixels import to_rgb
+from metis_fast.pixels import ImageError, decode, to_rgb
 from metis_fast.tools.sandbox.transcript import Transcript, transcript_size
 from metis_fast.tools.sandbox.wire import LENGTH, MAX_SIDE, Limits, Reply, Shown, decode_call, encode_message
 
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 _CELL = "<call "
 _STDOUT, _STDERR = 1, 2
+_ORIENTATION = 0x0112  # of EXIF
 _TIMERS = (signal.ITIMER_REAL, signal.ITIMER_VIRTUAL, signal.ITIMER_PROF)
 _SIGNALS = sorted(int(number) for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP})
 _DEPTH = 1000  # of calls, that ours may need: Python's own limit
@@ -67,6 +68,13 @@ class _Viewer(ImageShow.Viewer):
     def show(self, image: Image.Image, **options: object) -> int:
         self._interpreter.show(image)
         return 1
+
+
+def _upright(data: bytes) -> Image.Image:
+    """In RGB; a plain photo is decoded when it is first used."""
+    image = Image.open(io.BytesIO(data))
+    plain = image.mode == "RGB" and "transparency" not in image.info and image.getexif().get(_ORIENTATION, 1) == 1
+    return image if plain else decode(data)
 
 
 class _Main(types.ModuleType):
@@ -235,11 +243,11 @@ class Interpreter:
             self.write(f"Exception in thread {name}:\n{_describe(args.exc_value)}".encode("utf-8", "replace"))
 
     def add_images(self, images: Iterable[bytes]) -> None:
-        """Define image_1, image_2, ...; one that Pillow cannot open is left undefined."""
+        """Define image_1, image_2, ... as the model sees them; one that Pillow cannot open is left undefined."""
         for number, data in enumerate(images, start=1):
             try:
-                self.scope[f"image_{number}"] = Image.open(io.BytesIO(data))
-            except OSError:
+                self.scope[f"image_{number}"] = _upright(data)
+            except (OSError, ImageError):
                 continue
 
     def begin(self, code: str) -> None:
