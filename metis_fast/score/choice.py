@@ -5,9 +5,10 @@ from __future__ import annotations
 import itertools
 import re
 import unicodedata
+from collections.abc import Callable, Iterable
 
 from metis_fast.score import rule
-from metis_fast.score.text import fold
+from metis_fast.score.text import fold, normalise, one_line
 from metis_fast.types import Prompt
 
 Letters = frozenset[str]
@@ -22,7 +23,7 @@ _LEAD_IN = re.compile(
     r"|it(?:'s|\s+is)\s+|(?:正确)?(?:答案|选项|选择)(?:是|为)?\s*:?\s*|选\s*(?=[A-Z(]))",
     re.IGNORECASE,
 )
-_SEPARATOR = re.compile(r"\s*(?:[,;、/&+]|\band\b|和|与|及)\s*|\s+")
+_SEPARATOR = re.compile(r"[^\S\n]*(?:[,;、/&+]|\band\b|和|与|及)[^\S\n]*|[^\S\n]+")  # what stands in lines is no list
 _LETTER = re.compile(r"[(\[]?([A-Za-z])[)\].:]*")
 # A delimiter is needed before the option's text: "A dog" is an article and a noun.
 _LETTER_AND_TEXT = re.compile(
@@ -36,13 +37,32 @@ _LETTER_IS_RIGHT = re.compile(
     r"[(\[]?([A-Z])[)\]]?\s+(?:is|looks|seems)\s+(?:the\s+)?(?:correct|right|best|true)(?:\s+(?:answer|option|choice|one))?"
 )
 _LETTER_BEFORE_TEXT = re.compile(r"([A-Z])\s+(.+)", re.DOTALL)
-_ANOTHER_LETTER = re.compile(r"(?:^|[\s(\[,;/])[A-Z](?:[).:\]]|\s*$)")
-_ANOTHER_CHOICE = re.compile(
-    r"\b(?:answers?|options?|choices?|choose|pick|so|thus|hence|therefore|rather|instead|actually)\W+(?:is\W+|it\W+is\W+|the\W+)*"
-    r"(?:answers?\W+is\W+|option\W+)?[(\[]?[A-Z]\b(?!\w)",
+_OTHERS_ARE_WRONG = re.compile(
+    r"(?:\(?[A-Z]\)?(?:\s*(?:,|and|or|,\s*and)\s*\(?[A-Z]\)?)*|(?:(?:all|none\s+of)\s+)?(?:the\s+)?(?:others?|rest|remaining)"
+    r"(?:\s+(?:options?|choices?|answers?|ones?))?)\s+"
+    r"(?:is|are|was|were|do|does)\s*(?:n't|not)?\s*(?:all\s+)?(?:clearly\s+|both\s+)?(?:wrong|incorrect|false|impossible|right|correct|true|fit)\b"
+)
+_TAKES_BACK = re.compile(
+    r"\b(?:not|no|never|none|neither|nor|wrong|incorrect|false|untrue|but|wait|however|actually|although|though|maybe|perhaps|or"
+    r"|instead|rather|unless|except|also|too|well|both|either|better|now|eliminated|excluded|impossible|unlikely|ruled|cannot"
+    r"|unsure|guess|doubt|know|probably|possibly|correction|sorry|oops|other|others|another|second|if|might|may|could|yes)\b|n't|[?!]",
     re.IGNORECASE,
 )
-_OPTION = re.compile(r"(?:^|(?<=[\s(\[]))([A-Z])\s?[).:\]、]\s*(?=\S)")
+_A_LETTER = re.compile(r"(?<![\w'])(?!I\s+(?!is\b|are\b)[a-z])(?:[A-Z]|[b-hj-z])(?![\w'])")  # not of "I counted"
+_EXPLAINS = re.compile(
+    r"(?:(?:it|this|that|these|they|there|the|in|we|he|she|all|each|both)\b.*\s.*|(?:is\s+)?(?:correct|right|true|best)[.!]?)",
+    re.IGNORECASE | re.DOTALL,
+)
+_MARKS = tuple(
+    re.compile(rf"(?:^|(?<=[\s(\[])){mark}\s*(?=\S)", re.MULTILINE)
+    for mark in (
+        r"(?<=\()([A-Z])\s?\)",
+        r"(?<=\[)([A-Z])\s?\]",
+        r"(?<![(\[])([A-Z])\s?[)\]]",
+        r"([A-Z])\s?\.",
+        r"([A-Z])\s?[:、]",
+    )
+)
 
 
 def _unwrap(text: str) -> str:
@@ -81,28 +101,81 @@ def read_choice(text: str, options: dict[str, str] | None = None) -> tuple[Lette
 def _read(text: str, options: dict[str, str]) -> tuple[Letters, str]:
     if letters := _read_letters(text):
         return letters, ""
-    if (found := _LETTER_AND_REASON.fullmatch(text)) and not _ANOTHER_CHOICE.search(found[2]):
+    if (found := _LETTER_AND_REASON.fullmatch(text)) and _supports(found[1].upper(), found[2], options):
         return frozenset(found[1].upper()), ""
     if found := _LETTER_IS_RIGHT.fullmatch(text):
         return frozenset(found[1]), ""
     if found := _LETTER_AND_TEXT.fullmatch(text):
-        if _ANOTHER_LETTER.search(found[3]) or _ANOTHER_CHOICE.search(found[3]):
+        letter, rest = (found[1] or found[2]).upper(), found[3].strip()
+        if rest.startswith("(") and rest.endswith(")"):
+            rest = rest[1:-1]
+        if rule.equal(rest, options.get(letter, ""), 0.0):
+            return frozenset(letter), rest
+        if not _supports(letter, rest, options):
             return NONE, text
-        letter = (found[1] or found[2]).upper()
-        return frozenset(letter), found[3].strip().removeprefix("(").removesuffix(")")
+        if _EXPLAINS.fullmatch(rest) or (letter in options and _has(rest, options[letter])):
+            return frozenset(letter), ""
+        return (NONE, text) if letter in options else (frozenset(letter), rest)
     if (found := _LETTER_BEFORE_TEXT.fullmatch(text)) and rule.equal(found[2], options.get(found[1], ""), 0.0):
         return frozenset(found[1]), found[2]
     return NONE, text
 
 
+def _has(text: str, option: str) -> bool:
+    """Whether the words of an option stand in a text."""
+    words = normalise(option)
+    return bool(words) and f" {words} " in f" {normalise(text)} "
+
+
+def _supports(letter: str, reason: str, options: dict[str, str]) -> bool:
+    """Whether what is said after a letter names no other option and takes nothing back; that others are wrong may be said."""
+    rest = _OTHERS_ARE_WRONG.sub(lambda found: "" if _denies(found[0], letter) else found[0], reason)
+    if _TAKES_BACK.search(rest) or any(found[0].upper() != letter for found in _A_LETTER.finditer(rest)):
+        return False
+    own = normalise(options.get(letter, ""))
+    return not any(_has(rest, option) and not _has(own, option) for other, option in options.items() if other != letter)
+
+
+def _denies(clause: str, letter: str) -> bool:
+    denied = re.search(r"n't|\bnot\b", clause) is not None
+    wrong = re.search(r"(?:wrong|incorrect|false|impossible)$", clause) is not None
+    named = re.findall(r"(?<!\w)[A-Z](?!\w)", clause)
+    return denied != wrong and letter not in named and not clause.startswith("none")
+
+
+def _last_run(marks: Iterable[re.Match[str]]) -> list[re.Match[str]]:
+    """The last marks in order from A, of those that are at least two."""
+    best: list[re.Match[str]] = []
+    run: list[re.Match[str]] = []
+    for mark in marks:
+        if mark[1] == "A":
+            run = []
+        if len(run) < 26 and mark[1] == chr(ord("A") + len(run)):
+            run.append(mark)
+        if len(run) > 1:
+            best = run
+    return best
+
+
+def _at_line_start(mark: re.Match[str]) -> bool:
+    line = mark.string.rfind("\n", 0, mark.start()) + 1
+    return not mark.string[line : mark.start()].strip(" \t([*")
+
+
 def read_options(question: str) -> dict[str, str]:
-    """The options of a question, letter -> text: marks "A." / "(A)" / "A)" in order from A; {} if there are fewer than two."""
+    """The options of a question, letter -> text: marks "A." / "(A)" / "A)" in order from A; {} if there are fewer than two.
+
+    The marks are of one kind. Those at the beginning of lines go before others, longer runs before shorter, later before
+    earlier ones: the question itself may be about the persons A and B.
+    """
     question = unicodedata.normalize("NFKC", question)
     marks: list[re.Match[str]] = []
-    for mark in _OPTION.finditer(question):
-        if len(marks) < 26 and mark[1] == chr(ord("A") + len(marks)):
-            marks.append(mark)
-    if len(marks) < 2:
+    for key in (_at_line_start, None):
+        runs = [_last_run(filter(key, kind.finditer(question)) if key else kind.finditer(question)) for kind in _MARKS]
+        marks = max(runs, key=lambda run: (len(run), run[0].start() if run else 0))
+        if marks:
+            break
+    if not marks:
         return {}
     stops = [mark.start() for mark in marks[1:]] + [len(question)]
     return {
@@ -117,7 +190,8 @@ def equal(answer: str, gold: str, options: dict[str, str], tolerance: float) -> 
     letters, text = _chosen(answer, options, tolerance)
     gold_letters, gold_text = _chosen(gold, options, tolerance)
     if letters and gold_letters:
-        return letters == gold_letters
+        both_have_texts = not options and text and gold_text
+        return letters == gold_letters and (not both_have_texts or rule.equal(text, gold_text, tolerance))
     if len(letters) > 1 or len(gold_letters) > 1:
         return False
     text, gold_text = (
@@ -127,12 +201,25 @@ def equal(answer: str, gold: str, options: dict[str, str], tolerance: float) -> 
     return bool(text) and bool(gold_text) and rule.equal(text, gold_text, tolerance)
 
 
+def _named(text: str, options: dict[str, str], tolerance: float) -> Letters:
+    """The options that a text is: as it is spelt, else in the same words, else equal to the rule judge."""
+    same: tuple[Callable[[str], bool], ...] = (
+        lambda option: one_line(text) == one_line(option),
+        lambda option: normalise(text) == normalise(option),
+        lambda option: rule.equal(text, option, tolerance),
+    )
+    for is_same in same:
+        if found := frozenset(letter for letter, option in options.items() if option and is_same(option)):
+            return found
+    return NONE
+
+
 def _chosen(text: str, options: dict[str, str], tolerance: float) -> tuple[Letters, str]:
-    """`read_choice`, with the letter of an option that the whole text is."""
+    """`read_choice`, with the letter of an option that the whole text is; nothing where it may be several."""
     letters, rest = read_choice(text, options)
-    named = frozenset(letter for letter, option in options.items() if rule.equal(rest, option, tolerance)) if rest else NONE
+    named = _named(rest, options, tolerance) if rest and len(rest) <= _MAX_CHARS else NONE
     if not letters:
-        return (named, "") if len(named) == 1 else (NONE, rest)
+        return (NONE, rest) if not named else (named, "") if len(named) == 1 else (NONE, "")
     contradicts = len(letters) == 1 and bool(named) and not letters <= named
     return (NONE, "") if contradicts else (letters, rest)
 

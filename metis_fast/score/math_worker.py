@@ -15,16 +15,91 @@ import re
 import resource
 import signal
 import sys
+from collections import Counter
 
 import sympy
+from latex2sympy2_extended import NormalizationConfig
 from math_verify import LatexExtractionConfig, parse, verify
 from sympy.core.relational import Relational
 
+from metis_fast.score import units
 from metis_fast.score.python_math import as_latex
 
 CPU_SECONDS = 3.0  # a comparison takes 1 to 50 ms; some that need sympy's simplification take a second
 _MEMORY_BYTES = 4 << 30  # address space; sympy itself needs well under 1 GiB
+_DELIMITER = re.compile(r"\$+|\\[()\[\]]")
 _MATH = re.compile(r"\$\$(.+?)\$\$|\$(.+?)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
+_BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
+# math-verify's own removal of units takes "million", too, and makes 5 cm of 5 m.
+_NORMALIZATION = NormalizationConfig(basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="none")
+# What sympy raises on odd operands.
+_SYMPY_ERRORS = (ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError, ValueError)
+
+# What may stand before a formula and say no more than it.
+_LEAD_IN = re.compile(
+    r"(?:(?:so|thus|hence|therefore|then)\b,?\s*)?(?:we\s+(?:get|have|find|obtain)\s*)?"
+    r"(?:(?:(?:the|my|our|your)\s+)?(?:(?:final|correct|exact|required|desired|simplified|numerical)\s+)*"
+    r"(?:answers?|values?|results?|solutions?|roots?|sum|product|area|volume|probability|length|expression|number)\s*"
+    r"(?:of\s+[a-zA-Z]\s*)?)?(?:it\s+)?(?:(?:is|are|equals)\b|[:=])?\s*(?:[a-zA-Z]\s*=)?",
+    re.IGNORECASE,
+)
+_MORE_WORDS = re.compile(r"(?!(?:and|or)\b)\b[^\W\d_]{2,}", re.IGNORECASE)
+
+# Of these math-verify takes no notice: the rule judge compares them as text.
+_UNREAD = re.compile(
+    r"['′″]|\\prime(?![a-z])|\\[dt]?frac\s*\{\s*(?:d|\\partial)|\d\s*(?:\\right)?[)}]?\s*_"  # f'(x); 1101_2
+    r"|[A-Z)\]}]\s*\^\s*\{?\s*(?:T|H|\\top|\\intercal|\\dagger|\*)(?![a-zA-Z])|\.{2,}|…|\\[lcdv]?dots(?![a-z])"
+    r"|\\(?:mathbf|boldsymbol|vec|overrightarrow|bm|hat)[^=]*\\(?:times|cross|wedge)(?![a-z])|[A-Z}]\s*(?:\\times|×)\s*[A-Z\\]"
+)
+_UNEQUAL = re.compile(r"\\neq?(?![a-z])|!=|≠|\\not(?![a-z])")
+_DEGREES = re.compile(r"°|\\circ(?![a-z])|\\degree")
+_ANGLE = re.compile(r"\\?(?:sin|cos|tan|cot|sec|csc)")
+_NAMELESS = re.compile(r"\s*[-+]?\s*\d|.*?[-+*/^]|.*?\\(?:times|cdot|div|sqrt|d?frac)(?![a-z])")  # no name before "="
+_TEXT = re.compile(r"\\(?:text|textrm|textbf|textit|mathrm|mbox|mathbf|mathit)\s*\{([^{}]*)\}")
+_COMMAND = re.compile(r"\\(?:begin|end)\s*\{[a-z*]+\}|\\[a-zA-Z]+")
+_KNOWN_WORDS = frozenset(
+    (
+        *(
+            "sin",
+            "cos",
+            "tan",
+            "cot",
+            "sec",
+            "csc",
+            "sinh",
+            "cosh",
+            "tanh",
+            "arcsin",
+            "arccos",
+            "arctan",
+            "asin",
+            "acos",
+            "atan",
+        ),
+        *(
+            "log",
+            "ln",
+            "exp",
+            "sqrt",
+            "pi",
+            "oo",
+            "inf",
+            "infinity",
+            "alpha",
+            "beta",
+            "gamma",
+            "delta",
+            "theta",
+            "lambda",
+            "mu",
+        ),
+        *("phi", "omega", "and", "or", "frac", "max", "min", "gcd", "lcm", "det", "mod", "lim"),
+    )
+)
+_UNIT = re.compile(
+    r"(.*[\d)}\]a-zA-Z])(?:\s|\\[,;:! ])*\\(?:text|textrm|mathrm|mbox)\s*\{\s*([^{}\d]{2,}?)\s*\}\s*(\^\s*\{?[23]\}?)?\s*",
+    re.DOTALL,
+)
 
 
 # What says that there is no solution.
@@ -37,6 +112,7 @@ _WRAPPER = re.compile(r"\\(?:text|mathrm|boxed)\{([^{}]*)\}")
 _MEMBER = re.compile(r"^(\$?)\s*[a-zA-Z]\s*(?:∈|\\in(?![a-z]))\s*")  # x ∈ [0, 1]
 _Part = sympy.Basic | sympy.MatrixBase | str  # of what math-verify reads
 _SIGNS = re.compile(r"\+\s*-")  # 14 + -1i
+_CONSTANT = re.compile(r"\\mathrm\s*\{([eid])\}")
 _FLOAT = 1e-6  # relative: what a decimal number with digits enough may be off
 
 
@@ -44,26 +120,127 @@ def _is_empty(text: str) -> bool:
     return _EMPTY.fullmatch(_WRAPPER.sub(r"\1", text).strip(" .$")) is not None
 
 
-def _as_latex(text: str) -> str:
-    """The whole answer as one formula, or the one formula in it.
+def _says_no_more(before: str, after: str) -> bool:
+    """Whether the text around a formula leaves its meaning as it is: "The answer is $6$.", but not "not $6$" or "- $6$"."""
+    before, after = (_DELIMITER.sub("", part).strip(" *`\n\t") for part in (before, after))
+    return _LEAD_IN.fullmatch(before) is not None and after in ("", ".")
+
+
+def _unboxed(text: str) -> str | None:
+    """The text with what its one box holds; None where there are several, or where words or digits beside it say more."""
+    boxes = list(_BOX.finditer(text))
+    if not boxes:
+        return text
+    depth, end = 1, boxes[0].end()
+    while end < len(text) and depth:
+        depth += {"{": 1, "}": -1}.get(text[end], 0)
+        end += 1
+    before, inside, after = text[: boxes[0].start()], text[boxes[0].end() : end - 1], text[end:]
+    if len(boxes) > 1 or depth:
+        return None
+    if _says_no_more(before, after):
+        return inside
+    if _MORE_WORDS.search(before + " " + after) or before[-1:].isalnum() or after[:1].isalnum():
+        return None
+    return f"{before} {{{inside}}} {after}"
+
+
+def _formula(text: str) -> str | None:
+    """The whole answer as one formula, or the one formula in it; None where words say more.
 
     math-verify would pick the last number out of "3 or 5"; that must not match 5.
     """
-    text = _MEMBER.sub(r"\1", _SIGNS.sub("-", text.strip().strip("`").strip()))
+    unboxed = _unboxed(text.strip().strip("`").strip())
+    if unboxed is None:
+        return None
+    text = _MEMBER.sub(r"\1", _SIGNS.sub("-", _CONSTANT.sub(r"\1 ", unboxed)))
     if (formula := as_latex(text)) is not None:
-        return f"${formula}$"
-    if "\\boxed" in text:
-        return text
-    formulas = _MATH.findall(text)
-    if len(formulas) == 1:
-        return f"${''.join(formulas[0])}$"
-    bare = re.sub(r"\$|\\[()\[\]]", "", text)
-    return f"${bare}$"
+        return formula
+    found = list(_MATH.finditer(text))
+    if len(found) == 1 and _says_no_more(text[: found[0].start()], text[found[0].end() :]):
+        return "".join(part or "" for part in found[0].groups())
+    outside = _MATH.sub("  ", text)
+    if found and (_MORE_WORDS.search(outside) or any(_touches_a_digit(text, one) for one in found)):
+        return None
+    lead = _LEAD_IN.match(text) if not found else None
+    if lead and lead[0].rstrip().endswith(("is", "are", "equals", ":")):
+        text = text[lead.end() :]
+    return _DELIMITER.sub(" ", text)
+
+
+def _touches_a_digit(text: str, found: re.Match[str]) -> bool:
+    return text[: found.start()].rstrip()[-1:].isdigit() or text[found.end() :].lstrip()[:1].isdigit()
+
+
+def _words(formula: str) -> Counter[str]:
+    return Counter(re.findall(r"[^\W\d_]{2,}", _COMMAND.sub(" ", formula))) - Counter(dict.fromkeys(_KNOWN_WORDS, 99))
+
+
+def _differ_in_words(one: str, other: str) -> bool:
+    """Whether words differ, which the parser takes for products: `tea` and `eat`, `5 \\text{ million}` and 5."""
+    texts = [_words(" ".join(_TEXT.findall(text))) for text in (one, other)]
+    words, other_words = _words(one), _words(other)
+    differ = (words - other_words) + (other_words - words)
+    anagrams = words != other_words and Counter("".join(sorted(word)) for word in words.elements()) == Counter(
+        "".join(sorted(word)) for word in other_words.elements()
+    )
+    return texts[0] != texts[1] or anagrams or any(len(word) > 3 for word in differ)
+
+
+def _is_prose(text: str) -> bool:
+    words = _words(text)
+    return words.total() > 1 and re.search(r"[\d=+*/^\\<>_]", text) is None
+
+
+def _shape(formula: str) -> tuple[str, int]:
+    """How a list is written, with brackets of its own ("bracketed") or as a set or without any ("listed"), "" where it is
+    none; and how many sets are within it."""
+    text = re.sub(r"\\(?:left|right)(?![a-z])|\s", "", formula).removesuffix(".")
+    sets = text.count(r"\{")
+    depth, whole, comma = 0, True, False
+    for i, char in enumerate(text):
+        depth += (char in "([{") - (char in ")]}")
+        comma = comma or (char == "," and depth <= 1)
+        whole = whole and (depth > 0 or i == len(text) - 1 or char == "\\")
+    if text.startswith(r"\{") and whole:
+        return "listed", sets - 1
+    if text[:1] in ("(", "[") and whole and comma:
+        return "bracketed", sets
+    return "listed" if comma and "=" not in text and not whole and "begin" not in text else "", sets
+
+
+def _has_no_name(formula: str) -> bool:
+    left, mark, _ = formula.partition("=")
+    return bool(mark) and left[-1:] not in ("<", ">", "!") and _NAMELESS.match(left) is not None
+
+
+def _contradict(one: str, other: str) -> bool:
+    """Whether two formulas differ in what math-verify leaves out."""
+    shapes = _shape(one), _shape(other)
+    brackets = {shape for shape, _ in shapes} == {"bracketed", "listed"}
+    angles = bool(_DEGREES.search(one)) != bool(_DEGREES.search(other)) and bool(_ANGLE.search(one) or _ANGLE.search(other))
+    equations = ("=" in one) != ("=" in other) and (_has_no_name(one) or _has_no_name(other))
+    unequal = bool(_UNEQUAL.search(one)) != bool(_UNEQUAL.search(other))
+    return brackets or angles or equations or unequal or shapes[0][1] != shapes[1][1] or (":" in one) != (":" in other)
+
+
+def _without_unit(formula: str) -> tuple[str, str]:
+    """A formula and the unit in \\text{} at its end."""
+    found = _UNIT.fullmatch(formula)
+    power = re.sub(r"[\s{}]", "", found[3] or "") if found else ""
+    return (found[1], found[2] + power) if found else (formula, "")
+
+
+def _is_rounded(one: sympy.Expr, other: sympy.Expr) -> bool:
+    """Whether one is a decimal number and the other an irrational one, which it can only be near to."""
+    return isinstance(one, sympy.Float) and other.is_rational is not True and not other.has(sympy.Float)
 
 
 def _is_equal(one: object, other: object) -> bool:
     """Whether two things that math-verify takes for equal are: it rounds to six decimals, where 1 / 2**98 equals 1 / 2**99."""
     if isinstance(one, sympy.Expr) and isinstance(other, sympy.Expr):
+        if _is_rounded(one, other) or _is_rounded(other, one):
+            return False
         if one.free_symbols or other.free_symbols or not (one.is_number and other.is_number):
             return True
         if isinstance(one, sympy.Rational) and isinstance(other, sympy.Rational):
@@ -88,12 +265,31 @@ def _one_symbol_a_name(part: _Part) -> _Part:
 
 
 def compare(answer: str, gold: str) -> str:
-    """ "equal" or "different" by math-verify; "unparsed" where either text is no formula."""
+    """ "equal" or "different" by math-verify; "unparsed" where either text is no formula, or of what it leaves out."""
     if _is_empty(answer) or _is_empty(gold):
         return "equal" if _is_empty(answer) and _is_empty(gold) else "different"
-    config = (LatexExtractionConfig(),)
+    one, other = _formula(answer), _formula(gold)
+    if one is None or other is None or _is_prose(one) or _is_prose(other):
+        return "unparsed"
+    (one, unit), (other, other_unit) = _without_unit(one), _without_unit(other)
+    if unit != other_unit:
+        same = units.same(unit, other_unit) if unit and other_unit else units.may_be_left_out(unit or other_unit)
+        if not same or units.PERCENT in units.names(unit) ^ units.names(other_unit):
+            return "different"
+    if _UNREAD.search(one) or _UNREAD.search(other) or _differ_in_words(one, other):
+        return "unparsed"
+    if _contradict(one, other):
+        return "different"
+    try:
+        return _compare(one, other)
+    except _SYMPY_ERRORS:
+        return "unparsed"
+
+
+def _compare(answer: str, gold: str) -> str:
+    config = (LatexExtractionConfig(normalization_config=_NORMALIZATION),)
     # No time-outs of math-verify's own: they replace the handler of SIGALRM and cannot stop what takes long.
-    got, wanted = (parse(_as_latex(text), config, "no_fallback", parsing_timeout=0) for text in (answer, gold))
+    got, wanted = (parse(f"${text}$", config, "no_fallback", parsing_timeout=0) for text in (answer, gold))
     if not got or not wanted:
         return "unparsed"
     got, wanted = ([_one_symbol_a_name(part) for part in parts] for parts in (got, wanted))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -23,6 +24,8 @@ _PACKAGES = Path(__file__).parents[2]
 _MAX_WORKERS = 4  # a comparison takes 1 to 50 ms; more processes would only take cores from the engine
 _MAX_CHARS = 1000  # what is longer is no formula
 _ROUNDING = 1e-9  # of our own arithmetic; a mathematical answer has no tolerance
+_FORMULA = re.compile(r"\$([^$]+)\$")
+_PI = re.compile(r"π|pi\b")  # to the number reader, a unit
 _MAX_KNOWN = 50_000  # the rollouts of a group often give the same answer; some 10 MB at most
 
 
@@ -83,8 +86,14 @@ class MathMatcher:
         """
         for gold in prompt.answers:
             # Plain numbers need no algebra; and as LaTeX, 1e3 would be 1 * e * 3.
-            if answer.split() == gold.split() or numbers.equal(answer, gold, _ROUNDING, rounding=False):
+            if answer.split() == gold.split():
                 return True
+            plain, gold_plain = (_FORMULA.sub(r" \1 ", text).strip() for text in (answer, gold))
+            same_number = numbers.equal(plain, gold_plain, _ROUNDING, rounding=False)
+            if same_number:
+                return True
+            if same_number is False and not _PI.search(answer + gold):
+                continue
             comparison: Comparison = "unparsed"
             if len(answer) <= _MAX_CHARS and len(gold) <= _MAX_CHARS:
                 loop = asyncio.get_running_loop()

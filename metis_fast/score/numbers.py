@@ -20,6 +20,7 @@ _SCALES = {
     **{"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12, "dozen": 12},
     **{"mn": 10**6, "mln": 10**6, "bn": 10**9},
 }
+_SCALE_WORDS = "hundred|thousand|million|billion|trillion|dozen|(?-i:[mM]n|[mM]ln|[bB]n)"  # mN is a millinewton
 _SCALES_OF_MONEY = {"k": 10**3, "m": 10**6, "mm": 10**6, "b": 10**9, "t": 10**12}  # elsewhere m is a metre
 _PARTS = {
     **dict.fromkeys(("half", "a half", "one half", "one-half"), "1/2"),
@@ -39,7 +40,7 @@ _NUMBER = re.compile(
     (?:e(?P<exp>[+-]?\d{{1,4}})|\s*[x×*·]\s*10\s*(?:\^|\*\*)\s*\(?(?P<exp10>[+-]?\d{{1,4}})\)?
       |\ ?(?:\^|\*\*)\ ?\(?(?P<power>[+-]?\d{{1,4}})\)?)?
     (?:\s*/\s*(?P<over>\d+(?:\.\d+)?))?
-    (?:[\s-]*(?P<scale>{"|".join(_SCALES)})\b)?
+    (?:[\s-]*(?P<scale>{_SCALE_WORDS})\b)?
     \s*(?P<unit>%|per\s?cent|(?:(?:square|cubic|sq\.?|cu\.?|us|swiss|pounds?|degrees?)\s+)?[^\W\d_][^\W\d_/*·]*
         (?:\s(?:squared|cubed))?(?:\^-?\d)?(?:(?:\s?/\s?|\sper\s)[^\W\d_]+(?:\^-?\d)?)?
       |°\s?[^\W\d_]?|{units.CURRENCY_MARK})?""",
@@ -52,7 +53,7 @@ class Number:
     """A number as written.
 
     unit: "" where none was given. whole: an integer without decimal point, which is never a rounded value. place: the value of
-    its last digit, where it may be a rounded value. digits: significant ones.
+    its last digit, where it may be a rounded value. digits: significant ones. apart: a space stands before the unit.
     """
 
     value: Fraction
@@ -60,6 +61,7 @@ class Number:
     whole: bool
     place: Fraction | None
     digits: int
+    apart: bool = True
 
 
 def _power(base: Fraction, exponent: int) -> Fraction | None:
@@ -67,6 +69,16 @@ def _power(base: Fraction, exponent: int) -> Fraction | None:
     if size * abs(exponent) > _MAX_POWER_BITS or (base == 0 and exponent <= 0):
         return None
     return base**exponent
+
+
+def _is_no_number(found: re.Match[str]) -> bool:
+    """Whether it is a date, a code, a score or a telephone number: 01/02, 007, 50/50, +1 555 123; or has two signs."""
+    codes = [part for part in (found["value"], found["over"], found["part"]) if part]
+    score = found["over"] is not None and found["value"] == found["over"] and len(found["over"]) > 1
+    improper = found["mixed"] and int(found["part"]) >= int(found["whole"])
+    telephone = found["sign"] == "+" and " " in (found["value"] or found["european"] or "")
+    signs = bool(found["sign"] and found["sign2"])
+    return score or telephone or signs or bool(improper) or any(re.match(r"0\d", code) for code in codes)
 
 
 def _value(found: re.Match[str], written: str) -> Fraction | None:
@@ -88,7 +100,7 @@ def read(text: str) -> Number | None:
         return None
     text = one_line(text)
     text = _WORD_SIGN.sub("-", _PARTS.get(text.lower(), digits_for_words(text)))
-    if len(text) > _MAX_CHARS or (found := _NUMBER.fullmatch(text)) is None:
+    if len(text) > _MAX_CHARS or (found := _NUMBER.fullmatch(text)) is None or _is_no_number(found):
         return None
     written = found["value"] or ""
     if found["european"]:
@@ -112,7 +124,8 @@ def read(text: str) -> Number | None:
     place = None
     if decimal and pointed:
         place = Fraction(10) ** (exponent - len(written.partition(".")[2])) * scale
-    return Number(value * scale, unit, decimal and not pointed, place, len(written.replace(".", "").lstrip("0")))
+    apart = text[found.start("unit") - 1 : found.start("unit")] == " "
+    return Number(value * scale, unit, decimal and not pointed, place, len(written.replace(".", "").lstrip("0")), apart)
 
 
 def _is_rounded(short: Number, long: Number) -> bool:
@@ -160,6 +173,8 @@ def equal(answer: str, gold: str, tolerance: float, *, rounding: bool = True) ->
     if one.unit and other.unit:
         if not units.same(one.unit, other.unit):
             return False
-    elif (one.unit or other.unit) and not units.may_be_left_out(one.unit or other.unit):
-        return False
+    elif one.unit or other.unit:
+        named = one if one.unit else other
+        if not units.may_be_left_out(named.unit, one=named.value == 1, apart=named.apart):
+            return False
     return _close(one, other, tolerance, rounding)

@@ -75,7 +75,7 @@ def _latex(node: ast.expr, depth: int = 0) -> str:
             return name
         case ast.UnaryOp(op=ast.USub() | ast.UAdd() as sign, operand=value):
             return rf"{'-' if isinstance(sign, ast.USub) else ''}\left({_latex(value, depth)}\right)"
-        case ast.BinOp(left=left, op=op, right=right):
+        case ast.BinOp(left=left, op=ast.Pow() as op, right=ast.Set(elts=[right])) | ast.BinOp(left=left, op=op, right=right):
             one, other = _latex(left, depth), _latex(right, depth)
             match op:
                 case ast.Add() | ast.Sub():
@@ -89,7 +89,9 @@ def _latex(node: ast.expr, depth: int = 0) -> str:
         case ast.Call():
             return _call(node, depth)
         case ast.Tuple(elts=parts):
-            return rf"({', '.join(_latex(part, depth) for part in parts)})"
+            listed = ", ".join(_latex(part, depth) for part in parts)
+            is_bare = bool(parts) and node.col_offset == parts[0].col_offset  # 1, 2
+            return listed if is_bare else f"({listed})"
         case ast.List(elts=parts):
             return rf"[{', '.join(_latex(part, depth) for part in parts)}]"
         case ast.Set(elts=parts):

@@ -12,11 +12,59 @@ _BOOLEANS = {
     **dict.fromkeys(("yes", "yeah", "yep", "true", "correct"), True),
     **dict.fromkeys(("no", "nope", "false", "incorrect"), False),
 }
+_ELEMENT = re.compile(r"[A-Z][A-Za-z]\d*")  # Co is not CO
 _FIRST_CLAUSE = re.compile(r"(\w+)\s*[,.;:!]\s*(.*)", re.DOTALL)
 
 
+_WORD = re.compile(r"[\w']+")
+_IS_RIGHT = re.compile(r"(?:^|\b(?:is|was|are|be)\s+|'s\s+)right\b")
+_TAKES_BACK = frozenset(
+    (
+        *("but", "wait", "maybe", "actually", "perhaps", "unless", "except", "excluding", "probably", "possibly", "likely"),
+        *("although", "though", "however", "know", "unsure", "uncertain", "unclear", "think", "guess", "suppose", "believe"),
+        *("if", "or", "depends", "depending", "sometimes", "partly", "partially", "almost", "either", "both", "sorry", "oops"),
+        *("correction", "rather", "instead", "otherwise", "until", "could", "might", "may", "doubt", "hmm", "question", "yet"),
+        *("still", "second", "reconsider", "mistake", "joking", "kidding", "opposite", "contrary", "aber", "mais", "pero"),
+    )
+)
+_NEGATIONS = frozenset(
+    (
+        *("not", "never", "no", "none", "nobody", "nothing", "nowhere", "neither", "nor", "hardly", "barely", "scarcely"),
+        *(
+            "cannot",
+            "cant",
+            "wont",
+            "isnt",
+            "arent",
+            "dont",
+            "doesnt",
+            "didnt",
+            "wasnt",
+            "werent",
+            "without",
+            "wrong",
+            "untrue",
+        ),
+        *("nein", "nicht", "kein", "non", "pas", "nunca", "jamais", "impossible", "unlikely"),
+    )
+)
+_FEWEST_CHARS = 1000  # an answer of up to this many, or four times the ground truth's, is read at all
+
+
+def _is_taken_back(value: bool, rest: str) -> bool:
+    if re.match(r"\d", rest) or not rest.isascii():  # "No. 5"
+        return True
+    words = _WORD.findall(rest)
+    if any(_BOOLEANS.get(word, value) != value or word in _TAKES_BACK for word in words):
+        return True
+    denied = any(word in _NEGATIONS or word.endswith("n't") for word in words)
+    if value:
+        return denied
+    return bool(_IS_RIGHT.search(rest)) or (denied and any(_BOOLEANS.get(word) is False and word != "no" for word in words))
+
+
 def _read_boolean(text: str) -> bool | None:
-    """Yes or no, alone or as a first clause ("No, there is none") that nothing after it takes back ("Yes, no")."""
+    """Yes or no, alone or as a first clause ("No, there is none") that nothing after it takes back ("Yes, probably not")."""
     text = fold(text).casefold()
     alone = _BOOLEANS.get(text.rstrip(".!"))
     if alone is not None:
@@ -25,23 +73,29 @@ def _read_boolean(text: str) -> bool | None:
     value = _BOOLEANS.get(clause[1]) if clause else None
     if clause is None or value is None:
         return None
-    taken_back = any(_BOOLEANS.get(word, value) != value for word in re.findall(r"\w+", clause[2]))
-    return None if taken_back else value
+    return None if _is_taken_back(value, clause[2]) else value
 
 
 def equal(answer: str, gold: str, tolerance: float) -> bool:
     """Whether two texts say the same: the same number, or the same words, or the same of yes and no.
 
-    tolerance: relative, for numbers; see `numbers.equal`.
+    tolerance: relative, for numbers; see `numbers.equal`. An answer much longer than the ground truth is not equal.
     """
+    if len(answer) > max(_FEWEST_CHARS, 4 * len(gold)):
+        return False
     same_number = numbers.equal(answer, gold, tolerance)
     if same_number is not None:
         return same_number
     text, gold_text = normalise(answer), normalise(gold)
-    if text == gold_text:
-        return bool(text) or fold(answer) == fold(gold)
     gold_boolean = _BOOLEANS.get(gold_text)
-    return gold_boolean is not None and _read_boolean(answer) == gold_boolean
+    if gold_boolean is not None:
+        return _read_boolean(answer) == gold_boolean
+    if text != gold_text:
+        return False
+    folded, gold_folded = fold(answer), fold(gold)
+    if folded != gold_folded and _ELEMENT.fullmatch(folded) and _ELEMENT.fullmatch(gold_folded):
+        return False
+    return bool(text) or folded == gold_folded
 
 
 class RuleMatcher:

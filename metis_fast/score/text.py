@@ -38,7 +38,7 @@ _LATEX_MARKS = (
     (re.compile(r"\\!|\\(?:quad|qquad|thinspace|,|;|:|\s)"), " "),
     (re.compile(r"\\([%$#&_{}])"), r"\1"),
     (re.compile(r"\{,\}"), ","),
-    (re.compile(r"_\{(\w*)\}"), r"_\1"),
+    (re.compile(r"_\{(\w*)\}(?!\w)"), r"_\1"),
     (re.compile(r"\^\{([+-]?\d+|[a-zA-Z])\}(?![\w.(])"), r"^\1"),
     (re.compile(r"\^\{([^{}]*)\}"), r"^(\1)"),
 )
@@ -81,7 +81,8 @@ def _fraction(found: re.Match[str]) -> str:
     """In brackets wherever it would take in what stands beside it: \\frac{1}{2}x is not 1/(2x), x^\\frac{1}{2} not x^1/2."""
     over, under = found[2] or found[3] or "", found[4] or found[5] or ""
     text = "/".join(part.strip() if _PLAIN_PART.fullmatch(part) else f"({part})" for part in (over, under))
-    before, after = found.string[: found.start()].rstrip()[-1:], found.string[found.end() :][:9].lstrip()
+    start, end = found.span()
+    before, after = found.string[max(0, start - 9) : start].rstrip()[-1:], found.string[end : end + 9].lstrip()
     joined = _MORE_OF_A_FORMULA.match(after) and not re.match(r"[a-zA-Z]{2}", after)
     word = under.strip().isalpha() and after[:1].isalpha()
     text = f"({text})" if joined or word or before in ("^", "_", "/") else text
@@ -89,8 +90,9 @@ def _fraction(found: re.Match[str]) -> str:
 
 
 def _unwrapped(found: re.Match[str]) -> str:
-    """What is in the braces, kept apart from its neighbours; of digits beside digits, which are no number, the wrapper stays."""
-    inside, before, after = found[1], found.string[: found.start()][-1:], found.string[found.end() :][:1]
+    """What is in the braces, apart from its neighbours; the wrapper of digits beside digits stays, as they are no number."""
+    start, end = found.span()
+    inside, before, after = found[1], found.string[max(0, start - 1) : start], found.string[end : end + 1]
     if (inside[:1].isdigit() and (before.isdigit() or before in ("}", "."))) or (inside[-1:].isdigit() and after.isdigit()):
         return found[0]
     left = " " if inside[:1].isalnum() and (before.isalnum() or before == "}") else ""
@@ -167,14 +169,14 @@ def _kept(token: str, before: str, after: str, spaced: tuple[bool, bool]) -> str
     match token:
         case "&":
             return "and"
-        case '"' if not before or not after or (any(spaced) and not before.isdigit() and len(before) > 1):
+        case '"' if not before or (len(before) > 1 and before.isalpha() and (not after or any(spaced))):
             return ""
         case "." if before[:1].isalpha():
             return ""
         case "¿" | "¡" if not before and _is_word(after):
             return ""
-        case "-" if not before and spaced[1] and _is_word(after) and len(after) > 2:
-            return ""  # of a list
+        case "-" if not before and spaced[1] and _is_word(after) and len(after) > 2 and after[0].isupper():
+            return ""  # of a list: "- Paris"; "- velocity" may be a negative one
         case "-" | "_" if not any(spaced) and _are_words(before, after):
             return ""
         case ":" if spaced == (False, True) and _are_words(before, after):
@@ -188,8 +190,9 @@ _ASIDE = re.compile(r"\(([^\W\d_]{2,}(?: [^\W\d_]{2,})*)\)(?=$|[\s,])")
 
 
 def _without_aside(found: re.Match[str]) -> str:
-    plain = all(_is_word(word) for word in found[1].split()) and found.string[: found.start()][-2:-1].isalpha()
-    return found[1] if plain and found.string[found.start() - 1].isspace() else found[0]
+    plain = all(_is_word(word) for word in found[1].split())
+    behind_a_word = re.fullmatch(r"[^\W\d_]{2} ", found.string[max(0, found.start() - 3) : found.start()])
+    return found[1] if plain and behind_a_word else found[0]
 
 
 def _without_last_marks(found: re.Match[str]) -> str:
@@ -217,8 +220,8 @@ def normalise(text: str) -> str:
         is_name = tokens[0][0].isupper() and tokens[1][0].isupper()
         kept[0] = kept[0] if is_name else ""
     words = [token.casefold() for token in kept if token]
-    if not any(token[0].isalnum() for token in words):
-        words = [token for token in words if unicodedata.category(token[0])[0] != "P"]
+    if all(unicodedata.category(token[0])[0] == "P" for token in words):
+        return ""
     return " ".join([word for word in words if word != "the"] or words)
 
 

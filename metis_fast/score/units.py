@@ -37,6 +37,7 @@ _OTHER = {
     **dict.fromkeys(("kmh", "kmph", "kph"), "km/h"),
     **dict.fromkeys(("mph",), "mile/hour"),
     **dict.fromkeys(("mps",), "m/s"),
+    **{unit: unit for unit in ("km", "cm", "kg")},  # KM
     **dict.fromkeys(("cc", "ccm"), "ml"),
     **dict.fromkeys(("sqft",), "foot^2"),
     **dict.fromkeys(("sqm",), "m^2"),
@@ -44,26 +45,116 @@ _OTHER = {
     **dict.fromkeys(("°c", "degree c", "degrees c", "degree celsius", "degrees celsius"), "degree_Celsius"),
     **dict.fromkeys(("°f", "degree f", "degrees f", "degree fahrenheit", "degrees fahrenheit"), "degree_Fahrenheit"),
 }
-_BITS = {"kb": "kilobit", "Mb": "megabit", "Gb": "gigabit", "Tb": "terabit"}  # pint has barns
+_BY_CASE = {
+    **{"kb": "kilobit", "Kb": "kilobit", "Mb": "megabit", "Gb": "gigabit", "Tb": "terabit"},  # pint has barns
+    **{"KB": "kilobyte", "Cal": "kilocalorie"},
+}
+_RATES = {f"{prefix}{unit}ps": f"{prefix}{unit}/s" for prefix in "kKMGT" for unit in "bB"}  # pint has points
 _AMBIGUOUS = {"C": ("coulomb", "degree_Celsius"), "F": ("farad", "degree_Fahrenheit")}
 _MEASURED = re.compile(r"([^\W\d]+)(?:\^(-?\d))?(?:/([^\W\d]+)(?:\^(-?\d))?)?")
 _AREAS = re.compile(r"^(square|sq\.?|cubic|cu\.?)\s+(.+)$|^(.+?)\s+(squared|cubed)$", re.IGNORECASE)
 
-# Words that change the number before them, so that "5 X" is not "5".
+# What pint has as a unit, or looks like a plural, but changes the number before it: "5 X" is not "5".
 _NOT_A_UNIT = frozenset(
     (
-        *("hundred", "thousand", "million", "billion", "trillion", "dozen", "score", "gross", "half"),
-        *("third", "quarter", "halves", "thirds", "quarters", "fourths", "fifths", "sixths", "sevenths"),
-        *("eighths", "ninths", "tenths", "hundredths", "thousandths", "millionths", "squared", "cubed", "factorial"),
-        *("root", "plus", "minus", "times", "over", "and", "not", "but", "more"),
-        *("less", "fewer", "least", "most", "below", "above", "under", "ago", "bce"),
-        *("past", "am", "pm", "bc", "ad", "ce", "st", "nd", "rd"),
-        *("th", "north", "south", "east", "west", "left", "right", "mod", "alpha"),
-        *("beta", "gamma", "theta", "lambda", "sigma", "omega", "delta", "phi", "sin"),
-        *("cos", "tan", "log", "sqrt", "inf", "choose"),
+        *("mil", "mils", "mill", "mm.", "mrd", "mn", "exact", "count", "counts", "pi", "tau", "fifth", "quarter", "quarters"),
+        *(
+            "hundreds",
+            "thousands",
+            "dozens",
+            "scores",
+            "tens",
+            "ones",
+            "twos",
+            "pairs",
+            "couples",
+            "halves",
+            "thirds",
+            "fourths",
+        ),
+        *(
+            "lakhs",
+            "crores",
+            "myriads",
+            "milles",
+            "cientos",
+            "centenas",
+            "docenas",
+            "decenas",
+            "dezenas",
+            "milhares",
+            "millares",
+        ),
+        *("miles de", "milliers", "centaines", "douzaines", "dizaines", "quarts", "tiers", "tercios", "cuartos", "quintos"),
+        *("fifths", "decimals", "permilles", "percents", "percentages", "percentiles", "squares", "cubes", "powers", "roots"),
+        *("factorials", "multiples", "minus", "plus", "times", "versus", "perhaps", "besides", "sometimes", "always", "is"),
+        *("was", "has", "does", "as", "us", "at", "are", "in", "me", "he", "up", "mas", "pas", "this", "its", "yes", "plus"),
+        *("moins", "menos", "mais", "fois", "veces", "vezes", "puis", "jamais", "excludes", "includes", "exceeds", "equals"),
+        *(
+            "negatives",
+            "positives",
+            "nothings",
+            "opposites",
+            "inverses",
+            "reciprocals",
+            "am",
+            "pm",
+            "afterwards",
+            "upwards",
+            "onwards",
+        ),
+        *(
+            "ad",
+            "st",
+            "nd",
+            "rd",
+            "th",
+            "ppm",
+            "ppb",
+            "bps",
+            "kk",
+            "decade",
+            "decades",
+            "point",
+            "max",
+            "min.",
+            "pct",
+            "dpi",
+            "hbar",
+        ),
     )
 )
-_DROPPED_LETTERS = frozenset("mgshlLVAWJNKCF°")  # a number with another single letter may be algebra: 5x, 5i, 5e
+_CHANGES_A_NUMBER = re.compile(
+    r"ss$|illi[ao]rds?$|ill?ion|illone|ths$|i[eè]mes$|avos$|^(?:multi|centi|deci|milli|micro|nano)s$"
+)
+_IRREGULAR = frozenset(
+    (
+        "people",
+        "men",
+        "women",
+        "children",
+        "teeth",
+        "geese",
+        "mice",
+        "sheep",
+        "fish",
+        "deer",
+        "oxen",
+        "cattle",
+        "aircraft",
+        "dice",
+    )
+)
+_SINGULAR = frozenset(  # often counted; of other words "1 X" may be "1 eighth"
+    (
+        *("animal", "apple", "ball", "banana", "bear", "bike", "bird", "boat", "book", "bottle", "box", "boy", "bus", "cake"),
+        *("car", "cat", "chair", "child", "cow", "cup", "dog", "door", "elephant", "flower", "giraffe", "girl", "hat", "horse"),
+        *("house", "item", "knife", "laptop", "man", "motorcycle", "object", "orange", "person", "phone", "pizza", "plane"),
+        *("player", "sign", "student", "table", "train", "tree", "truck", "umbrella", "window", "woman", "word", "zebra"),
+    )
+)
+_WITHOUT_DIMENSION = re.compile(r"(?:bit|byte|degree|radian|arcminute|arcsecond|turn)(?![a-z])")
+_DROPPED_LETTERS = frozenset("mgshlLVAWJNCF°")  # a number with another single letter may be algebra: 5x, 5i, 5e
 
 
 @cache
@@ -91,13 +182,24 @@ def _measured(unit: str) -> str:
 
 
 def _named(word: str) -> str:
-    # as written first: Mb is not MB; but hz is Hz
-    for exact in (True, False):
-        for prefix, name, plural in _registry().parse_unit_name(word, case_sensitive=exact):
-            # "cats" are no centi-technical-atmospheres: a plural s does not follow a symbol with a prefix
-            if not (prefix and plural) or word.lower().startswith(prefix):
-                return prefix + name
-    return ""
+    if word in _BY_CASE:
+        return _BY_CASE[word]
+    exact = _spelt(word, case_sensitive=True)
+    if exact:
+        return exact[0]
+    # hz is Hz; but Mw may be a megawatt or a milliwatt
+    found = _spelt(word, case_sensitive=False)
+    is_prefix_sure = not any(name.startswith(("mega", "milli")) for name in found[:1]) or word[:1].casefold() != "m"
+    return found[0] if found and (is_prefix_sure or found[0] == word.casefold()) else ""
+
+
+def _spelt(word: str, *, case_sensitive: bool) -> list[str]:
+    # "cats" are no centi-technical-atmospheres: a plural s does not follow a symbol with a prefix
+    return [
+        prefix + name
+        for prefix, name, plural in _registry().parse_unit_name(word, case_sensitive=case_sensitive)
+        if not (prefix and plural) or word.lower().startswith(prefix)
+    ]
 
 
 @lru_cache(4096)  # of what agents write, a bounded number
@@ -112,9 +214,11 @@ def names(unit: str) -> frozenset[str]:
     if unit in _AMBIGUOUS:
         return frozenset(_AMBIGUOUS[unit])
     found = {code for code, spellings in _CURRENCIES.items() if low in spellings}
-    measured = _measured(_BITS.get(unit) or _OTHER.get(low, unit))
+    measured = _measured(_RATES.get(unit) or _OTHER.get(low, unit))
     if measured:
         found.add(measured)
+    if low in ("am", "pm"):  # of the clock, or of attometres
+        found.add(f"noun {low}")
     if found:
         return frozenset(found)
     nouns = {low, low.removesuffix("s"), low.removesuffix("es"), re.sub("ies$", "y", low)}
@@ -126,13 +230,30 @@ def same(one: str, other: str) -> bool:
     return one == other or bool(names(one) & names(other))
 
 
-def may_be_left_out(unit: str) -> bool:
-    """Whether a number with this unit may equal one without any: "5 cm" and "5", but not "5 million", "5x" or "5 pm"."""
+def may_be_left_out(unit: str, *, one: bool = False, apart: bool = True) -> bool:
+    """Whether a number with this unit may equal one without any: "5 cm" or "5 dogs" and "5", but not "5 million", "5x", "5 pm".
+
+    A noun is a plural in Latin letters behind a space, as other words may change the number. one: the number is 1, and a
+    frequent noun may be a singular. apart: a space stands before the unit.
+    """
     unit = _tidy(unit)
+    low = unit.casefold()
     if len(unit) == 1 and unit.isalpha():
         return unit in _DROPPED_LETTERS
-    if unit.casefold() in _NOT_A_UNIT:
+    if low in _NOT_A_UNIT or unit == "MM" or _CHANGES_A_NUMBER.search(low):
         return False
-    if any(not name.startswith("noun ") for name in names(unit)):
-        return True
-    return len(unit) > 2 and unit.isalpha()
+    found = names(unit)
+    if any(not name.startswith("noun ") for name in found):
+        word = unit.split("/")[0].split("^")[0]
+        as_written = word in _BY_CASE or low in _OTHER or " " in word or bool(_spelt(word, case_sensitive=True))
+        return (as_written or bool(found & _CURRENCIES.keys())) and not any(_is_pure_number(name) for name in found)
+    if not apart or not unit.isascii() or not unit.isalpha() or len(unit) < 3:
+        return False
+    return low in (_SINGULAR if one else _IRREGULAR) or (not one and low.endswith("s"))
+
+
+def _is_pure_number(name: str) -> bool:
+    """Whether a name of pint's is one of a number: ppm, count, pi."""
+    if name == PERCENT or name in _CURRENCIES or _WITHOUT_DIMENSION.search(name):
+        return False
+    return bool(_registry().parse_units(name.split("/")[0].split("^")[0]).dimensionless)

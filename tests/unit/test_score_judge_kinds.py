@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import csv
-import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
 
@@ -19,7 +18,6 @@ from hypothesis import strategies as st
 from metis_fast.config import ScoreConfig
 from metis_fast.score import choice, rule
 from metis_fast.score.judge import StyleJudge, open_judge
-from metis_fast.score.mathematics import MathMatcher
 from metis_fast.testing.judge import text_rollout
 from metis_fast.types import Ability, Prompt
 
@@ -34,7 +32,6 @@ def judge() -> Iterator[StyleJudge]:
 
 
 PAIRS = settings(max_examples=2000)
-SOME = settings(max_examples=300)  # of formulas, at 10 ms each; all 2,000 in the slow test
 
 UNITS = {
     "metre": ("m", "meters", "metres", "meter"),
@@ -73,6 +70,39 @@ ONES = (
     *("fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen"),
 )
 TENS = ("twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety")
+
+
+# Words behind a number that change it: scales, parts, doubts, in some languages.
+CHANGES = (
+    *("millions", "thousands", "dozens", "hundreds", "tens", "lakh", "lakhs", "crore", "quadrillion", "milliards", "Millionen"),
+    *("Tausend", "mille", "mil", "millones", "миллионов", "тысяч", "مليون", "万", "億", "百万元", "千万円", "万公里", "分之一"),
+    *("tenth", "tenths", "eighth", "hundredth", "billionths", "fifth", "permille", "ppm", "tau", "squared", "factorial", "MM"),
+    *("negative", "wrong", "maybe", "excluding", "at most", "or so", "or more", "roughly", "not", "minus", "K", "B", "am"),
+    *("times", "pairs", "per thousand", "below zero", "as well", "billion or so", "xyz", "abc", "以上", "左右"),
+)
+HEDGES = (
+    *("not really", "probably not", "never", "I do not know", "but not in this case", "wait", "actually it is the other way"),
+    *(
+        "unless it rains",
+        "except on Sundays",
+        "although I doubt it",
+        "maybe",
+        "isn't it?",
+        "or perhaps not",
+        "I don't think so",
+    ),
+)
+CASES = (
+    ("mW", "MW"),
+    ("Kb", "KB"),
+    ("kb", "kB"),
+    ("Mb/s", "MB/s"),
+    ("mbps", "MBps"),
+    ("mg", "Mg"),
+    ("mm", "Mm"),
+    ("mPa", "MPa"),
+)
+CONSTANTS = ("pi", "infinity", "ln 2", "sin(x)", "alpha", "tau", r"\pi", "ab", "Cl", "voltage", "temperature")
 
 
 def in_words(number: int) -> str:
@@ -182,9 +212,63 @@ def different_answers(draw: st.DrawFn) -> tuple[str, str]:
     assume(number != other)
     a, b = two_others(draw, "ABCDEFGH")
     word, another = two_others(draw, WORDS)
-    match draw(
-        st.sampled_from(("numbers", "digit", "scale", "unit", "money", "label", "listed", "marks", "sign", "words", "time"))
-    ):
+    kinds = ("numbers", "digit", "scale", "unit", "money", "label", "listed", "marks", "sign", "words", "time")
+    kinds += ("minus", "formula", "ellipsis", "brackets", "changes", "case", "hedge", "latex", "code")
+    match draw(st.sampled_from(kinds)):
+        case "minus":
+            what = draw(st.sampled_from(CONSTANTS))
+            frame = draw(
+                st.sampled_from(("{}", "e^{}", "x = {}", "{} + 1", "3 {}", "between {} and 3", "pH {}", "from {} to 9"))
+            )
+            what = draw(st.sampled_from((what, str(number))))
+            return two_others(draw, [frame.format(what), frame.format(f"-{what}")])
+        case "formula":
+            forms = [a, f"{a}!", f"!{a}", f"{a}'", f"{a}''", f"{a}-", f"{a}+", f"{a}_2", f"{a}^2", f"~{a}", f"{a}*", f"|{a}|"]
+            forms += [f"{a} != {b}", f"{a} = {b}", f"{a}'({b})", f"{a}({b})", f"{a}:{b}", f"{a} {b}", f"{a} - {b}", f"{a}{b}'"]
+            return two_others(draw, forms)
+        case "ellipsis":
+            forms = ["{0}...{1}", "{0}..{1}", "{0}…{1}", "{0}{1}", "{0}, {1}", "{0}, {1}, ...", "{0}.{1}", "{0}.{1}..."]
+            one, two = two_others(draw, [form.format(number, other) for form in forms])
+            assume(
+                one.replace("…", "...") != two.replace("…", "...") and {one, two} != {f"{number}{other}", f"{number}, {other}"}
+            )
+            return one, two
+        case "brackets":
+            forms = ["({0} + {1})/2", "{0} + {1}/2", "({0} + {1}) * 2", "{0} + {1} * 2", "({0} - {1})!", "{0} - {1}!"]
+            forms += ["[{0}, {1}]", "({0}, {1})", "({0}, {1}]", "{{{0}, {1}}}", "{0}/({1} + 2)", "{0}/{1} + 2"]
+            names = draw(st.sampled_from((("ab", "cd"), ("length", "width"), ("alpha", "beta"), ("x", "y"), (a, b))))
+            return two_others(draw, [form.format(*names) for form in forms])
+        case "changes":
+            space = draw(st.sampled_from((" ", "")))
+            return two_others(draw, [f"{number}", f"{number}{space}{draw(st.sampled_from(CHANGES))}"])
+        case "case":
+            amount = draw(st.sampled_from((str(number), in_words(number))))
+            one, two = two_others(draw, draw(st.sampled_from(CASES)))
+            return f"{amount} {one}", f"{number} {two}"
+        case "hedge":
+            says = draw(st.sampled_from(("Yes", "True", "yes", "Correct")))
+            return f"{says}{draw(st.sampled_from((', ', '; ', '. ', ': ')))}{draw(st.sampled_from(HEDGES))}", says.lower()
+        case "latex":
+            one, two = (chr(ord(letter) + 32) for letter in (a, b))
+            forms = [rf"\frac{{1}}{{{number}}}{one}", rf"\frac{{1}}{{{number}{one}}}", rf"\frac{{{one}}}{{{two}}}c"]
+            forms += [
+                rf"\frac{{{one}}}{{{two}c}}",
+                rf"\boxed{{{number}}}\boxed{{{other}}}",
+                f"{number}{other}",
+                f"2^{{{number}}}1",
+            ]
+            forms += [f"2^{{{number}1}}", rf"2^{{\frac{{{number}}}{{2}}}}", f"2^{number}/2", rf"\frac{{1}}{{2}}{number}"]
+            return two_others(draw, [*forms, f"1/2{number}"])
+        case "code":
+            forms = [
+                f"{number}",
+                f"00{number}",
+                f"0{number}",
+                f"{number}/0{other}",
+                f"{number}.{other}.1.1",
+                f"0{number}/{other}",
+            ]
+            return two_others(draw, forms)
         case "numbers":
             one, two = draw(NUMBER), draw(NUMBER)
             assume(one != two and one * 100 != two and two * 100 != one)
@@ -301,84 +385,28 @@ def test_choice_takes_every_spelling_of_the_letters_and_no_other_letters(data: s
         assert not choice.equal(options[chosen[0]], gold, options, TOLERANCE)
 
 
-# -- mathematics ------------------------------------------------------------------------------------------------------------
-
-Value = Callable[[int, int], object]
-FORMULAS: tuple[tuple[Value, tuple[str, ...]], ...] = (
-    (lambda n, p: n, (r"\frac{{\pi}}{{{n}}}", "pi/{n}", "π/{n}", r"\pi/{n}")),
-    (lambda n, p: n, (r"{n}\pi", "{n}*pi", "{n}π", "{n}pi", r"{n} \cdot \pi")),
-    (lambda n, p: n, (r"-{n}\pi", "-{n}*pi", "−{n}π")),
-    (lambda n, p: p, (r"\sqrt{{{p}}}", "sqrt({p})", "{p}**(1/2)", r"{p}^{{1/2}}")),
-    (lambda n, p: (n, p), (r"\frac{{\sqrt{{{p}}}}}{{{n}}}", "sqrt({p})/{n}")),
-    (lambda n, p: n, (r"e^{{{n}}} - 1", "exp({n}) - 1", "-1 + exp({n})")),
-    (lambda n, p: n, (r"\frac{{1}}{{2^{{{n}}}}}", "1/2**{n}", "2**(-{n})", r"2^{{-{n}}}")),
-    (lambda n, p: n, (r"x^{{{n}}} + 1", "x**{n} + 1", "1 + x^{{{n}}}")),
-    (lambda n, p: (n, p), (r"{n}x + {p}", "{n}*x + {p}", "{p} + {n}x")),
-    (lambda n, p: (n, p), (r"({n}, {p})", "({n},{p})", r"\left({n}, {p}\right)")),
-    (lambda n, p: (n, p), (r"[{n}, {m}]", "[{n},{m}]", "x ∈ [{n}, {m}]", r"x \in [{n}, {m}]")),
-    (lambda n, p: frozenset((n, p)), (r"\{{{n}, {p}\}}", r"\{{{p}, {n}\}}", "{{{n}, {p}}}")),
-    (lambda n, p: round(math.log(n, p), 9), (r"\log_{{{p}}}({n})", "log({n}, {p})")),
-    (lambda n, p: (n, p), (r"{n} + {p}i", "{n} + {p}*I", "{n}.0 + {p}.0i", "{p}i + {n}")),
-    (lambda n, p: n, (r"{n}!", "factorial({n})")),
-    (
-        lambda n, p: 0,
-        (r"\emptyset", "no solution", "No solutions", r"\varnothing", "no real solutions", r"\text{{no solution}}"),
+SPOILT = (
+    *("{} as well as {}", "{}, as {} is also right", "{} for now, but {} is better", "{} because of X. No, {}.", "{} or {}"),
+    *(
+        "{} because it is wrong, {}",
+        "{} ({} is also right)",
+        "{0}: false",
+        "{0}: incorrect",
+        "{0} - not this one",
+        "{0} (wrong)",
     ),
-    (lambda n, p: 0, (r"\infty", "oo")),
+    *("{}\n\n{}", "{} since it could be {}", "{}, given that {} fits", "not {0}", "{0}, never", "{0} is wrong", "{0}-{1}"),
 )
-N, P = st.integers(2, 60), st.sampled_from((2, 3, 5, 7, 11))
-FORMULA = st.sampled_from(FORMULAS)
 
 
-def spelt(ways: tuple[str, ...], way: int, n: int, p: int) -> str:
-    return ways[way % len(ways)].format(n=n, p=p, m=n + p)
-
-
-@pytest.fixture(scope="module")
-def matches() -> Iterator[Callable[[str, str], bool]]:
-    matcher = MathMatcher(TOLERANCE)
-
-    def run(answer: str, gold: str) -> bool:
-        return asyncio.run(matcher.matches(Prompt("p", "test", (), (), Ability.MATH, (gold,), "math", ""), answer))
-
-    yield run
-    matcher.close()
-
-
-def _takes_every_spelling(matches: Callable[[str, str], bool], data: st.DataObject) -> None:
-    _, ways = data.draw(FORMULA)
-    n, p = data.draw(N), data.draw(P)
-    answer, gold = (spelt(ways, data.draw(st.integers(0, 11)), n, p) for _ in "ab")
-    assert matches(answer, gold), (answer, gold)
-
-
-def _takes_no_other(matches: Callable[[str, str], bool], data: st.DataObject) -> None:
-    (value, ways), (other_value, other_ways) = data.draw(FORMULA), data.draw(FORMULA)
-    if data.draw(st.booleans()):  # mostly formulas of one kind
-        other_value, other_ways = value, ways
-    n, p, other_n, other_p = data.draw(N), data.draw(P), data.draw(N), data.draw(P)
-    assume(other_ways is not ways or value(n, p) != other_value(other_n, other_p))
-    assume(other_ways is ways or {ways[-1], other_ways[-1]} != {"log({n}, {p})", "factorial({n})"})  # log(2, 2) is 1
-    answer = spelt(ways, data.draw(st.integers(0, 11)), n, p)
-    gold = spelt(other_ways, data.draw(st.integers(0, 11)), other_n, other_p)
-    assert not matches(answer, gold), (answer, gold)
-
-
-@SOME
+@settings(max_examples=500)
 @given(st.data())
-def test_math_takes_every_spelling_of_a_formula(matches: Callable[[str, str], bool], data: st.DataObject) -> None:
-    _takes_every_spelling(matches, data)
-
-
-@SOME
-@given(st.data())
-def test_math_takes_no_other_formula_for_it(matches: Callable[[str, str], bool], data: st.DataObject) -> None:
-    _takes_no_other(matches, data)
-
-
-@pytest.mark.slow  # five minutes
-@PAIRS
-@given(st.data())
-def test_math_judges_two_thousand_pairs_of_either_sort(matches: Callable[[str, str], bool], data: st.DataObject) -> None:
-    _takes_every_spelling(matches, data)
-    _takes_no_other(matches, data)
+def test_choice_takes_no_letter_that_is_taken_back(data: st.DataObject) -> None:
+    options = data.draw(questions())
+    right, other = data.draw(st.permutations(sorted(options)))[:2]
+    text = options[other]
+    forms = [form.format(right, other) for form in SPOILT]
+    forms += [f"{right} because {text}", f"{right}. It is {text}", f"{right}: {text}", f"{right}) {text}"]
+    assert not choice.equal(data.draw(st.sampled_from(forms)), right, options, TOLERANCE)
+    reason = data.draw(st.sampled_from((f"{other} is wrong", "the others are wrong", "it fits", f"{other} isn't right")))
+    assert choice.equal(f"{right}, because {reason}", right, options, TOLERANCE)
