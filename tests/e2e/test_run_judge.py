@@ -17,8 +17,8 @@ from harness import Command, checkpoint_state, error_line, run, run_state, succe
 
 
 class _Server(ThreadingHTTPServer):
-    """Says CORRECT where the answer has an even length, so that groups disagree; HTTP status 503 while it is down. What is right
-    beyond doubt it knows."""
+    """Says CORRECT where the answer has an even length, so that groups disagree, and to what is right beyond doubt; HTTP status
+    503 while it is down."""
 
     daemon_threads = True
     down = False
