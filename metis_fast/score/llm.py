@@ -98,8 +98,8 @@ class LlmMatcher:
             if verdict != correct:
                 said = "CORRECT" if verdict else "INCORRECT"
                 raise JudgeError(
-                    f"LLM judge {self._config.model!r} at {self._endpoint} says that {answer} is {said} for 1 + 1; name one that "
-                    "can judge with score.llm.model"
+                    f"LLM judge {self._config.model!r} at {self._endpoint} says that {answer} is {said} for 1 + 1; name one "
+                    "that can judge with score.llm.model"
                 )
 
     def close(self) -> None:
