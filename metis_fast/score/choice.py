@@ -45,7 +45,9 @@ _OTHERS_ARE_WRONG = re.compile(
 _TAKES_BACK = re.compile(
     r"\b(?:not|no|never|none|neither|nor|wrong|incorrect|false|untrue|but|wait|however|actually|although|though|maybe|perhaps|or"
     r"|instead|rather|unless|except|also|too|well|both|either|better|now|eliminated|excluded|impossible|unlikely|ruled|cannot"
-    r"|unsure|guess|doubt|know|probably|possibly|correction|sorry|oops|other|others|another|second|if|might|may|could|yes)\b|n't|[?!]",
+    r"|unsure|guess|doubt|know|probably|possibly|correction|sorry|oops|other|others|another|second|if|might|may|could|yes"
+    r"|first|third|fourth|fifth|last|previous|next|former|latter|\d+(?:st|nd|rd|th)|contradict\w*|refut\w*|fail\w*|lack\w*|invalid"
+    r"|inaccurate|untenable|unsupported|distractor\w*|worst|least|exclud\w*|reject\w*|opposite|out|disagree\w*)\b|n't|[?!]",
     re.IGNORECASE,
 )
 _A_LETTER = re.compile(r"(?<![\w'])(?!I\s+(?!is\b|are\b)[a-z])(?:[A-Z]|[b-hj-z])(?![\w'])")  # not of "I counted"
@@ -133,7 +135,12 @@ def _supports(letter: str, reason: str, options: dict[str, str]) -> bool:
     if _TAKES_BACK.search(rest) or any(found[0].upper() != letter for found in _A_LETTER.finditer(rest)):
         return False
     own = normalise(options.get(letter, ""))
-    return not any(_has(rest, option) and not _has(own, option) for other, option in options.items() if other != letter)
+    others = [option for other, option in options.items() if other != letter]
+    if any(_has(rest, option) and not _has(own, option) for option in others):
+        return False
+    said, mine = set(normalise(rest).split()), set(own.split())
+    theirs = {word for option in others for word in normalise(option).split() if len(word) > 2 or word.isdigit()}
+    return not (said & (theirs - mine) and not said & (mine - theirs))
 
 
 def _denies(clause: str, letter: str) -> bool:

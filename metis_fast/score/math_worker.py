@@ -108,6 +108,9 @@ _EMPTY = re.compile(
     r"|∅|\\emptyset|\\varnothing|\{\s*\}|\\\{\s*\\\}",
     re.IGNORECASE,
 )
+_DOT = re.compile(r"[A-Za-z}|)]\s*\\cdot\s*(?:\\|[A-Za-z(])")
+_CROSS = re.compile(r"[A-Za-z}|)]\s*\\(?:times|wedge)\s*(?:\\|[A-Za-z(])")
+_CASED = re.compile(r"(?i)\\(?:gamma|delta|theta|lambda|xi|pi|sigma|upsilon|phi|psi|omega)(?![a-z])")
 _WRAPPER = re.compile(r"\\(?:text|mathrm|boxed)\{([^{}]*)\}")
 _MEMBER = re.compile(r"^(\$?)\s*[a-zA-Z]\s*(?:∈|\\in(?![a-z]))\s*")  # x ∈ [0, 1]
 _Part = sympy.Basic | sympy.MatrixBase | str  # of what math-verify reads
@@ -221,7 +224,44 @@ def _contradict(one: str, other: str) -> bool:
     angles = bool(_DEGREES.search(one)) != bool(_DEGREES.search(other)) and bool(_ANGLE.search(one) or _ANGLE.search(other))
     equations = ("=" in one) != ("=" in other) and (_has_no_name(one) or _has_no_name(other))
     unequal = bool(_UNEQUAL.search(one)) != bool(_UNEQUAL.search(other))
-    return brackets or angles or equations or unequal or shapes[0][1] != shapes[1][1] or (":" in one) != (":" in other)
+    parts = "\\{" not in one + other and shapes[0][0] == shapes[1][0] == "listed" and one.count(",") != other.count(",")
+    return parts or brackets or angles or equations or unequal or shapes[0][1] != shapes[1][1] or (":" in one) != (":" in other)
+
+
+def _letters(formula: str) -> set[str]:
+    """Letters and Greek commands of what stands behind a name; words are none."""
+    text = re.sub(r"(?<![\\A-Za-z])[A-Za-z]{3,}", " ", re.sub(r"^\s*[A-Za-z]\w*\s*=", "", formula))
+    return set(_CASED.findall(text)) | set(re.findall("[A-Za-z]", re.sub(r"\\[A-Za-z]+", " ", text)))
+
+
+def _differ_in_case(one: str, other: str) -> bool:
+    """Whether letters differ in case alone, which math-verify folds: `\\pi R^2` and `\\pi r^2`."""
+    letters, others = _letters(one), _letters(other)
+    return letters != others and {letter.casefold() for letter in letters} == {letter.casefold() for letter in others}
+
+
+def _differ_in_product(one: str, other: str) -> bool:
+    """Whether one has a dot where the other has a cross, between letters or vectors."""
+    dots, crosses = (tuple(bool(mark.search(text)) for text in (one, other)) for mark in (_DOT, _CROSS))
+    return (dots[0] and crosses[1]) or (dots[1] and crosses[0])
+
+
+def _names(formula: str) -> set[str]:
+    return set(re.findall(r"([A-Za-z]\w*)\s*=(?!=)", formula))
+
+
+def _says_other_things(one: str, other: str) -> bool:
+    """Whether values belong to other names, or stand at the end of a chain: `a = 2, b = 1` and 1, 2; `x = 3 = 5` and 5."""
+    names, others = _names(one), _names(other)
+    if names != others and max(len(names), len(others)) > 1:
+        return True
+    lefts = [re.sub(r"\s", "", text.partition("=")[0]) for text in (one, other) if "=" in text]
+    if len(lefts) == 2 and lefts[0] != lefts[1] and any(re.search(r"\([^()]*\d", left) for left in lefts):
+        return True
+    return any(
+        len(re.findall(r"(?<![<>!=])=(?!=)|\\approx", text)) > 1 and not re.search(r",|;|\bor\b|\band\b|\\text", text)
+        for text in (one, other)
+    )
 
 
 def _without_unit(formula: str) -> tuple[str, str]:
@@ -276,9 +316,11 @@ def compare(answer: str, gold: str) -> str:
         same = units.same(unit, other_unit) if unit and other_unit else units.may_be_left_out(unit or other_unit)
         if not same or units.PERCENT in units.names(unit) ^ units.names(other_unit):
             return "different"
+    if _differ_in_product(one, other) or _says_other_things(one, other):
+        return "different"
     if _UNREAD.search(one) or _UNREAD.search(other) or _differ_in_words(one, other):
         return "unparsed"
-    if _contradict(one, other):
+    if _contradict(one, other) or _differ_in_case(one, other):
         return "different"
     try:
         return _compare(one, other)

@@ -45,8 +45,26 @@ _NEGATIONS = frozenset(
             "wrong",
             "untrue",
         ),
+        *(
+            "fail",
+            "fails",
+            "failed",
+            "lack",
+            "lacks",
+            "lacking",
+            "absent",
+            "missing",
+            "zero",
+            "refuted",
+            "excluded",
+            "excludes",
+        ),
         *("nein", "nicht", "kein", "non", "pas", "nunca", "jamais", "impossible", "unlikely"),
     )
+)
+_AFFIRMS = re.compile(  # "No, it does"
+    r"(?:it|they|he|she|there|this|that|these|those|we|you|i)\s+(?:is|are|am|was|were|does|do|did|has|have|had|can|will|would|exists?)"
+    r"(?:\s+(?:so|indeed|one|exist|match|it|(?:contain|include|have|show)\s+(?:it|one|them)))?\s*[.!]*"
 )
 _FEWEST_CHARS = 1000  # an answer of up to this many, or four times the ground truth's, is read at all
 
@@ -60,6 +78,8 @@ def _is_taken_back(value: bool, rest: str) -> bool:
     denied = any(word in _NEGATIONS or word.endswith("n't") for word in words)
     if value:
         return denied
+    if _AFFIRMS.fullmatch(rest):
+        return True
     return bool(_IS_RIGHT.search(rest)) or (denied and any(_BOOLEANS.get(word) is False and word != "no" for word in words))
 
 
