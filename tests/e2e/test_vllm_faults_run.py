@@ -92,7 +92,7 @@ def test_a_run_goes_on_after_ctrl_c_kill_and_the_loss_of_all_its_engines_as_if_n
     assert whole.end().code == 0
     whole.check(steps=_STEPS)
 
-    ended = broken.end(Moment("pipeline._rollout", signal.SIGINT, entry=2, delay_s=0.1))
+    ended = broken.end(Moment("pipeline._rollout", signal.SIGINT, entry=2))
     assert ended.hit and ended.code == 130 and ended.after_s < 30, ended
     assert ended.err.splitlines()[-1] == "metis-fast: stopped; run the same command again to go on"
     assert broken.steps() == [0] and broken.saved() == (1,)

@@ -183,7 +183,7 @@ def test_a_process_that_dies_is_one_line(tmp_path: Path):
 
 
 def test_ctrl_c_stops_all_processes_without_a_traceback(tmp_path: Path):
-    path = write_rows(tmp_path / "a.parquet", *[("math", [encoded(1500, 1500)])] * 400)
+    path = write_rows(tmp_path / "a.parquet", *[("math", [encoded(1500, 1500)])] * 3000)
     command = [sys.executable, "-m", "metis_fast", "data", "check", str(path), "--processes", "2"]
     for after_s in (0.5, 1.5):
         with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True) as check:
