@@ -431,7 +431,7 @@ def _open_standard_streams() -> None:
 def _use_utf8() -> None:
     """In a locale that is not UTF-8, Python and the libraries under us spell a path like `läuft` differently: start again in
     Python's UTF-8 mode, which all processes of ours inherit."""
-    if sys.getfilesystemencoding() != "utf-8":
+    if sys.getfilesystemencoding() != "utf-8" and not sys.flags.ignore_environment:  # else it would start again for ever
         os.environ["PYTHONUTF8"] = "1"
         os.execv(sys.executable, sys.orig_argv)
 

@@ -26,6 +26,7 @@ from metis_fast.data.cursor import CursorState, PromptCursor, read_once
 from metis_fast.data.parquet import PromptFiles
 from metis_fast.errors import ConfigError, DataError, EngineError, ToolSetupError
 from metis_fast.interrupt import Interrupts
+from metis_fast.judge_styles import known_style
 from metis_fast.model import Policy, first_device, load_policy
 from metis_fast.model_folder import hf_shapes
 from metis_fast.report.log import RunLog
@@ -41,7 +42,6 @@ from metis_fast.run_record import RunRecord, open_record
 from metis_fast.score.judge import StyleJudge, open_judge
 from metis_fast.score.protocol import Judge
 from metis_fast.score.remote import RemoteJudge, start_judge_workers
-from metis_fast.score.styles import known_style
 from metis_fast.tools import open_toolbox
 from metis_fast.tools.protocol import Toolbox
 from metis_fast.tools.remote import RemoteToolbox, start_tool_workers

@@ -155,7 +155,7 @@ def check_files(
     files = PromptFiles(paths)
     if processes is None:
         small = sum(group.num_bytes for group in files.row_groups) < _SMALL and (open_counter is None or len(files) < _FEW)
-        processes = 1 if small else len(os.sched_getaffinity(0))
+        processes = 1 if small else _num_cores()
     found = _Found()
     with tqdm(total=len(files), desc="checking", unit="row", disable=None if progress else True) as bar:
         for part in _check(files, open_counter, max_prompt_tokens, processes):
@@ -171,6 +171,11 @@ def check_files(
         largest=max(found.sizes, key=_area, default=None),
         longest_prompt=found.longest or None,
     )
+
+
+def _num_cores() -> int:
+    """That this process may use; macOS says only how many there are."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _check(

@@ -11,7 +11,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import islice
+from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any
 
@@ -137,7 +137,7 @@ class PromptFiles:
         self.layout = Layout(tuple((group.num_rows, group.num_bytes) for group in row_groups), cache_bytes)
         stops = [*self._first_rows[1:], num_rows]
         sizes = [stop - start for start, stop in zip(self._first_rows, stops, strict=True)]
-        self._names = tuple(zip(_unique_names(self._paths), sizes, strict=True))
+        self._name(tuple(zip(_unique_names(self._paths), sizes, strict=True)))
         self._stamps = tuple((status.st_size, status.st_mtime_ns) for status in map(Path.stat, self._paths))
         largest = max(row_groups, key=lambda row_group: row_group.num_bytes)
         if largest.num_bytes > cache_bytes:
@@ -228,15 +228,17 @@ class PromptFiles:
 
     def go_on(self, record: DataRecord) -> None:
         """Name rows, and order epochs, as the run did that this is a record of, whatever its files are called now."""
-        self._names = record.names
+        self._name(record.names)
         self.layout = Layout(record.groups, record.cache_bytes)
 
     def _uid(self, index: int) -> str:
-        for name, rows in self._names:
-            if index < rows:
-                return f"{name}:{index}"
-            index -= rows
-        raise IndexError(index)
+        file = bisect.bisect_right(self._named_from, index) - 1
+        return f"{self._names[file][0]}:{index - self._named_from[file]}"
+
+    def _name(self, names: tuple[tuple[str, int], ...]) -> None:
+        """names: (name, rows), one behind another over all rows."""
+        self._names = tuple((name, rows) for name, rows in names if rows)
+        self._named_from = [0, *accumulate(rows for _, rows in self._names)][:-1]
 
     def _batches(self, row_group: RowGroup) -> Iterator[pa.RecordBatch]:
         path, columns = self._paths[row_group.file], self._columns[row_group.file]

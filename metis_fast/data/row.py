@@ -13,8 +13,8 @@ from typing import Any
 
 from metis_fast.errors import DataError, one_line
 from metis_fast.image_source import NoImageError, read_image
+from metis_fast.judge_styles import STYLES, known_style
 from metis_fast.pixels import ImageError, decode
-from metis_fast.score.styles import STYLES, known_style
 from metis_fast.types import Ability, ImageBlob, JsonScalar, Message, Prompt
 
 _ROLES = ("system", "user", "assistant")

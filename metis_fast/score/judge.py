@@ -6,12 +6,12 @@ from collections.abc import Callable, Collection, Mapping
 
 from metis_fast.config import ScoreConfig
 from metis_fast.errors import ConfigError
+from metis_fast.judge_styles import STYLES, SYNONYMS, known_style
 from metis_fast.score.choice import ChoiceMatcher
 from metis_fast.score.mathematics import MathMatcher
 from metis_fast.score.protocol import Judge, JudgeUnavailable, Matcher
 from metis_fast.score.response import format_ok, last_answer
 from metis_fast.score.rule import RuleMatcher
-from metis_fast.score.styles import STYLES, SYNONYMS, known_style
 from metis_fast.types import Prompt, Rollout, Verdict
 
 __all__ = ["Judge", "JudgeUnavailable", "StyleJudge", "open_judge"]
