@@ -18,11 +18,13 @@ _MAX_CHARS = 2000  # a longer answer is no choice
 _ROUNDS = 3  # of marks within marks: (`B`)
 _WRAPPED = re.compile(r"^(?:\(([^()]*)\)|\[([^\[\]]*)\]|<([^<>]*)>|【([^【】]*)】|\{([^{}]*)\}|\$([^$]*)\$?)$")
 _LEAD_IN = re.compile(
-    r"^(?:(?:(?:the|my)\s+)?(?:(?:correct|right|best|final)\s+)?(?:answers?|options?|choices?)\b"
-    r"(?:\s+(?:is|are|would be)\b)?\s*:?\s*"
-    r"|it(?:'s|\s+is)\s+|(?:正确)?(?:答案|选项|选择)(?:是|为)?\s*:?\s*|选\s*(?=[A-Z(]))",
+    r"^(?:(?:so|thus|hence|therefore)\b,?\s*)?(?:I\s+(?:think|believe|choose|pick|select|would\s+say|say)\s+(?:that\s+)?)?"
+    r"(?:(?:(?:the|my)\s+)?(?:(?:correct|right|best|final)\s+)?(?:answers?|options?|choices?)\b"
+    r"(?:\s+(?:is|are|would be|must be)\b)?\s*:?\s*"
+    r"|it(?:'s|\s+is)\s+|(?:正确)?(?:答案|选项|选择)(?:是|为)?\s*:?\s*|选\s*(?=[A-Z(]))?",
     re.IGNORECASE,
 )
+_BOLD_LETTER = re.compile(r"(?<![\w*])(\*\*|__|`)(\(?[A-Za-z][).:]*)\1(?![\w*])")
 _SEPARATOR = re.compile(r"[^\S\n]*(?:[,;、/&+]|\band\b|和|与|及)[^\S\n]*|[^\S\n]+")  # what stands in lines is no list
 _LETTER = re.compile(r"[(\[]?([A-Za-z])[)\].:]*")
 # A delimiter is needed before the option's text: "A dog" is an article and a noun.
@@ -65,10 +67,11 @@ _MARKS = tuple(
         r"([A-Z])\s?[:、]",
     )
 )
+_SMALL_MARK = re.compile(r"^[ \t]*\(?([a-z])[).](?=\s)", re.MULTILINE)
 
 
 def _unwrap(text: str) -> str:
-    text = fold(text)
+    text = _BOLD_LETTER.sub(r"\2", fold(text))
     for _ in range(_ROUNDS):
         before = text
         if wrapped := _WRAPPED.match(text):
@@ -103,8 +106,11 @@ def read_choice(text: str, options: dict[str, str] | None = None) -> tuple[Lette
 def _read(text: str, options: dict[str, str]) -> tuple[Letters, str]:
     if letters := _read_letters(text):
         return letters, ""
-    if (found := _LETTER_AND_REASON.fullmatch(text)) and _supports(found[1].upper(), found[2], options):
-        return frozenset(found[1].upper()), ""
+    if found := _LETTER_AND_REASON.fullmatch(text):
+        letter, reason = found[1].upper(), found[2].strip()
+        # Where the options are not known, the reason may be one of them: "B because a red fox".
+        if _supports(letter, reason, options) and (options or _EXPLAINS.fullmatch(reason) or _OTHERS_ARE_WRONG.match(reason)):
+            return frozenset(letter), ""
     if found := _LETTER_IS_RIGHT.fullmatch(text):
         return frozenset(found[1]), ""
     if found := _LETTER_AND_TEXT.fullmatch(text):
@@ -170,12 +176,14 @@ def _at_line_start(mark: re.Match[str]) -> bool:
 
 
 def read_options(question: str) -> dict[str, str]:
-    """The options of a question, letter -> text: marks "A." / "(A)" / "A)" in order from A; {} if there are fewer than two.
+    """The options of a question, letter -> text: marks "A." / "(A)" / "A)" / "a)" in order from A; {} if fewer than two.
 
     The marks are of one kind. Those at the beginning of lines go before others, longer runs before shorter, later before
     earlier ones: the question itself may be about the persons A and B.
     """
     question = unicodedata.normalize("NFKC", question)
+    if _SMALL_MARK.search(question) and not any(kind.search(question) for kind in _MARKS):
+        question = _SMALL_MARK.sub(lambda mark: mark[0].upper(), question)
     marks: list[re.Match[str]] = []
     for key in (_at_line_start, None):
         runs = [_last_run(filter(key, kind.finditer(question)) if key else kind.finditer(question)) for kind in _MARKS]

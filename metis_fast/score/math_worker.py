@@ -9,6 +9,7 @@ seconds (so a busy machine changes no verdict) or of memory; the reader of the p
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import re
@@ -23,31 +24,21 @@ from math_verify import LatexExtractionConfig, parse, verify
 from sympy.core.relational import Relational
 
 from metis_fast.score import units
-from metis_fast.score.python_math import as_latex
+from metis_fast.score.math_formula import is_empty, links, members, point, read, without_unit
 
 CPU_SECONDS = 3.0  # a comparison takes 1 to 50 ms; some that need sympy's simplification take a second
 _MEMORY_BYTES = 4 << 30  # address space; sympy itself needs well under 1 GiB
-_DELIMITER = re.compile(r"\$+|\\[()\[\]]")
-_MATH = re.compile(r"\$\$(.+?)\$\$|\$(.+?)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
-_BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
 # math-verify's own removal of units takes "million", too, and makes 5 cm of 5 m.
 _NORMALIZATION = NormalizationConfig(basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="none")
+_CONFIG = (LatexExtractionConfig(normalization_config=_NORMALIZATION),)
+_APPROXIMATED = re.compile(r"(.+?)\s*(?:\\approx|≈)\s*(-?\d+(?:\.\d+)?)\s*", re.DOTALL)
 # What sympy raises on odd operands.
 _SYMPY_ERRORS = (ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError, ValueError)
-
-# What may stand before a formula and say no more than it.
-_LEAD_IN = re.compile(
-    r"(?:(?:so|thus|hence|therefore|then)\b,?\s*)?(?:we\s+(?:get|have|find|obtain)\s*)?"
-    r"(?:(?:(?:the|my|our|your)\s+)?(?:(?:final|correct|exact|required|desired|simplified|numerical)\s+)*"
-    r"(?:answers?|values?|results?|solutions?|roots?|sum|product|area|volume|probability|length|expression|number)\s*"
-    r"(?:of\s+[a-zA-Z]\s*)?)?(?:it\s+)?(?:(?:is|are|equals)\b|[:=])?\s*(?:[a-zA-Z]\s*=)?",
-    re.IGNORECASE,
-)
-_MORE_WORDS = re.compile(r"(?!(?:and|or)\b)\b[^\W\d_]{2,}", re.IGNORECASE)
 
 # Of these math-verify takes no notice: the rule judge compares them as text.
 _UNREAD = re.compile(
     r"['′″]|\\prime(?![a-z])|\\[dt]?frac\s*\{\s*(?:d|\\partial)|\d\s*(?:\\right)?[)}]?\s*_"  # f'(x); 1101_2
+    r"|\\(?:lim|limsup|liminf|sup|inf|max|min|argmax|argmin)\s*(?:_|\\limits)"
     r"|[A-Z)\]}]\s*\^\s*\{?\s*(?:T|H|\\top|\\intercal|\\dagger|\*)(?![a-zA-Z])|\.{2,}|…|\\[lcdv]?dots(?![a-z])"
     r"|\\(?:mathbf|boldsymbol|vec|overrightarrow|bm|hat)[^=]*\\(?:times|cross|wedge)(?![a-z])|[A-Z}]\s*(?:\\times|×)\s*[A-Z\\]"
 )
@@ -96,83 +87,13 @@ _KNOWN_WORDS = frozenset(
         *("phi", "omega", "and", "or", "frac", "max", "min", "gcd", "lcm", "det", "mod", "lim"),
     )
 )
-_UNIT = re.compile(
-    r"(.*[\d)}\]a-zA-Z])(?:\s|\\[,;:! ])*\\(?:text|textrm|mathrm|mbox)\s*\{\s*([^{}\d]{2,}?)\s*\}\s*(\^\s*\{?[23]\}?)?\s*",
-    re.DOTALL,
-)
 
 
-# What says that there is no solution.
-_EMPTY = re.compile(
-    r"(?:there (?:is|are) )?no (?:real |such |integer |valid )*(?:solutions?|values?|roots?)(?: exists?)?|empty set"
-    r"|∅|\\emptyset|\\varnothing|\{\s*\}|\\\{\s*\\\}",
-    re.IGNORECASE,
-)
 _DOT = re.compile(r"[A-Za-z}|)]\s*\\cdot\s*(?:\\|[A-Za-z(])")
 _CROSS = re.compile(r"[A-Za-z}|)]\s*\\(?:times|wedge)\s*(?:\\|[A-Za-z(])")
 _CASED = re.compile(r"(?i)\\(?:gamma|delta|theta|lambda|xi|pi|sigma|upsilon|phi|psi|omega)(?![a-z])")
-_WRAPPER = re.compile(r"\\(?:text|mathrm|boxed)\{([^{}]*)\}")
-_MEMBER = re.compile(r"^(\$?)\s*[a-zA-Z]\s*(?:∈|\\in(?![a-z]))\s*")  # x ∈ [0, 1]
 _Part = sympy.Basic | sympy.MatrixBase | str  # of what math-verify reads
-_SIGNS = re.compile(r"\+\s*-")  # 14 + -1i
-_CONSTANT = re.compile(r"\\mathrm\s*\{([eid])\}")
 _FLOAT = 1e-6  # relative: what a decimal number with digits enough may be off
-
-
-def _is_empty(text: str) -> bool:
-    return _EMPTY.fullmatch(_WRAPPER.sub(r"\1", text).strip(" .$")) is not None
-
-
-def _says_no_more(before: str, after: str) -> bool:
-    """Whether the text around a formula leaves its meaning as it is: "The answer is $6$.", but not "not $6$" or "- $6$"."""
-    before, after = (_DELIMITER.sub("", part).strip(" *`\n\t") for part in (before, after))
-    return _LEAD_IN.fullmatch(before) is not None and after in ("", ".")
-
-
-def _unboxed(text: str) -> str | None:
-    """The text with what its one box holds; None where there are several, or where words or digits beside it say more."""
-    boxes = list(_BOX.finditer(text))
-    if not boxes:
-        return text
-    depth, end = 1, boxes[0].end()
-    while end < len(text) and depth:
-        depth += {"{": 1, "}": -1}.get(text[end], 0)
-        end += 1
-    before, inside, after = text[: boxes[0].start()], text[boxes[0].end() : end - 1], text[end:]
-    if len(boxes) > 1 or depth:
-        return None
-    if _says_no_more(before, after):
-        return inside
-    if _MORE_WORDS.search(before + " " + after) or before[-1:].isalnum() or after[:1].isalnum():
-        return None
-    return f"{before} {{{inside}}} {after}"
-
-
-def _formula(text: str) -> str | None:
-    """The whole answer as one formula, or the one formula in it; None where words say more.
-
-    math-verify would pick the last number out of "3 or 5"; that must not match 5.
-    """
-    unboxed = _unboxed(text.strip().strip("`").strip())
-    if unboxed is None:
-        return None
-    text = _MEMBER.sub(r"\1", _SIGNS.sub("-", _CONSTANT.sub(r"\1 ", unboxed)))
-    if (formula := as_latex(text)) is not None:
-        return formula
-    found = list(_MATH.finditer(text))
-    if len(found) == 1 and _says_no_more(text[: found[0].start()], text[found[0].end() :]):
-        return "".join(part or "" for part in found[0].groups())
-    outside = _MATH.sub("  ", text)
-    if found and (_MORE_WORDS.search(outside) or any(_touches_a_digit(text, one) for one in found)):
-        return None
-    lead = _LEAD_IN.match(text) if not found else None
-    if lead and lead[0].rstrip().endswith(("is", "are", "equals", ":")):
-        text = text[lead.end() :]
-    return _DELIMITER.sub(" ", text)
-
-
-def _touches_a_digit(text: str, found: re.Match[str]) -> bool:
-    return text[: found.start()].rstrip()[-1:].isdigit() or text[found.end() :].lstrip()[:1].isdigit()
 
 
 def _words(formula: str) -> Counter[str]:
@@ -225,7 +146,17 @@ def _contradict(one: str, other: str) -> bool:
     equations = ("=" in one) != ("=" in other) and (_has_no_name(one) or _has_no_name(other))
     unequal = bool(_UNEQUAL.search(one)) != bool(_UNEQUAL.search(other))
     parts = "\\{" not in one + other and shapes[0][0] == shapes[1][0] == "listed" and one.count(",") != other.count(",")
-    return parts or brackets or angles or equations or unequal or shapes[0][1] != shapes[1][1] or (":" in one) != (":" in other)
+    pairs = {text.strip()[:1] + text.strip()[-1:] for text in (one, other)} == {"[]", "()"}
+    return (
+        pairs
+        or parts
+        or brackets
+        or angles
+        or equations
+        or unequal
+        or shapes[0][1] != shapes[1][1]
+        or (":" in one) != (":" in other)
+    )
 
 
 def _letters(formula: str) -> set[str]:
@@ -264,13 +195,6 @@ def _says_other_things(one: str, other: str) -> bool:
     )
 
 
-def _without_unit(formula: str) -> tuple[str, str]:
-    """A formula and the unit in \\text{} at its end."""
-    found = _UNIT.fullmatch(formula)
-    power = re.sub(r"[\s{}]", "", found[3] or "") if found else ""
-    return (found[1], found[2] + power) if found else (formula, "")
-
-
 def _is_rounded(one: sympy.Expr, other: sympy.Expr) -> bool:
     """Whether one is a decimal number and the other an irrational one, which it can only be near to."""
     return isinstance(one, sympy.Float) and other.is_rational is not True and not other.has(sympy.Float)
@@ -306,16 +230,26 @@ def _one_symbol_a_name(part: _Part) -> _Part:
 
 def compare(answer: str, gold: str) -> str:
     """ "equal" or "different" by math-verify; "unparsed" where either text is no formula, or of what it leaves out."""
-    if _is_empty(answer) or _is_empty(gold):
-        return "equal" if _is_empty(answer) and _is_empty(gold) else "different"
-    one, other = _formula(answer), _formula(gold)
+    if is_empty(answer) or is_empty(gold):
+        return "equal" if is_empty(answer) and is_empty(gold) else "different"
+    one, other = read(answer), read(gold)
     if one is None or other is None or _is_prose(one) or _is_prose(other):
         return "unparsed"
-    (one, unit), (other, other_unit) = _without_unit(one), _without_unit(other)
+    (one, unit), (other, other_unit) = without_unit(one), without_unit(other)
     if unit != other_unit:
         same = units.same(unit, other_unit) if unit and other_unit else units.may_be_left_out(unit or other_unit)
         if not same or units.PERCENT in units.names(unit) ^ units.names(other_unit):
             return "different"
+    try:
+        ends = [_end_of_chain(text) for text in (one, other)]
+    except _SYMPY_ERRORS:
+        return "unparsed"
+    if ends[0] is None or ends[1] is None:
+        return "different"
+    one, other = ends[0], ends[1]
+    (name, bare), (other_name, other_bare) = point(one), point(other)
+    if name == other_name or not (name and other_name):
+        one, other = bare, other_bare
     if _differ_in_product(one, other) or _says_other_things(one, other):
         return "different"
     if _UNREAD.search(one) or _UNREAD.search(other) or _differ_in_words(one, other):
@@ -323,15 +257,48 @@ def compare(answer: str, gold: str) -> str:
     if _contradict(one, other) or _differ_in_case(one, other):
         return "different"
     try:
-        return _compare(one, other)
+        return _compare_lists(one, other)
     except _SYMPY_ERRORS:
         return "unparsed"
 
 
+def _compare_lists(answer: str, gold: str) -> str:
+    """`_compare`, and of lists where something stands twice, each part with one of its own: 1, 2, 2 is not 1, 1, 2."""
+    result = _compare(answer, gold)
+    if result != "equal" or "\\{" in answer + gold or {_shape(answer)[0], _shape(gold)[0]} != {"listed"}:
+        return result
+    left = members(gold)
+    for part in members(answer):
+        twin = next((i for i, other in enumerate(left) if _compare(part, other) == "equal"), None)
+        if twin is None:
+            return "different" if _repeats(members(answer)) or _repeats(members(gold)) else result
+        del left[twin]
+    return result
+
+
+def _repeats(parts: list[str]) -> bool:
+    return any(_compare(one, other) == "equal" for one, other in itertools.combinations(parts, 2))
+
+
+def _end_of_chain(formula: str) -> str | None:
+    """What x = 2 + 3 = 5 or x = \\sqrt{2} \\approx 1.41 comes to, 5 and \\sqrt{2}; None where its sides are not equal."""
+    if found := _APPROXIMATED.fullmatch(formula):
+        formula, digits = found[1], found[2]
+        value = parse(f"${(links(formula) or [formula.rpartition('=')[2]])[-1]}$", _CONFIG, "no_fallback", parsing_timeout=0)
+        if not value or not isinstance(value[0], sympy.Expr) or not value[0].is_number:
+            return None
+        gap = abs(sympy.N(value[0], 30) - sympy.Rational(digits))
+        if not gap <= sympy.Rational(1, 10 ** len(digits.partition(".")[2])) / 2:
+            return None
+    sides = links(formula)
+    if not sides:
+        return formula
+    return sides[-1] if all(_compare(*pair) == "equal" for pair in itertools.pairwise(sides)) else None
+
+
 def _compare(answer: str, gold: str) -> str:
-    config = (LatexExtractionConfig(normalization_config=_NORMALIZATION),)
     # No time-outs of math-verify's own: they replace the handler of SIGALRM and cannot stop what takes long.
-    got, wanted = (parse(f"${text}$", config, "no_fallback", parsing_timeout=0) for text in (answer, gold))
+    got, wanted = (parse(f"${text}$", _CONFIG, "no_fallback", parsing_timeout=0) for text in (answer, gold))
     if not got or not wanted:
         return "unparsed"
     got, wanted = ([_one_symbol_a_name(part) for part in parts] for parts in (got, wanted))

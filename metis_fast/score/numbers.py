@@ -22,14 +22,17 @@ _SCALES = {
 }
 _SCALE_WORDS = "hundred|thousand|million|billion|trillion|dozen|(?-i:[mM]n|[mM]ln|[bB]n)"  # mN is a millinewton
 _SCALES_OF_MONEY = {"k": 10**3, "m": 10**6, "mm": 10**6, "b": 10**9, "t": 10**12}  # elsewhere m is a metre
-_PARTS = {
-    **dict.fromkeys(("half", "a half", "one half", "one-half"), "1/2"),
-    **dict.fromkeys(("a third", "one third", "one-third"), "1/3"),
-    **dict.fromkeys(("two thirds", "two-thirds"), "2/3"),
-    **dict.fromkeys(("a quarter", "one quarter", "one-quarter", "one fourth"), "1/4"),
-    **dict.fromkeys(("three quarters", "three-quarters", "three fourths"), "3/4"),
-}
+_PARTS = {  # text2num reads "one fifth" as 1 and an ordinal
+    f"{over}{mark}{under}": f"{value}/{whole}"
+    for whole, name in enumerate(("half", "third", "quarter", "fifth", "sixth", "seventh", "eighth", "ninth", "tenth"), 2)
+    for under in (name, f"{name}s", *(("fourth", "fourths") if whole == 4 else ()))
+    for value, word in enumerate(("one", "two", "three", "four", "five", "six", "seven", "eight", "nine"), 1)
+    if under.endswith("s") == (value > 1)
+    for over in ((word, "a", "an") if value == 1 else (word,))
+    for mark in (" ", "-")
+} | {"half": "1/2"}
 _WORD_SIGN = re.compile(r"^(?:minus|negative)\s+", re.IGNORECASE)
+_POWER_OF_A_LENGTH = re.compile(r"(?<=\d)(\s?(?:[kcmd]?m|ft|in|mi|yd))([23])$")  # km2
 _NUMBER = re.compile(
     rf"""[~≈=]?\s*(?P<sign>[+-]?)\s*(?P<currency>{units.CURRENCY_MARK})?\s*(?P<sign2>-?)
     (?:(?P<mixed>\d+)[ ](?P<part>\d+)\ ?/\ ?(?P<whole>\d+)
@@ -43,7 +46,7 @@ _NUMBER = re.compile(
     (?:[\s-]*(?P<scale>{_SCALE_WORDS})\b)?
     \s*(?P<unit>%|per\s?cent|(?:(?:square|cubic|sq\.?|cu\.?|us|swiss|pounds?|degrees?)\s+)?[^\W\d_][^\W\d_/*·]*
         (?:\s(?:squared|cubed))?(?:\^-?\d)?(?:(?:\s?/\s?|\sper\s)[^\W\d_]+(?:\^-?\d)?)?
-      |°\s?[^\W\d_]?|{units.CURRENCY_MARK})?""",
+      |°\s?[^\W\d_]?|["']|{units.CURRENCY_MARK}|¢)?""",
     re.VERBOSE | re.IGNORECASE,
 )
 
@@ -72,13 +75,15 @@ def _power(base: Fraction, exponent: int) -> Fraction | None:
 
 
 def _is_no_number(found: re.Match[str]) -> bool:
-    """Whether it is a date, a code, a score or a telephone number: 01/02, 007, 50/50, +1 555 123; or has two signs."""
+    """Whether it is a date, a code, a score, a season or a telephone number (01/02, 007, 50/50, 2020/21, +1 555 123); or has
+    two signs."""
     codes = [part for part in (found["value"], found["over"], found["part"]) if part]
     score = found["over"] is not None and found["value"] == found["over"] and len(found["over"]) > 1
     improper = found["mixed"] and int(found["part"]) >= int(found["whole"])
     telephone = found["sign"] == "+" and " " in (found["value"] or found["european"] or "")
     signs = bool(found["sign"] and found["sign2"])
-    return score or telephone or signs or bool(improper) or any(re.match(r"0\d", code) for code in codes)
+    season = re.fullmatch(r"[12]\d{3}/\d\d", "/".join(codes)) is not None and (int(codes[0]) + 1) % 100 == int(codes[1])
+    return season or score or telephone or signs or bool(improper) or any(re.match(r"0\d", code) for code in codes)
 
 
 def _value(found: re.Match[str], written: str) -> Fraction | None:
@@ -99,7 +104,7 @@ def read(text: str) -> Number | None:
     if len(text) > 4 * _MAX_CHARS:  # before any work; wrappers may take the rest
         return None
     text = one_line(text)
-    text = _WORD_SIGN.sub("-", _PARTS.get(text.lower(), digits_for_words(text)))
+    text = _POWER_OF_A_LENGTH.sub(r"\1^\2", _WORD_SIGN.sub("-", _PARTS.get(text.lower(), digits_for_words(text))))
     if len(text) > _MAX_CHARS or (found := _NUMBER.fullmatch(text)) is None or _is_no_number(found):
         return None
     written = found["value"] or ""
@@ -175,6 +180,7 @@ def equal(answer: str, gold: str, tolerance: float, *, rounding: bool = True) ->
             return False
     elif one.unit or other.unit:
         named = one if one.unit else other
-        if not units.may_be_left_out(named.unit, one=named.value == 1, apart=named.apart):
+        decade = named.unit == "s" and not named.apart and named.value % 10 == 0  # the 80s
+        if decade or not units.may_be_left_out(named.unit, one=named.value == 1, apart=named.apart):
             return False
     return _close(one, other, tolerance, rounding)

@@ -14,6 +14,7 @@ _FUNCTIONS = {
 }
 _NAMES = {"pi": r"\pi", "E": "e", "I": "i", "oo": r"\infty", "inf": r"\infty", "infinity": r"\infty"}
 _GREEK = frozenset(("alpha", "beta", "gamma", "delta", "theta", "lambda", "mu", "phi", "omega"))
+_MATRICES = frozenset(("Matrix", "ImmutableMatrix", "ImmutableDenseMatrix", "array"))
 _MARKS = re.compile(r"[*(\[{]|\b(?:pi|E|I|oo)\b")
 _MODULE = re.compile(r"\b(?:math|np|numpy|sympy|sp|cmath)\.(?=[a-z])")
 _PRODUCT = re.compile(r"(?<![\w.])(\d+(?:\.\d+)?)(?=[a-zA-Z(])(?![eE][+-]?\d)")  # 2pi, 3(x + 1)
@@ -34,9 +35,21 @@ def _number(value: object) -> str:
     return f"{digits} \\times 10^{{{int(exponent)}}}" if exponent else digits
 
 
+def _matrix(node: ast.expr, depth: int) -> str:
+    if not isinstance(node, ast.List) or not node.elts:
+        raise _NotAFormulaError
+    rows = [row.elts if isinstance(row, ast.List) else [row] for row in node.elts]
+    if len({len(row) for row in rows}) > 1 or not rows[0]:
+        raise _NotAFormulaError
+    lines = r" \\ ".join(" & ".join(_latex(one, depth) for one in row) for row in rows)
+    return rf"\begin{{pmatrix}}{lines}\end{{pmatrix}}"
+
+
 def _call(node: ast.Call, depth: int) -> str:
     if not isinstance(node.func, ast.Name) or node.keywords:
         raise _NotAFormulaError
+    if node.func.id in _MATRICES and len(node.args) == 1:
+        return _matrix(node.args[0], depth)
     name, values = node.func.id, [_latex(one, depth) for one in node.args]
     match name, values:
         case "sqrt", [value]:

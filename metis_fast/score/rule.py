@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import re
 
-from metis_fast.score import numbers
-from metis_fast.score.text import fold, normalise
+from metis_fast.score import chemistry, dates, numbers
+from metis_fast.score.text import fold, normalise, one_line, without_accents
 from metis_fast.types import Prompt
 
 _BOOLEANS = {
     **dict.fromkeys(("yes", "yeah", "yep", "true", "correct"), True),
     **dict.fromkeys(("no", "nope", "false", "incorrect"), False),
 }
-_ELEMENT = re.compile(r"[A-Z][A-Za-z]\d*")  # Co is not CO
 _FIRST_CLAUSE = re.compile(r"(\w+)\s*[,.;:!]\s*(.*)", re.DOTALL)
 
 
@@ -103,6 +102,10 @@ def equal(answer: str, gold: str, tolerance: float) -> bool:
     """
     if len(answer) > max(_FEWEST_CHARS, 4 * len(gold)):
         return False
+    folded, gold_folded = one_line(answer), one_line(gold)
+    date, gold_date = dates.read(folded), dates.read(gold_folded)
+    if date is not None and gold_date is not None:
+        return date == gold_date
     same_number = numbers.equal(answer, gold, tolerance)
     if same_number is not None:
         return same_number
@@ -110,10 +113,9 @@ def equal(answer: str, gold: str, tolerance: float) -> bool:
     gold_boolean = _BOOLEANS.get(gold_text)
     if gold_boolean is not None:
         return _read_boolean(answer) == gold_boolean
-    if text != gold_text:
-        return False
-    folded, gold_folded = fold(answer), fold(gold)
-    if folded != gold_folded and _ELEMENT.fullmatch(folded) and _ELEMENT.fullmatch(gold_folded):
+    if text.isascii() != gold_text.isascii():
+        text, gold_text = without_accents(text), without_accents(gold_text)
+    if text != gold_text or chemistry.differ(*map(chemistry.without_subscripts, (folded, gold_folded))):
         return False
     return bool(text) or folded == gold_folded
 

@@ -8,6 +8,8 @@ import unicodedata
 
 from text_to_num import alpha2digit  # number words, which the package text2num reads
 
+from metis_fast.score.chemistry import without_subscripts
+
 # NFKC would turn 10² into 102 and 3½ into 31/2.
 _SUPERSCRIPT = re.compile("[⁺⁻]?[⁰¹²³⁴⁵⁶⁷⁸⁹]+")
 _PLAIN = str.maketrans("⁺⁻⁰¹²³⁴⁵⁶⁷⁸⁹", "+-0123456789")
@@ -33,7 +35,8 @@ _MORE_OF_A_FORMULA = re.compile(r"[\w.^!'({\[]|\\(?!text|mathrm|mbox|right|[,;:!
 _LATEX_MARKS = (
     (re.compile(r"\\(?:left|right|displaystyle|bigl?|bigr|Bigl?|Bigr)(?![a-zA-Z])"), ""),
     (re.compile(r"\s?\^\s?\{?\s?\\circ\s?\}?|\s?\\(?:degree|circ)(?![a-zA-Z])"), "°"),
-    (re.compile(r"\\(?:times|cdot)(?![a-zA-Z])"), "×"),
+    (re.compile(r"\\times(?![a-zA-Z])|(?<=[\d)}])\s*\\cdot\s*(?=[\d({])"), "×"),  # a cross product is no dot product
+    (re.compile(r"\\cdot(?![a-zA-Z])"), "·"),
     (re.compile(r"\\[lc]?dots(?![a-zA-Z])"), "..."),
     (re.compile(r"\\!|\\(?:quad|qquad|thinspace|,|;|:|\s)"), " "),
     (re.compile(r"\\([%$#&_{}])"), r"\1"),
@@ -60,9 +63,13 @@ _MAX_WORDS_CHARS = 2000  # longer texts are no numbers in words
 _ONE_AS_A_PRONOUN = re.compile(r"\b(?:no|any|every|some|the|this|that|each|which|last)[\s-]+one\b", re.IGNORECASE)
 
 _TOKEN = re.compile(r"\d*\.\d+|\d+|[^\W\d_]+|\S")
-_JOINED = re.compile(
-    r"(?<=[^\W\d_])\.(?=[^\W\d_])|(?<=[^\W\d_]{2})'(?=[^\W\d_])|(?<=[^\W\d_])'(?=[^\W\d_]{2})"
-)  # U.S.A., don't
+# U.S.A., e.g., J. K. Rowling; neither a.b@c.com nor main.py
+_INITIALS = re.compile(
+    r"(?<![\w.@/-])(?:[A-Z](?:\.[A-Z])+(?![\w@/])\.?|[a-z](?:\.[a-z])+\.(?![\w@/])|[A-Z]\.(?: ?[A-Z]\.)*(?= ?[A-Z][a-z]))"
+)
+_NOT = re.compile(r"(?<=[a-z])(?<!\bca)(?<!\bwo)n't\b", re.IGNORECASE)  # don't is dont, but can't no cant
+_NAME = re.compile(r"(?<=\b[OD])'(?=[A-Z][a-z])")  # O'Neil
+_THOUSANDS = re.compile(r"(?<![\w.,(\[{])[1-9]\d{0,2}(?:,\d{3})+(?![\w,)\]}])")  # not of (1,200), which may be a point
 # Words that are numbers or functions: beside them a mark is one of a formula, as beside x.
 _OF_FORMULAS = frozenset(
     (
@@ -75,6 +82,8 @@ _OF_FORMULAS = frozenset(
 )
 _LAST_MARKS = re.compile(r"([^\W\d_]{2,})\s?([!?.]+)$")
 _SPACE = re.compile(r"\s+")
+_ACCENTED = re.compile(r"(?<![^\W\d_])[A-Za-z\u00c0-\u017f]{3,}(?![^\W\d_])")
+_ACCENTS = re.compile("[\u0300-\u0327]")
 
 
 def _fraction(found: re.Match[str]) -> str:
@@ -171,8 +180,10 @@ def _kept(token: str, before: str, after: str, spaced: tuple[bool, bool]) -> str
             return "and"
         case '"' if not before or (len(before) > 1 and before.isalpha() and (not after or any(spaced))):
             return ""
-        case "." if before[:1].isalpha():
+        case "." if before[:1].isalpha() and (not after or spaced[1]):
             return ""
+        case "." if _is_word(before) and after[:1].isupper() and not before.isupper() and not after.isupper():
+            return ""  # St.Louis
         case "¿" | "¡" if not before and _is_word(after):
             return ""
         case "-" if not before and spaced[1] and _is_word(after) and len(after) > 2 and after[0].isupper():
@@ -195,6 +206,11 @@ def _without_aside(found: re.Match[str]) -> str:
     return found[1] if plain and behind_a_word else found[0]
 
 
+def _without_dots(found: re.Match[str]) -> str:
+    after = found.string[found.end() : found.end() + 1]
+    return found[0].replace(".", "").replace(" ", "") + (" " if after.isalpha() else "")
+
+
 def _without_last_marks(found: re.Match[str]) -> str:
     marks, before = found[2], found.string[: found.start()]
     listed = marks.startswith("..") and re.search("[,;、\\d]", before)
@@ -209,8 +225,9 @@ def normalise(text: str) -> str:
     symbols; between words, a comma, a hyphen that joins them, and brackets around words are space. "the" goes, and "a" or
     "an" before a word at the beginning (not the A of "Vitamin A" or "A Team"). "" where nothing but punctuation was there.
     """
-    folded = _LAST_MARKS.sub(_without_last_marks, _JOINED.sub("", digits_for_words(one_line(text))))
-    folded = _ASIDE.sub(_without_aside, folded)
+    folded = _NAME.sub("", _NOT.sub("nt", without_subscripts(digits_for_words(one_line(text)))))
+    folded = _THOUSANDS.sub(lambda found: found[0].replace(",", ""), _INITIALS.sub(_without_dots, folded))
+    folded = _ASIDE.sub(_without_aside, _LAST_MARKS.sub(_without_last_marks, folded))
     found = list(_TOKEN.finditer(folded))
     tokens = [token[0] for token in found]
     around = ["", *tokens, ""]
@@ -228,3 +245,8 @@ def normalise(text: str) -> str:
 def one_line(text: str) -> str:
     """Folded text, its white space as single spaces."""
     return _SPACE.sub(" ", fold(text))
+
+
+def without_accents(text: str) -> str:
+    """Text with Latin letters of words of three or more without their accents: Beyonce for Beyoncé."""
+    return _ACCENTED.sub(lambda found: _ACCENTS.sub("", unicodedata.normalize("NFD", found[0])), text)

@@ -29,6 +29,7 @@ _CURRENCIES: dict[str, tuple[str, ...]] = {
     "SGD": ("s$", "sgd"),
     "BRL": ("r$", "brl"),
 }
+_COINS: dict[str, tuple[str, ...]] = {"cent": ("¢", "cent", "cents"), "penny": ("pence", "penny", "pennies")}
 CURRENCY_MARK = r"(?:U\.S\.|US|AU|A|CA|C|NZ|HK|S|R)?\$|[€£¥₹₩₽]|(?:" + "|".join(_CURRENCIES) + r"|RMB|Rs\.?)(?=[\s\d])"
 """What may stand before an amount, as a regular expression."""
 
@@ -39,6 +40,7 @@ _OTHER = {
     **dict.fromkeys(("mps",), "m/s"),
     **{unit: unit for unit in ("km", "cm", "kg")},  # KM
     **dict.fromkeys(("cc", "ccm"), "ml"),
+    **{"kgs": "kg", "kms": "km", "cms": "cm", "gms": "g", '"': "inch", "'": "foot"},
     **dict.fromkeys(("sqft",), "foot^2"),
     **dict.fromkeys(("sqm",), "m^2"),
     **dict.fromkeys(("deg", "degrees", "°"), "degree"),
@@ -57,6 +59,7 @@ _AREAS = re.compile(r"^(square|sq\.?|cubic|cu\.?)\s+(.+)$|^(.+?)\s+(squared|cube
 # What pint has as a unit, or looks like a plural, but changes the number before it: "5 X" is not "5".
 _NOT_A_UNIT = frozenset(
     (
+        *("cent", "cents", "¢", "pence", "penny", "pennies", '"', "'"),
         *("mil", "mils", "mill", "mm.", "mrd", "mn", "exact", "count", "counts", "pi", "tau", "fifth", "quarter", "quarters"),
         *(
             "hundreds",
@@ -166,7 +169,9 @@ _SINGULAR = frozenset(  # often counted; of other words "1 X" may be "1 eighth"
     )
 )
 _WITHOUT_DIMENSION = re.compile(r"(?:bit|byte|degree|radian|arcminute|arcsecond|turn)(?![a-z])")
-_DROPPED_LETTERS = frozenset("mgshlLVAWJNCF°")  # a number with another single letter may be algebra: 5x, 5i, 5e
+# A number with another single letter may be algebra (5x, 5i, 5e), a seat (12A), a row or a latitude (45 N).
+_DROPPED_LETTERS = frozenset("mgshlL°")
+_DROPPED_LETTERS_APART = frozenset("VJ")
 
 
 @cache
@@ -225,7 +230,7 @@ def names(unit: str) -> frozenset[str]:
         return frozenset()
     if unit in _AMBIGUOUS:
         return frozenset(_AMBIGUOUS[unit])
-    found = {code for code, spellings in _CURRENCIES.items() if low in spellings}
+    found = {code for code, spellings in (_CURRENCIES | _COINS).items() if low in spellings}
     measured = _measured(_RATES.get(unit) or _OTHER.get(low, unit))
     if measured:
         found.add(measured)
@@ -251,7 +256,7 @@ def may_be_left_out(unit: str, *, one: bool = False, apart: bool = True) -> bool
     unit = _tidy(unit)
     low = unit.casefold()
     if len(unit) == 1 and unit.isalpha():
-        return unit in _DROPPED_LETTERS
+        return unit in _DROPPED_LETTERS or (apart and unit in _DROPPED_LETTERS_APART)
     if low in _NOT_A_UNIT or unit == "MM" or _CHANGES_A_NUMBER.search(low):
         return False
     found = names(unit)

@@ -380,7 +380,7 @@ def test_an_options_text_is_the_one_that_is_spelt_so():
         ("(1, 2)", "(2, 1)", "different"),
         ("north", "south", "unparsed"),
         ("[i,2]", "[1,2]", "unparsed"),  # sympy raises
-        ("(i, 2)", "[1,2]", "unparsed"),
+        ("(i, 2)", "[1,2]", "different"),
         (r"\{1,2\}", "(1,2)", "different"),
         ("not $6$", "6", "unparsed"),
         (r"\pi", "3.141592653589793", "different"),

@@ -179,11 +179,69 @@ def two_others(draw: st.DrawFn, forms: Sequence[str]) -> tuple[str, str]:
     return one, other
 
 
+MONTHS = (
+    "January",
+    "February",
+    "March",
+    "April",
+    "May",
+    "June",
+    "July",
+    "August",
+    "September",
+    "October",
+    "November",
+    "December",
+)
+COMPOUNDS = ("CO_2", "H_2O", "Fe_2O_3", "Ca(OH)_2", "C_6H_{12}O_6", "NaHCO_3")
+NAMES = ("J. K. Rowling", "J. R. R. Tolkien", "T. S. Eliot")
+ACCENTS = (("Beyoncé", "Beyonce"), ("Malmö", "Malmo"), ("São Paulo", "Sao Paulo"), ("Curaçao", "Curacao"))
+
+
+def dates(year: int, month: int, day: int) -> tuple[str, ...]:
+    """Ways to write a date."""
+    name, ordinal = MONTHS[month - 1], {1: "st", 2: "nd", 3: "rd"}.get(day % 10 if day not in (11, 12, 13) else 0, "th")
+    ways = (f"{name} {day}, {year}", f"{day} {name} {year}", f"{name[:3]} {day}, {year}", f"{name} {day}{ordinal}, {year}")
+    return (*ways, f"{day} {name[:3]} {year}", f"{year}-{month:02d}-{day:02d}", f"the {day}{ordinal} of {name}, {year}")
+
+
+def times(hour: int, minute: int) -> tuple[str, ...]:
+    """Ways to write a time in the afternoon."""
+    ways = (
+        f"{hour}:{minute:02d}",
+        f"{hour - 12}:{minute:02d} pm",
+        f"{hour - 12}:{minute:02d} P.M.",
+        f"{hour - 12:02d}:{minute:02d}PM",
+    )
+    return ways if minute else (*ways, f"{hour - 12} pm", f"{hour - 12} p.m.")
+
+
 @st.composite
 def equal_answers(draw: st.DrawFn) -> tuple[str, str]:
     """Two spellings of one answer."""
     number = draw(st.integers(2, 10_000))
-    match draw(st.sampled_from(("number", "unit", "money", "percent", "word", "sign"))):
+    match draw(
+        st.sampled_from(("number", "unit", "money", "percent", "word", "sign", "date", "time", "compound", "name", "part"))
+    ):
+        case "date":
+            return two_of(draw, dates(draw(st.integers(1000, 2100)), draw(st.integers(1, 12)), draw(st.integers(1, 28))))
+        case "time":
+            return two_of(draw, times(draw(st.integers(13, 23)), draw(st.integers(0, 59))))
+        case "compound":
+            compound = draw(st.sampled_from(COMPOUNDS))
+            plain = compound.replace("_", "").replace("{", "").replace("}", "")
+            subscripts = plain.translate(str.maketrans("0123456789", "₀₁₂₃₄₅₆₇₈₉"))
+            return two_of(draw, (compound, plain, f"${compound}$", rf"\mathrm{{{plain}}}", subscripts))
+        case "name":
+            name = draw(st.sampled_from(NAMES))
+            joined = name.replace(". ", ".", name.count(".") - 1)
+            forms = draw(st.sampled_from(((name, joined, name.replace(". ", "."), joined.upper()), *ACCENTS)))
+            return two_of(draw, forms)
+        case "part":
+            over, under = draw(st.integers(1, 9)), draw(st.integers(3, 10))
+            names = ("third", "quarter", "fifth", "sixth", "seventh", "eighth", "ninth", "tenth")
+            words = f"{ONES[over - 1]} {names[under - 3]}{'s' if over > 1 else ''}"
+            return two_of(draw, (words, f"{over}/{under}", words.title(), words.replace(" ", "-")))
         case "number":
             value = draw(NUMBER)
             return draw(number_spellings(value)), draw(number_spellings(value))
@@ -213,8 +271,43 @@ def different_answers(draw: st.DrawFn) -> tuple[str, str]:
     a, b = two_others(draw, "ABCDEFGH")
     word, another = two_others(draw, WORDS)
     kinds = ("numbers", "digit", "scale", "unit", "money", "label", "listed", "marks", "sign", "words", "time")
-    kinds += ("minus", "formula", "ellipsis", "brackets", "changes", "case", "hedge", "latex", "code")
+    kinds += (
+        "date",
+        "clock",
+        "letter",
+        "compound",
+        "identifier",
+        "minus",
+        "formula",
+        "ellipsis",
+        "brackets",
+        "changes",
+        "case",
+        "hedge",
+        "latex",
+        "code",
+    )
     match draw(st.sampled_from(kinds)):
+        case "date":
+            year, month, day = draw(st.integers(1000, 2100)), draw(st.integers(1, 12)), draw(st.integers(1, 28))
+            another = draw(st.sampled_from(((year + 1, month, day), (year, month % 12 + 1, day), (year, month, day % 28 + 1))))
+            return draw(st.sampled_from(dates(year, month, day))), draw(st.sampled_from(dates(*another)))
+        case "clock":
+            hour, minute = draw(st.integers(13, 23)), draw(st.integers(0, 59))
+            nearly = (*times(hour, (minute + 1) % 60), f"{hour - 12}:{minute:02d} am", f"{hour - 12}:{minute:02d}", f"{hour}")
+            return draw(st.sampled_from(times(hour, minute))), draw(st.sampled_from(nearly))
+        case "letter":  # seats, latitudes, decades, seasons, coins
+            forms = [f"{number}", f"{number}{a}", f"{number} {draw(st.sampled_from('NSWXYZ'))}", f"{number // 10 * 10}s"]
+            forms += [f"{number} cents", f"{1000 + number % 1000}/{(number + 1) % 100:02d}", f"1,{other % 900 + 100}"]
+            return two_others(draw, [*forms, f"1, {other % 900 + 100}"])
+        case "compound":
+            return two_others(
+                draw, draw(st.sampled_from((("CO", "Co"), ("NaOH", "NAOH"), ("CoCl2", "COCl2"), ("CO2", "CO3", "CO_4"))))
+            )
+        case "identifier":
+            one, two = word.split()[0], another.split()[0]
+            forms = [f"{one}.{two}", f"{one}{two}", f"{one}.{two}@{one}.com", f"{one}{two}@{one}.com", f"{one}@{two}.com"]
+            return two_others(draw, [*forms, f"{one}'{two}"])
         case "minus":
             what = draw(st.sampled_from(CONSTANTS))
             frame = draw(

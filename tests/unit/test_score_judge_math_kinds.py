@@ -40,6 +40,18 @@ FORMULAS: tuple[tuple[Value, tuple[str, ...]], ...] = (
         (r"\emptyset", "no solution", "No solutions", r"\varnothing", "no real solutions", r"\text{{no solution}}"),
     ),
     (lambda n, p: 0, (r"\infty", "oo")),
+    (lambda n, p: p, ("√{p}", r"x = \sqrt{{{p}}}", "$√{p}$", "√({p})")),
+    (lambda n, p: n, (r"{n}^3", r"{n} \cdot {n}^2", r"y = {n}^3 = {n} \cdot {n}^2")),
+    (lambda n, p: (n, p), ("P(-{n}, {p})", "(-{n}, {p})", "P = (-{n}, {p})")),
+    (
+        lambda n, p: (n, p),
+        (
+            "Matrix([[{n}, 1], [0, -{p}]])",
+            r"\begin{{pmatrix}} {n} & 1 \\ 0 & -{p} \end{{pmatrix}}",
+            "array([[{n}, 1], [0, -{p}]])",
+        ),
+    ),
+    (lambda n, p: n, (r"{n}\pi", r"{n}\pi\text{{ cm}}", r"{n}\pi cm", r"The area is {n}\pi.")),
 )
 N, P = st.integers(2, 60), st.sampled_from((2, 3, 5, 7, 11))
 FORMULA = st.sampled_from(FORMULAS)
@@ -89,6 +101,8 @@ UNLIKE = (
     *(("f'(x)={n}", "f(x)={n}"), ("{n}AB", "{n}BA"), (r"\angle ABC = {n}", r"\angle CBA = {n}"), ("{n}A^T", "{n}A")),
     *((r"\sin {n}", r"\sin {n}^\circ"), (r"\vec{{a}}\times\vec{{b}}", r"\vec{{b}}\times\vec{{a}}")),
     *((r"{n}\pi\text{{ cm}}", r"{n}\pi\text{{ m}}"), (r"\frac{{1}}{{{n}}}x", r"\frac{{1}}{{{n}x}}")),
+    *(("{n},1,1", "{n},{n},1"), (r"\lim_{{x\to 0}} f(x)/{n}", r"\lim_{{x\to 1}} f(x)/{n}"), ("x = {n} = 2", "2")),
+    *((r"\sqrt{{{n}}} \approx 0.5", r"\sqrt{{{n}}}"), ("A({n}, 1)", "({n}, 2)"), (r"\max_x {n}x", r"\max_y {n}x")),
     *((r"\pi", "3.14159265358979"), ("{n} tea", "{n} eat"), ("x != {n}", "x = {n}"), (r"{n}\pi", r"-{n}\pi")),
 )
 
