@@ -263,6 +263,10 @@ def _fault_at(body: str, pos: int, message: str) -> str:
         return 'single quotes; write " around names and strings'
     if (char in "}]" and before == ",") or "trailing comma" in message:
         return "a comma before } or ]; leave it out"
+    if char == before == "{":
+        return "{{ for a brace; write {"
+    if char == "\\":
+        return "a backslash outside of a string; leave it out"
     if char in "#/":
         return "a comment; leave it out"
     if word and word[0] in ("True", "False", "None"):

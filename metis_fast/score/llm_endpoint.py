@@ -37,12 +37,14 @@ _MAX_BODY_BYTES = 8 * 2**20
 """Far more than a chat completion has, thinking and log-probs included; else one reply could take all memory."""
 _OPERATION = re.compile(rb"(/chat/completions|/chat|/completions|/models|/responses)?/*\Z")
 
+_TOO_LONG = r"\bmax_new_tokens\b|\bmax_?output_?tokens\b|context (?:length|size|window)|completion tokens"
 # What some endpoints refuse -> how their message says so. Each is left out once it was refused.
 _MAY_GO = {
-    "max_completion_tokens": r"\bmax_completion_tokens\b|\bmax_new_tokens\b|context length|completion tokens",
-    "max_tokens": r"\bmax_tokens\b|\bmax_new_tokens\b|context length|completion tokens",
-    "temperature": r"\btemperature\b",
-    "system": r"\bsystem\b.{0,30}\brole\b|\brole\b.{0,30}\bsystem\b|roles must alternate",
+    "max_completion_tokens": rf"\bmax_completion_tokens\b|{_TOO_LONG}",
+    "max_tokens": rf"\bmax_tokens\b|{_TOO_LONG}",
+    "temperature": r"\btemperature\b|\bsampling param",
+    "system": r"\bsystem\b.{0,40}\brole\b|\brole\b.{0,40}\bsystem\b|\bsystem (?:message|prompt|instruction)"
+    r"|\bdeveloper instruction|roles must alternate|\buser\b.{1,6}\bassistant\b",
 }
 
 
@@ -219,7 +221,7 @@ class Endpoint:
 
     def _refused_in(self, reply: _Reply, body: Mapping[str, Any]) -> frozenset[str]:
         """What of a request's optional parts a reply refuses, at most one of them; what the settings ask for stays."""
-        if reply.status not in (400, 422):
+        if reply.status not in (400, 422, 500):  # 500: a chat template that raises, in llama.cpp
             return frozenset()
         ours = [name for name in _MAY_GO if name in body and name not in self._config.extra_body]
         if len(body["messages"]) > 1:
@@ -276,11 +278,15 @@ class Endpoint:
         if reply.moved_to:
             return JudgeUnavailable(f"redirected to {reply.moved_to}", said, _SET_URL)
         if status >= 500 or status in _RETRIED_STATUS:
-            advice = "lower score.llm.concurrency, or raise score.llm.retries" if status == 429 else self._see_log
+            advice = self._see_log
+            if status == 429:
+                advice = "lower score.llm.concurrency, raise score.llm.retries, or see the quota of the account"
             return TryAgain(reason, said, advice, _retry_after(reply.headers))
         if status in (401, 403):
             how = f"the key in ${key} is refused; set another" if self._key else f"set the key in ${key}, which is not set"
             return JudgeUnavailable(reason, said, f"{how}, or name its variable in score.llm.api_key_env")
+        if status == 402:
+            return JudgeUnavailable(reason, said, f"pay for the account of the key in ${key}, or set another key")
         if status == 407:
             return JudgeUnavailable(reason, said, self._see_log)
         if status == 404 and "model" in said.lower():
@@ -370,14 +376,27 @@ def _said(body: bytes) -> str:
 
 def _retry_after(headers: httpx2.Headers) -> float:
     """Seconds for which an endpoint asks to be left alone, from 0 to MAX_WAIT_S; 0: it does not say."""
-    said = headers.get("retry-after", "")
+    asked_s = _number(headers.get("retry-after-ms")) / 1000
+    if math.isnan(asked_s):
+        asked_s = _number(headers.get("retry-after"))
+    until = _time(headers.get("retry-after"))
+    if math.isnan(asked_s) and until:
+        asked_s = (until - (_time(headers.get("date")) or datetime.now(UTC))).total_seconds()
+    return 0.0 if math.isnan(asked_s) else min(max(asked_s, 0.0), MAX_WAIT_S)
+
+
+def _number(text: str | None) -> float:
+    """Of a header; NaN where it is none."""
     try:
-        wait_s = float(headers["retry-after-ms"]) / 1000 if "retry-after-ms" in headers else float(said)
+        return float(text or "nan")
     except ValueError:
-        try:
-            until = parsedate_to_datetime(said)
-            now = parsedate_to_datetime(headers["date"]) if "date" in headers else datetime.now(UTC)
-            wait_s = (until - now).total_seconds()
-        except (ValueError, TypeError):  # TypeError: only one of them has a time zone
-            return 0.0
-    return 0.0 if math.isnan(wait_s) else min(max(wait_s, 0.0), MAX_WAIT_S)
+        return math.nan
+
+
+def _time(text: str | None) -> datetime | None:
+    """Of a header; None where it is none. A zone of -0000 says that none is known: UTC, as everything in HTTP."""
+    try:
+        time = parsedate_to_datetime(text or "")
+    except ValueError:
+        return None
+    return time if time.tzinfo else time.replace(tzinfo=UTC)

@@ -10,7 +10,7 @@ from pydantic import BaseModel
 
 from metis_fast.score.protocol import TryAgain
 
-READING = 2
+READING = 3
 """Goes up when a reply is read otherwise than before: verdicts in caches are of one way to read."""
 _ENDS = frozenset({"", "stop", "eos", "eos_token", "end_turn", "stop_sequence", "complete"})
 """What servers call the end of a whole reply."""
@@ -51,7 +51,7 @@ _LABEL = (
     r"(?:verdict|answer|judge?ment|decision|result|grade|grading|conclusion|evaluation|assessment)"
 )
 _LEAD = re.compile(rf"\A(?:#{{1,6}}\s)?\s*(?:(\*\*|\*|__|_|){_LABEL}(?:\1\s*[:：=]|\s*[:：=]\s*\1|\1[ \t]*\n))?", re.IGNORECASE)
-_FENCE = re.compile(r"```(?:\w+[ \t]*)?\n(.*)```", re.DOTALL)
+_FENCE = re.compile(r"```(?:(?:json|text|txt|plaintext|markdown|md)[ \t]*)?\n(.*)```", re.DOTALL | re.IGNORECASE)
 _NAME = re.compile(_LABEL, re.IGNORECASE)
 
 
@@ -66,6 +66,7 @@ class _Message(BaseModel):
     content: str | list[str | _Part] | None = None
     refusal: str | None = None
     tool_calls: object = None
+    function_call: object = None  # the older form
     reasoning_content: object = None
     reasoning: object = None
 
@@ -90,7 +91,12 @@ def read_reply(body: bytes) -> bool:
         TryAgain: there is none, or it is in doubt.
     """
     try:
-        reply = _Reply.model_validate(json.loads(body.decode("utf-8-sig"), object_pairs_hook=_each_name_once))
+        tree = json.loads(body.decode("utf-8-sig"), object_pairs_hook=_each_name_once)
+        if isinstance(tree, dict) and tree.get("error") and not tree.get("choices"):
+            raise TryAgain(
+                "an error came instead of a chat completion", one_line(json.dumps(tree["error"], ensure_ascii=False))
+            )
+        reply = _Reply.model_validate(tree)
     except (ValueError, RecursionError):  # pydantic's ValidationError is a ValueError, too
         said = one_line(body.decode(errors="replace"))
         advice = "see what score.llm.base_url leads to"
@@ -103,7 +109,7 @@ def read_reply(body: bytes) -> bool:
     if reply.error or choice.error:
         raise TryAgain("an error came beside the reply", one_line(body.decode(errors="replace")))
     message, end = choice.message, (choice.finish_reason or "").lower()
-    if message.tool_calls:
+    if message.tool_calls or message.function_call:
         end = "tool_calls"
     parts = message.content if isinstance(message.content, list) else [message.content or ""]
     refusals = [message.refusal, *(part.refusal for part in parts if isinstance(part, _Part))]
@@ -170,7 +176,7 @@ def _undressed(text: str) -> str:
 
 
 def without_thoughts(text: str) -> str | None:
-    """A reply without what the model thought before it, None where the thinking has no end.
+    """A reply without what the model thought before it, None where the thinking has no end, or nothing but ends behind it.
 
     Some opening marks may be missing: then they stood in the prompt. A mark inside a thought of another kind is its text.
     """
@@ -189,7 +195,8 @@ def without_thoughts(text: str) -> str | None:
             awaited, last = _THOUGHTS[mark], match.end()
         elif mark in closing:
             last = match.end()
-    return None if awaited else "\n".join([*kept, text[last:]])
+    thought_again = last > 0 and not _WRAPPERS.sub(" ", text[last:]).strip(_BLANKS)  # a word before that is no last word
+    return None if awaited or thought_again else "\n".join([*kept, text[last:]])
 
 
 def _json_verdict(reply: str) -> str:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import fcntl
 import io
 import math
 import os
@@ -30,7 +29,7 @@ from metis_fast.config import PythonToolConfig
 from metis_fast.errors import InfrastructureError, ToolSetupError
 from metis_fast.open_files import allow_files
 from metis_fast.pixels import ImageError
-from metis_fast.tools.sandbox.transcript import Transcript, transcript_size
+from metis_fast.tools.sandbox.transcript import Transcript, open_output, transcript_size
 from metis_fast.tools.sandbox.wire import (
     LENGTH,
     MAX_FRAME,
@@ -52,6 +51,7 @@ _START_S = 60.0  # a cold import of numpy and Pillow on a loaded machine, with r
 _CPU_CALLS = 20  # a session may use the CPU time of this many calls; the paper's rollouts have ten turns
 _OPEN = b"open"
 _READY = b"ready"
+_SLOW = b"slow"
 # sys.path is set by hand because the server ignores the caller's folder and PYTHONPATH, as `-I` would have it. Not `-I` itself:
 # it also ignores PYTHONHASHSEED, which makes the order of sets repeat. The environment is ours, so nothing else differs.
 # An alarm of the agent's that raises again and again must end before any function of ours is entered: each entry runs handlers.
@@ -81,7 +81,7 @@ def _environment() -> dict[str, str]:
         "MALLOC_ARENA_MAX": "1",  # of 64 MiB of address space each, one a thread, they would use up the memory limit
         "OMP_NUM_THREADS": "1",
         "OPENBLAS_NUM_THREADS": "1",
-        "MPLBACKEND": "module://metis_fast.tools.sandbox.figures",
+        "MPLBACKEND": "agg",  # a name that processes know which the agent's code starts; see `figures` for its own
     }
 
 
@@ -171,9 +171,8 @@ class SandboxProcess:
         return _End(int(text) if text else None, parts)
 
     def _left_behind(self) -> tuple[str | int, ...]:
-        # read, not mapped: the session may have shortened the file
         memory = os.pread(self._output, transcript_size(self._max_output_chars), 0)
-        transcript = Transcript(bytearray(memory.ljust(transcript_size(self._max_output_chars), b"\0")), self._max_output_chars)
+        transcript = Transcript(bytearray(memory), self._max_output_chars)
         if transcript.call != self._calls:
             return ()  # of the call before
         transcript.take(self._output)
@@ -244,6 +243,8 @@ class PythonServer:
         ours.settimeout(_START_S)
         try:
             answer = ours.recv(4096)
+        except TimeoutError:
+            answer = _SLOW
         except OSError as error:
             answer = f"error {error}".encode()
         if answer == _READY:
@@ -251,6 +252,11 @@ class PythonServer:
         process.kill()
         process.wait()
         ours.close()
+        if answer == _SLOW:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise ToolSetupError(
+                f"the Python server did not start within {_START_S:g} s: the machine has too much to do; run again"
+            )
         reason = answer.decode(errors="replace").removeprefix("error ") or _last_line(folder / "log") or "the server ended"
         shutil.rmtree(folder, ignore_errors=True)
         if self._limits.unsafe:
@@ -291,12 +297,10 @@ class PythonServer:
             await asyncio.to_thread(self._ensure_alive)
         data, their_data = socket.socketpair()
         life, their_life = socket.socketpair()
-        output = os.memfd_create("output")
+        output = open_output(self._limits.max_output_chars)
         process = SandboxProcess(data, life, output, self._limits.max_output_chars)
         ready = False
         try:
-            os.ftruncate(output, transcript_size(self._limits.max_output_chars))
-            fcntl.fcntl(output, fcntl.F_SETFL, os.O_APPEND)
             with their_data, their_life:
                 # Does not block: callers are limited to a few at a time, the socket holds hundreds of these.
                 socket.send_fds(self._control, [_OPEN], [their_data.fileno(), their_life.fileno(), output])

@@ -101,8 +101,8 @@ class TextSearch:
             fragment = snippets.snippet_from_doc(tantivy.Document(text=text)).fragment() if words_only else ""
             snippet = (fragment or self._window(text, units))[: self._config.snippet_chars]
             head = f"{number}. " if self._config.max_results > 1 else ""
-            lines = [head + page_text(title), page_text(link), page_text(snippet)]
-            results.append("\n".join([lines[0], *(line for line in lines[1:] if line)]))
+            lines = [page_text(title), page_text(link), page_text(snippet)]
+            results.append(head + "\n".join(line for line in lines if line))
         return Observation("\n\n".join(results))
 
     def _window(self, text: str, units: _Units) -> str:

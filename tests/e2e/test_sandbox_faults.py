@@ -17,6 +17,7 @@ from PIL import Image
 
 from metis_fast.config import PythonToolConfig
 from metis_fast.errors import ToolSetupError
+from metis_fast.tools import python_tool
 from metis_fast.tools.python_tool import PythonServer, PythonTool
 from metis_fast.tools.sandbox.transcript import Transcript, transcript_size
 from metis_fast.types import Observation, Outcome
@@ -248,6 +249,8 @@ def test_a_session_that_ends_during_a_call_does_not_show_the_output_of_the_one_b
         "import os\nos.kill(os.getpid(), 9)",
         "from signal import *\ndef ring(*_): raise TimeoutError\nsignal(SIGALRM, ring)\nsetitimer(ITIMER_REAL, 0.05)\nNone",
         "import warnings\nwarnings.simplefilter('error')",
+        "def add(a, b): return a + b",  # names of ours
+        "_definitions = _folder = __file__ = 1",
     ],
 )
 def test_calls_go_on_whatever_the_one_before_has_done(run: Run, code: str) -> None:
@@ -266,6 +269,8 @@ def test_calls_go_on_whatever_the_one_before_has_done(run: Run, code: str) -> No
         ("raise GeneratorExit", "GeneratorExit"),
         ("def f(): f()\nf()", "RecursionError: maximum recursion depth exceeded"),
         ("(" * 1000, "SyntaxError: too many nested parentheses"),
+        ("open('/dev/stdout', 'w')", "PermissionError: [Errno 1] Operation not permitted: '/dev/stdout'"),
+        ("import os\nos.ftruncate(2, 0)", "PermissionError: [Errno 1] Operation not permitted"),
         ("x = '\0'", "SyntaxError: source code string cannot contain null bytes"),
     ],
 )
@@ -403,6 +408,60 @@ def test_a_warning_names_the_line_of_the_call_and_comes_again_in_the_next(run: R
     for number, got in enumerate(run(code, code), start=1):
         assert got.text.startswith(f"<call {number}>:3: {shown}\n  {line}")
         assert "metis_fast" not in got.text and "site-packages" not in got.text
+
+
+def test_a_warning_where_the_agents_folder_is_gone_is_no_error(run: Run) -> None:
+    assert run("import os, warnings\nos.mkdir('d'); os.chdir('d'); os.rmdir('../d')\nwarnings.warn('w')") == [
+        Observation("<call 1>:3: UserWarning: w\n  warnings.warn('w')")
+    ]
+
+
+FAIL = "import json, traceback\ndef fail(x): return json.loads('x')\n"
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "from multiprocessing import Process\nchild = Process(target=fail, args=(1,)); child.start(); child.join()",
+        "from multiprocessing import Pool\nwith Pool(1) as pool: pool.map(fail, [1])",
+        "import logging\ntry: fail(1)\nexcept ValueError: logging.exception('x')",
+        "try: fail(1)\nexcept ValueError: traceback.print_exc()",
+    ],
+    ids=["Process", "Pool", "logging", "traceback"],
+)
+def test_whoever_shows_an_error_shows_the_agents_lines_only(run: Run, code: str) -> None:
+    (got,) = run(FAIL + code)
+    assert "JSONDecodeError" in got.text and 'File "<call 1>", line 2, in fail' in got.text
+    assert all(name.startswith("<call ") for name in re.findall(r'File "([^"]*)"', got.text))
+
+
+def test_a_file_that_the_agent_wrote_is_its_own(run: Run) -> None:
+    (got,) = run("open('mine.py', 'w').write('def fail():\\n    1 / 0\\n')\nimport mine\nmine.fail()")
+    assert 'mine.py", line 2, in fail\n    1 / 0' in got.text
+
+
+PLOT = "import matplotlib\n{}\nimport matplotlib.pyplot as plt\nplt.plot([1, 2])\n"
+
+
+@pytest.mark.parametrize("choose", ["", "matplotlib.use('Agg')"])
+def test_plots_are_shown_whatever_back_end_is_asked_for(run: Run, choose: str) -> None:
+    (got,) = run(PLOT.format(choose) + "plt.show()")
+    assert got.text == "<image>" and len(got.images) == 1
+
+
+def test_a_process_that_the_agent_starts_can_plot(run: Run) -> None:
+    script = PLOT.format("") + "plt.savefig('a.png')"
+    code = f"import subprocess, sys\nopen('s.py', 'w').write({script!r})\nsubprocess.run([sys.executable, 's.py']).returncode"
+    assert run(code) == [Observation("0")]
+
+
+def test_a_server_that_takes_too_long_to_start_does_not_blame_the_sandbox(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(python_tool, "_START_S", 0.001)
+    with pytest.raises(ToolSetupError, match=r"did not start within 0\.001 s: the machine has too much to do; run again$"):
+        PythonServer(PythonToolConfig(), tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_groups_of_errors_show_the_agents_lines_only(run: Run) -> None:

@@ -132,6 +132,8 @@ FAULTS = [
     ("{name: python}", 'write names in " quotes'),
     ("python(1)", 'it begins with "python(1)"; write {'),
     ("{oops}", 'write names in " quotes'),
+    ('{{"name": "python", "arguments": {{}}}}', "{{ for a brace; write {"),
+    ('{\\"name\\": \\"python\\"}', "a backslash outside of a string; leave it out"),
     (NAMED + '"arguments": {"code": oops}}', '"oops}}" where something else is expected; write {'),
     ('{"name": "a", "arguments": {"code": ' + "1" * 5000 + "}}", "a number in it is too long"),
     ('{"name": "a", "arguments": ' + "[" * 100_000 + "}", "it is nested too deeply"),

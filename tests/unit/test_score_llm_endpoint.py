@@ -188,6 +188,15 @@ def refusing(*names: str, says: str = "Unsupported parameter: '{}' is not suppor
         (refusing("temperature", says="Unsupported value: '{}' does not support 0.0 with this model."), {"max_tokens"}),
         (refusing("max_tokens", "temperature", "max_completion_tokens", status=422), set()),
         (refusing("system", says="{} role not supported"), {"max_tokens", "temperature"}),
+        (refusing("system", says="{} role not supported", status=500), {"max_tokens", "temperature"}),
+        (refusing("system", says="Developer instruction is not enabled for gemma"), {"max_tokens", "temperature"}),
+        (refusing("system", says="Only user and assistant roles are supported!"), {"max_tokens", "temperature"}),
+        (refusing("system", says="Input should be 'user' or 'assistant'"), {"max_tokens", "temperature"}),
+        (refusing("system", says="System messages are not supported"), {"max_tokens", "temperature"}),
+        (
+            refusing("max_tokens", says="a maxOutputTokens value of 4096, the range is from 1 to 100"),
+            {"max_completion_tokens", "temperature"},
+        ),
         (
             refusing(
                 "max_tokens",
@@ -253,7 +262,8 @@ def test_a_refusal_that_only_mentions_a_setting_changes_nothing_for_later():
         (Reply(400, "<html><title>The plain HTTP request was sent to HTTPS port</title>"), "write https:// in score"),
         (Reply(302, "", {"Location": "/login"}), r"redirected to http://127\.0\.0\.1:\d+/login .*set score\.llm\.base_url"),
         (Reply(303, "", {"Location": "/v1/models"}), r"redirected to http://\S+/v1/models .*set score\.llm\.base_url"),
-        (error(429, "quota"), r"lower score\.llm\.concurrency"),
+        (error(429, "quota"), r"lower score\.llm\.concurrency.* or see the quota of the account"),
+        (error(402, "Insufficient balance"), r"\(Insufficient balance\); pay for the account of the key in \$METIS_JUDGE"),
         (Reply(200, "<!DOCTYPE html><title>Sign in</title>"), r"a web page \(sign in\) came instead of a chat completion"),
         (completion("Let me see", "length"), r"raise score\.llm\.max_tokens"),
         (completion("<think>Let me see"), r"CORRECT or INCORRECT and nothing else \(got '<think>Let me see'\)"),
@@ -315,6 +325,8 @@ def test_the_advice_on_hosts_and_protocols(address, says):
         ({"Retry_After": "-5"}, 0, 0),
         ({"Retry_After": "nan"}, 0, 0),
         ({"Retry_After": "soon"}, 0, 0),
+        ({"retry_after_ms": "soon", "Retry_After": "7"}, 7, 7),
+        ({"Retry_After": formatdate(time.time() + 3600)}, 60, 60),  # whose zone is -0000
         ({"Retry_After": "Mon, 99 Foo 2026"}, 0, 0),
         ({}, 0, 0),
     ],
@@ -357,7 +369,7 @@ KINDS: dict[str, tuple[Reply, str]] = {
     "refused": (completion(None, refusal="CORRECT"), "refused or its reply was filtered"),
     "several choices": (Reply(200, json.dumps({"choices": [{"message": {"content": "CORRECT"}}] * 2})), "several choices"),
     "prose": (completion("It is wrong to say:\nCORRECT"), "expected CORRECT or INCORRECT and nothing else"),
-    "error in 200": (Reply(200, '{"error": {"message": "overloaded"}}'), "something else came"),
+    "error in 200": (Reply(200, '{"error": {"message": "overloaded"}}'), "an error came instead"),
     "damaged gzip": (Reply(200, "CORRECT", {"Content-Encoding": "gzip"}), "HTTP status 200 with a damaged gzip body"),
     "gzip without end": (
         Reply(200, gzip.compress(completion("CORRECT").payload)[:-9], {"Content-Encoding": "gzip"}),

@@ -68,6 +68,11 @@ def test_several_results_are_numbered_and_an_empty_link_leaves_no_line(search: T
     assert len(unlinked) == 2 and "https" not in unlinked[1]
 
 
+def test_an_empty_title_leaves_no_line(tmp_path: Path) -> None:
+    path = write(tmp_path / "pages.parquet", [("", "https://example.org", "A lake."), ("", "", "A lake, too.")])
+    assert tool(path).search("lake").text == "1. https://example.org\nA lake\n\n2. A lake, too"
+
+
 @pytest.mark.parametrize("title", [page[0] for page in PAGES])
 @pytest.mark.parametrize("change", [str.lower, str.upper, lambda title: f'"{title}"?'])
 def test_a_query_that_equals_a_title_returns_that_page_first(search: TextSearch, title: str, change) -> None:

@@ -1,4 +1,4 @@
-"""A matplotlib back end that makes `plt.show()` an output of the call. Loaded by matplotlib, through MPLBACKEND."""
+"""Makes matplotlib's back end "agg" one whose `plt.show()` is an output of the call. Imported before pyplot."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import io
 
 from matplotlib._pylab_helpers import Gcf
 from matplotlib.backend_bases import FigureManagerBase
-from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends import backend_agg
 from PIL import Image
 
 from metis_fast.tools.sandbox.interpreter import current
@@ -28,7 +28,11 @@ class FigureManager(FigureManagerBase):
             Gcf.destroy(manager)
 
 
-class FigureCanvas(FigureCanvasAgg):
+class FigureCanvas(backend_agg.FigureCanvasAgg):
     """The Agg canvas with the manager above."""
 
     manager_class = FigureManager  # pyright: ignore[reportAssignmentType]  # declared as a property of the class
+
+
+# what pyplot asks a back end for; without the second it makes managers of the canvas's own class
+backend_agg.__dict__.update(FigureCanvas=FigureCanvas, new_figure_manager=None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import _signal  # pyright: ignore[reportMissingImports]  # `signal` makes an enumeration of every answer: 65 us a call
 import ast
+import importlib
 import io
 import linecache
 import mmap
@@ -18,13 +19,14 @@ import traceback
 import types
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 import numpy as np
 import numpy.random  # loads late by itself, in every session anew
 from PIL import Image, ImageShow
 
 from metis_fast.pixels import ImageError, decode, to_rgb
+from metis_fast.tools.sandbox import kernel
 from metis_fast.tools.sandbox.transcript import Transcript, transcript_size
 from metis_fast.tools.sandbox.wire import LENGTH, MAX_SIDE, Limits, Reply, Shown, decode_call, encode_message
 
@@ -84,10 +86,11 @@ class _Main(types.ModuleType):
     call. There is none; so one is written when it is asked for, with what the calls have defined, but without what they did.
     """
 
-    __slots__ = ("_definitions", "_num_files")  # not in the namespace of the agent
+    __slots__ = ("_definitions", "_folder", "_num_files")  # not in the namespace of the agent
 
-    def __init__(self) -> None:
+    def __init__(self, folder: str) -> None:
         super().__init__("__main__")
+        self._folder = folder
         self._definitions: list[ast.stmt] = []
         self._num_files = 0
 
@@ -100,7 +103,7 @@ class _Main(types.ModuleType):
     @property
     def __file__(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
         self._num_files += 1  # a file of a name that is known is not run again
-        path = os.path.join(os.environ["TMPDIR"], f".calls-{self._num_files}.py")
+        path = os.path.join(self._folder, f".calls-{self._num_files}.py")
         future = [node for node in self._definitions if isinstance(node, ast.ImportFrom) and node.module == "__future__"]
         rest = [node for node in self._definitions if node not in future]
         with open(path, "w", encoding="utf-8", errors="replace") as file:
@@ -108,13 +111,21 @@ class _Main(types.ModuleType):
         return path
 
 
-def _own_frames(report: traceback.TracebackException) -> None:
-    reports = [report]
-    while reports:
-        report = reports.pop()
-        report.stack = traceback.StackSummary.from_list([frame for frame in report.stack if frame.filename.startswith(_CELL)])
-        others = (report.__cause__, report.__context__, *(report.exceptions or ()))
-        reports += [other for other in others if other is not None]
+class _Report(traceback.TracebackException):
+    """Has the agent's own lines only. In place of Python's, it also serves children of the agent's, loggers and the agent."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.stack = traceback.StackSummary.from_list([frame for frame in self.stack if current().is_own(frame.filename)])
+
+
+class _Plots:
+    """Finds no module, but makes sure that `plt.show()` shows before pyplot is imported, however its back end is chosen."""
+
+    @staticmethod
+    def find_spec(name: str, path: object = None, target: object = None) -> None:
+        if name == "matplotlib.pyplot":
+            importlib.import_module("metis_fast.tools.sandbox.figures")
 
 
 def _describe(error: BaseException) -> str:
@@ -123,9 +134,7 @@ def _describe(error: BaseException) -> str:
         if isinstance(error, SystemExit):
             code = error.code
             return "" if code is None or (isinstance(code, int) and code == 0) else f"SystemExit: {code}\n"
-        report = traceback.TracebackException.from_exception(error, limit=-50)
-        _own_frames(report)
-        return "".join(report.format())
+        return "".join(_Report.from_exception(error, limit=-50).format())
     except BaseException as failure:  # methods of the agent's own classes run here, and may raise anything
         return f"{type(error).__name__} (no traceback: {type(failure).__name__})\n"
 
@@ -166,13 +175,16 @@ class Interpreter:
         self._handlers: dict[int, Callable[[int, types.FrameType | None], object]] = {}
         self._limits = resource.getrlimit(resource.RLIMIT_AS)  # what the agent's code may take, and what ours may
         self._own_limits = (self._limits[1], self._limits[1])
-        self._main = _Main()
+        self._folder = os.getcwd()  # scratch; the agent may leave it
+        self._main = _Main(self._folder)
         self.scope = self._main.__dict__
         self.scope["show"] = self.show
         sys.modules["__main__"] = self._main
         sys.argv, sys.orig_argv = [""], [sys.executable]  # as those of a plain interpreter; ours hold paths
         sys.path.insert(0, "")
+        sys.meta_path.insert(0, _Plots)
         ImageShow.register(_Viewer(self), order=0)
+        traceback.TracebackException = _Report
         warnings.showwarning = self._warn
         threading.excepthook = self._thread_failed
         # Every session draws the same numbers, so that a rollout can be repeated.
@@ -230,12 +242,16 @@ class Interpreter:
         line: str | None = None,
     ) -> None:
         """Where a library warns of itself, or beyond the code of the call, show the line of the call that led there."""
-        if not filename.startswith((_CELL, os.getcwd())):
+        if not self.is_own(filename):
             frame = sys._getframe()
             while frame is not None and not frame.f_code.co_filename.startswith(_CELL):
                 frame = frame.f_back
             filename, lineno = (frame.f_code.co_filename, frame.f_lineno) if frame else (f"{_CELL}{self._transcript.call}>", 0)
         print(warnings.formatwarning(message, category, filename, lineno, line), end="", file=file or sys.stderr)
+
+    def is_own(self, filename: str) -> bool:
+        """Whether a file is the agent's: a call, or one that it wrote."""
+        return filename.startswith((_CELL, self._folder + os.sep))
 
     def _thread_failed(self, args: threading.ExceptHookArgs) -> None:
         if args.exc_value is not None and not isinstance(args.exc_value, SystemExit):
@@ -293,7 +309,7 @@ class Interpreter:
         name = f"{_CELL}{self._transcript.call}>"
         linecache.cache[name] = (len(self._code), None, self._code.splitlines(keepends=True), name)
         tree = ast.parse(self._code, name)
-        self._main.add(tree)
+        _Main.add(self._main, tree)  # the agent may have an `add` of its own in this module
         last = tree.body.pop() if tree.body and isinstance(tree.body[-1], ast.Expr) else None
         yield compile(tree, name, "exec")
         if last is not None:
@@ -323,8 +339,9 @@ class Interpreter:
             reply = Reply(self._transcript.call, self._ok, self._transcript.parts())
             self._connection.sendall(encode_message(reply))  # if this fails, the trainer still finds the text
             self._transcript.begin(self._transcript.call + 1)
-            if self._has_output():
-                self._transcript.cut(self._output)
+            start, size = self._transcript.spent()
+            if size and self._has_output():
+                kernel.punch_hole(self._output, start, size)
 
 
 def _receive(connection: socket.socket, size: int) -> bytes:

@@ -85,6 +85,12 @@ def close_from(first: int) -> None:
     os.closerange(first, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
 
 
+def punch_hole(fd: int, start: int, size: int) -> None:
+    """Free the memory of a part of a file, which then reads as zeros."""
+    mode = 3  # FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
+    _check(_libc.fallocate(ctypes.c_int(fd), ctypes.c_int(mode), ctypes.c_int64(start), ctypes.c_int64(size)), "fallocate")
+
+
 def unbuffer_stdout() -> None:
     """Have the C library write what its printf is given at once, as Python does here."""
     unbuffered = 2  # _IONBF

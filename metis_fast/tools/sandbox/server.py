@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from metis_fast.tools.sandbox import interpreter, kernel
-from metis_fast.tools.sandbox.transcript import transcript_size
+from metis_fast.tools.sandbox.transcript import open_output
 from metis_fast.tools.sandbox.wire import SESSION_LOST, Limits
 
 READY = b"ready"
@@ -154,8 +154,7 @@ def _session(limits: Limits) -> Iterator[interpreter.Interpreter]:
 def _probe(limits: Limits) -> bool:
     """Open and end one session, so that what is missing on this machine is found now. True in the process of the session."""
     ours, theirs = socket.socketpair()
-    output = os.memfd_create("output")
-    os.ftruncate(output, transcript_size(limits.max_output_chars))
+    output = open_output(limits.max_output_chars)
     with ours, theirs:
         pid = start_session(theirs.fileno(), output, limits, tempfile.gettempdir() if limits.unsafe else "")
         if not pid:

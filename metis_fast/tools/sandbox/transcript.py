@@ -6,6 +6,7 @@ the latest, and where images stood. Behind it child processes and C code append,
 
 from __future__ import annotations
 
+import fcntl
 import os
 import struct
 from mmap import mmap
@@ -22,6 +23,18 @@ def transcript_size(limit: int) -> int:
     return _HEADER.size + 2 * _BYTES_A_CHARACTER * ((limit + 1) // 2)
 
 
+def open_output(limit: int) -> int:
+    """A descriptor of a new file for a session: memory for a transcript of `limit` characters, then what is appended.
+
+    Nothing makes it shorter: opening /dev/stdout to write would, and the next access to the memory would kill the session.
+    """
+    output = os.memfd_create("output", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    os.ftruncate(output, transcript_size(limit))
+    fcntl.fcntl(output, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL)
+    fcntl.fcntl(output, fcntl.F_SETFL, os.O_APPEND)
+    return output
+
+
 class Transcript:
     """Text and images in the order written. Text beyond `limit` characters is cut in the middle; memory is of fixed size."""
 
@@ -32,6 +45,7 @@ class Transcript:
         self._room = _BYTES_A_CHARACTER * ((limit + 1) // 2)  # of the head, and of the ring
         values = [min(value, 1 << 62) for value in _HEADER.unpack_from(memory)]  # the agent's code can write here, too
         self.call, self._bytes, self._chars, self._taken, self._images = values[:5]
+        self._num_spent = 0
         self._marks = values[5:]
 
     def _save(self) -> None:
@@ -73,12 +87,13 @@ class Transcript:
             self._taken += len(chunk)
             self.write(chunk)
 
-    def cut(self, fd: int) -> None:
-        """Give the memory of a lot of taken output back."""
-        if self._taken > _CHUNK:
-            os.ftruncate(fd, len(self._memory))
-            self._taken = 0
-            self._save()
+    def spent(self) -> tuple[int, int]:
+        """Start and size of what was taken and not yet named here, once it is a lot: the file need not hold it any longer."""
+        start, size = len(self._memory) + self._num_spent, self._taken - self._num_spent
+        if size <= _CHUNK:
+            return start, 0
+        self._num_spent = self._taken
+        return start, size
 
     def _items(self) -> list[str | int]:
         """All that is still there; numbers are images."""
