@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,8 @@ from transformers import (
     Qwen3VLForConditionalGeneration,
 )
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
+from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextRotaryEmbedding
 
 from metis_fast.errors import ModelError
 
@@ -56,6 +58,8 @@ _TEXT = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
     "head_dim", "hidden_act", "max_position_embeddings", "rms_norm_eps", "attention_bias", "rope_theta", *_ROPE,
 )  # fmt: skip
+_ATTENTION = ("_attn_implementation", "attn_implementation")
+"""Kernels that another trainer ran it with: transformers would ask for their package before it builds the model."""
 _HEAD = "lm_head.weight"
 _MAY_LACK = ("bos_token_id", "pad_token_id")
 """Tokens without which a model works; an end of the text it needs."""
@@ -93,7 +97,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise ModelError(f"{path} {problem}")
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:  # the second: brackets in brackets, a thousand deep
         raise ModelError(f"{path} is not valid JSON ({error}); restore the file from its source") from None
     if not isinstance(tree, dict):
         raise ModelError(f"{path} holds a JSON {type(tree).__name__}, expected an object; restore the file from its source")
@@ -165,11 +169,12 @@ def standard(tree: Mapping[str, Any]) -> dict[str, Any]:
 
     Taken from other places: a text model's settings and `rope_theta` beside `text_config`, `tie_word_embeddings` inside of it,
     and `rope_scaling` where `rope_parameters` is there as well, of which transformers would drop one. A padding token -1 is
-    none, where transformers would take the last row of the embedding.
+    none, where transformers would take the last row of the embedding. The name of an attention kernel is left out.
     """
-    changed = _none_for_minus_one(tree)
+    parts = {name: _without(part, _ATTENTION) for name, part in tree.items() if isinstance(part, Mapping)}
+    changed = _none_for_minus_one(_without({**tree, **parts}, _ATTENTION))
     nested = tree.get("model_type") == "qwen3_vl"
-    text = _none_for_minus_one(tree.get("text_config") or {}) if nested else changed
+    text = _none_for_minus_one(changed.get("text_config") or {}) if nested else changed
     if nested:
         has_rope = any(text.get(name) for name in _ROPE)
         text |= {name: tree[name] for name in _TEXT if name in tree and name not in text and not (has_rope and name in _ROPE)}
@@ -180,6 +185,10 @@ def standard(tree: Mapping[str, Any]) -> dict[str, Any]:
     if nested:
         changed["text_config"] = text
     return changed
+
+
+def _without(tree: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
+    return {name: value for name, value in tree.items() if name not in names}
 
 
 def config_of(tree: Mapping[str, Any], file: Path) -> PretrainedConfig:
@@ -241,10 +250,26 @@ def _shapes(kind: str, text: str) -> Mapping[str, tuple[int, ...]]:
     try:
         with torch.device("meta"):
             model = of_model(of_config.from_dict(json.loads(text)))  # pyright: ignore[reportArgumentType]
+        _check_positions(model.config.get_text_config())
     except _BAD_SETTINGS as error:
         reason = f"{type(error).__name__}: {_line(error)}"
         raise ModelError(f"config.json is of no model that can be built ({reason}); restore the file from its source") from None
     return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+
+
+def _check_positions(text: PretrainedConfig) -> None:
+    """Find rotary settings that cannot be; no weight shows them, and each token would be NaN or each pass an error.
+
+    Raises:
+        ValueError: they cannot be; so can whatever transformers raises (`_BAD_SETTINGS`).
+    """
+    plain = isinstance(text, Qwen3Config)
+    rotary = Qwen3RotaryEmbedding if plain else Qwen3VLTextRotaryEmbedding
+    angles = rotary(text)(torch.zeros(1), torch.arange(3)[None])  # pyright: ignore[reportArgumentType]
+    if not all(one.isfinite().all() for one in angles):
+        raise ValueError(f"positions become NaN or Inf; see rope_parameters, now {text.rope_parameters}")
+    if plain and "sliding_attention" in (text.layer_types or ()):  # of a Qwen3-VL transformers does not read it
+        raise ValueError("its layers have a sliding window, only such as see the whole text can be trained; see layer_types")
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:

@@ -17,7 +17,7 @@ import torch
 from folders import LFS
 from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, Qwen3Config
 
 from metis_fast import cli
 from metis_fast.checkpoint.export import check_logits, export_policy, read_source
@@ -118,9 +118,14 @@ def _no_types(tree: Tree) -> None:
         tree[part].pop("model_type", None)
 
 
+def _other_kernels(tree: Tree) -> None:
+    for part in (tree, tree["text_config"], tree["vision_config"]):
+        part |= {"_attn_implementation": "flash_attention_2", "attn_implementation": "flash_attention_2"}
+
+
 CONFIGS = [
-    _version_4, _both_ropes, _theta_at_the_top, _old_type, _flat, _tied_in_the_text_alone, _tied_at_the_top_alone, _other_ids,
-    _no_types,
+    _other_kernels, _version_4, _both_ropes, _theta_at_the_top, _old_type, _flat, _tied_in_the_text_alone,
+    _tied_at_the_top_alone, _other_ids, _no_types,
 ]  # fmt: skip
 
 
@@ -179,6 +184,16 @@ def test_a_config_that_differs_shows_in_these_comparisons(folder, tiny_folder):
         ),
         (lambda tree: tree["text_config"].update(hidden_act="relu7"), "built (KeyError: 'relu7'); restore the file"),
         (lambda tree: tree["vision_config"].update(num_heads=0), "config.json is of no model that can be built (ZeroDivision"),
+        (
+            lambda tree: tree["text_config"]["rope_parameters"].update(rope_theta=0),
+            "built (ValueError: positions become NaN or",
+        ),
+        (lambda tree: tree["text_config"]["rope_parameters"].update(rope_theta=-1e4), "see rope_parameters, now {"),
+        (
+            lambda tree: tree["text_config"]["rope_parameters"].update(mrope_section="4,2,2"),
+            "config.json is of no model that can",
+        ),
+        (lambda tree: tree["text_config"]["rope_parameters"].update(mrope_section=[8]), "config.json is of no model that can"),
         (lambda tree: tree.update(tie_word_embeddings=False), "lacks 1 tensors (lm_head.weight)"),
         (lambda tree: tree["vision_config"].update(patch_size=16), "the image processor has patch_size 8, the vision_config"),
     ],
@@ -186,6 +201,13 @@ def test_a_config_that_differs_shows_in_these_comparisons(folder, tiny_folder):
 def test_a_config_that_cannot_be_is_a_line(edit, says, folder):
     change(folder / "config.json", edit)
     assert says in refusal(folder)
+
+
+def test_layers_that_see_a_window_of_the_text_are_a_line():
+    """They would be trained as if they saw all of it, and no text as short as that of the export's check would show it."""
+    config = Qwen3Config(vocab_size=9, num_hidden_layers=2, use_sliding_window=True, sliding_window=4, max_window_layers=1)
+    with pytest.raises(ModelError, match="its layers have a sliding window"):
+        hf_shapes(config)
 
 
 @pytest.mark.parametrize("name", ["pad_token_id", "bos_token_id"])
@@ -272,6 +294,7 @@ def test_a_processor_config_without_an_image_processor_is_not_enough(folder):
         (lambda path: path.write_bytes(b"\xff\xfe{\x00}\x00" * 9), ""),
         (lambda path: path.write_bytes(b"{}"), ""),
         (lambda path: path.write_bytes(b"[1]"), ""),
+        (lambda path: path.write_bytes(b'{"a":' * 100_000), ""),
     ],
 )
 def test_a_file_that_is_not_what_its_name_says_is_a_line(name, spoil, says, folder):
