@@ -46,6 +46,8 @@ _ADVICE = {
     **dict.fromkeys(
         (errno.EACCES, errno.EPERM, errno.EROFS), "no permission to read or write {}; change it, or name another place"
     ),
+    errno.EISDIR: "{} is a folder where a file should be; move it away",
+    **dict.fromkeys((errno.ENOTDIR, errno.EEXIST), "{}: a file stands where a folder should be; move it away"),
     **dict.fromkeys(
         (errno.EMFILE, errno.ENFILE), "too many open files ({}); raise the limit (ulimit -n 4096) and run it again"
     ),
@@ -134,8 +136,8 @@ def _data_check(args: argparse.Namespace) -> int:
 
 def _token_counter(model: Path) -> Callable[[Prompt], int]:
     """Tokens of a prompt as a run with this model would encode it. Its weights are not read."""
-    from metis_fast.model import ImagePreparer
     from metis_fast.model_folder import check_model_folder, load_processor, load_tokenizer
+    from metis_fast.pictures import ImagePreparer
     from metis_fast.rollout.chat import Chat
 
     check_model_folder(model)

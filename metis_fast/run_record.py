@@ -34,6 +34,9 @@ _BLOCK, _BLOCKS = 1 << 16, 64  # of large files so many bytes in so many places 
 
 MODEL_FILES = frozenset({"config.json", "model.safetensors.index.json", *COPIED})
 
+_FIXED = frozenset(("run.seed", "data.shuffle", "model.dtype"))
+"""What a checkpoint is made for; another value cannot read it."""
+
 Inputs = dict[str, DataRecord | str]
 
 
@@ -172,6 +175,9 @@ def _tick(bar: tqdm, rows: int, check: Callable[[], None]) -> None:
 def _check_keys(keys: Sequence[str]) -> None:
     known = (*known_keys(), *(f"sft.phases.{number}.trajectories" for number in range(100)))
     for key in keys:
+        inside = [one for one in known if one.startswith(f"{key}.")]
+        if key in known and inside:
+            raise ConfigError(f"run.accept_changes: {key!r} is a section; name the settings in it, as in {inside[0]}")
         if key not in known:
             close = [one for one in known if one.endswith(f".{key}")] or difflib.get_close_matches(key, known, n=1, cutoff=0.4)
             meant = f"; did you mean {close[0]!r}?" if close else "; see docs/settings.md"
@@ -212,7 +218,13 @@ def _setting_changes(then: Mapping[str, object], config: Config) -> list[Change]
     defaults = dict(_leaves(json.loads(json.dumps(deciding(Config())))))  # of a setting that was not there yet
     keys = [*now, *(key for key in then if key not in now and key in defaults)]
     before = {key: then.get(key, defaults.get(key)) for key in keys}
-    return [Change(key, before[key], now.get(key)) for key in keys if before[key] != now.get(key)]
+    return [
+        Change(key, before[key], now.get(key), can_be_accepted=key not in _FIXED) for key in keys if before[key] != now.get(key)
+    ]
+
+
+def _names_files(config: Config, key: str) -> bool:
+    return key.startswith(("data.train", "data.heldout")) or key in dict(by_content(config))
 
 
 def _go_on(key: str, files: PromptFiles, known: DataRecord, now: DataRecord, changes: list[Change]) -> DataRecord:
@@ -240,8 +252,11 @@ def _refusal(config: Config, refused: Sequence[Change]) -> str:
     what = ", ".join(f"{one.key} ({_words(one)})" for one in refused[:5])
     what += f" and {len(refused) - 5} more" if len(refused) > 5 else ""
     if all(one.can_be_accepted for one in refused):
+        what_to = "what was there" if any(_names_files(config, one.key) for one in refused) else "the setting"
         keys = ",".join(dict.fromkeys([*config.run.accept_changes, *(one.key for one in refused)]))
-        advice = f"restore the setting to resume, or accept it with run.accept_changes=[{keys}]"
+        advice = f"restore {what_to} to resume, or accept it with run.accept_changes=[{keys}]"
     else:
-        advice = "restore the file to resume"
+        fixed = [one.key for one in refused if not one.can_be_accepted]
+        what_to = f"the setting{'s' * (len(fixed) > 1)} {', '.join(fixed)}" if set(fixed) & _FIXED else "the file"
+        advice = f"restore {what_to} to resume"
     return f"{config.run.dir} holds a run with another {what}; set run.dir to a new folder, or {advice}"

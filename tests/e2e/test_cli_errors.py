@@ -143,7 +143,7 @@ def test_settings_that_decide_a_result_cannot_change_on_resume_and_others_can(de
         ("train.optim.grad_clip=0.1", "train.optim.grad_clip (1.0, now 0.1)"),
     ):
         line = error_line(run([*command, override], tmp_path / "second"))
-        assert f"holds a run with another {name}" in line and "restore the setting to resume" in line
+        assert f"holds a run with another {name}" in line and "restore the setting" in line
     moved = shutil.copytree(demo / "data", tmp_path / "moved")
     free = ["checkpoint.every=2", "log.tensorboard=false", "data.on_bad_row=skip", "score.llm.retries=7", "rollout.retries=5"]
     succeed([*command, *free, f"data.train={moved / 'train.parquet'}"], tmp_path / "third")

@@ -191,6 +191,23 @@ def test_what_was_not_set_before_or_is_not_any_more_is_a_change(config: Config, 
         record(config)
 
 
+@pytest.mark.parametrize(
+    ("section", "key", "value"), [("run", "seed", 7), ("model", "dtype", "float32"), ("data", "shuffle", False)]
+)
+def test_what_no_checkpoint_can_go_on_with_is_not_offered(
+    config: Config, tmp_path: Path, section: str, key: str, value: object
+) -> None:
+    now = getattr(config, section).model_copy(update={key: value})
+    with pytest.raises(ConfigError, match=rf"restore the setting {section}\.{key} to resume") as error:
+        record(config.model_copy(update={section: now}))
+    assert "accept_changes" not in str(error.value)
+
+
+def test_a_whole_section_is_not_accepted(config: Config, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"'score' is a section; name the settings in it, as in score\."):
+        record(settings(tmp_path, run={"accept_changes": ["score"]}))
+
+
 def test_every_setting_that_differs_has_to_be_named(config: Config, tmp_path: Path) -> None:
     changes = {"loss": {"w_tool": 0.7}, "score": {"alpha": 0.5}}
     with pytest.raises(
