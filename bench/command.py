@@ -8,7 +8,7 @@ import sys
 
 import torch
 
-from . import group_advantage, hdpo_loss, linear_logprob, prefix_attention
+from . import full_attention, group_advantage, hdpo_loss, linear_logprob, patchify, prefix_attention
 from .candidate import BenchError, Op, Request
 from .compare import compare
 from .rollout import run as rollout
@@ -20,6 +20,8 @@ OPS: dict[str, Op] = {
     "linear_logprob": linear_logprob.OP,
     "hdpo_loss": hdpo_loss.OP,
     "prefix_attention": prefix_attention.OP,
+    "full_attention": full_attention.OP,
+    "patchify": patchify.OP,
 }
 
 WHOLE = {"update_step": update_step, "rollout": rollout}
@@ -108,6 +110,8 @@ def run(args: argparse.Namespace) -> int:
         summaries = {name: op.summary for name, op in OPS.items()} | {name: other.SUMMARY for name, other in WHOLE.items()}
         print(json.dumps(summaries) if args.json else list_ops())
         return 0
+    if args.op != "rollout" and (args.image, args.crop, args.prompts) != (None, None, None):
+        raise BenchError(f"--image, --crop, --prompts: {args.op} has no images; they are for rollout")
     if args.op in WHOLE:
         return WHOLE[args.op].run(args)
     if args.op not in OPS:

@@ -39,6 +39,8 @@ RUNS: tuple[tuple[str, ...], ...] = (
     ("prefix_attention", "--shape", f"P=4096,R=16,L=1024,{_ATTENTION}"),
     ("prefix_attention", "--shape", f"P=2048,R=16,L=4096,{_ATTENTION}"),
     ("prefix_attention", "--shape", f"P=1,R=1,L=16384,{_ATTENTION}"),
+    ("full_attention", "--shape", "S=1,L=12288,H=16,D=72"),
+    ("patchify", "--shape", "Y=1536,X=2048"),
 )
 """Command lines of `metis-fast bench`: bf16 where the op has a dtype to choose, and the loss in float32 too; all peers."""
 

@@ -6,7 +6,7 @@ heads, D head size.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -68,19 +68,20 @@ def _make(request: Request, most: dict[str, int] | None = None) -> AttentionCase
     return AttentionCase(normal(shape["H"]), normal(shape["K"]), normal(shape["K"]), normal(shape["H"]), segments)
 
 
-def _num_pairs(segments: Segments) -> int:
+def num_pairs(segments: Segments) -> int:
     """Of a query and a key that it sees, for one head."""
     total = 0
     for one in segments:
         num = one.stop - one.start
-        total += num * (one.prefix_stop - one.prefix_start) + num * (num + 1) // 2
+        own = num * (num + 1) // 2 if segments.causal else num * num
+        total += num * (one.prefix_stop - one.prefix_start) + own
     return total
 
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-def _by_autograd(case: AttentionCase, attend: Attend) -> Step:
+def by_autograd(case: AttentionCase, attend: Attend) -> Step:
     def step() -> Outcome:
         query, key, value = leaves = [x.detach().requires_grad_() for x in (case.query_NHD, case.key_NKD, case.value_NKD)]
         out = attend(query, key, value)
@@ -92,7 +93,7 @@ def _by_autograd(case: AttentionCase, attend: Attend) -> Step:
 
 def _ours(impl: AttentionImpl) -> Callable[[AttentionCase], Step]:
     def prepare(case: AttentionCase) -> Step:
-        return _by_autograd(case, lambda query, key, value: prefix_attention(query, key, value, case.segments, impl=impl))
+        return by_autograd(case, lambda query, key, value: prefix_attention(query, key, value, case.segments, impl=impl))
 
     return prepare
 
@@ -112,7 +113,7 @@ def _sdpa(case: AttentionCase) -> Step:
         out = out.transpose(1, 2)
         return torch.cat([out[0, :num_prompt], out[:, num_prompt:].flatten(0, 1)])
 
-    return _by_autograd(case, attend)
+    return by_autograd(case, attend)
 
 
 def _visible(segments: Segments, device: torch.device) -> Tensor:
@@ -133,7 +134,7 @@ def _masked(case: AttentionCase) -> Step:
         out = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=True)
         return out[0].transpose(0, 1)
 
-    return _by_autograd(case, attend)
+    return by_autograd(case, attend)
 
 
 def _exact(case: AttentionCase) -> Step:
@@ -146,7 +147,7 @@ def _exact(case: AttentionCase) -> Step:
         p = scores.masked_fill(~mask, float("-inf")).softmax(-1)
         return torch.einsum("hnm,mhd->nhd", p, value.repeat_interleave(group, 1))
 
-    return _by_autograd(case, attend)
+    return by_autograd(case, attend)
 
 
 PEERS: dict[str, Callable[[AttentionCase], Step]] = {"sdpa": _sdpa, "masked": _masked}
@@ -183,17 +184,26 @@ def _floor(case: AttentionCase) -> Step:
     return step
 
 
-def forward_flops(
-    query: torch.Size, key: torch.Size, value: torch.Size, offsets: list[int], prefix: list[int], *_: object, **__: object
-) -> int:
+def forward_flops(query: torch.Size, *rest: Any, **_: object) -> int:
     """Two products of the visible pairs. A formula, not a count: torch cannot look into a custom op."""
-    return 4 * query[1] * query[2] * _num_pairs(Segments(tuple(offsets), tuple(prefix)))
+    return 4 * query[1] * query[2] * num_pairs(_segments_of(rest[2:]))
 
 
 def backward_flops(d_out: torch.Size, *rest: Any, **_: object) -> int:
     """Five products of the visible pairs."""
-    offsets, prefix = rest[5:7]
-    return 10 * d_out[1] * d_out[2] * _num_pairs(Segments(tuple(offsets), tuple(prefix)))
+    return 10 * d_out[1] * d_out[2] * num_pairs(_segments_of(rest[5:]))
+
+
+def _segments_of(arguments: Sequence[Any]) -> Segments:
+    """Of an op's arguments from the offsets on. torch leaves `causal`, the last one, out where it has its default."""
+    offsets, prefix, _, _, *causal = arguments
+    return Segments(tuple(offsets), tuple(prefix), *causal)
+
+
+FLOPS: dict[Any, Callable[..., int]] = {
+    torch.ops.metis_kernels.prefix_attention: forward_flops,
+    torch.ops.metis_kernels.prefix_attention_backward: backward_flops,
+}
 
 
 def _plan(request: Request) -> Plan:
@@ -225,12 +235,9 @@ def _plan(request: Request) -> Plan:
     return Plan(
         candidates,
         shape=request.shape,
-        gemm_flops=2 * num_heads * size * _num_pairs(case.segments),
+        gemm_flops=2 * num_heads * size * num_pairs(case.segments),
         least_bytes=4 * case.query_NHD.nbytes + 4 * case.key_NKD.nbytes,
-        flop_formulas={
-            torch.ops.metis_kernels.prefix_attention: forward_flops,
-            torch.ops.metis_kernels.prefix_attention_backward: backward_flops,
-        },
+        flop_formulas=FLOPS,
         notes=[
             f"Forward and backward. Errors: against float64, a prompt of {lengths[0]} with {len(lengths) - 1} rollouts of "
             f"{lengths[1]} tokens. GEMMs: products of the pairs that see each other, one head after another.",

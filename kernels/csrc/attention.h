@@ -27,6 +27,7 @@ struct Attention {
   const int64_t* start;   // [S] first token of each segment, in the order of the families
   const int64_t* stop;
   float scale;
+  bool causal;  // whether a token sees of its own segment only what is before it, or all
   Rows<const void> query, key, value;
   Rows<void> out;         // written by forward, read by backward
   float* lse;             // [N, H]

@@ -31,18 +31,23 @@ inline void narrow(float x, uint16_t* out) {
 inline void narrow(float x, float* out) { *out = x; }
 inline void store(float* p, Vec x) { Simd::store(p, x); }
 inline void store(uint16_t* p, Vec x) { Simd::store_bf16(p, x); }
+// by halves, which are vectors again
 inline float sum_of(Vec x) {
-  float wide[W], sum = 0;
+  float wide[W];
   Simd::store(wide, x);
-  for (float each : wide) sum += each;
-  return sum;
+  for (int half = W / 2; half; half /= 2)
+    for (int i = 0; i < half; ++i) wide[i] += wide[i + half];
+  return wide[0];
 }
 inline float max_of(Vec x) {
   float wide[W];
   Simd::store(wide, x);
-  float top = wide[0];
-  for (float each : wide) top = each > top || each != each ? each : top;
-  return top;
+  for (int half = W / 2; half; half /= 2)
+    for (int i = 0; i < half; ++i) {
+      const float other = wide[i + half];
+      wide[i] = other > wide[i] || other != other ? other : wide[i];
+    }
+  return wide[0];
 }
 
 template <class S, class Gemm>
@@ -154,13 +159,14 @@ struct AttentionOf {
       }
   }
 
-  // c[rows, columns] (+)= a[rows, depth] * panels; columns a multiple of P, panels `panel_stride` apart
+  // c[rows, columns] (+)= a[rows, depth] * panels, `panel_stride` apart; there is room for the columns of whole panels in c
   static void product(int64_t rows, const Op* a, int64_t lda, const Op* panels, int64_t panel_stride, int64_t columns, int64_t depth,
                       float* c, int64_t ldc, bool accumulate, Op* spare) {
     for (int64_t j = 0; j < columns; j += P)
       for (int64_t i = 0; i < rows; i += Gemm::kRows) {
         const int count = int(rows - i < Gemm::kRows ? rows - i : Gemm::kRows);
-        Gemm::run(count, a + i * lda, lda, panels + j / P * panel_stride, depth, c + i * ldc + j, ldc, accumulate, spare);
+        const auto run = columns - j > W ? &Gemm::run : &Gemm::run_half;
+        run(count, a + i * lda, lda, panels + j / P * panel_stride, depth, c + i * ldc + j, ldc, accumulate, spare);
       }
   }
 
@@ -176,6 +182,7 @@ struct AttentionOf {
   static void forward(const Attention& a, int64_t which, int64_t kv_head, char* scratch) {
     const Family family{a, a.family[which], a.family[which + 1] - a.family[which]};
     const int64_t size = a.head_size, wide = round_up(size, kSegmentPad), n = family.rows();
+    const int64_t deep_size = round_up(size, Gemm::kDepth);  // of a row's product: its zeros beyond add nothing
     Arena arena{(char*)round_up(int64_t(scratch), 64)};
     Op *const rows = arena.template take<Op>(n * wide), *const keys = arena.template take<Op>(n * wide);
     Op *const values = arena.template take<Op>(n * wide), *const queries = arena.template take<Op>(n * wide);
@@ -203,16 +210,16 @@ struct AttentionOf {
               const int64_t count = visible - k0 < B ? visible - k0 : B, depth = round_up(count, kSegmentPad);
               const int64_t stored = round_up(segment.length - k0 < B ? segment.length - k0 : B, kSegmentPad);
               const Op* const key_panels = keys + (segment.local + k0) * wide;
-              product(num, queries + (own.local + q0) * wide, wide, key_panels, P * wide, depth, wide, scores, B, false, spare);
+              product(num, queries + (own.local + q0) * wide, wide, key_panels, P * wide, depth, deep_size, scores, B, false, spare);
               for (int64_t q = 0; q < num; ++q) {
                 const int64_t seen = causal && k0 + count > q0 + q + 1 ? q0 + q + 1 - k0 : count;
                 softmax_row(scores + q * B, seen, depth, a.scale, peak + q, sum + q, out + q * wide, wide, p + q * B);
               }
-              product(num, p, B, values + (segment.local + k0) * wide, P * stored, wide, depth, out, wide, true, spare);
+              product(num, p, B, values + (segment.local + k0) * wide, P * stored, size, depth, out, wide, true, spare);
             }
           };
           if (i > 0) over(prompt, prompt.length, false);
-          over(own, q0 + num, true);
+          over(own, a.causal ? q0 + num : own.length, a.causal);
           for (int64_t q = 0; q < num; ++q) {
             const int64_t token = own.start + q0 + q;
             S* const to = (S*)a.out.data + token * a.out.token_stride + head * a.out.head_stride;
@@ -237,7 +244,7 @@ struct AttentionOf {
       std::memset((void*)p, 0, depth * sizeof(Op));
       return;
     }
-    const float share = *peak == -INFINITY ? 0.0f : std::exp(*peak - new_peak);
+    const float share = *peak == -INFINITY ? 0.0f : *peak == new_peak ? 1.0f : std::exp(*peak - new_peak);
     const Vec base = Simd::set(new_peak), factor = Simd::set(scale);
     Vec total = Simd::zero();
     for (int64_t k = 0; k < depth; k += W) {
@@ -256,6 +263,7 @@ struct AttentionOf {
   static void backward(const Attention& a, int64_t which, int64_t kv_head, char* scratch) {
     const Family family{a, a.family[which], a.family[which + 1] - a.family[which]};
     const int64_t size = a.head_size, wide = round_up(size, kSegmentPad), n = family.rows();
+    const int64_t deep_size = round_up(size, Gemm::kDepth);  // of a row's product: its zeros beyond add nothing
     Arena arena{(char*)round_up(int64_t(scratch), 64)};
     Op *const keys = arena.template take<Op>(n * wide), *const values = arena.template take<Op>(n * wide);
     Op *const keys_deep = arena.template take<Op>(n * wide), *const rows = arena.template take<Op>(n * wide);
@@ -289,24 +297,24 @@ struct AttentionOf {
         for (int64_t k0 = 0; k0 < seen.length; k0 += B) {
           const int64_t num_keys = seen.length - k0 < B ? seen.length - k0 : B, deep_keys = round_up(num_keys, kSegmentPad);
           const int64_t key_row = seen.local + k0;
-          // the segment itself from the diagonal on; of a prompt also its rollouts, whole
+          // the segment itself, from the diagonal on where that counts; of a prompt also its rollouts, whole
           for (int64_t j = i; j < (i ? i + 1 : family.count); ++j) {
             const Segment by = family.segment(j);
-            const bool causal = i == j;
+            const bool causal = a.causal && i == j;
             for (int64_t q0 = causal ? k0 : 0; q0 < by.length; q0 += B) {
               const int64_t num = by.length - q0 < B ? by.length - q0 : B, deep = round_up(num, kSegmentPad);
               const int64_t row = by.local + q0;
-              product(num_keys, keys + key_row * wide, wide, queries + row * wide, P * wide, deep, wide, scores, B, false, spare);
-              product(num_keys, values + key_row * wide, wide, d_outs + row * wide, P * wide, deep, wide, d_p, B, false, spare);
+              product(num_keys, keys + key_row * wide, wide, queries + row * wide, P * wide, deep, deep_size, scores, B, false, spare);
+              product(num_keys, values + key_row * wide, wide, d_outs + row * wide, P * wide, deep, deep_size, d_p, B, false, spare);
               for (int64_t k = 0; k < num_keys; ++k) {
                 const int64_t from = causal && k0 + k > q0 ? k0 + k - q0 : 0;  // the first query that sees this key
                 gradient_row(scores + k * B, d_p + k * B, lse + row, delta + row, a.scale, from, num, deep, p + k * B, ds + k * B);
               }
-              product(num_keys, p, B, d_outs_deep + row * wide, P * deep, wide, deep, d_value + key_row * wide, wide, true, spare);
-              product(num_keys, ds, B, queries_deep + row * wide, P * deep, wide, deep, d_key + key_row * wide, wide, true, spare);
+              product(num_keys, p, B, d_outs_deep + row * wide, P * deep, size, deep, d_value + key_row * wide, wide, true, spare);
+              product(num_keys, ds, B, queries_deep + row * wide, P * deep, size, deep, d_key + key_row * wide, wide, true, spare);
               for (int64_t k = num_keys; k < deep_keys; ++k) std::memset((void*)(ds + k * B), 0, deep * sizeof(Op));
               turn(ds, deep_keys, deep, turned);
-              product(num, turned, B, keys_deep + key_row * wide, P * deep_keys, wide, deep_keys, d_query + row * wide, wide, true, spare);
+              product(num, turned, B, keys_deep + key_row * wide, P * deep_keys, size, deep_keys, d_query + row * wide, wide, true, spare);
             }
           }
         }

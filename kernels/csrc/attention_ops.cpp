@@ -35,7 +35,7 @@ const int64_t* table(const Tensor& x) {
 }
 
 metis::Attention make(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& family, const Tensor& start,
-                      const Tensor& stop, double scale, const Tensor& out, const Tensor& lse) {
+                      const Tensor& stop, double scale, bool causal, const Tensor& out, const Tensor& lse) {
   STD_TORCH_CHECK(lse.is_contiguous() && lse.scalar_type() == ScalarType::Float, "lse: expected contiguous float32");
   metis::Attention a{};
   a.heads = query.size(1);
@@ -45,6 +45,7 @@ metis::Attention make(const Tensor& query, const Tensor& key, const Tensor& valu
   a.start = table(start);
   a.stop = table(stop);
   a.scale = float(scale);
+  a.causal = causal;
   a.query = rows_of<const void>(query);
   a.key = rows_of<const void>(key);
   a.value = rows_of<const void>(value);
@@ -75,14 +76,14 @@ void over_tasks(const Tensor& like, const metis::Attention& a, int64_t families,
 }
 
 void attention_forward(Tensor query, Tensor key, Tensor value, Tensor family, Tensor start, Tensor stop, double scale, Tensor out,
-                       Tensor lse) {
-  const metis::Attention a = make(query, key, value, family, start, stop, scale, out, lse);
+                       Tensor lse, bool causal) {
+  const metis::Attention a = make(query, key, value, family, start, stop, scale, causal, out, lse);
   over_tasks(query, a, family.size(0) - 1, false);
 }
 
 void attention_backward(Tensor d_out, Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse, Tensor family, Tensor start,
-                        Tensor stop, double scale, Tensor d_query, Tensor d_key, Tensor d_value) {
-  metis::Attention a = make(query, key, value, family, start, stop, scale, out, lse);
+                        Tensor stop, double scale, Tensor d_query, Tensor d_key, Tensor d_value, bool causal) {
+  metis::Attention a = make(query, key, value, family, start, stop, scale, causal, out, lse);
   a.d_out = rows_of<const void>(d_out);
   a.d_query = rows_of<void>(d_query);
   a.d_key = rows_of<void>(d_key);
@@ -95,10 +96,10 @@ void attention_backward(Tensor d_out, Tensor query, Tensor key, Tensor value, Te
 STABLE_TORCH_LIBRARY_FRAGMENT(metis_kernels_cpu, m) {
   m.def(
       "attention_forward(Tensor query, Tensor key, Tensor value, Tensor family, Tensor start, Tensor stop, float scale, "
-      "Tensor(a!) out, Tensor(b!) lse) -> ()");
+      "Tensor(a!) out, Tensor(b!) lse, bool causal=True) -> ()");
   m.def(
       "attention_backward(Tensor d_out, Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse, Tensor family, Tensor "
-      "start, Tensor stop, float scale, Tensor(a!) d_query, Tensor(b!) d_key, Tensor(c!) d_value) -> ()");
+      "start, Tensor stop, float scale, Tensor(a!) d_query, Tensor(b!) d_key, Tensor(c!) d_value, bool causal=True) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(metis_kernels_cpu, CPU, m) {

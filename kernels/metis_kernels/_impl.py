@@ -14,7 +14,7 @@ Impl = Literal["auto", "triton", "cpu", "reference"]
 Chosen = Literal["triton", "cpu", "reference"]
 
 _LIBRARY = "libmetis_cpu.so"
-_NEWEST_OP = "attention_backward"
+_NEWEST_OP = "patchify"
 
 
 @functools.cache

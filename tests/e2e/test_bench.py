@@ -38,7 +38,7 @@ def test_an_unknown_op_is_one_line_and_exit_code_2(command):
     done = _run(command, "attention")
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].endswith(
-        "unknown op 'attention'; expected one of group_advantage, linear_logprob, hdpo_loss, prefix_attention, update_step, "
-        "rollout"
+        "unknown op 'attention'; expected one of group_advantage, linear_logprob, hdpo_loss, prefix_attention, full_attention, "
+        "patchify, update_step, rollout"
     )
     assert len(done.stderr.splitlines()) == 1

@@ -30,6 +30,13 @@ PACKS = {
     "odd": (mk.Segments((0, 5, 8, 41), (-1, 0, -1)), (3, 1, 5)),
     "whole blocks": (mk.Segments((0, 128, 256), (-1, 0)), (2, 1, 64)),
 }
+# images, heads and their size: those of Qwen3-VL's towers, and small ones
+IMAGES = {
+    "tower": ((0, 130, 258), (2, 72)),
+    "small tower": ((0, 40, 41), (1, 64)),
+    "tiny towers": ((0, 16, 32, 61), (2, 8)),
+    "tiny tower": ((0, 48), (3, 16)),
+}
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
     "entropy": {"entropy_coef": 0.02},
@@ -96,8 +103,27 @@ def compare_attention(pack: str, dtype: torch.dtype) -> dict[str, float]:
         out = mk.prefix_attention(query, key, value, segments, impl=impl)
         return [out.detach(), *torch.autograd.grad(out, leaves, d_out.to(dtype))]
 
-    pairs = zip(run(dtype, "cpu"), run(torch.float64, "reference"), strict=True)
-    return dict(zip(("out", "d_query", "d_key", "d_value"), (relative(found, truth) for found, truth in pairs), strict=True))
+    return relative_errors(run(dtype, "cpu"), run(torch.float64, "reference"))
+
+
+def compare_full_attention(images: str, dtype: torch.dtype) -> dict[str, float]:
+    """Relative error of the output and of the gradients of `full_attention`."""
+    offsets, heads = IMAGES[images]
+    draw = torch.Generator().manual_seed(offsets[-1])
+    *tensors, d_out = (torch.randn(offsets[-1], *heads, generator=draw).to(dtype) for _ in range(4))
+
+    def run(dtype: torch.dtype, impl: mk.FullAttentionImpl) -> list[Tensor]:
+        query, key, value = leaves = [x.to(dtype).requires_grad_() for x in tensors]
+        out = mk.full_attention(query, key, value, offsets, impl=impl)
+        return [out.detach(), *torch.autograd.grad(out, leaves, d_out.to(dtype))]
+
+    return relative_errors(run(dtype, "cpu"), run(torch.float64, "reference"))
+
+
+def relative_errors(found: list[Tensor], truth: list[Tensor]) -> dict[str, float]:
+    """Of an attention's output and gradients."""
+    errors = [relative(one, exact) for one, exact in zip(found, truth, strict=True)]
+    return dict(zip(("out", "d_query", "d_key", "d_value"), errors, strict=True))
 
 
 if __name__ == "__main__":
@@ -107,6 +133,9 @@ if __name__ == "__main__":
     if not status:
         for pack, dtype in itertools.product(PACKS, (torch.float32, torch.bfloat16)):
             attention.append({"case": f"{pack}, {dtype}", "bf16": dtype == torch.bfloat16, **compare_attention(pack, dtype)})
+        for images, dtype in itertools.product(IMAGES, (torch.float32, torch.bfloat16)):
+            errors = compare_full_attention(images, dtype)
+            attention.append({"case": f"{images}, {dtype}", "bf16": dtype == torch.bfloat16, **errors})
         for size, dtype, option in itertools.product(SIZES, (torch.float32, torch.bfloat16), OPTIONS):
             rows.append({"case": f"{size}, {dtype}, {option}", "bf16": dtype == torch.bfloat16, **compare(size, dtype, option)})
     name = "" if status else torch.ops.metis_kernels_cpu.isa()

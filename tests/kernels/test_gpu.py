@@ -15,7 +15,18 @@ from contract.cases import SHAPES, Case, Options, make_case, run_loss
 from contract.compare import SAME, check_head, check_loss, relative, truncation
 from contract.truth import head_truth, loss_truth
 
-from metis_kernels import AttentionImpl, Segments, _impl, _launch, linear_logprob, prefix_attention
+from metis_kernels import (
+    AttentionImpl,
+    FullAttentionImpl,
+    Impl,
+    Segments,
+    _impl,
+    _launch,
+    full_attention,
+    linear_logprob,
+    patchify,
+    prefix_attention,
+)
 from metis_kernels.prefix_attention import flash
 
 pytestmark = pytest.mark.gpu
@@ -143,6 +154,42 @@ def test_attention_of_packs_equals_float64(compiled: str, heads: tuple[int, int,
         assert relative(got.double(), want) <= (2e-6 if dtype == torch.float32 else 2**-7)
     if impl == "triton":
         assert all(torch.equal(a, b) for a, b in zip(first, run(dtype, impl), strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("heads", [(16, 72), (16, 64), (2, 8)], ids=str)
+def test_attention_of_images_equals_float64_and_holds_no_scores(heads: tuple[int, int], dtype: torch.dtype):
+    offsets = (0, 700, 1400, 1401, 4096)
+    random = torch.Generator("cuda").manual_seed(0)
+    *tensors, d_out = (torch.randn(4096, *heads, generator=random, device="cuda").to(dtype) for _ in range(4))
+
+    def run(dtype: torch.dtype, impl: FullAttentionImpl) -> list[torch.Tensor]:
+        query, key, value = leaves = [x.to(dtype).requires_grad_() for x in tensors]
+        out = full_attention(query, key, value, offsets, impl=impl)
+        return [out.detach(), *torch.autograd.grad(out, leaves, d_out.to(dtype))]
+
+    wanted = run(torch.float64, "reference")
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    found = run(dtype, "auto")
+    held = torch.cuda.max_memory_allocated() - before
+    for got, want in zip(found, wanted, strict=True):
+        # a GPU's float32 attention multiplies in TF32 where that is allowed, which it is not by default
+        assert relative(got.double(), want) <= (1e-5 if dtype == torch.float32 else 2**-7)
+    assert held < 40 * d_out.nbytes
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("patch", [14, 16])
+def test_patches_of_an_image_are_the_same_bits(compiled: str, patch: int, dtype: torch.dtype):
+    image = torch.randint(256, (patch * 26, patch * 48, 3), dtype=torch.uint8)
+
+    def run(image: torch.Tensor, impl: Impl) -> torch.Tensor:
+        mean, std = (0.48, 0.46, 0.41), (0.27, 0.26, 0.28)
+        return patchify(image, patch=patch, temporal=2, merge=2, mean=mean, std=std, rescale=1 / 255, dtype=dtype, impl=impl)
+
+    for part in (image, image[patch * 2 :, patch * 4 :]):
+        assert torch.equal(run(part.cuda(), "triton").cpu(), run(part, "reference"))
 
 
 def test_chunks_and_micro_batches_do_not_matter():

@@ -12,7 +12,7 @@ import pytest
 import metis_kernels
 
 SOURCES = Path(metis_kernels.__file__).parent
-OPS = ("group_advantage", "linear_logprob", "hdpo_loss", "prefix_attention")
+OPS = ("group_advantage", "linear_logprob", "hdpo_loss", "prefix_attention", "patchify")
 IMPLEMENTATIONS = {"reference", "triton", "cpu", "flash"}
 
 _ALONE = """
@@ -26,6 +26,9 @@ old = mk.linear_logprob(hidden, head, targets)
 mk.hdpo_loss(hidden, head, targets, old.logp_T, ones, ones, None, 3, 3, anchor_T=old.lse_T).loss.backward()
 yes = torch.ones(3, dtype=torch.bool)
 mk.group_advantage(ones, ones, yes, yes, targets, torch.tensor([0, 3]))
+mk.full_attention(*[hidden[:, None]] * 3, (0, 3)).sum().backward()
+image = torch.zeros(4, 4, 3, dtype=torch.uint8)
+mk.patchify(image, patch=2, temporal=2, merge=2, mean=(0.5,) * 3, std=(0.5,) * 3, rescale=1 / 255)
 """
 
 

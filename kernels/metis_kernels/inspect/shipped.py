@@ -1,4 +1,5 @@
-"""The launches of the shipped configurations: attention and LM head of Qwen3-VL-8B, split over 1, 2, 4 or 8 ranks.
+"""The launches of the shipped configurations: attention, LM head and patches of Qwen3-VL-8B, the first two split over 1, 2, 4
+or 8 ranks.
 
 Found by running the ops' host code on meta tensors, which have shapes and addresses and no memory. Sizes of inputs differ
 only where a kernel could be specialised on them.
@@ -20,6 +21,7 @@ VOCAB = 151936
 QUERY_HEADS = 32
 KEY_HEADS = 8
 HEAD_SIZE = 128
+PATCH, FRAMES, MERGE = 16, 2, 2
 TENSOR_PARALLEL = (1, 2, 4, 8)
 GROUP = 16
 
@@ -54,6 +56,8 @@ def configurations() -> Iterator[Configuration]:
             yield Configuration("hdpo_loss", f"{name}, no gradient", partial(train, gradient=False))
     for dtype, name, ranks in _heads():
         yield Configuration("prefix_attention", name, partial(prefix_attention_launches, dtype, ranks))
+    for dtype, name in ((torch.bfloat16, "bfloat16"), (torch.float32, "float32")):
+        yield Configuration("patchify", name, partial(patchify_launches, dtype))
 
 
 def shipped_launches() -> None:
@@ -168,3 +172,10 @@ def prefix_attention_launches(dtype: torch.dtype, ranks: int) -> object:
     scale = HEAD_SIZE**-0.5
     out_NHD, lse_NH = triton.forward(query_NHD, key_NKD, value_NKD, segments, scale)
     return triton.backward(out_NHD, query_NHD, key_NKD, value_NKD, out_NHD, lse_NH, segments, scale)
+
+
+def patchify_launches(dtype: torch.dtype) -> object:
+    """An image of 3 million pixels."""
+    from metis_kernels.patchify import triton
+
+    return triton.patchify(_meta(1536, 2048, 3, dtype=torch.uint8), _meta(3, 256, dtype=dtype), PATCH, FRAMES, MERGE)

@@ -42,7 +42,8 @@ def forward(query_NHD: Tensor, key_NKD: Tensor, value_NKD: Tensor, segments: Seg
     """(out [N, H, D] in the inputs' dtype, lse [N, H] float32)."""
     out = torch.empty(query_NHD.shape, dtype=query_NHD.dtype)
     lse = torch.empty(query_NHD.shape[:2], dtype=torch.float32)
-    _OPS.attention_forward(_rows(query_NHD), _rows(key_NKD), _rows(value_NKD), *_families(segments), scale, out, lse)
+    query, key, value = _rows(query_NHD), _rows(key_NKD), _rows(value_NKD)
+    _OPS.attention_forward(query, key, value, *_families(segments), scale, out, lse, segments.causal)
     return out, lse
 
 
@@ -59,7 +60,8 @@ def backward(
     """(dQuery, dKey, dValue) in the inputs' dtype, summed in float32."""
     query, key, value = _rows(query_NHD), _rows(key_NKD), _rows(value_NKD)
     d_query, d_key, d_value = (torch.empty(x.shape, dtype=x.dtype) for x in (query, key, value))
-    _OPS.attention_backward(
-        _rows(d_out_NHD), query, key, value, _rows(out_NHD), lse_NH, *_families(segments), scale, d_query, d_key, d_value
-    )
+    gradients = d_query, d_key, d_value
+    tables = _families(segments)
+    d_out, out = _rows(d_out_NHD), _rows(out_NHD)
+    _OPS.attention_backward(d_out, query, key, value, out, lse_NH, *tables, scale, *gradients, segments.causal)
     return d_query, d_key, d_value

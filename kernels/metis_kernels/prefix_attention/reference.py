@@ -31,9 +31,11 @@ def _queries(segment: Segment, value_NHD: Tensor, num_kv: int) -> Tensor:
     return part.transpose(0, 1).unflatten(0, (num_kv, -1))
 
 
-def _scores(segment: Segment, query_KRQD: Tensor, key_KMD: Tensor, scale: float) -> Tensor:
+def _scores(segment: Segment, query_KRQD: Tensor, key_KMD: Tensor, scale: float, causal: bool) -> Tensor:
     """[K, R, Q, M], -inf where the key is not visible."""
     scores = scale * query_KRQD @ key_KMD[:, None].transpose(-1, -2)
+    if not causal:
+        return scores
     num_prefix = segment.prefix_stop - segment.prefix_start
     hidden = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(num_prefix + 1)
     return scores.masked_fill(hidden, float("-inf"))
@@ -45,7 +47,8 @@ def forward(query_NHD: Tensor, key_NKD: Tensor, value_NKD: Tensor, segments: Seg
     lse = query_NHD.new_empty(query_NHD.shape[:2], dtype=_wide(query_NHD.dtype))
     for segment in segments:
         rows = slice(segment.start, segment.stop)
-        scores = _scores(segment, _queries(segment, query_NHD, key_NKD.shape[1]), _keys(segment, key_NKD), scale)
+        query = _queries(segment, query_NHD, key_NKD.shape[1])
+        scores = _scores(segment, query, _keys(segment, key_NKD), scale, segments.causal)
         out[rows] = (torch.softmax(scores, -1) @ _keys(segment, value_NKD)[:, None]).flatten(0, 1).transpose(0, 1).to(out.dtype)
         lse[rows] = torch.logsumexp(scores, -1).flatten(0, 1).T
     return out, lse
@@ -70,7 +73,7 @@ def backward(
         query, key, value = _queries(segment, query_NHD, num_kv), _keys(segment, key_NKD), _keys(segment, value_NKD)
         d_out, out = _queries(segment, d_out_NHD, num_kv), _queries(segment, out_NHD, num_kv)
         lse = lse_NH[rows].T.unflatten(0, (num_kv, -1))[..., None]
-        p = (_scores(segment, query, key, scale) - lse).exp()
+        p = (_scores(segment, query, key, scale, segments.causal) - lse).exp()
         d_scores = p * (d_out @ value[:, None].transpose(-1, -2) - (d_out * out).sum(-1, keepdim=True))
         d_query[rows] = (scale * d_scores @ key[:, None]).flatten(0, 1).transpose(0, 1).to(d_query.dtype)
         both_key = scale * (d_scores.transpose(-1, -2) @ query).sum(1).transpose(0, 1)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """Tokens [start, stop) see each other causally, and all of [prefix_start, prefix_stop), which is empty for a prompt."""
+    """Tokens [start, stop) see each other, causally or all, and all of [prefix_start, prefix_stop), empty for a prompt."""
 
     start: int
     stop: int
@@ -29,7 +29,8 @@ class Segments:
     """The segments of a pack of N tokens, S of them, in order and without gaps. Made by packing, on the host.
 
     offsets: S + 1 ascending numbers from 0 to N. prefix: for every segment the index of the one that it sees whole, which is
-    an earlier one that sees no other; -1 for none.
+    an earlier one that sees no other; -1 for none. causal: whether a token sees of its own segment only what stands up to
+    it, or all of it.
 
     Raises:
         ValueError: they are something else; the message names the segment.
@@ -37,6 +38,7 @@ class Segments:
 
     offsets: tuple[int, ...]
     prefix: tuple[int, ...]
+    causal: bool = True
 
     def __post_init__(self) -> None:
         if not self.offsets or self.offsets[0] != 0:
