@@ -11,7 +11,7 @@ Shape letters: B rows, H query heads, K key/value heads, S new tokens of a row, 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import groupby
+from itertools import accumulate
 from typing import Protocol
 
 import torch
@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AttentionInterface
 
-from metis_kernels.prefix_attention.api import AttentionImpl, prefix_attention
+from metis_kernels.prefix_attention.api import AttentionImpl, full_attention, prefix_attention
 from metis_kernels.prefix_attention.segments import Segments
 
 NAME = "metis"
@@ -81,16 +81,10 @@ def _images(
     frames: Sequence[int] | None = None,
     **_: object,
 ) -> tuple[Tensor, None]:
-    """Each patch attends to its image. frames: patches of each, in order; None: one. Neighbours of a size are a batch."""
-    parts: list[Tensor] = []
-    start = 0
-    for size, same in groupby(frames if frames is not None else [query.shape[2]]):
-        stop = start + size * len(list(same))
-        q, k, v = (part[0, :, start:stop].unflatten(1, (-1, size)).transpose(0, 1) for part in (query, key, value))
-        out = F.scaled_dot_product_attention(q, k, v, scale=scaling)  # [images, H, size, D]
-        parts.append(out.transpose(1, 2).flatten(0, 1))
-        start = stop
-    return (parts[0] if len(parts) == 1 else torch.cat(parts))[None], None
+    """Each patch attends to its image. frames: patches of each, in order; None: one."""
+    offsets = tuple(accumulate(frames if frames is not None else [query.shape[2]], initial=0))
+    query, key, value = (part[0].transpose(0, 1) for part in (query, key, value))
+    return full_attention(query, key, value, offsets, scale=scaling)[None], None
 
 
 AttentionInterface.register(IMAGES, _images)

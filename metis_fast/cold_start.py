@@ -22,8 +22,9 @@ from metis_fast.data.parquet import PromptFiles
 from metis_fast.data.scripted import ScriptedEngine, ScriptStyle
 from metis_fast.errors import ConfigError, DataError, Interrupted
 from metis_fast.interrupt import Interrupts
-from metis_fast.model import ImagePreparer, first_device, load_policy
+from metis_fast.model import first_device, load_policy
 from metis_fast.model_folder import check_model_folder, load_processor, load_tokenizer
+from metis_fast.pictures import ImagePreparer
 from metis_fast.report.progress import progress
 from metis_fast.rollout.chat import Chat
 from metis_fast.rollout.episode import collect
@@ -44,9 +45,9 @@ def play(config: Config, prompts: Path, style: ScriptStyle, out: Path) -> int:
     """
     check_model_folder(config.model.path)
     tokenizer = load_tokenizer(config.model.path)
-    chat = Chat(tokenizer, ImagePreparer(load_processor(config.model.path)))
-    files = PromptFiles([prompts])
-    cursor = PromptCursor(files, config.run.seed, shuffle=False)
+    images = ImagePreparer(load_processor(config.model.path))
+    chat, files = Chat(tokenizer, images), PromptFiles([prompts])
+    cursor = PromptCursor(files, config.run.seed, shuffle=False, check=images.broken)
     store, rollout = RolloutStore(out), config.rollout.model_copy(update={"deterministic": False})
     with Interrupts() as interrupts, TemporaryDirectory(prefix="metis-tools-") as scratch, ExitStack() as stack:
         toolbox = open_toolbox(config.tools, Path(scratch))

@@ -6,9 +6,7 @@ Shape letters: B rows, S tokens of a row (right-padded), H hidden size, N patche
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import cast
 
@@ -20,9 +18,9 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase, Qwen3ForCaus
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Model
 from transformers.models.qwen3_vl.configuration_qwen3_vl import Qwen3VLTextConfig
-from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDeepstackFeatures, Qwen3VLTextModel
+from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextModel
 
-from metis_fast import attention, pixels
+from metis_fast import attention
 from metis_fast.checkpoint.safetensors_folder import FolderReader
 from metis_fast.config import ModelConfig
 from metis_fast.model_folder import (
@@ -35,73 +33,9 @@ from metis_fast.model_folder import (
     may_have,
     read_config,
 )
-from metis_fast.pixels import ImageError
+from metis_fast.pictures import DEFAULT_CACHE_BYTES, ImagePreparer
+from metis_fast.tower import ImageFeatures, default_room, encode
 from metis_fast.types import ImageBlob, ImageSpan
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Patches:
-    """One image as the vision tower takes it: pixels [n, channels * 2 * patch * patch] float32 and its (t, h, w) grid."""
-
-    pixels: Tensor
-    grid: tuple[int, int, int]
-
-
-class ImagePreparer:
-    """Encoded image -> patches, by transformers' Qwen2-VL image processor.
-
-    processor: None for a model that reads text only, where every image is an ImageError. cache_bytes: the images used last are
-    kept in so much memory (the very last one always): 20,000 of the demo's, 80 of 1024 x 1024 pixels.
-    """
-
-    def __init__(self, processor: Qwen2VLImageProcessorPil | None, cache_bytes: int = 2 << 30) -> None:
-        self._processor = processor
-        self._cache: OrderedDict[str, Patches] = OrderedDict()
-        self._room = cache_bytes
-        self.merge = 1 if processor is None else int(processor.merge_size)
-
-    def __call__(self, image: ImageBlob) -> Patches:
-        """Raises ImageError where the image cannot be used; the message says why."""
-        if self._processor is None:
-            raise ImageError("the model reads text only; use a Qwen3-VL")
-        patches = self._cache.get(image.sha256)
-        if patches is not None:
-            self._cache.move_to_end(image.sha256)
-            return patches
-        try:
-            picture = pixels.decode(image.data)
-        except ImageError as error:
-            raise ImageError(f"image cannot be decoded: {error}") from None
-        try:
-            out = self._processor([picture], return_tensors="pt")
-        except ValueError as error:  # smart_resize: aspect ratio above 200
-            raise ImageError(f"image cannot be resized: {error}") from None
-        t, h, w = (int(n) for n in out["image_grid_thw"][0])
-        patches = Patches(pixels=out["pixel_values"], grid=(t, h, w))
-        self._cache[image.sha256] = patches
-        self._room -= patches.pixels.nbytes
-        while self._room < 0 and len(self._cache) > 1:
-            self._room += self._cache.popitem(last=False)[1].pixels.nbytes
-        return patches
-
-    def num_tokens(self, image: ImageBlob) -> int:
-        """Placeholder tokens of an image."""
-        t, h, w = self(image).grid
-        return t * h * w // self.merge**2
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class ImageFeatures:
-    """Vision tower output for several images: `embeds[i]` [n_i, H], and one such list per deepstack layer."""
-
-    embeds: tuple[Tensor, ...]
-    deepstack: tuple[tuple[Tensor, ...], ...]
-
-    def take(self, order: Sequence[int]) -> ImageFeatures:
-        """The features of images `order` (repeats allowed)."""
-        return ImageFeatures(
-            tuple(self.embeds[i] for i in order), tuple(tuple(layer[i] for i in order) for layer in self.deepstack)
-        )
 
 
 def rope_positions(num_tokens: int, spans: Sequence[ImageSpan], merge: int) -> npt.NDArray[np.int64]:
@@ -133,10 +67,14 @@ class Policy:
         tokenizer: PreTrainedTokenizerBase,
         image_processor: Qwen2VLImageProcessorPil | None,
         folder: Path,
+        image_cache_bytes: int = DEFAULT_CACHE_BYTES,
+        tower_bytes: int = 0,
     ) -> None:
+        """image_cache_bytes: see `ImagePreparer`. tower_bytes: for the vision tower's activations; 0: see `default_room`."""
         self.model = model
         self.tokenizer = tokenizer
-        self.images = ImagePreparer(image_processor)
+        self.images = ImagePreparer(image_processor, image_cache_bytes)
+        self._tower_bytes = tower_bytes
         self.folder = folder
         self.merge = self.images.merge
         if isinstance(model, Qwen3ForCausalLM):
@@ -169,32 +107,16 @@ class Policy:
         """LM head [V, H]."""
         return self.model.lm_head.weight
 
-    def encode_images(self, images: Sequence[ImageBlob]) -> ImageFeatures:
-        """Run the vision tower over images (each of them once)."""
+    def encode_images(self, images: Sequence[ImageBlob], whole: bool = False) -> ImageFeatures:
+        """Run the vision tower over images (each of them once). whole: in one pass, whatever memory it takes.
+
+        Raises:
+            ImageError: one of them cannot be used.
+        """
         assert not isinstance(self.model, Qwen3ForCausalLM)
-        patches = [self.images(image) for image in images]
-        # images of one size side by side: they are one batch for attention
-        order = sorted(range(len(patches)), key=lambda i: patches[i].grid)
-        grids = [patches[i].grid for i in order]
-        pixels = torch.cat([patches[i].pixels for i in order]).to(self.head.device)
-        # transformers annotates its tensors as FloatTensor and LongTensor, which no torch function returns
-        encode = cast(Callable[..., BaseModelOutputWithDeepstackFeatures], self.model.model.get_image_features)
-        out = encode(
-            pixels,
-            torch.tensor(grids, device=self.head.device),
-            cu_seqlens=torch.tensor([0, len(pixels)], dtype=torch.int32),  # see `attention`
-            frames=tuple(h * w for t, h, w in grids for _ in range(t)),
-        )
-        assert out.pooler_output is not None and out.deepstack_features is not None
-        sizes = [t * h * w // self.merge**2 for t, h, w in grids]
-        place = np.argsort(order)
-
-        def by_image(features: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
-            # transformers up to 5.17 leave the deepstack features of all images in one tensor
-            parts = features.split(sizes) if isinstance(features, Tensor) else features
-            return tuple(parts[i] for i in place)
-
-        return ImageFeatures(by_image(out.pooler_output), tuple(map(by_image, out.deepstack_features)))
+        visual = self.model.model.visual
+        room = None if whole else self._tower_bytes or default_room(self.head.device)
+        return encode(visual, self.images, self.images.pictures(images), room)
 
     def hidden(
         self,
@@ -271,4 +193,5 @@ def load_policy(config: ModelConfig, folder: Path | None = None, device: torch.d
     torch.backends.cudnn.allow_tf32 = False  # float32 is float32 in the vision tower's convolution, too
     if device is not None:
         model.to(device)  # pyright: ignore[reportArgumentType]
-    return Policy(model, tokenizer, processor, folder)
+    cache, tower = (round(size * (1 << 30)) for size in (config.image_cache_gb, config.tower_memory_gb))
+    return Policy(model, tokenizer, processor, folder, cache, tower)

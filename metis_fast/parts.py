@@ -22,19 +22,20 @@ from metis_fast.checkpoint.export import Source, check_export, check_logprobs, e
 from metis_fast.checkpoint.resume import CheckpointStore, ResumeState
 from metis_fast.checkpoint.rng import RngState, capture_rng, restore_rng
 from metis_fast.config import Config
-from metis_fast.data.cursor import CursorState, PromptCursor, read_once
+from metis_fast.data.cursor import CursorState, PromptCursor, decode_all, read_once
 from metis_fast.data.parquet import PromptFiles
 from metis_fast.errors import ConfigError, DataError, EngineError, ToolSetupError
 from metis_fast.interrupt import Interrupts
 from metis_fast.judge_styles import known_style
+from metis_fast.machine import memory_bytes
 from metis_fast.model import Policy, first_device, load_policy
-from metis_fast.model_folder import hf_shapes
+from metis_fast.model_folder import hf_shapes, read_config
 from metis_fast.report.log import RunLog
 from metis_fast.rollout.chat import Chat
 from metis_fast.rollout.engine import Engine, SyncReport, update
 from metis_fast.rollout.gate import GateReport, choose, compare, locate, probe, require, worst
 from metis_fast.rollout.layers import reference
-from metis_fast.rollout.native import NativeEngine
+from metis_fast.rollout.native import NativeEngine, check_room
 from metis_fast.rollout.schedule import Pending, Rules, Schedule, group_player
 from metis_fast.rollout.store import RolloutStore
 from metis_fast.rollout.vllm.engine import VllmEngine
@@ -91,6 +92,8 @@ class Parts:
         self.config, self.interrupts, self.policy = config, interrupts, policy
         self.engine, self.toolbox, self.judge = engine, toolbox, judge
         self.chat = Chat(sampler.tokenizer, sampler.images, config.tools.call_syntax)
+        # a model that reads text only says so of the first image that it meets; none is a bad one for that
+        self._check_images = sampler.images.broken if sampler.reads_images else decode_all
         self._heldout_files = heldout
         self._heldout: list[Prompt] | None = None
         self._probes: list[Prompt] | None = None
@@ -99,7 +102,7 @@ class Parts:
             return
         self.trainer, self._record, self._source = trainer, record, source
         self._shared = trainer.shares_policy and sampler is policy and isinstance(engine, NativeEngine)
-        self.cursor = PromptCursor(files, config.run.seed, config.data.shuffle, config.data.on_bad_row)
+        self.cursor = PromptCursor(files, config.run.seed, config.data.shuffle, config.data.on_bad_row, self._check_images)
         self.store = RolloutStore(config.run.dir / "rollouts")
         self.checkpoints = CheckpointStore(config.run.dir / "checkpoints", config.checkpoint.keep_last)
         self.log = RunLog(config.run.dir, config.log)
@@ -118,7 +121,7 @@ class Parts:
             if files is None:
                 raise ConfigError("no held-out prompts; set data.heldout to Parquet files")
             limit = self.config.eval.max_prompts or len(files)
-            self._heldout = list(islice(read_once(files, self.config.data.on_bad_row), limit))
+            self._heldout = list(islice(read_once(files, self.config.data.on_bad_row, self._check_images), limit))
             if not self._heldout:
                 raise DataError(f"no usable row among {len(files)} held-out ones; run `metis-fast data check` on data.heldout")
         return self._heldout
@@ -372,6 +375,10 @@ def open_parts(config: Config, interrupts: Interrupts, training: bool = True) ->
         stack.callback(toolbox.close)
         interrupts.run(judge.check())
         device = _device(config, training)
+        if config.rollout.engine == "native":
+            memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else memory_bytes()
+            element = 4 if config.model.dtype == "float32" else 2
+            check_room(config.rollout, read_config(config.model.path), element, memory)
         policy = load_policy(config.model, device=device)
         # whether nothing is being sampled while the trainer steps
         sampler, waits = policy, config.rollout.mode == "sync" and not config.rollout.over_provision

@@ -10,11 +10,13 @@ from __future__ import annotations
 import struct
 import warnings
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from io import BytesIO
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 # Of palettes, EXIF and sizes; what cannot be used raises. Not around each image: that changes the filters of other threads.
 warnings.filterwarnings("ignore", module=r"PIL\.")
@@ -24,6 +26,10 @@ DECODE_ERRORS: tuple[type[Exception], ...] = (
     *(IndexError, KeyError, TypeError, AttributeError, ZeroDivisionError, OverflowError, NotImplementedError, RuntimeError),
 )
 """What Pillow raises on damaged files, found with mutated ones of every format; nothing of ours runs where they are caught."""
+
+
+_PNG = b"\x89PNG\r\n\x1a\n"
+_ON_ITS_SIDE = (5, 6, 7, 8)  # EXIF orientations
 
 
 class ImageError(ValueError):
@@ -41,13 +47,68 @@ def decode(data: bytes) -> Image.Image:
     Raises:
         ImageError: it is damaged, cut short, or no image.
     """
+    with _opened(data) as picture:
+        stated = _upright_size(picture, data)
+        rgb = to_rgb(picture)
+    if rgb.size != stated:
+        raise ImageError(f"its header says {stated[0]} x {stated[1]} pixels, and there are {rgb.width} x {rgb.height}")
+    return rgb
+
+
+def problem(data: bytes) -> str:
+    """What `decode` says against an image, or ""."""
+    try:
+        decode(data)
+    except ImageError as error:
+        return str(error)
+    return ""
+
+
+def size(data: bytes) -> tuple[int, int]:
+    """Width and height that `decode` gives, from the header alone: a tenth of a millisecond for an image of any size.
+
+    Raises:
+        ImageError: it is no image. One that is damaged further on is found by `decode` only.
+    """
+    with _opened(data) as picture:
+        return _upright_size(picture, data)
+
+
+@contextmanager
+def _opened(data: bytes) -> Iterator[Image.Image]:
     try:
         with Image.open(BytesIO(data)) as picture:
-            return to_rgb(picture)
+            yield picture
     except UnidentifiedImageError:  # its message has the address of an object
         raise ImageError("cannot identify image file") from None
     except DECODE_ERRORS as error:
         raise ImageError(_short(error)) from None
+
+
+def _upright_size(picture: Image.Image, data: bytes) -> tuple[int, int]:
+    """Of an image that was opened and not decoded; its EXIF orientation applied, as `_upright` does."""
+    if picture.format == "TIFF":  # Pillow turns it while it is decoded, and says so before
+        return picture.size
+    if picture.format == "PNG" and "exif" not in picture.info and (found := _late_exif(data)):
+        picture.info["exif"] = found
+    try:
+        # not a PNG's own, which decodes it first, to find what stands behind the pixels
+        turned = Image.Image.getexif(picture).get(ExifTags.Base.Orientation, 1) in _ON_ITS_SIDE
+    except DECODE_ERRORS:
+        turned = False
+    width, height = picture.size
+    return (height, width) if turned else (width, height)
+
+
+def _late_exif(data: bytes) -> bytes:
+    """The eXIf chunk of a PNG, wherever it stands; b"" where there is none."""
+    at = len(_PNG)
+    while at + 8 <= len(data):
+        length, kind = struct.unpack(">I4s", data[at : at + 8])
+        if kind == b"eXIf":
+            return b"Exif\x00\x00" + data[at + 8 : at + 8 + length]
+        at += 12 + length
+    return b""
 
 
 def to_rgb(picture: Image.Image) -> Image.Image:

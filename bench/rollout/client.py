@@ -17,7 +17,8 @@ from pathlib import Path
 from openai import AsyncOpenAI
 
 from metis_fast.config import RolloutConfig
-from metis_fast.model import ImagePreparer, load_tokenizer
+from metis_fast.model_folder import load_tokenizer
+from metis_fast.pictures import ImagePreparer
 from metis_fast.rollout.chat import Chat
 from metis_fast.rollout.episode import SampleKey
 from metis_fast.testing.latency import Latency, SlowToolbox

@@ -278,7 +278,7 @@ def _probe(policy: Policy) -> tuple[list[int], tuple[ImageSpan, ...], ImageBlob]
     start, end = (tokenizer.convert_tokens_to_ids(token) for token in (VISION_START, VISION_END))
     at, size = len(before) + 1, policy.images.num_tokens(blob)
     ids = [*before, start, *[policy.image_token_id] * size, end, *after]
-    return ids, (ImageSpan(blob.sha256, at, at + size, policy.images(blob).grid),), blob
+    return ids, (ImageSpan(blob.sha256, at, at + size, policy.images.grid(blob)),), blob
 
 
 def _check_written(folder: Path, dtype: torch.dtype) -> None:

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator
 
-from metis_fast.config.section import BY_CONTENT, MAY_CHANGE, FilePath, OrNone, Section, Several
+from metis_fast.config.section import BY_CONTENT, MAY_CHANGE, FilePath, NonNegativeFloat, OrNone, Section, Several
 
 
 def _dtype_here(value: str) -> str:
@@ -31,5 +31,10 @@ class ModelConfig(Section):
     dtype: Annotated[Literal["auto", "bfloat16", "float32"], AfterValidator(_dtype_here)] = "bfloat16"
     """Type of weights and activations. With bfloat16 the optimizer keeps float32 masters. `auto`: bfloat16 on a machine with a
     GPU or instructions for it (AVX-512 bf16, AMX), else float32; a run folder keeps which."""
+    image_cache_gb: Annotated[NonNegativeFloat, MAY_CHANGE] = 2.0
+    """GiB of decoded images that a process keeps (the ones used last): 200 of 2048 x 1536 pixels in 2 GiB."""
+    tower_memory_gb: Annotated[NonNegativeFloat, MAY_CHANGE] = 0.0
+    """GiB that the vision tower's activations may take; 0: an eighth of the memory. What would take more is computed again in
+    the backward pass, and in several passes (exact); a single image may take more still."""
     freeze: Several[Literal["vision", "embeddings"]] = ()
     """Parts that are not trained: the vision tower (with its mergers), the token embeddings (with a tied LM head)."""

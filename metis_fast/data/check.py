@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 import json
 import os
 import signal
@@ -16,13 +15,13 @@ from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
 
-from PIL import Image
 from tqdm import tqdm
 
 from metis_fast.data.parquet import PromptFiles, RawRow
 from metis_fast.data.row import BadRow, BadRowError
 from metis_fast.errors import DataError
-from metis_fast.types import Ability, ImageBlob, Prompt
+from metis_fast.pixels import size
+from metis_fast.types import Ability, Prompt
 
 _PIECE = 8  # rows that are sent to a process at once; at half a megabyte each, reading stays ahead of decoding
 _SMALL, _FEW = 32 << 20, 256  # bytes, and prompts to count, that are done before other processes would have started
@@ -90,7 +89,7 @@ class _Checker:
             try:
                 if isinstance(row, BadRow):
                     raise BadRowError(row)
-                prompt = row.prompt()
+                prompt = row.decoded()
                 if self.count_tokens is not None:
                     found.longest = max(found.longest, self._length(prompt, row, self.count_tokens))
             except BadRowError as error:
@@ -99,7 +98,7 @@ class _Checker:
             found.abilities[prompt.ability.value] += 1
             found.images += len(prompt.images)
             found.image_bytes += sum(len(image.data) for image in prompt.images)
-            found.sizes.update(map(_size, prompt.images))
+            found.sizes.update(size(image.data) for image in prompt.images)
         return found
 
     def _length(self, prompt: Prompt, row: RawRow, count_tokens: CountTokens) -> int:
@@ -243,11 +242,6 @@ def render_text(report: CheckReport) -> str:
 def render_json(report: CheckReport) -> str:
     """For programs: the fields of `CheckReport`, every bad row as {file, row, column, expected, got}."""
     return json.dumps(dataclasses.asdict(report), indent=2, ensure_ascii=False)
-
-
-def _size(image: ImageBlob) -> tuple[int, int]:
-    with Image.open(io.BytesIO(image.data)) as opened:
-        return opened.size
 
 
 def _area(size: tuple[int, int]) -> tuple[int, int]:

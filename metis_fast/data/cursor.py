@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
+from metis_fast import pixels
 from metis_fast.data.parquet import Layout, PromptFiles
 from metis_fast.data.row import BadRowError
 from metis_fast.errors import CheckpointError, DataError
-from metis_fast.types import Prompt
+from metis_fast.types import ImageBlob, Prompt
 
 _LOG = logging.getLogger(__name__)
+_AHEAD = 16  # rows whose images are looked at together, where all of them are read
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,22 +61,45 @@ def _raw(seed: int, stream: tuple[int, ...], num: int) -> npt.NDArray[np.uint64]
     return np.random.PCG64(np.random.SeedSequence(seed % 2**64, spawn_key=stream)).random_raw(num)
 
 
-def read_once(files: PromptFiles, on_bad_row: Literal["stop", "skip"]) -> Iterator[Prompt]:
+CheckImages = Callable[[Sequence[ImageBlob]], Mapping[str, str]]
+"""What is wrong with images, by SHA-256; those that can be used may be missing."""
+
+
+def decode_all(images: Sequence[ImageBlob]) -> dict[str, str]:
+    """`CheckImages` that only decodes."""
+    return {image.sha256: pixels.problem(image.data) for image in images}
+
+
+def _read(files: PromptFiles, rows: Sequence[int], check: CheckImages) -> Iterator[tuple[int, Prompt | BadRowError]]:
+    """Some rows, their images looked at together."""
+    found: list[tuple[int, Prompt | BadRowError]] = []
+    for row in rows:
+        try:
+            found.append((row, files.read(row)))
+        except BadRowError as error:
+            found.append((row, error))
+    problems = check([image for _, prompt in found if isinstance(prompt, Prompt) for image in prompt.images])
+    for row, prompt in found:
+        yield row, (isinstance(prompt, Prompt) and files.unusable(row, prompt, problems)) or prompt
+
+
+def read_once(files: PromptFiles, on_bad_row: Literal["stop", "skip"], check: CheckImages = decode_all) -> Iterator[Prompt]:
     """Every usable prompt, in the order of the files.
+
+    check: of their images, some rows ahead.
 
     Raises:
         BadRowError: a bad row, with on_bad_row="stop".
         DataError: a file cannot be read any more.
     """
-    for index in range(len(files)):
-        try:
-            prompt = files.read(index)
-        except BadRowError as error:
+    for start in range(0, len(files), _AHEAD):
+        for _, prompt in _read(files, range(start, min(start + _AHEAD, len(files))), check):
+            if isinstance(prompt, Prompt):
+                yield prompt
+                continue
             if on_bad_row == "stop":
-                raise
-            _LOG.warning("skipped bad row: %s", error.bad_row)
-            continue
-        yield prompt
+                raise prompt
+            _LOG.warning("skipped bad row: %s", prompt.bad_row)
 
 
 class PromptCursor:
@@ -83,10 +109,16 @@ class PromptCursor:
     """
 
     def __init__(
-        self, files: PromptFiles, seed: int, shuffle: bool = True, on_bad_row: Literal["stop", "skip"] = "stop"
+        self,
+        files: PromptFiles,
+        seed: int,
+        shuffle: bool = True,
+        on_bad_row: Literal["stop", "skip"] = "stop",
+        check: CheckImages = decode_all,
     ) -> None:
-        """seed, shuffle: see `epoch_order`; without shuffling, rows come in the order of the files."""
-        self._files, self._seed, self._shuffle, self._on_bad_row = files, seed, shuffle, on_bad_row
+        """seed, shuffle: see `epoch_order`; without shuffling, rows come in the order of the files. check: of the images of
+        rows that are drawn together; a row with one that cannot be used is a bad one."""
+        self._files, self._seed, self._shuffle, self._on_bad_row, self._check = files, seed, shuffle, on_bad_row, check
         self._epoch = self._position = self._skipped = 0
         self._order: tuple[int, npt.NDArray[np.int64]] | None = None
         self._logged: set[int] = set()
@@ -124,16 +156,17 @@ class PromptCursor:
         order, prompts = self._order_of(epoch), list[tuple[int, Prompt]]()
         usable = position > 0  # a place inside an epoch is always one behind a usable row
         while len(prompts) < n:
-            index = int(order[position])
-            try:
-                prompts.append((index, self._files.read(index)))
-                usable = True
-            except BadRowError as error:
+            rows = [int(row) for row in order[position : position + n - len(prompts)]]
+            for row, prompt in _read(self._files, rows, self._check):
+                if isinstance(prompt, Prompt):
+                    prompts.append((row, prompt))
+                    usable = True
+                    continue
                 if self._on_bad_row == "stop":
-                    raise
+                    raise prompt
                 skipped += 1
-                self._log_once(index, error)
-            position += 1
+                self._log_once(row, prompt)
+            position += len(rows)
             if position == len(order):
                 if not usable:
                     raise DataError(f"no usable row among {len(order)}; run `metis-fast data check` on the files")
@@ -141,6 +174,10 @@ class PromptCursor:
                 order = self._order_of(epoch)
         self._epoch, self._position, self._skipped = epoch, position, skipped
         return prompts
+
+    async def begin(self, n: int) -> list[tuple[int, Prompt]]:
+        """As `draw`, in a thread: rows are read and their images decoded."""
+        return await asyncio.to_thread(self.draw, n)
 
     def state(self) -> CursorState:
         """Where the stream stands; `restore` continues with the prompt that `next` would have given."""

@@ -21,8 +21,9 @@ import pyarrow.parquet as pq
 
 from metis_fast.arrow_types import is_bytes, is_string, item, stored
 from metis_fast.data.content import DataRecord, row_digest
-from metis_fast.data.row import BadRow, BadRowError, MisfitError, parse_prompt
+from metis_fast.data.row import BadRow, BadRowError, MisfitError, misfit_image, parse_prompt
 from metis_fast.errors import DataError, one_line
+from metis_fast.pixels import problem
 from metis_fast.types import JsonScalar, Message, Prompt
 
 _LOG = logging.getLogger(__name__)
@@ -63,7 +64,7 @@ class RawRow:
     bad: BadRow | None = None
 
     def prompt(self) -> Prompt:
-        """The row, parsed; its images are decoded once, to see that they can be.
+        """The row, parsed. Its images may be damaged behind their headers: see `decoded`.
 
         Raises:
             BadRowError: it does not fit the schema.
@@ -73,7 +74,23 @@ class RawRow:
         try:
             return parse_prompt(self.values, self.uid, self.path.parent)
         except MisfitError as misfit:
-            raise BadRowError(BadRow(str(self.path), self.row, misfit.column, misfit.expected, misfit.got)) from None
+            raise _bad(self.path, self.row, misfit) from None
+
+    def decoded(self) -> Prompt:
+        """As `prompt`; its images are decoded whole, to see that they can be.
+
+        Raises:
+            BadRowError: it does not fit the schema, or an image cannot be decoded.
+        """
+        prompt = self.prompt()
+        misfit = misfit_image(prompt, {image.sha256: problem(image.data) for image in prompt.images})
+        if misfit is not None:
+            raise _bad(self.path, self.row, misfit)
+        return prompt
+
+
+def _bad(path: Path, row: int, misfit: MisfitError) -> BadRowError:
+    return BadRowError(BadRow(str(path), row, misfit.column, misfit.expected, misfit.got))
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,6 +182,11 @@ class PromptFiles:
         """
         row_group = self.row_groups[self._group_of(index)]
         return self._raw(self._table(row_group), index - row_group.start, index).prompt()
+
+    def unusable(self, index: int, prompt: Prompt, problems: Mapping[str, str]) -> BadRowError | None:
+        """The error of row `index` if one of its images has something in `problems`, by SHA-256."""
+        misfit = misfit_image(prompt, problems)
+        return None if misfit is None else _bad(*self.location(index), misfit)
 
     def raw_rows(self, row_group: RowGroup) -> Iterator[RawRow]:
         """The rows of a row group, not parsed yet; they stream past the cache.

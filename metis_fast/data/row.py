@@ -14,7 +14,7 @@ from typing import Any
 from metis_fast.errors import DataError, one_line
 from metis_fast.image_source import NoImageError, read_image
 from metis_fast.judge_styles import STYLES, known_style
-from metis_fast.pixels import ImageError, decode
+from metis_fast.pixels import ImageError, size
 from metis_fast.types import Ability, ImageBlob, JsonScalar, Message, Prompt
 
 _ROLES = ("system", "user", "assistant")
@@ -62,7 +62,7 @@ class MisfitError(Exception):
 
 
 def parse_prompt(row: Mapping[str, Any], uid: str, folder: Path) -> Prompt:
-    """One row as a prompt.
+    """One row as a prompt. Of its images the headers are read; `misfit_image` says what is found behind them.
 
     row: column -> plain Python value as Arrow makes it; `images` and `extra_info` may be missing.
     folder: what relative image paths start from.
@@ -103,6 +103,14 @@ def parse_prompt(row: Mapping[str, Any], uid: str, folder: Path) -> Prompt:
         question=question,
         extra=extra,
     )
+
+
+def misfit_image(prompt: Prompt, problems: Mapping[str, str]) -> MisfitError | None:
+    """What is wrong with the first image of a row that has something in `problems`, by SHA-256."""
+    for number, image in enumerate(prompt.images):
+        if problem := problems.get(image.sha256):
+            return MisfitError(f"images[{number}]", "an image that Pillow can decode", f"{len(image.data)} bytes: {problem}")
+    return None
 
 
 def _messages(value: Any) -> tuple[Message, ...]:
@@ -160,7 +168,7 @@ def _image(entry: Any, column: str, folder: Path) -> ImageBlob:
     except NoImageError as error:
         raise MisfitError(column, error.expected, error.got) from None
     try:
-        width, height = decode(data).size
+        width, height = size(data)
     except ImageError as error:
         raise MisfitError(column, "an image that Pillow can decode", f"{len(data)} bytes: {one_line(error)}") from None
     if max(width, height) > _MAX_ASPECT * min(width, height):

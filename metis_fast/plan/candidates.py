@@ -39,7 +39,9 @@ def evaluate(setting: Setting, layout: MegatronConfig, own: bool = False) -> Can
     size = Pass.largest(setting.config, setting.shape)
     step = layout.tensor_parallel * layout.data_parallel
     ranks = [
-        stage_memory(setting.config, setting.shape, layout, place(stage * step, layout), size, engine)
+        stage_memory(
+            setting.config, setting.shape, layout, place(stage * step, layout), size, engine, gpu_memory=setting.gpu.memory
+        )
         for stage in range(layout.pipeline_parallel)
     ]
     worst = max(range(len(ranks)), key=lambda stage: ranks[stage].total)

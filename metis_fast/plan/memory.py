@@ -7,6 +7,7 @@ and activations.
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -15,6 +16,7 @@ from transformers import PretrainedConfig
 from metis_fast.config import Config, MegatronConfig
 from metis_fast.plan.gpus import GIB
 from metis_fast.plan.shape import Shape, TowerShape
+from metis_fast.tower import SHARE
 from metis_fast.train.megatron.layout import Chunk, Place, chunks, place
 
 RESERVE = 4 * GIB
@@ -116,9 +118,16 @@ def waiting(
 
 
 def stage_memory(
-    config: Config, shape: Shape, layout: MegatronConfig, at: Place, size: Pass, engine: int, fused: bool = True
+    config: Config,
+    shape: Shape,
+    layout: MegatronConfig,
+    at: Place,
+    size: Pass,
+    engine: int,
+    fused: bool = True,
+    gpu_memory: int | None = None,
 ) -> RankMemory:
-    """See `memory`. Ranks of a stage hold the same."""
+    """See `memory`. Ranks of a stage hold the same. gpu_memory: bytes, of which the tower may take its share."""
     own = chunks(layout, shape.layers)[at.stage]
     # Megatron-core aligns each parameter to 64 elements, and the end to equal shares of whole 128
     aligned = math.lcm(layout.data_parallel, 128) if layout.distributed_optimizer else 0
@@ -127,7 +136,8 @@ def stage_memory(
     # a float32 weight is its own master
     states = 8 + (4 if config.model.dtype == "bfloat16" else 0)
     split = layout.data_parallel if layout.distributed_optimizer else 1
-    count = _Activations(shape, layout, size, element, fused, "vision" not in config.model.freeze)
+    room = int(config.model.tower_memory_gb * GIB) or (sys.maxsize if gpu_memory is None else gpu_memory // SHARE)
+    count = _Activations(shape, layout, size, element, fused, "vision" not in config.model.freeze, room)
     first, last = own[0].first, own[-1].last
     return RankMemory(
         weights=sum(e.buffer + e.frozen + (e.trained + e.frozen if config.loss.kl_coef else 0) for e in held) * element,
@@ -176,7 +186,7 @@ def in_flight(layout: MegatronConfig, stage: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class _Activations:
-    """Counts for one pass size. trained: the tower's weights are."""
+    """Counts for one pass size. trained: the tower's weights are. tower_room: see `tower.cut`."""
 
     shape: Shape
     layout: MegatronConfig
@@ -184,6 +194,7 @@ class _Activations:
     element: int
     fused: bool
     trained: bool
+    tower_room: int = sys.maxsize
 
     @property
     def _split(self) -> int:
@@ -245,13 +256,18 @@ class _Activations:
         output and its copy, fc1's output, the MLP's."""
         return (11 * tower.hidden + 2 * tower.intermediate) * self.element + 16
 
+    def _tower_again(self, tower: TowerShape) -> bool:
+        """Whether blocks are computed again, by a setting or because all of them would take more than the tower's share."""
+        whole = self.size.image_tokens * tower.merge**2 * tower.depth * self._block(tower)
+        return self.layout.recompute != "none" or whole > self.tower_room
+
     def tower_waiting(self) -> int:
         """Bytes of a pass through a trained tower that wait for its backward pass."""
         tower, b = self.shape.tower, self.element
         if tower is None:
             return 0
         patches = self.size.image_tokens * tower.merge**2
-        again = self.layout.recompute != "none"
+        again = self._tower_again(tower)
         blocks = tower.depth * (tower.hidden * b if again else self._block(tower))
         # pixels, and what the last block gives
         kept = (blocks + (tower.pixels + tower.hidden) * b) * patches
@@ -269,7 +285,7 @@ class _Activations:
         addends = tower.deepstack * self.shape.hidden * b * self.size.tokens
         if not self.trained:
             return math.ceil((4 * h + 2 * i) * b * patches + 2 * outputs + addends)
-        again = self.layout.recompute != "none"
+        again = self._tower_again(tower)
         # of one block: what is computed again, and the gradients of its MLP and residual
         working = ((self._block(tower) if again else 0) + (2 * i + 2 * h) * b) * patches
         return math.ceil(self._tower_passes() * self.tower_waiting() + max(working, 2 * outputs + addends))

@@ -6,15 +6,15 @@ from outside can never spell a control token or an image placeholder.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from transformers import PreTrainedTokenizerBase
 
 from metis_fast.config import CallSyntax
 from metis_fast.errors import DataError
-from metis_fast.model import ImagePreparer
 from metis_fast.model_folder import IMAGE_PAD, VISION_END, VISION_START
+from metis_fast.pictures import ImagePreparer
 from metis_fast.pixels import ImageError
 from metis_fast.rollout.calls import ParsedTurn, parse_turn
 from metis_fast.types import ImageBlob, ImageSpan, Observation, Outcome, Prompt
@@ -46,6 +46,18 @@ class Chat:
         self.im_end = ids["<|im_end|>"]
         self.stop_ids = (ids["</tool_call>"], self.im_end)
 
+    async def unusable(self, images: Sequence[ImageBlob]) -> dict[str, str]:
+        """What is wrong with images that are damaged behind their header, by SHA-256; the others are prepared, in threads."""
+        return await self._images.ready(images)
+
+    async def fit(self, observation: Observation, max_tokens: int) -> Observation:
+        """An observation whose images, which would not fit into `max_tokens` beside its text, are scaled down until they do."""
+        if not observation.images:
+            return observation
+        text = sum(len(self._encode(part)) for part in observation.text.split(IMAGE_MARK))
+        images = await self._images.scaled(observation.images, max_tokens - text - 2 * len(observation.images))
+        return replace(observation, images=images)
+
     def decode(self, tokens: Sequence[int]) -> str:
         """Text of sampled tokens, control tokens left in."""
         return str(self._tokenizer.decode(list(tokens), skip_special_tokens=False, clean_up_tokenization_spaces=False))
@@ -68,16 +80,16 @@ class Chat:
         return self._ask_tokenizer(text) if fixed is None else list(fixed)
 
     def _image_piece(self, image: ImageBlob, at: int) -> tuple[list[int], ImageSpan]:
-        grid = self._images(image).grid
-        num = self._images.num_tokens(image)
+        grid = self._images.grid(image)
+        num = grid[0] * grid[1] * grid[2] // self._images.merge**2
         tokens = [self._ids[VISION_START], *[self._ids[IMAGE_PAD]] * num, self._ids[VISION_END]]
         return tokens, ImageSpan(image.sha256, at + 1, at + 1 + num, grid)
 
     def encode_prompt(self, prompt: Prompt) -> TokenPiece:
-        """The whole prompt, up to where the assistant begins.
+        """The whole prompt, up to where the assistant begins. Images take the place that their headers ask for.
 
         Raises:
-            DataError: an image cannot be used.
+            DataError: something is no image, or of a shape that cannot be used.
         """
         out, images, text = TokenPiece(), iter(prompt.images), ""
         for message in prompt.messages:
@@ -98,12 +110,14 @@ class Chat:
         out.tokens += [*self._encode(text), self._ids["<|im_start|>"], *self._encode("assistant\n")]
         return out
 
-    def encode_observation(self, observation: Observation, after: int, max_tokens: int) -> TokenPiece:
+    def encode_observation(
+        self, observation: Observation, after: int, max_tokens: int, unusable: Mapping[str, str] | None = None
+    ) -> TokenPiece:
         """An observation with the template around it, to be appended behind a message.
 
         after: last token of the message; its `<|im_end|>` is added unless it is there. max_tokens limits the observation
         itself: text is cut at a token with a mark, images are kept or dropped whole, and nothing follows a cut. An image that
-        cannot be shown is replaced by a line that says so.
+        cannot be shown is replaced by a line that says so; unusable: what is known of them (see `unusable`).
         """
         out = TokenPiece()
         if after != self.im_end:
@@ -125,7 +139,10 @@ class Chat:
             out.tokens += tokens
             if image is None:
                 continue
+            problem = (unusable or {}).get(image.sha256)
             try:
+                if problem is not None:
+                    raise ImageError(problem)
                 tokens, span = self._image_piece(image, len(out.tokens))
             except ImageError as error:
                 tokens, span = self._encode(f"[{error}]"), None

@@ -165,7 +165,9 @@ async def _play(trace: Trace, chat: Chat, engine: _Seat, tools: ToolSession, con
         else:
             observation = await tools.call(parsed.call.name, parsed.arguments)
         seconds = time.perf_counter() - began
-        piece = chat.encode_observation(observation, trace.tokens[-1], config.max_observation_tokens)
+        observation = await chat.fit(observation, config.max_observation_tokens)
+        unusable = await chat.unusable(observation.images) if observation.images else None
+        piece = chat.encode_observation(observation, trace.tokens[-1], config.max_observation_tokens, unusable)
         if len(trace.tokens) + len(piece.tokens) >= limit:
             trace.turns.append(turn(observation.outcome, parsed.call, observation=observation.text, seconds=seconds))
             return Outcome.LENGTH
@@ -179,7 +181,7 @@ async def encode_prompts(prompts: Sequence[Prompt], chat: Chat, config: RolloutC
     wrong: list[str] = []
     too_long: list[str] = []
     for prompt in prompts:
-        await asyncio.sleep(0)  # images take their time, and a signal must get through
+        await asyncio.sleep(0)  # a signal must get through
         try:
             pieces.append(chat.encode_prompt(prompt))
         except DataError as error:

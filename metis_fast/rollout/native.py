@@ -16,6 +16,7 @@ Shape letters: N rows of the pool, A live rows, C cached tokens, L layers, K key
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -25,12 +26,38 @@ import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers import PretrainedConfig
 
-from metis_fast.model import ImageFeatures, Policy, rope_positions
+from metis_fast.config import RolloutConfig
+from metis_fast.errors import ConfigError, EngineError
+from metis_fast.model import Policy, rope_positions
 from metis_fast.rollout.engine import Completion, Sampling, SyncReport
+from metis_fast.tower import ImageFeatures
 from metis_fast.types import ImageBlob, ImageSpan
 
 _GROW = 64  # tokens by which the pool's length grows; a multiple of every SIMD width
+
+
+def check_room(config: RolloutConfig, model: PretrainedConfig, element: int, memory: int) -> None:
+    """Refuse, before anything is loaded, what this engine's cache cannot hold: keys and values of all rollouts at once.
+
+    element: bytes of an activation. memory: of the device.
+
+    Raises:
+        ConfigError: not even a quarter of the longest responses would fit.
+    """
+    text = model.get_text_config()
+    head_size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    token = text.num_hidden_layers * 2 * (text.num_key_value_heads or text.num_attention_heads) * head_size * element
+    rows = min(config.max_concurrent, config.prompts_per_step * config.rollouts_per_prompt)
+    if rows * token * config.max_response_tokens // 4 <= memory:
+        return
+    fits = memory * 4 // (token * config.max_response_tokens)
+    advice = f"rollout.max_concurrent to {fits} or less" if fits else "rollout.max_response_tokens"
+    raise ConfigError(
+        f"the native engine would keep keys and values of {rows} rollouts, {rows * token * 1000 / 1e9:.3g} GB for every 1,000 "
+        f"tokens of their length, and there are {memory / 1e9:.3g} GB in all; set rollout.engine=vllm, or lower {advice}"
+    )
 
 
 class _KvPool:
@@ -123,6 +150,11 @@ class _Session:
             raise ValueError(
                 f"{len(tokens)} tokens given, {self.cached} seen before; at least one more and one to sample needed"
             )
+        new = {span.sha256 for span in spans if span.start >= self.cached}
+        if new:  # what is damaged raises in the prefill; it was looked at before
+            await self._engine.ready([image for image in images if image.sha256 in new])
+        if not self.open:
+            raise asyncio.CancelledError
         future: asyncio.Future[Completion] = asyncio.get_running_loop().create_future()
         self.request = _Request(tokens, images, spans, sampling, future)
         self._engine.wake()
@@ -165,6 +197,10 @@ class NativeEngine:
         session = _Session(self, order, len(self._rows))
         self._rows.append(session)
         return session
+
+    async def ready(self, images: Sequence[ImageBlob]) -> None:
+        """Have the pixels of images at hand, without holding up the event loop."""
+        await self._policy.images.ready(images)
 
     async def update(self, weights: Iterator[tuple[str, Tensor]], version: int) -> SyncReport:
         """See `Engine`. No step is under way where this is awaited, and none begins before it ends."""
@@ -368,6 +404,12 @@ class NativeEngine:
         for row, (session, token, value) in enumerate(zip(sessions, chosen.tolist(), logp.tolist(), strict=True)):
             request = session.request
             assert request is not None
+            if not math.isfinite(value):
+                raise EngineError(
+                    f"the model's log-probabilities are {value} (weights of version {self.weight_version}): its weights or "
+                    "activations overflow; look at the last updates in the report, start from an earlier checkpoint, or set "
+                    "model.dtype=float32"
+                )
             request.out_tokens.append(token)
             request.out_logp.append(value)
             request.out_version.append(self.weight_version)

@@ -83,7 +83,7 @@ class Rules:
 class Cursor(Protocol):
     """Where prompts come from; see `PromptCursor`."""
 
-    def draw(self, n: int) -> list[tuple[int, Prompt]]:
+    async def begin(self, n: int) -> list[tuple[int, Prompt]]:
         """The next prompts, with their rows."""
         ...
 
@@ -164,7 +164,7 @@ class Schedule:
             MetisError, or a defect: as a group raised it; nothing of it is trained.
         """
         self._version = step
-        self._begin(step)
+        await self._begin(step)
         chosen = await self._choose(step, on_finished)
         assert all(one.last is not None and step <= one.last for one in chosen)
         self._remove(chosen)
@@ -174,7 +174,7 @@ class Schedule:
         await self._drop(late)
         carried = len(self._running)
         if not self._rules.closed and step + 1 < self._rules.steps:
-            self._begin(step)
+            await self._begin(step)
         chosen.sort(key=lambda one: one.place.number)
         return Taken([one.task.result() for one in chosen], len(self._running), carried, len(late))
 
@@ -182,7 +182,7 @@ class Schedule:
         """Cancel what is being sampled, and let it clean up."""
         await self._cancel(list(self._running))
 
-    def _begin(self, step: int) -> None:
+    async def _begin(self, step: int) -> None:
         """Begin as many groups as the rules allow."""
         rules = self._rules
         room = (step + 1 + rules.ahead) * rules.per_step + rules.extra - self._taken - len(self._running)
@@ -192,9 +192,8 @@ class Schedule:
             room = 0  # the next batch is there; what would be begun now would only grow old
         again, self._line = self._line[: max(0, room)], self._line[max(0, room) :]
         new = max(0, min(room - len(again), rules.steps * rules.per_step + rules.extra - self._drawn))
-        drawn = (
-            [(Pending(self._drawn + i, row), prompt) for i, (row, prompt) in enumerate(self._cursor.draw(new))] if new else []
-        )
+        rows = await self._cursor.begin(new) if new else []
+        drawn = [(Pending(self._drawn + i, row), prompt) for i, (row, prompt) in enumerate(rows)]
         self._drawn += new
         for place, prompt in [*again, *drawn]:
             prompt = prompt if prompt is not None else self._cursor.read(place.row)

@@ -68,7 +68,8 @@ class TorchTrainer:
         self._config = config
         self._group = group
         vision_trained = "vision" not in config.model.freeze
-        self._forward = PackPass(policy, config.train.attention, vision_trained)
+        kept = round(config.model.image_cache_gb * (1 << 30)) if config.train.share_images else 0
+        self._forward = PackPass(policy, config.train.attention, vision_trained, group is not None, kept)
         parameters = trainable(policy.model, config.model.freeze)
         if group is not None:
             if optim.muon_lr:
@@ -132,7 +133,9 @@ class TorchTrainer:
         for name, inner in self.optimizer.named():
             moments = take_prefix(f"{OPTIMIZER}{name}.", state.tensors)
             masters = [master for part in inner.param_groups for master in part["params"]]
-            live = {path: masters[int(path.split(".")[1])] for path in moments if path.startswith("state.")}
+            # another `model.freeze` has fewer masters: `unflatten_optimizer` says so
+            at = {path: int(path.split(".")[1]) for path in moments if path.startswith("state.")}
+            live = {path: masters[i] for path, i in at.items() if i < len(masters)}
             unflatten_optimizer(inner, FlatOptimizer(split_like(moments, live), state.scalars[name]))
         self.optimizer.num_steps = int(state.scalars["num_steps"])
 
@@ -214,10 +217,13 @@ class TorchTrainer:
                 passes[i] = [self._with_old(one, check) for one in passes[i]]
         if self._reference is not None:
             passes = self._with_reference(passes)
-        return tuple(
-            self._step(batch, own, i, check if i == 0 else lambda: None)
-            for i, (batch, own) in enumerate(zip(batches, passes, strict=True))
-        )
+        try:
+            return tuple(
+                self._step(batch, own, i, check if i == 0 else lambda: None)
+                for i, (batch, own) in enumerate(zip(batches, passes, strict=True))
+            )
+        finally:
+            self._forward.forget()
 
     def _with_old(self, one: _Pass, check: Callable[[], None]) -> _Pass:
         check()

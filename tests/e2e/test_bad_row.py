@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +10,9 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 from harness import error_line, run, run_state, succeed
+from PIL import Image
 
 from metis_fast.data.cursor import PromptCursor
 from metis_fast.data.parquet import PromptFiles
@@ -36,6 +39,18 @@ def damage(row: int) -> Callable[[list[dict[str, Any]]], None]:
     return change
 
 
+def cut_image(row: int) -> Callable[[list[dict[str, Any]]], None]:
+    """A photo that ends too soon: its header, which is all that is read with the row, says nothing of it."""
+
+    def change(rows: list[dict[str, Any]]) -> None:
+        photo = io.BytesIO()
+        Image.effect_noise((640, 480), 60).save(photo, "JPEG")
+        rows[row]["images"] = [{"bytes": photo.getvalue()[:-2000], "path": None}]
+        rows[row]["prompt"] = [{"role": "user", "content": "<image>What is this?"}]
+
+    return change
+
+
 def test_with_the_row_mended_it_ends_as_if_the_row_had_always_been_right(demo: Path, tmp_path: Path) -> None:
     drawn = PromptCursor(PromptFiles([demo / "data" / "train.parquet"]), seed=0).draw(2 * _PER_STEP)
     row = drawn[_PER_STEP + 1][0]
@@ -50,7 +65,10 @@ def test_with_the_row_mended_it_ends_as_if_the_row_had_always_been_right(demo: P
     assert run_state(tmp_path / "run") == run_state(demo)
 
 
-def test_with_the_row_skipped_it_ends_as_if_the_row_had_never_been(demo: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("spoil", [damage, cut_image])
+def test_with_the_row_skipped_it_ends_as_if_the_row_had_never_been(
+    demo: Path, tmp_path: Path, spoil: Callable[[int], Callable[[list[dict[str, Any]]], None]]
+) -> None:
     row = _PER_STEP + 1
     few = ["data.shuffle=false", "data.heldout=[]", "train.steps=3", "log.tensorboard=false"]
 
@@ -58,7 +76,7 @@ def test_with_the_row_skipped_it_ends_as_if_the_row_had_never_been(demo: Path, t
         data = write(demo, tmp_path / name, change)
         return ["train", demo / "config.yaml", f"run.dir={tmp_path / name / 'run'}", f"data.train={data}", *few]
 
-    with_it = command("with", damage(row))
+    with_it = command("with", spoil(row))
     assert f"row {row}," in error_line(run(with_it, tmp_path / "first"))
     shutil.copytree(tmp_path / "with" / "run", tmp_path / "stopped")
     succeed([*with_it, "data.on_bad_row=skip"], tmp_path / "second")

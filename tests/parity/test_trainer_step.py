@@ -9,7 +9,7 @@ import pytest
 import torch
 from trainer_cases import assert_close, assert_equal, config, gradients, longest, weights
 
-from metis_fast.errors import NonFiniteError
+from metis_fast.errors import CheckpointError, NonFiniteError
 from metis_fast.train.torch_backend import TorchTrainer
 
 
@@ -23,6 +23,14 @@ def test_frozen_parts_do_not_move_and_everything_else_does(trained, load_tiny, g
         if ("vision" in freeze and ".visual." in name) or ("embeddings" in freeze and "embed_tokens" in name):
             expected.add(name)
     assert still == expected
+
+
+@pytest.mark.parametrize("freezes", [([], ["vision"]), (["vision"], [])])
+def test_the_state_of_a_trainer_that_froze_other_parts_is_refused(freezes, trained, load_tiny, groups):
+    before, now = (config(model={"freeze": parts}) for parts in freezes)
+    trainer = TorchTrainer(load_tiny(), now, now.train.optim, 10)
+    with pytest.raises(CheckpointError, match=r"`model\.freeze`.* of the run that wrote it"):
+        trainer.load(trained(groups, before).state())
 
 
 def test_freezing_a_part_leaves_the_gradients_of_the_others(trained, groups):
@@ -103,3 +111,30 @@ def test_a_signal_before_the_first_step_leaves_weights_and_state(load_tiny, grou
     clean = TorchTrainer(load_tiny(), settings, settings.train.optim, 10)
     clean.update(groups)
     assert_equal(weights(trainer), weights(clean))
+
+
+@pytest.mark.parametrize("kept_gb", [2.0, 0.0])
+def test_a_frozen_tower_runs_once_for_an_image_of_an_update(load_tiny, groups, kept_gb):
+    settings = config(
+        train={"tokens_per_micro_batch": longest(groups), "prompts_per_mini_batch": 1, "skip_old_logprobs": False},
+        model={"freeze": ["vision"], "image_cache_gb": kept_gb},
+    )
+    policy = load_tiny()
+    trainer = TorchTrainer(policy, settings, settings.train.optim, 10)
+    frames: list[int] = []
+    hook = policy.model.model.visual.register_forward_hook(lambda _, args, out: frames.append(len(args[0])))
+    trainer.update(groups)
+    run = [r for g in groups for r, score in zip(g.rollouts, g.scores, strict=True) if score.needs_gradient]
+    distinct = {span.sha256: span.grid for rollout in run for span in rollout.image_spans}
+    patches = sum(t * h * w for t, h, w in distinct.values())
+    assert sum(frames) == patches if kept_gb else sum(frames) > patches
+    once, frames[:] = sum(frames), []
+    trainer.update(groups)  # nothing is kept for the next step: it may have been long ago
+    assert sum(frames) == once
+    hook.remove()
+
+
+def test_the_gradient_of_the_rest_is_the_same_with_features_that_were_kept(trained, groups):
+    train = {"tokens_per_micro_batch": longest(groups)}
+    kept, anew = (trained(groups, config(train=train, model={"freeze": ["vision"], "image_cache_gb": gb})) for gb in (2.0, 0.0))
+    assert_close(gradients(kept), gradients(anew))

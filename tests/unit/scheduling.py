@@ -13,7 +13,7 @@ class Rows:
     def __init__(self, make_prompt):
         self.make, self.next = make_prompt, 0
 
-    def draw(self, n):
+    async def begin(self, n):
         rows = range(self.next, self.next + n)
         self.next += n
         return [(row, self.read(row)) for row in rows]

@@ -41,12 +41,12 @@ ONE_MARK = [{"role": "user", "content": "<image> what?"}]
 
 
 def read_rows(folder: Path, *changes: dict[str, object]) -> list[Prompt | BadRow]:
-    """Write PLAIN with changes, one row each, and read the rows."""
+    """Write PLAIN with changes, one row each, and read the rows, their images whole."""
     pq.write_table(pa.Table.from_pylist([PLAIN | change for change in changes]), folder / "set.parquet")
     files, out = PromptFiles([folder / "set.parquet"]), []
-    for index in range(len(files)):
+    for row in files.raw_rows(files.row_groups[0]):
         try:
-            out.append(files.read(index))
+            out.append(row.decoded())
         except BadRowError as error:
             out.append(error.bad_row)
     return out
@@ -212,10 +212,10 @@ def text_of(content: object) -> list[dict[str, object]]:
         ({"images": [PNG]}, "images", "1"),
         ({"images": [None, PNG]}, "images[0]", "null"),
         ({"images": [PNG, b"no image"]}, "images[1]", "8 bytes: cannot identify image file"),
-        ({"images": [encoded(90, 90, "JPEG")[:-200]]}, "images[0]", "image file is truncated"),
-        ({"images": [encoded(90, 90, "WEBP")[:-200]]}, "images[0]", "bytes: "),
-        ({"images": [encoded(90, 90)[:-200]]}, "images[0]", "bytes: "),
-        ({"images": [PNG[:60] + bytes([PNG[60] ^ 1]) + PNG[61:]]}, "images[0]", "bytes: "),
+        ({"prompt": ONE_MARK, "images": [encoded(90, 90, "JPEG")[:-200]]}, "images[0]", "image file is truncated"),
+        ({"prompt": ONE_MARK, "images": [encoded(90, 90, "WEBP")[:-200]]}, "images[0]", "bytes: "),
+        ({"prompt": ONE_MARK, "images": [encoded(90, 90)[:-200]]}, "images[0]", "bytes: "),
+        ({"prompt": ONE_MARK, "images": [PNG[:60] + bytes([PNG[60] ^ 1]) + PNG[61:]]}, "images[0]", "bytes: "),
         ({"images": [encoded(201, 1)]}, "images[0]", "201x1"),
         ({"images": ["absent.png"]}, "images[0]", "No such file"),
         ({"images": [{"bytes": None, "path": None}]}, "images[0]", "{'bytes': None, 'path': None}"),

@@ -33,7 +33,7 @@ from metis_fast.data.scripted import (
     script_texts,
 )
 from metis_fast.errors import DataError, ModelError
-from metis_fast.model import ImagePreparer
+from metis_fast.pictures import ImagePreparer
 from metis_fast.rollout.calls import parse_turn
 from metis_fast.rollout.chat import Chat
 from metis_fast.rollout.engine import Sampling

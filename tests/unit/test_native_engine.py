@@ -10,11 +10,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers.models.qwen3_vl.configuration_qwen3_vl import Qwen3VLTextConfig
 
 from metis_fast.attention import CausalSdpa
+from metis_fast.config import RolloutConfig
+from metis_fast.errors import ConfigError, EngineError
 from metis_fast.model import rope_positions
 from metis_fast.rollout.engine import Sampling
-from metis_fast.rollout.native import NativeEngine
+from metis_fast.rollout.native import NativeEngine, check_room
 from metis_fast.types import Observation
 
 
@@ -261,6 +264,15 @@ def test_a_failure_inside_a_step_reaches_every_waiting_session(policy, act, alon
     assert_same(asyncio.run(run()), alone(MANY[0]))
 
 
+def test_weights_that_overflow_end_in_one_line(load_tiny, pieces):
+    policy = load_tiny()
+    with torch.no_grad():
+        policy.decoder.norm.weight *= 1e38
+    engine = NativeEngine(policy)
+    with pytest.raises(EngineError, match=r"log-probabilities are (nan|-inf).*overflow; .*model\.dtype=float32"):
+        asyncio.run(engine.session(0).generate(pieces[1].tokens, [], [], Sampling(4, ())))
+
+
 @pytest.mark.parametrize("deterministic", [True, False])
 def test_closing_the_engine_cancels_requests_and_leaves_it_usable(policy, act, alone, pieces, deterministic):
     async def run():
@@ -441,3 +453,18 @@ def test_placeholders_are_never_sampled_even_with_all_the_mass(load_tiny, pieces
     assert not np.isin(out.tokens, policy.placeholder_ids).any()
     assert out.logp.max() < -1000  # of the full distribution: the placeholders do hold all mass
     assert len(set(out.tokens.tolist())) > 40  # the rest is uniform, and is drawn as such
+
+
+def test_a_cache_that_no_memory_holds_is_refused_by_arithmetic():
+    text = Qwen3VLTextConfig(
+        hidden_size=4096, num_hidden_layers=36, num_attention_heads=32, num_key_value_heads=8, head_dim=128
+    )
+    paper = RolloutConfig()
+    with pytest.raises(
+        ConfigError, match=r"of 512 rollouts, 75\.5 GB for every 1,000 tokens .*141 GB in all; set rollout\.engine=vllm"
+    ):
+        check_room(paper, text, 2, 141 * 10**9)
+    with pytest.raises(ConfigError, match=r"lower rollout\.max_concurrent to 39 or less"):
+        check_room(paper, text, 2, 24 * 10**9)
+    check_room(paper.model_copy(update={"max_concurrent": 39}), text, 2, 24 * 10**9)
+    check_room(paper.model_copy(update={"prompts_per_step": 2}), text, 2, 24 * 10**9)

@@ -10,9 +10,10 @@ import pytest
 from pictures import MODES, RAMP, TRANSPARENT, UPRIGHT, WIDE, encoded, turned
 from PIL import Image
 
-from metis_fast.data.row import MisfitError, parse_prompt
+from metis_fast.data.parquet import RawRow
+from metis_fast.data.row import BadRowError
 from metis_fast.model import Policy
-from metis_fast.pixels import ImageError, decode, to_rgb
+from metis_fast.pixels import ImageError, decode, size, to_rgb
 from metis_fast.tools.image_search import describe
 from metis_fast.types import ImageBlob
 
@@ -62,6 +63,21 @@ def test_of_an_animation_the_first_frame_counts(kind: str) -> None:
     options = {"lossless": True} if kind == "WEBP" else {}
     got = decode(encoded(frames[0], kind, save_all=True, append_images=frames[1:], duration=40, **options))
     assert got.getpixel((30, 20)) == (255, 0, 0)
+
+
+def test_the_size_is_known_from_the_header() -> None:
+    files = {f"{kind} {turn}": turned(turn, kind) for kind in ("JPEG", "PNG", "WEBP", "TIFF") for turn in range(1, 9)}
+    for name, data in {**files, **MODES, **TRANSPARENT, **WIDE}.items():
+        assert size(data) == decode(data).size, name
+        assert size(data[: len(data) // 2 + 200]) == size(data), name  # nothing behind it is read, but for what turns a PNG
+
+
+def test_a_png_may_say_behind_its_pixels_how_it_is_turned() -> None:
+    data = turned(6, "PNG")
+    at = data.index(b"eXIf") - 4
+    end = at + 12 + int.from_bytes(data[at : at + 4], "big")
+    late = data[:at] + data[end:-12] + data[at:end] + data[-12:]
+    assert size(late) == decode(late).size == (64, 48)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -128,15 +144,18 @@ def test_a_damaged_image_is_usable_everywhere_or_a_bad_row_everywhere(name: str,
             "ability": "perception", "reward_model": {"style": "rule", "ground_truth": "a"},
         }  # fmt: skip
         try:
-            parse_prompt(row, "t:0", Path())
-        except MisfitError as misfit:
+            RawRow("t:0", Path("t.parquet"), 0, row).decoded()
+        except BadRowError as error:
+            misfit = error.bad_row
             assert misfit.column == "images[0]" and len(misfit.got.splitlines()) == 1
             with pytest.raises(ImageError):
-                policy.images(blob)
+                policy.images.picture(blob)
+            assert policy.images.broken([blob])[blob.sha256]
             continue
         usable += 1
         image = decode(blob.data)
         assert image.mode == "RGB" and np.isfinite(describe(image)).all()
+        assert size(blob.data) == image.size and not policy.images.broken([blob])
         if max(image.size) <= 2048:
             assert policy.images(blob).pixels.isfinite().all()
     assert 0 < usable < 500

@@ -33,14 +33,12 @@ from megatron.core.utils import make_tp_sharded_tensor_for_checkpoint, make_view
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
-from transformers.models.qwen3_vl.modeling_qwen3_vl import (
-    BaseModelOutputWithDeepstackFeatures,
-    Qwen3VLTextRotaryEmbedding,
-    Qwen3VLVisionModel,
-)
+from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextRotaryEmbedding, Qwen3VLVisionModel
 
+from metis_fast.attention import IMAGES
 from metis_fast.config import MegatronConfig
-from metis_fast.model import Patches
+from metis_fast.pictures import ImagePreparer, Picture
+from metis_fast.tower import default_room, encode
 from metis_fast.train.megatron.layout import Chunk, parts
 from metis_fast.train.megatron.modules import PackParams, RMSNorm, has_transformer_engine, layer_spec
 from metis_kernels import Segments
@@ -58,7 +56,7 @@ class PassInput:
     tokens_N: Tensor
     positions_3N: Tensor
     segments: Segments
-    images: tuple[Patches, ...]
+    images: tuple[Picture, ...]
     image_order: tuple[int, ...]
 
 
@@ -155,8 +153,8 @@ class MegatronPolicy(LanguageModule):
     Weights are left as they come; `step.load_weights` reads them.
 
     transformer: `megatron_config` of config, which is transformers'. with_transformer_engine: use its linear layers where there
-    is a GPU and they are installed. vision_trained: whether the tower needs a graph. vp_stage: number of the chunk, where a
-    stage has several.
+    is a GPU and they are installed. vision_trained: whether the tower needs a graph. images: of the first stage of a model that
+    has a tower; tower_bytes: `model.tower_memory_gb`. vp_stage: number of the chunk, where a stage has several.
     """
 
     def __init__(
@@ -169,6 +167,8 @@ class MegatronPolicy(LanguageModule):
         with_transformer_engine: bool,
         attention: AttentionImpl,
         vision_trained: bool,
+        images: ImagePreparer | None = None,
+        tower_bytes: int = 0,
         vp_stage: int | None = None,
     ) -> None:
         super().__init__(config=transformer, pg_collection=groups)
@@ -180,6 +180,7 @@ class MegatronPolicy(LanguageModule):
         self.share_embeddings_and_output_weights = bool(config.tie_word_embeddings)
         self._attention: AttentionImpl = attention
         self._vision_trained = vision_trained
+        self._images, self._tower_bytes = images, tower_bytes
         self._vision = vision
         self._image_token = getattr(config, "image_token_id", -1)
         self.rotary = (Qwen3RotaryEmbedding if vision is None else Qwen3VLTextRotaryEmbedding)(text)  # pyright: ignore[reportArgumentType]
@@ -193,7 +194,7 @@ class MegatronPolicy(LanguageModule):
                 tp_group=groups.tp,
             )
             if vision is not None:
-                vision._attn_implementation = "sdpa"
+                vision._attn_implementation = IMAGES
                 self.visual = cast(Qwen3VLVisionModel, Qwen3VLVisionModel._from_config(vision, dtype=transformer.params_dtype))
                 if transformer.recompute_granularity is not None and vision_trained:
                     self.visual.gradient_checkpointing_enable({"use_reentrant": False})
@@ -295,22 +296,13 @@ class MegatronPolicy(LanguageModule):
 
     def _encode(self, pack: PassInput) -> tuple[Tensor, list[Tensor]]:
         """Tower features of the placeholder spans, in reading order: embeddings, and one tensor a deepstack layer."""
-        assert self._vision is not None
-        device, merge = pack.tokens_N.device, self._vision.spatial_merge_size
-        images = pack.images or (_blank(self.visual, merge),)
+        assert self._images is not None
+        images = pack.images or (_blank(self.visual),)
         order = pack.image_order if pack.images else (0,)
-        pixels = torch.cat([image.pixels for image in images]).to(device)
-        grid = torch.tensor([image.grid for image in images], device=device)
+        room = self._tower_bytes or default_room(pack.tokens_N.device)
         with torch.set_grad_enabled(torch.is_grad_enabled() and self._vision_trained):
-            out = cast(BaseModelOutputWithDeepstackFeatures, self.visual(pixels.to(self.visual.dtype), grid_thw=grid))
-        assert out.pooler_output is not None and out.deepstack_features is not None
-        sizes = [t * h * w // merge**2 for t, h, w in (image.grid for image in images)]
-
-        def ordered(features: Tensor) -> Tensor:
-            parts = features.split(sizes)
-            return torch.cat([parts[i] for i in order])
-
-        return ordered(out.pooler_output), [ordered(layer) for layer in out.deepstack_features]
+            features = encode(self.visual, self._images, images, room).take(order)
+        return torch.cat(features.embeds), [torch.cat(layer) for layer in features.deepstack]
 
     def tie_embeddings_and_output_weights_state_dict(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
@@ -342,7 +334,7 @@ class MegatronPolicy(LanguageModule):
         return copy_to_tensor_model_parallel_region(hidden_NBH, group=group)[:, 0]
 
 
-def _blank(visual: Qwen3VLVisionModel, merge: int) -> Patches:
+def _blank(visual: Qwen3VLVisionModel) -> Picture:
     """The smallest image there is."""
-    weight = visual.patch_embed.proj.weight
-    return Patches(torch.zeros(merge * merge, weight[0].numel()), (1, merge, merge))
+    merge, side = visual.spatial_merge_size, visual.spatial_merge_size * visual.patch_size
+    return Picture(torch.zeros(side, side, 3, dtype=torch.uint8), (1, merge, merge))

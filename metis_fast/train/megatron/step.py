@@ -27,8 +27,8 @@ from torch import Tensor
 
 from metis_fast.checkpoint.safetensors_folder import FolderReader
 from metis_fast.errors import NonFiniteError
-from metis_fast.model import ImagePreparer
 from metis_fast.model_folder import hf_shapes, load_processor, may_have, read_config
+from metis_fast.pictures import ImagePreparer
 from metis_fast.train.flops import FlopModel
 from metis_fast.train.megatron import cpu, groups, layout
 from metis_fast.train.megatron import names as hf_names
@@ -87,6 +87,13 @@ class Worker:
         self._megatron = megatron_config(self._layout, self._hf, dtype)
         self._chunks = layout.chunks(self._layout, layout.parts(self._hf)[0].num_hidden_layers)[self._place.stage]
         frozen = config.model.freeze
+        _, vision = layout.parts(self._hf)
+        self._images: ImagePreparer | None = None
+        self._merge = 1
+        if vision is not None:
+            self._merge = vision.spatial_merge_size
+            if self._place.stage == 0:
+                self._images = ImagePreparer(load_processor(task.folder), round(config.model.image_cache_gb * (1 << 30)))
         self._policies = [
             MegatronPolicy(
                 self._megatron,
@@ -96,6 +103,8 @@ class Worker:
                 with_transformer_engine=self._layout.transformer_engine == "auto",
                 attention=config.train.attention,
                 vision_trained="vision" not in frozen,
+                images=self._images,
+                tower_bytes=round(config.model.tower_memory_gb * (1 << 30)),
                 vp_stage=i if len(self._chunks) > 1 else None,
             )
             for i, chunk in enumerate(self._chunks)
@@ -107,13 +116,6 @@ class Worker:
                 is_embedding = name.startswith(("embedding.", "output_layer."))
                 if (name.startswith("visual.") and "vision" in frozen) or (is_embedding and not head_trained):
                     parameter.requires_grad_(False)
-        _, vision = layout.parts(self._hf)
-        self._images: ImagePreparer | None = None
-        self._merge = 1
-        if vision is not None:
-            self._merge = vision.spatial_merge_size
-            if self._place.stage == 0:
-                self._images = ImagePreparer(load_processor(task.folder))
         overlap = self._layout.overlap_reduction
         self._overlap = overlap == "on" or (overlap == "auto" and context.device.type == "cuda")
         self._models = [self._wrap(policy) for policy in self._policies]
@@ -198,7 +200,7 @@ class Worker:
         if extra:
             offsets = (*segments.offsets, segments.num_tokens + extra)
             segments = Segments(offsets, (*segments.prefix, -1))
-        images = () if self._images is None else tuple(self._images(image) for image in pack.images)
+        images = () if self._images is None else tuple(self._images.pictures(pack.images))
         given = PassInput(
             torch.nn.functional.pad(pack.tokens_N, (0, extra)).to(device),
             torch.nn.functional.pad(pack.positions_3N, (0, extra)).to(device),
