@@ -11,6 +11,7 @@ _SYMBOLS = (  # of the 118 elements
 _COMPOUND = re.compile(rf"(?=.{{1,40}}$)(?:[(\[]*(?:{_SYMBOLS})\d*(?:[)\]]\d*)*)+(?:\^?\d?[+-])?")
 _SUBSCRIPTED = re.compile(r"(?<![\w\\])[A-Z(](?:[A-Za-z0-9()_]|(?<=_)\{\d+\}){0,40}")
 _SUBSCRIPT = re.compile(r"_\{?(\d+)\}?")
+_CHARGED = re.compile(r"(?<![\w\\])((?:[A-Z][a-z]?){1,4})\^(?=\d?[+-](?!\w))")  # Fe_3^+ is another one than Fe3+
 
 
 def is_compound(text: str) -> bool:
@@ -19,7 +20,8 @@ def is_compound(text: str) -> bool:
 
 
 def without_subscripts(text: str) -> str:
-    """Text with chemical formulas in it on one line: CO_2 is CO2; x_1 stays."""
+    """Text with chemical formulas in it on one line: CO_2 is CO2, Fe^3+ is Fe3+; x_1 and x^2 stay."""
+    text = _CHARGED.sub(lambda found: found[1] if is_compound(found[1]) else found[0], text)
     if "_" not in text:
         return text
     return _SUBSCRIPTED.sub(lambda found: plain if is_compound(plain := _SUBSCRIPT.sub(r"\1", found[0])) else found[0], text)

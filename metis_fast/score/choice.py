@@ -8,6 +8,7 @@ import unicodedata
 from collections.abc import Callable, Iterable
 
 from metis_fast.score import rule
+from metis_fast.score.letter_case import has_words, same_words
 from metis_fast.score.text import fold, normalise, one_line
 from metis_fast.types import Prompt
 
@@ -21,22 +22,31 @@ _LEAD_IN = re.compile(
     r"^(?:(?:so|thus|hence|therefore)\b,?\s*)?(?:I\s+(?:think|believe|choose|pick|select|would\s+say|say)\s+(?:that\s+)?)?"
     r"(?:(?:(?:the|my)\s+)?(?:(?:correct|right|best|final)\s+)?(?:answers?|options?|choices?)\b"
     r"(?:\s+(?:is|are|would be|must be)\b)?\s*:?\s*"
-    r"|it(?:'s|\s+is)\s+|(?:正确)?(?:答案|选项|选择)(?:是|为)?\s*:?\s*|选\s*(?=[A-Z(]))?",
+    r"|it(?:'s|\s+is)\s+|(?:应该|应)(?=选)|(?:正确)?(?:答案|选项|选择)(?:是|为)?\s*:?\s*|选\s*(?=[A-Z(]))?",
     re.IGNORECASE,
 )
 _BOLD_LETTER = re.compile(r"(?<![\w*])(\*\*|__|`)(\(?[A-Za-z][).:]*)\1(?![\w*])")
 _SEPARATOR = re.compile(r"[^\S\n]*(?:[,;、/&+]|\band\b|和|与|及)[^\S\n]*|[^\S\n]+")  # what stands in lines is no list
 _LETTER = re.compile(r"[(\[]?([A-Za-z])[)\].:]*")
-# A delimiter is needed before the option's text: "A dog" is an article and a noun.
+# A delimiter is needed before the option's text: "A dog" is an article and a noun. What may be a sign or a decimal point,
+# (B) -5, is one only with a space behind it.
 _LETTER_AND_TEXT = re.compile(
-    r"(?:[(\[]([A-Za-z])[)\]]\s*[.:,-]?\s*|([A-Za-z])(?:\s*[).:,]\s*|\s+-+\s+|\s+(?=\()))(.+)", re.DOTALL
+    r"(?:[(\[]([A-Za-z])[)\]]\s*(?:[:,]\s*|[.-]+\s+)?"
+    r"|([A-Za-z])(?:\s*[):,]\s*|\.(?!\d)\s*|\s+-+\s+|\s+(?=\()|\s*\n))(.+)",
+    re.DOTALL,
 )
+# "a for loop" and "I as an assistant" are no reasons.
 _LETTER_AND_REASON = re.compile(
-    r"[(\[]?([A-Za-z])[)\].:]*\s*[,;-]?\s*(?:(?:because|since|as|for|given|due\s+to)\b|因为|由于)(.*)",
-    re.DOTALL | re.IGNORECASE,
+    r"(?:[(\[]?([A-Za-z])[)\].:]*\s*[,;-]?\s*(?:(?:because|since)\b|因为|由于)"
+    r"|(?:[(\[]?([A-Za-z])[)\].:]*\s*[)\].:,;-]|([BCDEFGHJ-Z]))\s*(?:as|for|given|due\s+to)\b)(.*)",
+    re.DOTALL,
 )
 _LETTER_IS_RIGHT = re.compile(
-    r"[(\[]?([A-Z])[)\]]?\s+(?:is|looks|seems)\s+(?:the\s+)?(?:correct|right|best|true)(?:\s+(?:answer|option|choice|one))?"
+    r"[(\[]?([A-Z])[)\]]?\s+(?:is|looks|seems)\s+(?:the\s+)?(?:(?:correct|right|best|true)(?:\s+(?:answer|option|choice|one))?"
+    r"|(?:answer|option|choice))"
+)
+_LETTERS_ARE_RIGHT = re.compile(
+    r"(?:both\s+)?(.+?)(?:\s+are\s+(?:both\s+)?(?:the\s+)?(?:correct|right|true)(?:\s+(?:answer|option|choice)s)?)?"
 )
 _LETTER_BEFORE_TEXT = re.compile(r"([A-Z])\s+(.+)", re.DOTALL)
 _OTHERS_ARE_WRONG = re.compile(
@@ -53,9 +63,13 @@ _TAKES_BACK = re.compile(
     re.IGNORECASE,
 )
 _A_LETTER = re.compile(r"(?<![\w'])(?!I\s+(?!is\b|are\b)[a-z])(?:[A-Z]|[b-hj-z])(?![\w'])")  # not of "I counted"
-_EXPLAINS = re.compile(
-    r"(?:(?:it|this|that|these|they|there|the|in|we|he|she|all|each|both)\b.*\s.*|(?:is\s+)?(?:correct|right|true|best)[.!]?)",
-    re.IGNORECASE | re.DOTALL,
+_LITTLE_WORDS = frozenset(("a", "an", "the", "of", "to", "is", "it", "be", "as", "and", "i"))
+# A reason that is in nobody's words.
+_AFFIRMS = re.compile(
+    r"(?:it|this|that)(?:'s|\s+(?:is|best|clearly|exactly|really|simply))*\s*(?:the\s+)?"
+    r"(?:fits|matches|agrees|correct|right|true|best)\b(?:\s+(?:it|best|well|exactly|here|answer|option|choice|one|the\s+\w+))?[\s.!]*"
+    r"|(?:is\s+)?(?:correct|right|true|best)[\s.!]*",
+    re.IGNORECASE,
 )
 _MARKS = tuple(
     re.compile(rf"(?:^|(?<=[\s(\[])){mark}\s*(?=\S)", re.MULTILINE)
@@ -86,9 +100,9 @@ def _read_letters(text: str) -> Letters:
     """The letters of a text that is letters and nothing else: "B", "A, C", "(A) and (C)", "AC"."""
     if re.fullmatch(r"[A-Z]{2,}", text):  # capitals in order, so that it is no word
         return frozenset(text) if all(a < b for a, b in itertools.pairwise(text)) else NONE
-    parts = [part for part in _SEPARATOR.split(text) if part]
+    parts = _SEPARATOR.split(re.sub(r"[,;、\s]+$", "", text))
     found = [_LETTER.fullmatch(part) for part in parts]
-    return frozenset(letter[1].upper() for letter in found if letter) if parts and all(found) else NONE
+    return frozenset(letter[1].upper() for letter in found if letter) if all(found) else NONE
 
 
 def read_choice(text: str, options: dict[str, str] | None = None) -> tuple[Letters, str]:
@@ -107,46 +121,42 @@ def _read(text: str, options: dict[str, str]) -> tuple[Letters, str]:
     if letters := _read_letters(text):
         return letters, ""
     if found := _LETTER_AND_REASON.fullmatch(text):
-        letter, reason = found[1].upper(), found[2].strip()
-        # Where the options are not known, the reason may be one of them: "B because a red fox".
-        if _supports(letter, reason, options) and (options or _EXPLAINS.fullmatch(reason) or _OTHERS_ARE_WRONG.match(reason)):
+        letter, reason = (found[1] or found[2] or found[3]).upper(), found[4].strip()
+        if _supports(letter, reason, options):
             return frozenset(letter), ""
     if found := _LETTER_IS_RIGHT.fullmatch(text):
         return frozenset(found[1]), ""
+    if (found := _LETTERS_ARE_RIGHT.fullmatch(text)) and (letters := _read_letters(found[1])):
+        return letters, ""
     if found := _LETTER_AND_TEXT.fullmatch(text):
         letter, rest = (found[1] or found[2]).upper(), found[3].strip()
         if rest.startswith("(") and rest.endswith(")"):
             rest = rest[1:-1]
-        if rule.equal(rest, options.get(letter, ""), 0.0):
-            return frozenset(letter), rest
-        if not _supports(letter, rest, options):
-            return NONE, text
-        if _EXPLAINS.fullmatch(rest) or (letter in options and _has(rest, options[letter])):
-            return frozenset(letter), ""
-        return (NONE, text) if letter in options else (frozenset(letter), rest)
+        if not options:
+            return (NONE, text) if _TAKES_BACK.search(rest) else (frozenset(letter), rest)
+        if named := _named(rest, options, 0.0):
+            return (frozenset(letter), rest) if letter in named else (NONE, text)
+        return (frozenset(letter), "") if _supports(letter, rest, options) else (NONE, text)
     if (found := _LETTER_BEFORE_TEXT.fullmatch(text)) and rule.equal(found[2], options.get(found[1], ""), 0.0):
         return frozenset(found[1]), found[2]
     return NONE, text
 
 
-def _has(text: str, option: str) -> bool:
-    """Whether the words of an option stand in a text."""
-    words = normalise(option)
-    return bool(words) and f" {words} " in f" {normalise(text)} "
-
-
 def _supports(letter: str, reason: str, options: dict[str, str]) -> bool:
-    """Whether what is said after a letter names no other option and takes nothing back; that others are wrong may be said."""
+    """Whether what is said after a letter speaks for it: in the words of its option, or as "it fits", or by "A is wrong"; and
+    names no other option and takes nothing back."""
     rest = _OTHERS_ARE_WRONG.sub(lambda found: "" if _denies(found[0], letter) else found[0], reason)
     if _TAKES_BACK.search(rest) or any(found[0].upper() != letter for found in _A_LETTER.finditer(rest)):
         return False
-    own = normalise(options.get(letter, ""))
+    own = options.get(letter, "")
     others = [option for other, option in options.items() if other != letter]
-    if any(_has(rest, option) and not _has(own, option) for option in others):
+    if any(has_words(rest, option) and not has_words(own, option) for option in others):
         return False
-    said, mine = set(normalise(rest).split()), set(own.split())
+    said, mine = set(normalise(rest).split()), set(normalise(own).split())
     theirs = {word for option in others for word in normalise(option).split() if len(word) > 2 or word.isdigit()}
-    return not (said & (theirs - mine) and not said & (mine - theirs))
+    if said & (theirs - mine) and not said & (mine - theirs):
+        return False
+    return not said or _AFFIRMS.fullmatch(rest) is not None or bool(said & (mine - theirs - _LITTLE_WORDS))
 
 
 def _denies(clause: str, letter: str) -> bool:
@@ -205,8 +215,8 @@ def equal(answer: str, gold: str, options: dict[str, str], tolerance: float) -> 
     letters, text = _chosen(answer, options, tolerance)
     gold_letters, gold_text = _chosen(gold, options, tolerance)
     if letters and gold_letters:
-        both_have_texts = not options and text and gold_text
-        return letters == gold_letters and (not both_have_texts or rule.equal(text, gold_text, tolerance))
+        unknown = text if not options else ""  # "E. coli" may be no choice of E
+        return letters == gold_letters and (not unknown or rule.equal(unknown, gold_text, tolerance))
     if len(letters) > 1 or len(gold_letters) > 1:
         return False
     text, gold_text = (
@@ -220,7 +230,7 @@ def _named(text: str, options: dict[str, str], tolerance: float) -> Letters:
     """The options that a text is: as it is spelt, else in the same words, else equal to the rule judge."""
     same: tuple[Callable[[str], bool], ...] = (
         lambda option: one_line(text) == one_line(option),
-        lambda option: normalise(text) == normalise(option),
+        lambda option: same_words(text, option),
         lambda option: rule.equal(text, option, tolerance),
     )
     for is_same in same:
@@ -231,6 +241,10 @@ def _named(text: str, options: dict[str, str], tolerance: float) -> Letters:
 
 def _chosen(text: str, options: dict[str, str], tolerance: float) -> tuple[Letters, str]:
     """`read_choice`, with the letter of an option that the whole text is; nothing where it may be several."""
+    bare = _unwrap(text) if len(text) <= _MAX_CHARS else ""
+    whole = NONE if len(_read_letters(bare) & options.keys()) == 1 else _named(bare, options, tolerance)
+    if len(whole) == 1:  # "a for loop"
+        return whole, ""
     letters, rest = read_choice(text, options)
     named = _named(rest, options, tolerance) if rest and len(rest) <= _MAX_CHARS else NONE
     if not letters:

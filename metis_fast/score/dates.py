@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import re
 from dataclasses import dataclass
 
@@ -29,12 +30,14 @@ _DATES = tuple(
         rf"(?P<month>{_MONTH})\.? {_DAY}(?:,? {_YEAR})?",
         rf"(?:the )?{_DAY}(?: of)? (?P<month>{_MONTH})\b\.?(?:,? {_YEAR})?",
         rf"(?P<month>{_MONTH})\.?,? {_YEAR}",
-        rf"{_YEAR}-(?P<number>0[1-9]|1[0-2])-(?P<day>0[1-9]|[12]\d|3[01])",
+        rf"{_YEAR}(?P<mark>[-/])(?P<number>0[1-9]|1[0-2])(?P=mark)(?P<day>0[1-9]|[12]\d|3[01])",
     )
 )
 _TIME = re.compile(
     r"(?P<hour>[01]?\d|2[0-3])(?::(?P<minute>[0-5]\d)(?::(?P<second>[0-5]\d))?)?\s?(?P<half>[ap]\.?\s?m\b\.?)?", re.IGNORECASE
 )
+_WEEKDAYS = ("mon", "tues", "wednes", "thurs", "fri", "satur", "sun")
+_WEEKDAY = re.compile(rf"({'|'.join(_WEEKDAYS)})day,? ", re.IGNORECASE)
 _MAX_CHARS = 40
 
 
@@ -58,9 +61,12 @@ class Time:
 
 
 def read(text: str) -> Date | Time | None:
-    """The date or time that the whole text is. Nothing with slashes: 01/02 is another day in Boston than in Berlin."""
+    """The date or time that the whole text is. 01/02 is none: it is another day in Boston than in Berlin."""
     if len(text) > _MAX_CHARS:
         return None
+    if weekday := _WEEKDAY.match(text):
+        found = read(text[weekday.end() :])
+        return found if isinstance(found, Date) and _falls_on(found, _WEEKDAYS.index(weekday[1].lower())) else None
     for form in _DATES:
         if found := form.fullmatch(text):
             parts = found.groupdict()
@@ -77,3 +83,12 @@ def read(text: str) -> Date | Time | None:
     if half:
         hour = hour % 12 + (12 if half == "p" else 0)
     return Time(hour, int(found["minute"] or 0), int(found["second"] or 0), sure)
+
+
+def _falls_on(date: Date, weekday: int) -> bool:
+    if date.year is None or date.day is None:
+        return False
+    try:
+        return datetime.date(date.year, date.month, date.day).weekday() == weekday
+    except ValueError:  # February 30
+        return False

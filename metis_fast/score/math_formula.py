@@ -27,6 +27,9 @@ _EMPTY = re.compile(
     re.IGNORECASE,
 )
 _WRAPPER = re.compile(r"\\(?:text|mathrm|boxed)\{([^{}]*)\}")
+_DOES_NOT_EXIST = re.compile(r"(?:(?:the )?limit )?(?:DNE|does not exist|doesn't exist)", re.IGNORECASE)
+_OPTION = re.compile(r"^\s*\$?\s*\\text(?:bf)?\s*\{\s*\(?[A-Z]\)\s*\}(?:\s|\\[ ,;])*(?=.)")  # \text{(B) } 5
+_REPEATING = re.compile(r"(\d*)\.(\d*)\\overline\s*\{?(\d+)\}?")
 _MEMBER = re.compile(r"^(\$?)\s*[a-zA-Z]\s*(?:∈|\\in(?![a-z]))\s*")  # x ∈ [0, 1]
 _FULL_STOP = re.compile(r"(?<=[\w)}\]$])\.(?=\$*$)")
 _ROOT = re.compile(r"√\s*(?:(\d+(?:\.\d+)?|[a-zA-Z])(?![\w.π(\\])|\(([^()]*)\))")  # √2x may be the root of either
@@ -43,11 +46,24 @@ _PLAIN_UNIT = re.compile(  # without \text; other letters are factors
     re.DOTALL,
 )
 _POINT = re.compile(r"[A-Z]\s*=?\s*(?=(?:\\left)?\(.*\d.*,|(?:\\left)?\(.*,.*\d)")
+_NAME = re.compile(
+    r"""\s*(?:(?:m\s*)?\\angle\s*[A-Z]{1,3}
+    |\\(?:vec|bar|hat|mathbf|over(?:line|rightarrow))\s*\{?\s*[A-Za-z]{1,2}\s*\}?
+    |\\(?:text|mathrm|textbf)\s*\{[^{}\d]*\}
+    |(?!\\?(?:arc)?(?:sin|cos|tan|cot|sec|csc|log|ln|lg|exp|sqrt|det|dim|max|min|gcd|lcm|deg|pi|infty|pm|sum|prod|int)(?![a-z]))
+      (?:\\[a-zA-Z]+|[A-Za-z]{4,}(?:\s+[A-Za-z]+)*|[A-Z]{2}|[A-Za-z])
+    |\(\s*[a-zA-Z](?:\s*,\s*[a-zA-Z])*\s*\))
+    (?:_(?:\{[\w,\s]*\}|\w))?(?:\s*(?:\\left)?\([^()=]*\))?\s*""",
+    re.VERBOSE,
+)
+_INDEXED = re.compile(r"([a-z])_\{?[1-9]\}?\s*=(?!=)")
 _EQUALS = re.compile(r"(?<![<>!=:])=(?!=)")
 
 
-def is_empty(text: str) -> bool:
-    return _EMPTY.fullmatch(_WRAPPER.sub(r"\1", text).strip(" .$")) is not None
+def nothing(text: str) -> str:
+    """Which nothing a text is: "empty" where there is no solution, "undefined" where a limit does not exist, "" for others."""
+    bare = _WRAPPER.sub(r"\1", text).strip(" .$")
+    return "empty" if _EMPTY.fullmatch(bare) else "undefined" if _DOES_NOT_EXIST.fullmatch(bare) else ""
 
 
 def _says_no_more(before: str, after: str) -> bool:
@@ -84,6 +100,7 @@ def read(text: str) -> str | None:
     if unboxed is None:
         return None
     text = _MEMBER.sub(r"\1", _SIGNS.sub("-", _CONSTANT.sub(r"\1 ", _FULL_STOP.sub("", unboxed))))
+    text = _REPEATING.sub(_fraction, _OPTION.sub("", text).replace("∞", r"\infty "))
     text = _ROOT.sub(lambda root: rf"\sqrt{{{root[1] or root[2]}}}", text)
     if (formula := as_latex(text)) is not None:
         return formula
@@ -99,6 +116,13 @@ def read(text: str) -> str | None:
     return _DELIMITER.sub(" ", text)
 
 
+def _fraction(found: re.Match[str]) -> str:
+    """Of 0.1666…, with a line over the 6."""
+    whole, once, again = found.groups()
+    over = int(whole + once + again) - int(whole + once or 0)
+    return rf"\frac{{{over}}}{{{(10 ** len(again) - 1) * 10 ** len(once)}}}"
+
+
 def _touches_a_digit(text: str, found: re.Match[str]) -> bool:
     return text[: found.start()].rstrip()[-1:].isdigit() or text[found.end() :].lstrip()[:1].isdigit()
 
@@ -108,6 +132,30 @@ def without_unit(formula: str) -> tuple[str, str]:
     found = _UNIT.fullmatch(formula) or _PLAIN_UNIT.fullmatch(formula)
     power = re.sub(r"[\s{}]", "", found[3] or "") if found else ""
     return (found[1], found[2] + power) if found else (formula, "")
+
+
+def has_a_name(formula: str) -> bool:
+    """Whether a single name stands before the "=": x, f(x), \\theta, area, the segment AB; but not 2x, xy, |x| or \\log x."""
+    return _NAME.fullmatch(formula.partition("=")[0]) is not None
+
+
+def without_names(one: str, other: str) -> tuple[str, str]:
+    """Two formulas without their names, x = 5 and 5, where only one has any, or both the same."""
+    named = [formula.partition("=") if _is_named(formula) else ("", "", formula) for formula in (one, other)]
+    names = {re.sub(r"\s", "", name) for name, mark, _ in named if mark}
+    if len(names) == 1 and all(mark or "=" not in formula for _, mark, formula in named):
+        return named[0][2], named[1][2]
+    indexed = [_INDEXED.findall(formula) for formula in (one, other)]
+    if "=" not in one + other or ("=" in one and "=" in other):
+        return one, other
+    letters = indexed[0] or indexed[1]  # x_1 = 1, x_2 = 2, which are roots
+    if len(set(letters)) == 1 and len(letters) == (one + other).count("="):
+        return _INDEXED.sub("", one), _INDEXED.sub("", other)
+    return one, other
+
+
+def _is_named(formula: str) -> bool:
+    return len(_EQUALS.findall(formula)) == formula.count("=") == 1 and has_a_name(formula)
 
 
 def point(formula: str) -> tuple[str, str]:

@@ -5,6 +5,7 @@ docs/scoring.md has the grammar.
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from fractions import Fraction
@@ -31,14 +32,15 @@ _PARTS = {  # text2num reads "one fifth" as 1 and an ordinal
     for over in ((word, "a", "an") if value == 1 else (word,))
     for mark in (" ", "-")
 } | {"half": "1/2"}
+_AND_A_PART = re.compile(r"(.+?)[ -]and[ -]((?:an? )?[a-z -]+)", re.IGNORECASE)  # three and a half
 _WORD_SIGN = re.compile(r"^(?:minus|negative)\s+", re.IGNORECASE)
 _POWER_OF_A_LENGTH = re.compile(r"(?<=\d)(\s?(?:[kcmd]?m|ft|in|mi|yd))([23])$")  # km2
 _NUMBER = re.compile(
     rf"""[~≈=]?\s*(?P<sign>[+-]?)\s*(?P<currency>{units.CURRENCY_MARK})?\s*(?P<sign2>-?)
     (?:(?P<mixed>\d+)[ ](?P<part>\d+)\ ?/\ ?(?P<whole>\d+)
-      |(?P<european>[1-9]\d{{0,2}}(?:[. ]\d{{3}})+,\d+|[1-9]\d{{0,2}}(?:\.\d{{3}}){{2,}})
+      |(?P<european>[1-9]\d{{0,2}}(?:[. ]\d{{3}})+,\d+)
       |(?P<value>(?:[1-9]\d{{0,2}}(?:(?:,\d{{3}})+|(?:[ ]\d{{3}})+|(?:'\d{{3}})+|(?:_\d{{3}})+)
-          |[1-9]\d?(?:,\d\d)+,\d{{3}})(?:\.\d+)?
+          |(?=[\d,]*,0)[1-9]\d?(?:,\d\d)+,\d{{3}})(?:\.\d+)?
         |\d+(?:\.\d*)?|\.\d+))
     (?:e(?P<exp>[+-]?\d{{1,4}})|\s*[x×*·]\s*10\s*(?:\^|\*\*)\s*\(?(?P<exp10>[+-]?\d{{1,4}})\)?
       |\ ?(?:\^|\*\*)\ ?\(?(?P<power>[+-]?\d{{1,4}})\)?)?
@@ -74,11 +76,20 @@ def _power(base: Fraction, exponent: int) -> Fraction | None:
     return base**exponent
 
 
+def _is_score(one: str, other: str) -> bool:
+    """50/50; or a blood pressure, or eyesight: 120/80, 20/40, which as a quotient would be in lowest terms, or of 100."""
+    if one == other:
+        return len(one) > 1
+    if not (one.isdigit() and other.isdigit()) or other.strip("0") == "1":
+        return False
+    return int(one) >= 20 and int(other) >= 20 and math.gcd(int(one), int(other)) > 1
+
+
 def _is_no_number(found: re.Match[str]) -> bool:
     """Whether it is a date, a code, a score, a season or a telephone number (01/02, 007, 50/50, 2020/21, +1 555 123); or has
     two signs."""
     codes = [part for part in (found["value"], found["over"], found["part"]) if part]
-    score = found["over"] is not None and found["value"] == found["over"] and len(found["over"]) > 1
+    score = found["over"] is not None and _is_score(found["value"] or "", found["over"])
     improper = found["mixed"] and int(found["part"]) >= int(found["whole"])
     telephone = found["sign"] == "+" and " " in (found["value"] or found["european"] or "")
     signs = bool(found["sign"] and found["sign2"])
@@ -104,6 +115,8 @@ def read(text: str) -> Number | None:
     if len(text) > 4 * _MAX_CHARS:  # before any work; wrappers may take the rest
         return None
     text = one_line(text)
+    if (found := _AND_A_PART.fullmatch(text)) and (part := _PARTS.get(found[2].lower())):
+        text = f"{digits_for_words(found[1])} {part}"
     text = _POWER_OF_A_LENGTH.sub(r"\1^\2", _WORD_SIGN.sub("-", _PARTS.get(text.lower(), digits_for_words(text))))
     if len(text) > _MAX_CHARS or (found := _NUMBER.fullmatch(text)) is None or _is_no_number(found):
         return None

@@ -114,7 +114,7 @@ def _latex(node: ast.expr, depth: int = 0) -> str:
 
 def as_latex(text: str) -> str | None:
     """The formula as LaTeX; None where it is none of Python's."""
-    if "\\" in text or "$" in text:
+    if "\\" in text or "$" in text or "^{(" in text:  # x^{(2)} is a derivative
         return None
     text = _PRODUCT.sub(r"\1*", _MODULE.sub("", text).replace("^", "**").replace("π", " pi ")).strip()
     if not _MARKS.search(text):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 import unicodedata
+from typing import NamedTuple
 
 from text_to_num import alpha2digit  # number words, which the package text2num reads
 
@@ -12,6 +13,8 @@ from metis_fast.score.chemistry import without_subscripts
 
 # NFKC would turn 10² into 102 and 3½ into 31/2.
 _SUPERSCRIPT = re.compile("[⁺⁻]?[⁰¹²³⁴⁵⁶⁷⁸⁹]+")
+_BASE = re.compile(r"(?<=\d)[₀-₉]+")  # 1101₂, which NFKC would make 11012
+_SUBSCRIPTS = str.maketrans("₀₁₂₃₄₅₆₇₈₉", "0123456789")
 _PLAIN = str.maketrans("⁺⁻⁰¹²³⁴⁵⁶⁷⁸⁹", "+-0123456789")
 _MIXED_FRACTION = re.compile(r"(?<=\d)(?=[¼-¾⅐-⅞])")
 _SAME = str.maketrans(
@@ -23,7 +26,7 @@ _SAME = str.maketrans(
         "∶": ":",
     }
 )
-_QUOTED = re.compile(r"""^(?:"([^"]*)"|'([^']*)'|\*+([^*]+)\*+|_+([^_]+)_+)$""", re.DOTALL)
+_QUOTED = re.compile(r"""^(?:"([^"]*)"|'([^']*)'|\*+([^*]+)\*+)$""", re.DOTALL)
 
 _LATEX_WRAPPER = re.compile(
     r"\\(?:boxed|fbox|text(?:bf|it|rm|sf|tt|normal)?|math(?:rm|bf|it|sf|tt)|mbox|operatorname)\*?\s*\{([^{}]*)\}"
@@ -37,11 +40,16 @@ _LATEX_MARKS = (
     (re.compile(r"\s?\^\s?\{?\s?\\circ\s?\}?|\s?\\(?:degree|circ)(?![a-zA-Z])"), "°"),
     (re.compile(r"\\times(?![a-zA-Z])|(?<=[\d)}])\s*\\cdot\s*(?=[\d({])"), "×"),  # a cross product is no dot product
     (re.compile(r"\\cdot(?![a-zA-Z])"), "·"),
+    (re.compile(r"\\pi(?![a-zA-Z])"), "π"),
+    (re.compile(r"\\sqrt\s?\{(\d+|[a-z])\}(?![\w.^!(\\])"), r"√\1"),
+    (re.compile(r"\\geq?(?![a-zA-Z])"), "≥"),
+    (re.compile(r"\\leq?(?![a-zA-Z])"), "≤"),
     (re.compile(r"\\[lc]?dots(?![a-zA-Z])"), "..."),
     (re.compile(r"\\!|\\(?:quad|qquad|thinspace|,|;|:|\s)"), " "),
     (re.compile(r"\\([%$#&_{}])"), r"\1"),
     (re.compile(r"\{,\}"), ","),
     (re.compile(r"_\{(\w*)\}(?!\w)"), r"_\1"),
+    (re.compile(r"\^\{(\d?[+-])\}"), r"^\1"),  # a charge
     (re.compile(r"\^\{([+-]?\d+|[a-zA-Z])\}(?![\w.(])"), r"^\1"),
     (re.compile(r"\^\{([^{}]*)\}"), r"^(\1)"),
 )
@@ -59,15 +67,27 @@ _ONE_OF_A_SCALE = re.compile(rf"\ba(?=\s+(?:{'|'.join(_SCALES)}|dozen)\b)", re.I
 _DIGIT_AND_SCALE = re.compile(rf"\d\s*(?:{'|'.join(_SCALES)})\b", re.IGNORECASE)  # "5 million" would become "5 1000000"
 _MAX_WORDS_CHARS = 2000  # longer texts are no numbers in words
 
+# Of 30 and 4 the sum is no number; "one hundredth" is 1/100, or the 100th.
+_NO_SUM = re.compile(
+    rf"\b(?!(?:{'|'.join(_SCALES)})\b)(?:{'|'.join(_NUMBER_WORDS)})\s+and\s+(?:{'|'.join(_NUMBER_WORDS)})\b"
+    r"|(?:hundred|thousand|illion)ths?\b",
+    re.IGNORECASE,
+)
+_ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth", "ninth", "tenth")
+_FIRST_ORDINAL = re.compile(rf"(?:the )?({'|'.join(_ORDINALS)})\b", re.IGNORECASE)
+
 # "No one" is no number, and "the one" is no 1.
 _ONE_AS_A_PRONOUN = re.compile(r"\b(?:no|any|every|some|the|this|that|each|which|last)[\s-]+one\b", re.IGNORECASE)
 
-_TOKEN = re.compile(r"\d*\.\d+|\d+|[^\W\d_]+|\S")
+_TOKEN = re.compile(r"\d*\.\d+|\d+|π|[^\W\d_π]+|\S")
 # U.S.A., e.g., J. K. Rowling; neither a.b@c.com nor main.py
+_TITLES = frozenset(("St", "Mt", "Dr", "Mr", "Mrs", "Ms"))
 _INITIALS = re.compile(
-    r"(?<![\w.@/-])(?:[A-Z](?:\.[A-Z])+(?![\w@/])\.?|[a-z](?:\.[a-z])+\.(?![\w@/])|[A-Z]\.(?: ?[A-Z]\.)*(?= ?[A-Z][a-z]))"
+    r"(?<![\w.@/-])(?:[A-Z](?:\.[A-Z]){2,}(?![\w@/])\.?|(?:[A-Z]\.){2,}(?![\w@/])|[a-z](?:\.[a-z])+\.(?![\w@/])"
+    r"|[A-Z]\.(?: ?[A-Z]\.)*(?= ?[A-Z][a-z]))"
 )
 _NOT = re.compile(r"(?<=[a-z])(?<!\bca)(?<!\bwo)n't\b", re.IGNORECASE)  # don't is dont, but can't no cant
+_ENDS_IN_INITIALS = re.compile(r"(?:^|\s)(?:[A-Z]\.){2,}$")
 _NAME = re.compile(r"(?<=\b[OD])'(?=[A-Z][a-z])")  # O'Neil
 _THOUSANDS = re.compile(r"(?<![\w.,(\[{])[1-9]\d{0,2}(?:,\d{3})+(?![\w,)\]}])")  # not of (1,200), which may be a point
 # Words that are numbers or functions: beside them a mark is one of a formula, as beside x.
@@ -81,9 +101,12 @@ _OF_FORMULAS = frozenset(
     )
 )
 _LAST_MARKS = re.compile(r"([^\W\d_]{2,})\s?([!?.]+)$")
+_TIMES = re.compile(r"(?<=\d)(?<!\b0)\s?[xX]\s?(?=\d)")  # 4 x 4
+_LAST_AND = re.compile(r"(,[^,]+?),? and (?=[^,]+$)")  # a list: cat, dog and bird
 _SPACE = re.compile(r"\s+")
 _ACCENTED = re.compile(r"(?<![^\W\d_])[A-Za-z\u00c0-\u017f]{3,}(?![^\W\d_])")
 _ACCENTS = re.compile("[\u0300-\u0327]")
+_WITHOUT_STROKE = str.maketrans("øØłŁ", "oOlL")
 
 
 def _fraction(found: re.Match[str]) -> str:
@@ -128,6 +151,7 @@ def fold(text: str) -> str:
     NFKC (superscripts become ^), one kind of minus, quote and digit; LaTeX text, fractions, degrees and spacing as plain
     text; quotes, Markdown marks, dollar signs and brackets around the whole taken off, and a full stop at its end.
     """
+    text = _BASE.sub(lambda found: "_" + found[0].translate(_SUBSCRIPTS), text)
     text = _SUPERSCRIPT.sub(lambda found: "^" + found[0].translate(_PLAIN), _MIXED_FRACTION.sub(" ", text))
     text = unicodedata.normalize("NFKC", text.translate(_SAME)).translate(_SAME)
     if not text.isascii():
@@ -143,7 +167,7 @@ def fold(text: str) -> str:
             text = _inside(quoted)
         if len(text) > 2 and text[0] + text[-1] == "()" and not any(char in "()," for char in text[1:-1]):
             text = text[1:-1].strip()
-        if len(text) > 1 and text[-1] in ".。" and text[-2:] != "..":
+        if len(text) > 1 and text[-1] in ".。" and text[-2:] != ".." and not _ENDS_IN_INITIALS.search(text):
             text = text[:-1].rstrip()
         if text == before:
             break
@@ -152,10 +176,13 @@ def fold(text: str) -> str:
 
 def digits_for_words(text: str) -> str:
     """English number words as digits: "twenty-one dogs" -> "21 dogs"."""
+    if ordinal := _FIRST_ORDINAL.match(text):
+        place = _ORDINALS.index(ordinal[1].lower()) + 1
+        text = f"{place}{('st', 'nd', 'rd', 'th')[min(place, 4) - 1]}{text[ordinal.end() :]}"
     text = _ONE_OF_A_SCALE.sub("one", text)
     if len(text) > _MAX_WORDS_CHARS or not _HAS_NUMBER_WORD.search(text):
         return text
-    if _DIGIT_AND_SCALE.search(text) or _ONE_AS_A_PRONOUN.search(text):
+    if _DIGIT_AND_SCALE.search(text) or _NO_SUM.search(text) or _ONE_AS_A_PRONOUN.search(text):
         return text
     return alpha2digit(text, "en", threshold=0)
 
@@ -182,13 +209,13 @@ def _kept(token: str, before: str, after: str, spaced: tuple[bool, bool]) -> str
             return ""
         case "." if before[:1].isalpha() and (not after or spaced[1]):
             return ""
-        case "." if _is_word(before) and after[:1].isupper() and not before.isupper() and not after.isupper():
-            return ""  # St.Louis
+        case "." if before in _TITLES and after[:1].isupper() and not after.isupper():
+            return ""
         case "¿" | "¡" if not before and _is_word(after):
             return ""
         case "-" if not before and spaced[1] and _is_word(after) and len(after) > 2 and after[0].isupper():
             return ""  # of a list: "- Paris"; "- velocity" may be a negative one
-        case "-" | "_" if not any(spaced) and _are_words(before, after):
+        case "-" if not any(spaced) and _are_words(before, after):
             return ""
         case ":" if spaced == (False, True) and _are_words(before, after):
             return ""
@@ -218,16 +245,19 @@ def _without_last_marks(found: re.Match[str]) -> str:
     return found[0] if listed or asked or not _is_word(found[1]) else found[1]
 
 
-def normalise(text: str) -> str:
-    """Text as the rule judge compares it: case, number words, articles, and punctuation that means nothing evened out.
+class Word(NamedTuple):
+    """What stands for a token of a text. glued: no space stands before it."""
 
-    Marks count beside numbers, single letters and words of formulas ("1, 2" is not "12", "-pi" is not "pi"), and so do all
-    symbols; between words, a comma, a hyphen that joins them, and brackets around words are space. "the" goes, and "a" or
-    "an" before a word at the beginning (not the A of "Vitamin A" or "A Team"). "" where nothing but punctuation was there.
-    """
+    text: str
+    glued: bool
+
+
+def words(text: str) -> list[Word]:
+    """The words and marks of a text as the rule judge compares them, their case kept; see `normalise`."""
     folded = _NAME.sub("", _NOT.sub("nt", without_subscripts(digits_for_words(one_line(text)))))
     folded = _THOUSANDS.sub(lambda found: found[0].replace(",", ""), _INITIALS.sub(_without_dots, folded))
-    folded = _ASIDE.sub(_without_aside, _LAST_MARKS.sub(_without_last_marks, folded))
+    folded = _ASIDE.sub(_without_aside, _LAST_MARKS.sub(_without_last_marks, _LAST_AND.sub(r"\1, ", folded)))
+    folded = _TIMES.sub("×", folded).replace(">=", "≥").replace("<=", "≤")
     found = list(_TOKEN.finditer(folded))
     tokens = [token[0] for token in found]
     around = ["", *tokens, ""]
@@ -236,10 +266,20 @@ def normalise(text: str) -> str:
     if len(tokens) > 1 and tokens[0] in ("a", "an", "A", "An") and _is_word(tokens[1]):
         is_name = tokens[0][0].isupper() and tokens[1][0].isupper()
         kept[0] = kept[0] if is_name else ""
-    words = [token.casefold() for token in kept if token]
-    if all(unicodedata.category(token[0])[0] == "P" for token in words):
-        return ""
-    return " ".join([word for word in words if word != "the"] or words)
+    listed = [Word(token, i > 0 and not gaps[i]) for i, token in enumerate(kept) if token]
+    if all(unicodedata.category(word.text[0])[0] == "P" for word in listed):
+        return []
+    return [word for word in listed if word.text.casefold() != "the"] or listed
+
+
+def normalise(text: str) -> str:
+    """Text as the rule judge compares it: case, number words, articles, and punctuation that means nothing evened out.
+
+    Marks count beside numbers, single letters and words of formulas ("1, 2" is not "12", "-pi" is not "pi"), and so do all
+    symbols; between words, a comma, a hyphen that joins them, and brackets around words are space. "the" goes, and "a" or
+    "an" before a word at the beginning (not the A of "Vitamin A" or "A Team"). "" where nothing but punctuation was there.
+    """
+    return " ".join(word.text.casefold() for word in words(text))
 
 
 def one_line(text: str) -> str:
@@ -249,4 +289,6 @@ def one_line(text: str) -> str:
 
 def without_accents(text: str) -> str:
     """Text with Latin letters of words of three or more without their accents: Beyonce for Beyoncé."""
-    return _ACCENTED.sub(lambda found: _ACCENTS.sub("", unicodedata.normalize("NFD", found[0])), text)
+    return _ACCENTED.sub(
+        lambda found: _ACCENTS.sub("", unicodedata.normalize("NFD", found[0])).translate(_WITHOUT_STROKE), text
+    )

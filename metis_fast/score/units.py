@@ -6,6 +6,8 @@ import re
 from functools import cache, lru_cache
 from typing import TYPE_CHECKING
 
+from metis_fast.score import chemistry
+
 if TYPE_CHECKING:
     from pint import UnitRegistry
 
@@ -139,6 +141,14 @@ _NOT_A_UNIT = frozenset(
         ),
     )
 )
+_SCALES = frozenset(  # of whose plurals the same is true: numbers, metric prefixes, and what is short for millions
+    (
+        *("two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve", "twenty", "thirty"),
+        *("forty", "fifty", "sixty", "seventy", "eighty", "ninety", "single", "double", "triple", "quadruple"),
+        *("kilo", "mega", "giga", "tera", "peta", "exa", "hecto", "deca", "deci", "centi", "milli", "micro", "nano", "pico"),
+        *("lac", "lakh", "crore", "thou", "mil", "mill", "mio", "mia", "mrd", "bil", "bio", "tri", "tril", "trill"),
+    )
+)
 _CHANGES_A_NUMBER = re.compile(
     r"ss$|illi[ao]rds?$|ill?ion|illone|ths$|i[eè]mes$|avos$|^(?:multi|centi|deci|milli|micro|nano)s$"
 )
@@ -229,7 +239,7 @@ def names(unit: str) -> frozenset[str]:
     if not unit:
         return frozenset()
     if unit in _AMBIGUOUS:
-        return frozenset(_AMBIGUOUS[unit])
+        return frozenset(f"{name}^1/1^1" for name in _AMBIGUOUS[unit])
     found = {code for code, spellings in (_CURRENCIES | _COINS).items() if low in spellings}
     measured = _measured(_RATES.get(unit) or _OTHER.get(low, unit))
     if measured:
@@ -238,13 +248,17 @@ def names(unit: str) -> frozenset[str]:
         found.add(f"noun {low}")
     if found:
         return frozenset(found)
-    nouns = {low, low.removesuffix("s"), low.removesuffix("es"), re.sub("ies$", "y", low)}
-    return frozenset(f"noun {noun}" for noun in nouns)
+    return frozenset(f"noun {noun}" for noun in (low, *_singulars(low)))
+
+
+def _singulars(noun: str) -> set[str]:
+    """What a noun may be the plural of."""
+    return {re.sub("(?<!s)s$", "", noun), re.sub("([sxzo]|[cs]h)es$", r"\1", noun), re.sub("ies$", "y", noun)}
 
 
 def same(one: str, other: str) -> bool:
     """Whether two units as written are the same one, in whatever spelling."""
-    return one == other or bool(names(one) & names(other))
+    return one == other or (not chemistry.differ(one, other) and bool(names(one) & names(other)))
 
 
 def may_be_left_out(unit: str, *, one: bool = False, apart: bool = True) -> bool:
@@ -257,7 +271,7 @@ def may_be_left_out(unit: str, *, one: bool = False, apart: bool = True) -> bool
     low = unit.casefold()
     if len(unit) == 1 and unit.isalpha():
         return unit in _DROPPED_LETTERS or (apart and unit in _DROPPED_LETTERS_APART)
-    if low in _NOT_A_UNIT or unit == "MM" or _CHANGES_A_NUMBER.search(low):
+    if low in _NOT_A_UNIT or _singulars(low) & _SCALES or unit == "MM" or _CHANGES_A_NUMBER.search(low):
         return False
     found = names(unit)
     if any(not name.startswith("noun ") for name in found):
@@ -265,6 +279,8 @@ def may_be_left_out(unit: str, *, one: bool = False, apart: bool = True) -> bool
         as_written = word in _BY_CASE or low in _OTHER or " " in word or bool(_spelt(word, case_sensitive=True))
         return (as_written or bool(found & _CURRENCIES.keys())) and not any(_is_pure_number(name) for name in found)
     if not apart or not unit.isascii() or not unit.isalpha() or len(unit) < 3:
+        return False
+    if not unit.islower():  # 5 Series is a car
         return False
     return low in (_SINGULAR if one else _IRREGULAR) or (not one and low.endswith("s"))
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import csv
+import datetime
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -16,7 +17,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from metis_fast.config import ScoreConfig
-from metis_fast.score import choice, rule
+from metis_fast.score import rule
 from metis_fast.score.judge import StyleJudge, open_judge
 from metis_fast.testing.judge import text_rollout
 from metis_fast.types import Ability, Prompt
@@ -64,6 +65,7 @@ MONEY = {
     "yen": ("JPY {}", "{} yen"),
 }
 WORDS = ("paris", "london", "red fox", "new york", "eiffel tower", "blue whale", "north", "mercury", "saint helena", "iron")
+WORDS += ("lord of the rings", "man at work")
 SCALES = {"thousand": 10**3, "million": 10**6, "billion": 10**9, "hundred": 10**2, "trillion": 10**12}
 ONES = (
     *("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve", "thirteen"),
@@ -78,6 +80,7 @@ CHANGES = (
     *("Tausend", "mille", "mil", "millones", "миллионов", "тысяч", "مليون", "万", "億", "百万元", "千万円", "万公里", "分之一"),
     *("tenth", "tenths", "eighth", "hundredth", "billionths", "fifth", "permille", "ppm", "tau", "squared", "factorial", "MM"),
     *("negative", "wrong", "maybe", "excluding", "at most", "or so", "or more", "roughly", "not", "minus", "K", "B", "am"),
+    *("lacs", "bils", "thous", "megas", "picos", "twenties", "sevens", "doubles", "Series", "Monkeys"),
     *("times", "pairs", "per thousand", "below zero", "as well", "billion or so", "xyz", "abc", "以上", "左右"),
 )
 HEDGES = (
@@ -91,7 +94,17 @@ HEDGES = (
         "or perhaps not",
         "I don't think so",
     ),
+    *("scratch that", "in some cases", "only when it rains", "I lied", "he denies it", "the claim is a myth", "it is invalid"),
+    *("hang on", "apparently", "few", "to some extent", "it is. I take that back", "it was, in your dreams"),
 )
+# Letters whose case counts, in whatever stands around them.
+SYMBOLS = (
+    *(("Aa", "AA"), ("Ff", "ff"), ("AaBb", "AABB"), ("mm", "Mm"), ("mW", "MW"), ("kb/s", "KB/s"), ("f(x)", "F(x)")),
+    *((r"\Delta", r"\delta"), ("CO + O2", "Co + O2"), ("2CO", "2Co"), ("V = 5", "v = 5"), ("x1", "X1")),
+)
+PLURALS = (("planes", "plans"), ("canes", "cans"), ("capes", "caps"), ("tubes", "tubs"), ("notes", "not"), ("wines", "wins"))
+NO_BOOLEANS = ("No. V", "No. A", "No. one", "No. B12", "No. #5", "No one is there", "No, of course it is", "No, that holds")
+NAMED = ("{}", "The answer is {}", "Answer: {}", "Final answer: {}", "So the answer is {}.", "x = {}", "**Answer:** {}")
 CASES = (
     ("mW", "MW"),
     ("Kb", "KB"),
@@ -195,13 +208,16 @@ MONTHS = (
 )
 COMPOUNDS = ("CO_2", "H_2O", "Fe_2O_3", "Ca(OH)_2", "C_6H_{12}O_6", "NaHCO_3")
 NAMES = ("J. K. Rowling", "J. R. R. Tolkien", "T. S. Eliot")
-ACCENTS = (("Beyoncé", "Beyonce"), ("Malmö", "Malmo"), ("São Paulo", "Sao Paulo"), ("Curaçao", "Curacao"))
+ACCENTS = (("Beyoncé", "Beyonce"), ("Malmö", "Malmo"), ("São Paulo", "Sao Paulo"), ("Curaçao", "Curacao"), ("Søren", "Soren"))
+CHARGED = (("Fe^{3+}", "Fe3+", "Fe³⁺", "Fe^3+"), ("Na^+", "Na+", "Na⁺"), ("SO_4^{2-}", "SO4^2-", "SO₄²⁻"))
 
 
 def dates(year: int, month: int, day: int) -> tuple[str, ...]:
     """Ways to write a date."""
     name, ordinal = MONTHS[month - 1], {1: "st", 2: "nd", 3: "rd"}.get(day % 10 if day not in (11, 12, 13) else 0, "th")
     ways = (f"{name} {day}, {year}", f"{day} {name} {year}", f"{name[:3]} {day}, {year}", f"{name} {day}{ordinal}, {year}")
+    weekday = datetime.date(year, month, day).strftime("%A")
+    ways += (f"{weekday}, {name} {day}, {year}", f"{year}/{month:02d}/{day:02d}")
     return (*ways, f"{day} {name[:3]} {year}", f"{year}-{month:02d}-{day:02d}", f"the {day}{ordinal} of {name}, {year}")
 
 
@@ -221,8 +237,31 @@ def equal_answers(draw: st.DrawFn) -> tuple[str, str]:
     """Two spellings of one answer."""
     number = draw(st.integers(2, 10_000))
     match draw(
-        st.sampled_from(("number", "unit", "money", "percent", "word", "sign", "date", "time", "compound", "name", "part"))
+        st.sampled_from(
+            (
+                *("number", "unit", "money", "percent", "word", "sign", "date", "time", "compound", "name", "part"),
+                *("named", "ordinal", "list", "half", "by", "charged", "boolean"),
+            )
+        )
     ):
+        case "named":
+            return draw(st.sampled_from(NAMED)).format(number), str(number)
+        case "ordinal":
+            first, place = draw(st.sampled_from((("1st", "first"), ("2nd", "second"), ("3rd", "third"), ("10th", "tenth"))))
+            return two_of(draw, tuple(form.format(given) for form in ("{} place", "the {} place") for given in (first, place)))
+        case "list":
+            one, two, three = draw(st.permutations(WORDS))[:3]
+            return two_of(draw, tuple(f"{one}, {two}{mark}{three}" for mark in (", ", " and ", ", and ")))
+        case "half":
+            return two_of(draw, (f"{in_words(number)} and a half", f"{number}.5", f"{number} 1/2", f"{number} and a half"))
+        case "by":
+            return two_of(draw, (f"{number} x 4", f"{number}x4", f"{number} × 4", rf"{number} \times 4"))
+        case "charged":
+            return two_of(draw, draw(st.sampled_from(CHARGED)))
+        case "boolean":
+            says, rest = draw(st.sampled_from((("yes", "there is a dog"), ("no", "there is no dog"), ("no", "it isn't"))))
+            mark = draw(st.sampled_from((", ", ". ", " ", " - ", "; ")))
+            return f"{says.title()}{mark}{rest}", says
         case "date":
             return two_of(draw, dates(draw(st.integers(1000, 2100)), draw(st.integers(1, 12)), draw(st.integers(1, 28))))
         case "time":
@@ -286,12 +325,32 @@ def different_answers(draw: st.DrawFn) -> tuple[str, str]:
         "hedge",
         "latex",
         "code",
+        *("symbol", "base", "plural", "score", "joined", "no"),
     )
     match draw(st.sampled_from(kinds)):
         case "date":
             year, month, day = draw(st.integers(1000, 2100)), draw(st.integers(1, 12)), draw(st.integers(1, 28))
             another = draw(st.sampled_from(((year + 1, month, day), (year, month % 12 + 1, day), (year, month, day % 28 + 1))))
             return draw(st.sampled_from(dates(year, month, day))), draw(st.sampled_from(dates(*another)))
+        case "symbol":
+            frame = draw(st.sampled_from(("{}", "about {}", "{} gas", "value of {}")))
+            return two_others(draw, [frame.format(symbol) for symbol in draw(st.sampled_from(SYMBOLS))])
+        case "base":
+            base = draw(st.integers(2, 16))
+            subscript = str(base).translate(str.maketrans("0123456789", "₀₁₂₃₄₅₆₇₈₉"))
+            return two_others(draw, [f"{number}{subscript}", f"{number}{base}", f"{number}"])
+        case "plural":
+            return two_others(draw, [f"{number + 1} {noun}" for noun in draw(st.sampled_from(PLURALS))])
+        case "score":
+            pressure, under = draw(st.integers(20, 200)), draw(st.integers(20, 200))
+            assume(Fraction(pressure, under).denominator < under and under != 100)
+            quotient = Fraction(pressure, under)
+            return f"{pressure}/{under}", draw(st.sampled_from((str(quotient), f"{float(quotient):.6g}")))
+        case "joined":
+            one = word.split()[0]
+            return two_others(draw, [f"__{one}__", f"_{one}_", one, f"{one}_{a}", f"{one}.{a}", f"{a}.{b}", f"{a}{b}"])
+        case "no":
+            return draw(st.sampled_from(NO_BOOLEANS)), "no"
         case "clock":
             hour, minute = draw(st.integers(13, 23)), draw(st.integers(0, 59))
             nearly = (*times(hour, (minute + 1) % 60), f"{hour - 12}:{minute:02d} am", f"{hour - 12}:{minute:02d}", f"{hour}")
@@ -422,84 +481,3 @@ def test_rule_takes_every_spelling_of_an_answer(pair: tuple[str, str]) -> None:
 @given(different_answers())
 def test_rule_takes_no_other_answer_for_it(pair: tuple[str, str]) -> None:
     assert not rule.equal(*pair, TOLERANCE)
-
-
-LETTER_FORMS = (
-    *("{}", "({})", "{}.", "{})", "[{}]", "`{}`", "<{}>", "（{}）", "${}$", "${}", "**{}**", r"\boxed{{{}}}", r"\text{{{}}}"),
-    *("选项{}", "答案是{}"),
-    *("Option {}", "option {}.", "The answer is {}", "The correct answer is: ({}).", "Answer: {}", "{} is correct", "【{}】"),
-    *("{}, because the others are wrong", "{} because it fits", "{} - it fits", "My answer: {}", "Final answer: {}"),
-)
-OPTION_TEXTS = (
-    *("one apple", "two pears", "three red foxes", "none of these", "a dog", "12 cm", "15 cm", "Paris", "the sea", "7", "8"),
-    "x + 1",
-)
-
-
-@st.composite
-def questions(draw: st.DrawFn) -> dict[str, str]:
-    """Options of a question of two to twelve."""
-    texts = draw(st.permutations(OPTION_TEXTS))[: draw(st.integers(2, 12))]
-    mark = draw(st.sampled_from(("{}. {}", "({}) {}", "{}) {}", "{}: {}", "{}．{}", "{}、{}")))
-    lines = [mark.format(chr(ord("A") + i), text) for i, text in enumerate(texts)]
-    options = choice.read_options("Which one?\n" + "\n".join(lines))
-    assert list(options.values()) == texts
-    return options
-
-
-@st.composite
-def letters_written(draw: st.DrawFn, letters: list[str]) -> str:
-    if len(letters) > 1:
-        mark = draw(st.sampled_from((", ", ",", " and ", " & ", ";", "、", " ", "/")))
-        order = draw(st.permutations(letters))
-        listed, bracketed = mark.join(order), mark.join(f"({letter})" for letter in order)
-        return draw(st.sampled_from((listed, bracketed, "".join(sorted(letters)), f"The answers are {listed}")))
-    return draw(st.sampled_from(LETTER_FORMS)).format(letters[0])
-
-
-@settings(max_examples=700)  # of three pairs each
-@given(st.data())
-def test_choice_takes_every_spelling_of_the_letters_and_no_other_letters(data: st.DataObject) -> None:
-    options = data.draw(questions())
-    size = data.draw(st.sampled_from((1, 1, 1, 2, 3)).filter(lambda size: size <= len(options)))
-    right = data.draw(st.permutations(sorted(options)))[:size]
-    gold = data.draw(st.sampled_from((", ".join(right), "".join(sorted(right)))))
-    assert choice.equal(data.draw(letters_written(right)), gold, options, TOLERANCE)
-    if size == 1:
-        text = options[right[0]]
-        for answer in (text, f"{right[0]}. {text}", f"({right[0]}) {text}", f"{right[0]} - {text}", f"{right[0]}: {text}"):
-            assert choice.equal(answer, gold, options, TOLERANCE), answer
-
-    chosen = data.draw(st.permutations(sorted(options)))[: data.draw(st.integers(1, min(3, len(options))))]
-    assume(set(chosen) != set(right))
-    assert not choice.equal(data.draw(letters_written(chosen)), gold, options, TOLERANCE)
-    assert not choice.equal(f"{right[0]} or {chosen[0]}", gold, options, TOLERANCE) or right[0] == chosen[0]
-    if len(chosen) == 1:
-        assert not choice.equal(options[chosen[0]], gold, options, TOLERANCE)
-
-
-SPOILT = (
-    *("{} as well as {}", "{}, as {} is also right", "{} for now, but {} is better", "{} because of X. No, {}.", "{} or {}"),
-    *(
-        "{} because it is wrong, {}",
-        "{} ({} is also right)",
-        "{0}: false",
-        "{0}: incorrect",
-        "{0} - not this one",
-        "{0} (wrong)",
-    ),
-    *("{}\n\n{}", "{} since it could be {}", "{}, given that {} fits", "not {0}", "{0}, never", "{0} is wrong", "{0}-{1}"),
-)
-
-
-@settings(max_examples=500)
-@given(st.data())
-def test_choice_takes_no_letter_that_is_taken_back(data: st.DataObject) -> None:
-    options = data.draw(questions())
-    right, other = data.draw(st.permutations(sorted(options)))[:2]
-    text = options[other]
-    forms = [form.format(right, other) for form in SPOILT]
-    forms += [f"{right} because {text}", f"{right}. It is {text}", f"{right}: {text}", f"{right}) {text}"]
-    assert not choice.equal(data.draw(st.sampled_from(forms)), right, options, TOLERANCE)
-    reason = data.draw(st.sampled_from((f"{other} is wrong", "the others are wrong", "it fits", f"{other} isn't right")))
-    assert choice.equal(f"{right}, because {reason}", right, options, TOLERANCE)

@@ -51,6 +51,10 @@ FORMULAS: tuple[tuple[Value, tuple[str, ...]], ...] = (
             "array([[{n}, 1], [0, -{p}]])",
         ),
     ),
+    (lambda n, p: (n, p), (r"{n}\frac{{1}}{{{p}}}", "{n} 1/{p}", r"{n} + \frac{{1}}{{{p}}}", r"x = {n}\frac1{{{p}}}")),
+    (lambda n, p: (n, p), (r"\sqrt{{{p}}}({n})", r"{n}\sqrt{{{p}}}", r"\left({n}\right)\sqrt{{{p}}}")),
+    (lambda n, p: n * p, (r"({n})({p})\sqrt{{13}}", r"{n}({p})\sqrt{{13}}", r"{n} \cdot {p}\sqrt{{13}}")),
+    (lambda n, p: n, (r"\text{{(B) }}{n}\sqrt{{17}}", r"{n}\sqrt{{17}}", r"AB = {n}\sqrt{{17}}")),
     (lambda n, p: n, (r"{n}\pi", r"{n}\pi\text{{ cm}}", r"{n}\pi cm", r"The area is {n}\pi.")),
 )
 N, P = st.integers(2, 60), st.sampled_from((2, 3, 5, 7, 11))
@@ -103,6 +107,17 @@ UNLIKE = (
     *((r"{n}\pi\text{{ cm}}", r"{n}\pi\text{{ m}}"), (r"\frac{{1}}{{{n}}}x", r"\frac{{1}}{{{n}x}}")),
     *(("{n},1,1", "{n},{n},1"), (r"\lim_{{x\to 0}} f(x)/{n}", r"\lim_{{x\to 1}} f(x)/{n}"), ("x = {n} = 2", "2")),
     *((r"\sqrt{{{n}}} \approx 0.5", r"\sqrt{{{n}}}"), ("A({n}, 1)", "({n}, 2)"), (r"\max_x {n}x", r"\max_y {n}x")),
+    *(("{n} {p}", "{m}"), (r"{n} \quad {p}", "{m}"), ("({n})({p})", "{m}"), ("[{n}][{p}]", "{m}"), ("{n}{{{p}}}", "{m}")),
+    *(
+        (r"{n}(\frac{{1}}{{2}})", r"{n}\frac{{1}}{{2}}"),
+        ("x = 1.41421356", r"\sqrt{{2}}"),
+        (r"x = 0.3333333", r"\frac{{1}}{{3}}"),
+    ),
+    *((r"x = \frac1{{2^{{9{n}}}}}", r"\frac1{{2^{{8{n}}}}}"), ("{n} to 5{p}", "5{p} to {n}"), ("x={n},{p},{p}", "{n},{p}")),
+    *((r"{n} \text{{ for }} 5{p}", r"5{p} \text{{ for }} {n}"), (r"x^{{({n})}}", "x^{n}"), ("{n}!!", "({n}!)!")),
+    *((r"x<{n} \text{{ and }} x>{n}", r"x<{n} \text{{ or }} x>{n}"), (r"f^{{-1}}({n})", r"\frac{{1}}{{f({n})}}")),
+    *(("E[X^{n}]", "E[X]^{n}"), *((form, "{n}") for form in ("xy={n}", "|x|={n}", r"\log_2 x={n}", r"x\equiv {n}", "x+y={n}"))),
+    *((f"[{decimal}, {{n}}]", f"[{exact}, {{n}}]") for decimal, exact in (("0.33333333", "1/3"), ("1.41421356", r"\sqrt 2"))),
     *((r"\pi", "3.14159265358979"), ("{n} tea", "{n} eat"), ("x != {n}", "x = {n}"), (r"{n}\pi", r"-{n}\pi")),
 )
 
@@ -130,7 +145,7 @@ def test_math_takes_every_spelling_of_a_formula(matches: Callable[[str, str], bo
 def test_math_takes_no_formula_that_says_more(
     matches: Callable[[str, str], bool], pair: tuple[str, str], n: int, p: int, turned: bool
 ) -> None:
-    one, other = (form.format(n=n, p=p) for form in pair)
+    one, other = (form.format(n=n, p=p, m=n + p) for form in pair)
     assert not (matches(other, one) if turned else matches(one, other))
 
 
