@@ -39,6 +39,9 @@ class VllmConfig(Section):
     """KV cache of an engine without a GPU."""
     cpu_threads: NonNegative = 0
     """Threads of each process of an engine without a GPU; 0: as vLLM chooses."""
+    image_cache_gb: PositiveFloat = 4.0
+    """Memory of an engine, in GiB, for processed images, which need not be decoded again then, and as much again at most for
+    their encoded bytes. It must hold the images of one longest rollout."""
     sleep: bool = False
     """Engine and trainer share GPUs: while the trainer works, the engine gives its memory back. For `rollout.mode=sync`."""
     speculative: OrNone[dict[str, Free]] = None

@@ -168,7 +168,6 @@ class FaultyVllm(VllmService):
             raise RuntimeError("as asked")
         if request.spans and self._faults.take(Fault.FORGET):
             self._images.clear()
-            self._image_bytes = 0
         return await super().generate(request)
 
     async def load_staged(self, manifest: dict[str, Any]) -> float:

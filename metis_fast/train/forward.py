@@ -25,7 +25,8 @@ class PackPass(nn.Module):
     """Vision tower, decoder, and whatever is done with the hidden states and the LM head.
 
     vision_trained: whether the tower needs a graph. split: weights are split over ranks, which gather them in step. kept_bytes:
-    of the features of a tower that is neither trained nor split, for further passes over the same images (until `forget`).
+    of the features of a tower that is neither trained nor split, for further passes over the same images, until `forget`:
+    who calls this module does so before weights may change.
     """
 
     def __init__(self, policy: Policy, attention: AttentionImpl, vision_trained: bool, split: bool, kept_bytes: int) -> None:

@@ -186,6 +186,7 @@ class TorchTrainer:
                 full = np.zeros(len(sample.rollout.tokens), np.float32)
                 full[sample.rollout.sampled] = logp[which == i]
                 own[place[id(sample)]] = full
+        self._forward.forget()
         found = {i: value for part in gather_objects(own, self._group) for i, value in part.items()}
         return [found[i] for i in range(len(rollouts))]
 
@@ -295,6 +296,7 @@ class TorchTrainer:
             loss.backward()
             self.optimizer.accumulate()
             sums.append(total)
+        self._forward.forget()
         own = float(torch.stack(sums).sum())
         total = -sum(gather_objects(own, self._group)) / count
         norm = self.optimizer.step() if math.isfinite(total) else math.nan

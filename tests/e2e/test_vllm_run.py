@@ -223,7 +223,7 @@ def test_engine_and_trainer_see_the_same_pixels_in_every_mode_and_orientation(sa
 def test_requests_go_on_with_new_weights_and_tell_which_token_is_whose(sampler: Sampler, prompts: list[Prompt]) -> None:
     async def go() -> list[Any]:
         running = asyncio.ensure_future(sampler.ask(prompts, 2, 120))
-        while (await sampler.parts.engine.stats())[0].unfinished == 0:  # pyright: ignore[reportAttributeAccessIssue]
+        while (await sampler.parts.engine.stats())[0].unfinished < 4:  # pyright: ignore[reportAttributeAccessIssue]
             await asyncio.sleep(0.02)
         await asyncio.sleep(0.2)
         sampler.shake()

@@ -365,6 +365,7 @@ def engine_settings(config: Config, policy: Policy) -> EngineSettings:
         gpu_memory=vllm.gpu_memory,
         cpu_cache_gb=vllm.cpu_cache_gb,
         cpu_threads=vllm.cpu_threads,
+        image_cache_gb=vllm.image_cache_gb,
         sleep=vllm.sleep,
         stall_s=min(vllm.request_s, vllm.stall_s),
         transport=config.sync.transport,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from typing import TYPE_CHECKING, Any
 
 from metis_fast.errors import EngineError, MetisError, ModelError
@@ -20,6 +21,11 @@ def open_engine(settings: EngineSettings) -> LLMEngine:
         EngineError: vllm is not installed, or a setting is not its. ModelError: no attention for the model on this machine.
         Anything else: vLLM's own; see `explained`.
     """
+    whole_prompts = settings.seeded and not _has_gpu()
+    if whole_prompts:
+        _check_whole(settings)
+    if settings.image_pad >= 0:
+        _check_image_cache(settings)
     library.load(settings.cpu_cache_gb, exact_float32=settings.dtype == "float32")
     from vllm import LLMEngine
     from vllm.config import WeightTransferConfig
@@ -50,8 +56,14 @@ def open_engine(settings: EngineSettings) -> LLMEngine:
     else:
         _check_head_size(settings.model)
         arguments["enforce_eager"] = True  # compiling takes minutes on a CPU
+    if whole_prompts:
+        arguments |= {"enable_chunked_prefill": False, "scheduler_cls": plugin.WHOLE_SCHEDULER}
     if settings.image_pad >= 0:
-        arguments |= {"limit_mm_per_prompt": {"image": settings.images, "video": 0}, "mm_processor_kwargs": {"use_fast": False}}
+        arguments |= {
+            "limit_mm_per_prompt": {"image": settings.images, "video": 0},
+            "mm_processor_kwargs": {"use_fast": False},
+            "mm_processor_cache_gb": settings.image_cache_gb,
+        }
     unknown = [name for name in settings.arguments if name not in EngineArgs.__dataclass_fields__]
     if unknown:
         raise EngineError(f"rollout.vllm.arguments has {', '.join(unknown)}, which are no engine arguments of vLLM")
@@ -85,6 +97,41 @@ def check_banned(engine: LLMEngine, settings: EngineSettings) -> None:
         raise EngineError(
             "rollout.vllm.speculative excludes image placeholders by their text, and needs a tokenizer that makes exactly the "
             f"tokens {sorted(settings.banned)} of it, one of each; it makes {found}"
+        )
+
+
+def _check_whole(settings: EngineSettings) -> None:
+    """Without a GPU vLLM cannot cut a prompt into several steps if it has a seed; see `whole`."""
+    arguments = settings.arguments
+    longest = int(arguments.get("max_model_len") or settings.max_tokens)
+    budget = arguments.get("max_num_batched_tokens")
+    cutting = [name for name in ("enable_chunked_prefill", "long_prefill_token_threshold") if arguments.get(name)]
+    if budget is not None and int(budget) < longest:
+        cutting.append("max_num_batched_tokens")
+    if arguments.get("scheduler_cls") is not None:
+        cutting.append("scheduler_cls")
+    if cutting:
+        named = ", ".join(f"{name}={arguments[name]}" for name in cutting)
+        raise EngineError(
+            f"rollout.vllm.arguments has {named}, which may cut a prompt (of up to {longest} tokens) into several steps; "
+            "vLLM cannot do that with seeds and without a GPU: leave it out, or set rollout.deterministic=false"
+        )
+
+
+def _check_image_cache(settings: EngineSettings) -> None:
+    """Whether vLLM's cache holds the images of one rollout: it takes for granted that they do not displace each other."""
+    import torch
+    from transformers import AutoConfig
+
+    vision = AutoConfig.from_pretrained(settings.model).vision_config
+    has = float(settings.arguments.get("mm_processor_cache_gb", settings.image_cache_gb) or 0)
+    token = 3 * vision.temporal_patch_size * (vision.patch_size * vision.spatial_merge_size) ** 2
+    num_bytes = settings.max_tokens * token * getattr(torch, settings.dtype).itemsize
+    needed = math.ceil(num_bytes * 1.01 / (1 << 30) * 100) / 100  # an image also takes some bytes of its own
+    if 0 < has < needed:
+        raise EngineError(
+            f"rollout.vllm.image_cache_gb={has:g} is less than the images of one rollout of {settings.max_tokens} tokens can "
+            f"take; set {needed:g} or more"
         )
 
 

@@ -8,6 +8,9 @@ TRANSFER = "metis_fast"
 EXTENSION = "metis_fast.rollout.vllm.transfer.WorkerExtension"
 """vLLM's `worker_extension_cls`."""
 
+WHOLE_SCHEDULER = "metis_fast.rollout.vllm.whole.WholeScheduler"
+"""vLLM's `scheduler_cls` where it must not cut prompts."""
+
 
 def register() -> None:
     """Called by vLLM, in some processes more than once."""

@@ -2,7 +2,8 @@
 
 A thread owns vLLM's `LLMEngine`: between steps it takes what the event loop has asked for (requests, cancellations, new
 weights), so that a weight update falls between two steps and requests go on after it. Their KV cache is computed again with the
-new weights: what a token's log-probability says is then the new version's alone.
+new weights: what a token's log-probability says is then the new version's alone. Another thread prepares prompts with
+images (see `images`), while steps go on.
 
 A step that raises or hangs ends the process: what state vLLM is in is then unknown, and the run starts another one.
 """
@@ -19,25 +20,26 @@ import sys
 import threading
 import time
 import traceback
-from collections import OrderedDict
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from multiprocessing.process import BaseProcess
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import numpy as np
 
-from metis_fast import pixels
 from metis_fast.errors import EngineError, EngineFailure, SyncError
+from metis_fast.rollout.vllm.images import Images
 from metis_fast.rollout.vllm.opening import explained, open_engine
 from metis_fast.rollout.vllm.settings import EngineSettings, EngineStats, GenerateReply, GenerateRequest
 
 if TYPE_CHECKING:
     from vllm import LLMEngine, SamplingParams
+    from vllm.multimodal.cache import BaseMultiModalProcessorCache
     from vllm.outputs import RequestOutput
+    from vllm.renderers import BaseRenderer
 
 _LOG = logging.getLogger(__name__)
-_IMAGE_CACHE_BYTES = 2 << 30
 _STEP_FAILED, _STALLED = 70, 75  # exit codes
 _DRAFTED, _ACCEPTED = "vllm:spec_decode_num_draft_tokens", "vllm:spec_decode_num_accepted_tokens"  # vLLM's counters
 _STALL_SLACK_S = 5.0  # twice that is longer than a machine under load lets a thread wait
@@ -45,17 +47,26 @@ _STALL_SLACK_S = 5.0  # twice that is longer than a machine under load lets a th
 T = TypeVar("T")
 
 
-class ImagesMissingError(EngineFailure):
-    """The engine does not have an image any more; send them all again."""
-
-
 @dataclass(slots=True, eq=False)
 class _Running:
-    """A request in vLLM. prompt: what must have come of it. followers wait until the prompt is computed, and then share it."""
+    """A request. prompt: what must have come of it. followers wait until the prompt is computed, and then share it."""
 
     future: asyncio.Future[GenerateReply]
     prompt: np.ndarray
     followers: list[Callable[[], None]] = field(default_factory=list)
+
+
+def _end() -> NoReturn:
+    traceback.print_exc()
+    sys.stderr.flush()
+    os._exit(_STEP_FAILED)
+
+
+def _refused(error: Exception) -> Exception:
+    """As an error of ours."""
+    if isinstance(error, EngineFailure):
+        return error
+    return (EngineError if isinstance(error, ValueError) else EngineFailure)(f"vLLM refuses a request: {error}")
 
 
 class VllmService:
@@ -71,9 +82,11 @@ class VllmService:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._running: dict[str, _Running] = {}
-        self._leaders: dict[bytes, str] = {}
-        self._images: OrderedDict[str, bytes] = OrderedDict()
-        self._image_bytes = 0
+        self._leaders: dict[bytes, _Running] = {}
+        self._images = Images(settings.image_cache_gb * (1 << 30))
+        # one thread: vLLM's cache of images has two halves, and both must see the prompts in one order
+        self._preparing = ThreadPoolExecutor(1, "prepare")
+        self._renderer: BaseRenderer[Any] | None = None
         self._number = 0
         self._busy_s, self._steps, self._tokens = 0.0, 0, 0
         self._stepping_since: float | None = None
@@ -103,9 +116,7 @@ class VllmService:
         try:
             self._serve()
         except BaseException:  # whatever a step raised, vLLM's state is unknown: the process must not go on
-            traceback.print_exc()
-            sys.stderr.flush()
-            os._exit(_STEP_FAILED)
+            _end()
 
     def _serve(self) -> None:
         while True:
@@ -126,8 +137,10 @@ class VllmService:
     def _open_engine(self) -> LLMEngine:
         engine = open_engine(self._settings)
         from vllm.exceptions import VLLMClientError
+        from vllm.multimodal.cache import MultiModalCacheMissError
 
-        self._refusals = (VLLMClientError,)
+        self._renderer = engine.renderer
+        self._refusals = (VLLMClientError, MultiModalCacheMissError)
         return engine
 
     def _step(self) -> list[Any]:
@@ -185,8 +198,13 @@ class VllmService:
         self._resolve(running.future, reply)
 
     def _forget(self, request_id: str) -> None:
-        running = self._running.pop(request_id)
-        self._leaders.pop(running.prompt.tobytes(), None)
+        self._leave(self._running.pop(request_id))
+
+    def _leave(self, running: _Running) -> None:
+        """Nobody waits for its prompt any more."""
+        key = running.prompt.tobytes()
+        if self._leaders.get(key) is running:
+            del self._leaders[key]
         for follow in running.followers:
             follow()
 
@@ -204,51 +222,70 @@ class VllmService:
 
     def _add(self, request_id: str, request: GenerateRequest, future: asyncio.Future[GenerateReply]) -> None:
         """Hand a request to vLLM; after the one that computes the same prompt, if there is one."""
-        key = request.tokens.tobytes()
-        leader = self._leaders.get(key)
-        if leader is not None:
-            self._running[leader].followers.append(lambda: self._start(request_id, request, future))
-            return
-        self._leaders[key] = request_id
-        self._start(request_id, request, future)
+        running = _Running(future, request.tokens)
+        leader = self._leaders.setdefault(request.tokens.tobytes(), running)
+        if leader is running:
+            self._start(request_id, request, running)
+        else:
+            leader.followers.append(lambda: self._start(request_id, request, running))
 
-    def _start(self, request_id: str, request: GenerateRequest, future: asyncio.Future[GenerateReply]) -> None:
-        if future.cancelled():
-            self._leaders.pop(request.tokens.tobytes(), None)
+    def _start(self, request_id: str, request: GenerateRequest, running: _Running) -> None:
+        if running.future.cancelled():
+            self._leave(running)
+        else:
+            self._prepare(request, lambda prompt: self._enter(request_id, request, running, prompt))
+
+    def _enter(self, request_id: str, request: GenerateRequest, running: _Running, prompt: Any) -> None:
+        """prompt: prepared for vLLM, or what was raised."""
+        if not isinstance(prompt, Exception):
+            try:
+                self._engine.add_request(request_id, prompt, self._params(request))
+            except (ValueError, *self._refusals) as error:
+                self._distrust(request)
+                prompt = error
+        if isinstance(prompt, Exception):
+            self._leave(running)
+            self._resolve(running.future, _refused(prompt))
             return
-        try:
-            prompt = self._prompt(request)
-            self._engine.add_request(request_id, prompt, self._params(request))
-        except (ValueError, OSError, EngineFailure, *self._refusals) as error:  # what vLLM does not take, or no picture
-            self._leaders.pop(request.tokens.tobytes(), None)
-            ours: Exception = error
-            if isinstance(error, ValueError):
-                ours = EngineError(f"vLLM refuses a request: {error}")
-            elif not isinstance(error, EngineFailure):
-                ours = EngineFailure(f"vLLM refuses a request: {error}")
-            self._resolve(future, ours)
-            return
-        self._running[request_id] = _Running(future, request.tokens)
+        self._running[request_id] = running
+        if running.future.cancelled():  # vLLM had to get its images all the same: prompts behind it may count on them
+            self._abort(request_id)
+
+    # -- prompts -----------------------------------------------------------------------------------------------------
+
+    def _prepare(self, request: GenerateRequest, then: Callable[[Any], None]) -> None:
+        """Have the engine's thread call `then` with the prompt as vLLM takes it, or with what it or Pillow raised."""
+
+        def prepare() -> None:
+            try:
+                prompt: Any = self._prompt(request)
+                if self._renderer is not None:
+                    (prompt,) = self._renderer.render_cmpl([prompt])
+            except (ValueError, OSError, EngineFailure, *self._refusals) as error:  # what vLLM does not take, or no picture
+                self._distrust(request)
+                prompt = error
+            except BaseException:  # nobody else would hear of it
+                _end()
+            self._commands.put(lambda: then(prompt))
+
+        if request.spans:
+            self._preparing.submit(prepare)
+        else:
+            prepare()
+
+    @property
+    def _image_cache(self) -> BaseMultiModalProcessorCache | None:
+        return self._renderer.mm_processor_cache if self._renderer is not None else None
+
+    def _distrust(self, request: GenerateRequest) -> None:
+        """It was refused: the half of vLLM's cache that prompts are prepared with may list images that the other one, in
+        its engine, has never got."""
+        cache = self._image_cache
+        if cache is not None and request.spans:
+            self._preparing.submit(lambda: [cache.invalidate(sha256) for _, _, sha256 in request.spans])
 
     def _prompt(self, request: GenerateRequest) -> Any:
-        if not request.spans:
-            return {"prompt_token_ids": request.tokens.tolist()}
-        tokens: list[int] = []
-        pictures: list[Any] = []
-        at = 0
-        for start, stop, sha256 in request.spans:  # vLLM wants one placeholder an image, and repeats it itself
-            data = self._images.get(sha256)
-            if data is None:
-                raise ImagesMissingError(f"image {sha256} is not here")
-            tokens += [*request.tokens[at:start].tolist(), self._settings.image_pad]
-            pictures.append(pixels.decode(data))
-            at = stop
-        tokens += request.tokens[at:].tolist()
-        return {
-            "prompt_token_ids": tokens,
-            "multi_modal_data": {"image": pictures},
-            "multi_modal_uuids": {"image": [sha256 for _, _, sha256 in request.spans]},
-        }
+        return self._images.prompt(request, self._settings.image_pad, self._image_cache)
 
     def _params(self, request: GenerateRequest) -> SamplingParams:
         from vllm import SamplingParams
@@ -295,7 +332,7 @@ class VllmService:
             ImagesMissingError: see there. EngineError: a request that vLLM does not take.
         """
         self._loop = asyncio.get_running_loop()
-        self._keep(request)
+        self._images.keep(request)
         future: asyncio.Future[GenerateReply] = self._loop.create_future()
         self._number += 1
         request_id = str(self._number)
@@ -313,10 +350,18 @@ class VllmService:
 
     async def layer_outputs(self, request: GenerateRequest) -> dict[str, bytes]:
         """What the layers make of a request's tokens (`LayerRecorder.stop`). Requests under way fail."""
-        self._keep(request)
-        return await self._ask(lambda: self._layer_outputs(request))
+        self._loop = asyncio.get_running_loop()
+        self._images.keep(request)
+        future: asyncio.Future[dict[str, bytes]] = self._loop.create_future()
 
-    def _layer_outputs(self, request: GenerateRequest) -> dict[str, bytes]:
+        def work(prompt: Any) -> None:
+            result = _refused(prompt) if isinstance(prompt, Exception) else self._layer_outputs(request, prompt)
+            self._resolve(future, result)
+
+        self._commands.put(lambda: self._prepare(request, work))
+        return await future
+
+    def _layer_outputs(self, request: GenerateRequest, prompt: Any) -> dict[str, bytes]:
         engine = self._engine
         while self._running:
             request_id, running = next(iter(self._running.items()))
@@ -324,29 +369,19 @@ class VllmService:
             self._resolve(running.future, EngineFailure("the engine was asked for what its layers make"))
         engine.reset_prefix_cache(reset_running_requests=True)
         engine.reset_encoder_cache()
-        prompt, params = self._prompt(request), self._params(request)
         engine.collective_rpc("record_layers")
-        engine.add_request("layers", prompt, params)
+        engine.add_request("layers", prompt, self._params(request))
         while engine.has_unfinished_requests():
             engine.step()
         return engine.collective_rpc("recorded_layers")[0]  # the same in all ranks
-
-    def _keep(self, request: GenerateRequest) -> None:
-        for sha256, data in request.images.items():
-            if sha256 not in self._images:
-                self._images[sha256] = data
-                self._image_bytes += len(data)
-        for _, _, sha256 in request.spans:
-            if sha256 in self._images:
-                self._images.move_to_end(sha256)
-        while self._image_bytes > _IMAGE_CACHE_BYTES and len(self._images) > len(request.spans):
-            self._image_bytes -= len(self._images.popitem(last=False)[1])
 
     async def stats(self) -> EngineStats:
         """Where the time went."""
         alive = time.perf_counter() - self._began
         drafted, accepted = self._drafts()
-        return EngineStats(alive, self._busy_s, self._steps, self._tokens, len(self._running), drafted, accepted)
+        return EngineStats(
+            alive, self._busy_s, self._steps, self._tokens, len(self._running), drafted, accepted, self._images.prepared
+        )
 
     def _drafts(self) -> tuple[int, int]:
         """Tokens that speculation proposed, and how many of them the model took; vLLM counts them across steps."""
@@ -450,6 +485,8 @@ class VllmService:
     def close(self) -> None:
         """End the engine."""
         self._commands.put(None)
+        self._preparing.shutdown(wait=False, cancel_futures=True)
+        self._images.close()
         self._thread.join(timeout=5.0)
         if self._copy is not None:
             self._copy.close()

@@ -20,7 +20,8 @@ class EngineSettings:
     model: folder with config, tokenizer and processor; the weights in it are version 0. dtype: torch's, by name. images: most
     images of a rollout. banned: token ids that are never sampled, banned_text: the same as text. image_pad: placeholder of an
     image (-1: none). processed_logprobs: log-probs at the sampling temperature, for runs whose temperature is not 1.
-    seeded: sampling noise by request seeds. stall_s: an engine that has requests and makes no step for so long ends itself.
+    seeded: sampling noise by request seeds. image_cache_gb: of processed images, and of encoded ones, in GiB each. stall_s: an
+    engine that has requests and makes no step for so long ends itself.
     """
 
     model: str
@@ -38,6 +39,7 @@ class EngineSettings:
     gpu_memory: float
     cpu_cache_gb: int
     cpu_threads: int
+    image_cache_gb: float
     sleep: bool
     stall_s: float
     transport: str
@@ -79,7 +81,7 @@ class EngineStats:
     """Of an engine's process since it started. busy_s: seconds in steps; tokens: sampled.
 
     drafted: tokens that speculation proposed, accepted: those of them that the model took (some behind the end of a message);
-    both 0 without it.
+    both 0 without it. images_prepared: images that were decoded for vLLM; one that its cache holds is not decoded again.
     """
 
     alive_s: float
@@ -89,3 +91,4 @@ class EngineStats:
     unfinished: int
     drafted: int
     accepted: int
+    images_prepared: int
