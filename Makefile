@@ -29,7 +29,7 @@ help:
 setup: $(VENV)/.installed
 
 # Rebuilt when what it depends on changes; a half-finished install leaves no stamp and is done again.
-$(VENV)/.installed: pyproject.toml constraints.txt CMakeLists.txt $(wildcard kernels/csrc/* kernels/csrc/aot/* kernels/*.cmake)
+$(VENV)/.installed: pyproject.toml constraints.txt CMakeLists.txt $(wildcard kernels/csrc/* kernels/csrc/aot/* kernels/*.cmake metis_fast/*/__init__.py)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "metis_fast needs Python 3.11 or newer: make PYTHON=python3.11 ..."; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip

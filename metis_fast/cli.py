@@ -26,7 +26,7 @@ from metis_fast import __version__
 from metis_fast import config as config_module
 from metis_fast.config import Config
 from metis_fast.errors import ConfigError, Interrupted, MetisError
-from metis_fast.run_folder import held
+from metis_fast.run.folder import held
 
 if TYPE_CHECKING:
     from metis_fast.types import Prompt
@@ -146,8 +146,8 @@ def _token_counter(model: Path) -> Callable[[Prompt], int]:
 
 
 def _data_demo(args: argparse.Namespace) -> int:
-    from metis_fast.data.demo import write_demo
-    from metis_fast.demo import demo_sizes
+    from metis_fast.demo.command import demo_sizes
+    from metis_fast.demo.files import write_demo
 
     config = config_module.load(None, args.overrides)
     paths = write_demo(args.out, args.seed, demo_sizes(config), lambda line: print(line, file=sys.stderr, flush=True))
@@ -157,7 +157,7 @@ def _data_demo(args: argparse.Namespace) -> int:
 
 
 def _demo(args: argparse.Namespace) -> int:
-    from metis_fast import demo
+    from metis_fast.demo import command as demo
 
     path, args.overrides = _settings_alone(args)
     args.config = path or demo.shipped("demo.yaml")
@@ -165,7 +165,7 @@ def _demo(args: argparse.Namespace) -> int:
 
 
 def _train(args: argparse.Namespace) -> int:
-    from metis_fast import pipeline
+    from metis_fast.run import pipeline
 
     return _trained(args, _load(args), pipeline.train)
 
@@ -186,7 +186,7 @@ def _trained(args: argparse.Namespace, config: Config, job: Callable[[Config], o
 
 
 def _sft(args: argparse.Namespace) -> int:
-    from metis_fast.cold_start import sft
+    from metis_fast.run.cold_start import sft
 
     config = _load(args)
     with held(config.run.dir):
@@ -196,7 +196,7 @@ def _sft(args: argparse.Namespace) -> int:
 
 
 def _eval(args: argparse.Namespace) -> int:
-    from metis_fast import pipeline
+    from metis_fast.run import pipeline
 
     rates = pipeline.evaluate(_load(args))
     if args.json:
@@ -231,7 +231,9 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--live-fraction", type=float, default=1.0, metavar="F", help="share of the tokens with an advantage")
     parser.add_argument("--peers", metavar="A,B", help='which to run beside ours; default: all; "": none')
     parser.add_argument("--runs", type=int, metavar="N", help="timed runs of each (default and least: 5; update_step: 3)")
-    parser.add_argument("--threads", type=int, metavar="N", help="threads of torch on the CPU (default: 2; rollout: 1)")
+    parser.add_argument(
+        "--threads", type=int, metavar="N", help="threads of torch on the CPU (default: 2; rollout without --image: 1)"
+    )
     parser.add_argument("--engine", choices=["native", "vllm"], help="rollout: what samples (default: native)")
     parser.add_argument("--image", metavar="WxH", help="rollout: what images cost instead, with one of so many pixels a prompt")
     parser.add_argument("--crop", metavar="WxH", help="with --image: what half of the rollouts look at (default: nothing)")

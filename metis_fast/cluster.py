@@ -30,8 +30,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from metis_fast.config import Config, WorkersConfig
 from metis_fast.errors import ConfigError
-from metis_fast.machine import num_cores
-from metis_fast.train.megatron.wire import PARENT
+from metis_fast.machine import PARENT, num_cores
 from metis_fast.workers.launch import Child, Job, Process
 
 _LOG = logging.getLogger(__name__)

@@ -58,6 +58,10 @@ _TEXT = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
     "head_dim", "hidden_act", "max_position_embeddings", "rms_norm_eps", "attention_bias", "rope_theta", *_ROPE,
 )  # fmt: skip
+QKV = ("q_proj", "k_proj", "v_proj")
+GATE_UP = ("gate_proj", "up_proj")
+"""Matrices of a layer that others hold as one: Megatron-core, vLLM."""
+
 _ATTENTION = ("_attn_implementation", "attn_implementation")
 """Kernels that another trainer ran it with: transformers would ask for their package before it builds the model."""
 _HEAD = "lm_head.weight"

@@ -99,7 +99,7 @@ class _Cursor:
     def __init__(self, plan: Plan) -> None:
         self._plan, self._next = plan, 0
 
-    def draw(self, n: int) -> list[tuple[int, Prompt]]:
+    async def begin(self, n: int) -> list[tuple[int, Prompt]]:
         """See `schedule.Cursor`."""
         rows = range(self._next, self._next + n)
         self._next += n

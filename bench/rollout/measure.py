@@ -76,8 +76,10 @@ def open_engine(name: str, policy: Policy, clock: Clock, scratch: Path, threads:
         if name == "native":
             engine: Engine = ClockedNative(policy, clock)
         else:
-            from metis_fast.parts import open_hub  # these two import most of the package, which every `bench` would wait for
             from metis_fast.rollout.vllm.engine import VllmEngine
+            from metis_fast.run.assembly import (
+                open_hub,  # these two import most of the package, which every `bench` would wait for
+            )
 
             config = Config.model_validate(
                 {

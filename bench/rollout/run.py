@@ -8,7 +8,6 @@ import dataclasses
 import json
 import sys
 import tempfile
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,8 @@ from tqdm import tqdm
 
 from ..candidate import BenchError
 from ..machine import Machine, describe
+from . import images
+from .columns import aligned
 from .measure import ENGINES, RAW, Overhead, Result, Row, WrongResult, measure, num_jobs
 from .plan import SHAPES
 from .weights import SyncRow
@@ -53,6 +54,8 @@ def request(args: argparse.Namespace) -> Request:
     threads = 1 if args.threads is None else args.threads
     if threads < 1:
         raise BenchError(f"--threads: expected 1 or more, got {threads}")
+    if args.crop is not None or args.prompts is not None:
+        raise BenchError("--crop, --prompts: what they are of is told by --image; give that too")
     for option, value, default in (("--peers", args.peers, None), ("--live-fraction", args.live_fraction, 1.0)):
         if value != default:
             raise BenchError(f"{option}: rollout has none; its shapes are {', '.join(SHAPES)}")
@@ -134,16 +137,6 @@ def _sync_cells(row: SyncRow) -> list[str]:
     ]
 
 
-def _table(lines: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    return [
-        "  ".join(
-            cell.rjust(width) if i else cell.ljust(width) for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-        )
-        for line in lines
-    ]
-
-
 def to_text(result: Result, wanted: Request, machine: Machine) -> str:
     """Tables for a terminal."""
     shape = SHAPES[wanted.shape]
@@ -154,13 +147,15 @@ def to_text(result: Result, wanted: Request, machine: Machine) -> str:
         f"{latency.p99_s:g} s (lognormal, mean {latency.mean_s:.2f} s), {latency.failing:.0%} failing"
     )
     place = f"{machine.cpu}, {machine.cores} cores, {' '.join(machine.isa)}, {wanted.threads} threads, torch {machine.torch}"
-    rows = _table([_COLUMNS, *(_cells(row) for row in result.rows)])
-    sync = _table([_SYNC_COLUMNS, *(_sync_cells(row) for row in result.sync)])
+    rows = aligned([_COLUMNS, *(_cells(row) for row in result.rows)])
+    sync = aligned([_SYNC_COLUMNS, *(_sync_cells(row) for row in result.sync)])
     return "\n".join([work, f"{place}, engine {wanted.engine}", "", *rows, "", *sync, "", *NOTES])
 
 
 def run(args: argparse.Namespace) -> int:
     """Prints tables or the JSON object. Returns the exit code: 1 if a variant did not play what it should, without figures."""
+    if args.image is not None:
+        return images.run(args)
     wanted = request(args)
     torch.set_num_threads(wanted.threads)
     shape = SHAPES[wanted.shape]

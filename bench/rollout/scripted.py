@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -22,7 +23,25 @@ from metis_fast.rollout.native import NativeEngine
 from metis_fast.testing.tiny import CONTROL, TAGS
 from metis_fast.types import ImageBlob, ImageSpan
 
-from .plan import Plan
+from .plan import PlannedMessage, Shape
+
+
+class Script(Protocol):
+    """What prescribes the messages: a `Plan`, or one of images."""
+
+    @property
+    def shape(self) -> Shape:
+        """Of the work."""
+        ...
+
+    @property
+    def messages(self) -> Sequence[Sequence[PlannedMessage]]:
+        """Of every trajectory."""
+        ...
+
+    def order(self, uid: str, index: int) -> int:
+        """Which trajectory rollout `index` of a prompt is."""
+        ...
 
 
 @dataclass(slots=True)
@@ -144,7 +163,7 @@ class Life:
 class ScriptedEngine:
     """See the top of this file. lives: of every trajectory, by its order."""
 
-    def __init__(self, engine: Engine, plan: Plan, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, engine: Engine, plan: Script, tokenizer: PreTrainedTokenizerBase) -> None:
         self.engine, self.plan = engine, plan
         self.lives: dict[int, Life] = {}
         vocab = tokenizer.get_vocab()

@@ -9,14 +9,18 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
 from metis_fast.errors import EngineError, StagingError
-from metis_fast.types import ImageBlob, ImageSpan
+from metis_fast.types import ImageBlob, ImageSpan, Rollout
+
+if TYPE_CHECKING:
+    from metis_fast.model import Policy
+    from metis_fast.rollout.layers import Layers
 
 _LOG = logging.getLogger(__name__)
 
@@ -106,6 +110,55 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """Free memory and processes."""
+        ...
+
+
+class RunEngine(Engine, Protocol):
+    """What a run asks of its engine besides sampling, whichever it is."""
+
+    num_replicas: int
+    """Models behind it, each of which the gate asks."""
+
+    def runs(self, policy: Policy) -> bool:
+        """Whether it samples with this very module, so that new weights need not be sent."""
+        ...
+
+    def wait(self, check: Callable[[], None]) -> None:
+        """Until it can be asked. check: called meanwhile; what it raises goes on.
+
+        Raises:
+            EngineError, ModelError: it does not start.
+        """
+        ...
+
+    async def rest(self) -> None:
+        """Give its memory on the trainer's device to the trainer, where that is set; until `resume`, nothing is sampled.
+
+        Raises:
+            EngineError: no engine can be started any more.
+        """
+        ...
+
+    async def resume(self) -> None:
+        """After `rest`: take the memory back. An update of the weights must follow.
+
+        Raises:
+            EngineError: no engine can be started any more.
+        """
+        ...
+
+    def probe_session(self, order: int, prompt: str) -> EngineSession:
+        """A session for the gate: as many in a row as there are replicas reach all that are up."""
+        ...
+
+    async def layer_outputs(self, order: int, rollout: Rollout) -> Layers | None:
+        """What its layers make of a rollout's tokens but the last; None where they are the trainer's own.
+
+        order: of the session (`probe_session`).
+
+        Raises:
+            InfrastructureError, EngineError: it failed, or none is up.
+        """
         ...
 
 

@@ -19,10 +19,9 @@ import numpy.typing as npt
 from metis_fast.config import Config
 from metis_fast.errors import EngineError, EngineFailure, InfrastructureError
 from metis_fast.rollout.chat import Chat
-from metis_fast.rollout.engine import Completion, Engine, EngineSession, Sampling
+from metis_fast.rollout.engine import Completion, RunEngine, Sampling
 from metis_fast.rollout.episode import SampleKey, Trace
 from metis_fast.rollout.layers import Reference, first_difference
-from metis_fast.rollout.vllm.engine import VllmEngine
 from metis_fast.types import Outcome, Prompt, Rollout
 
 log = logging.getLogger(__name__)
@@ -77,7 +76,7 @@ def choose(prompts: Sequence[Prompt], count: int, least: int = 1) -> list[Prompt
     return chosen + [chosen[i % len(chosen)] for i in range(len(chosen), least)]
 
 
-async def probe(prompts: Sequence[Prompt], chat: Chat, engine: Engine, config: Config) -> list[Rollout]:
+async def probe(prompts: Sequence[Prompt], chat: Chat, engine: RunEngine, config: Config) -> list[Rollout]:
     """One message of the engine for each prompt, as rollouts that the trainer can take.
 
     Raises:
@@ -93,7 +92,7 @@ async def probe(prompts: Sequence[Prompt], chat: Chat, engine: Engine, config: C
     raise EngineError(f"truth gate: the engine answers nothing: {last}")
 
 
-async def _probe(prompts: Sequence[Prompt], chat: Chat, engine: Engine, config: Config) -> list[Rollout]:
+async def _probe(prompts: Sequence[Prompt], chat: Chat, engine: RunEngine, config: Config) -> list[Rollout]:
     async def one(order: int, prompt: Prompt) -> Rollout:
         piece = chat.encode_prompt(prompt)
         trace = Trace(len(piece.tokens), list(piece.tokens), list(piece.images), list(piece.spans))
@@ -112,12 +111,8 @@ async def _probe(prompts: Sequence[Prompt], chat: Chat, engine: Engine, config: 
         trace.tokens += message.tokens.tolist()
         return trace.finish(prompt, 0, Outcome.ANSWERED if message.stopped else Outcome.LENGTH)
 
-    def session(order: int, prompt: Prompt) -> EngineSession:
-        # weights may have failed to arrive at one replica only, so each is asked
-        return engine.probe_session(order) if isinstance(engine, VllmEngine) else engine.session(order, prompt.uid)
-
     # all are open before one asks: a deterministic engine waits for every open session
-    sessions = [session(order, prompt) for order, prompt in enumerate(prompts)]
+    sessions = [engine.probe_session(order, prompt.uid) for order, prompt in enumerate(prompts)]
     return await asyncio.gather(*(one(order, prompt) for order, prompt in enumerate(prompts)))
 
 
@@ -160,7 +155,7 @@ async def locate(
     rollout: Rollout,
     trainer_logp: npt.NDArray[np.float32],
     model: Reference,
-    engine: Engine,
+    engine: RunEngine,
     config: Config,
 ) -> str:
     """In words: who computes something else than transformers' own model, and if that is the engine, in which layer.
@@ -172,12 +167,14 @@ async def locate(
     found = f"From transformers' own model the engine differs by {engines:.2e} there, the trainer by {trainers:.2e}"
     if not trainers <= _threshold(config):
         found += ": the trainer computes something else (its attention, how rollouts share prompts and packs)"
-    if engines <= _threshold(config) or not isinstance(engine, VllmEngine):
+    if engines <= _threshold(config):
         return found
     try:
         layers = await engine.layer_outputs(order, rollout)
     except (InfrastructureError, EngineError) as error:
         return f"{found}; the engine's layers could not be compared ({error})"
+    if layers is None:
+        return found
     return f"{found}; {first_difference(layers, model.layers, config.model.dtype)}"
 
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -33,7 +33,7 @@ from metis_fast.errors import ConfigError, EngineError
 from metis_fast.model import Policy, rope_positions
 from metis_fast.rollout.engine import Completion, Sampling, SyncReport
 from metis_fast.tower import ImageFeatures
-from metis_fast.types import ImageBlob, ImageSpan
+from metis_fast.types import ImageBlob, ImageSpan, Rollout
 
 _GROW = 64  # tokens by which the pool's length grows; a multiple of every SIMD width
 
@@ -61,30 +61,32 @@ def check_room(config: RolloutConfig, model: PretrainedConfig, element: int, mem
 
 
 class _KvPool:
-    """Keys and values of all sessions, [L, 2, N, K, C, D]."""
+    """Keys and values of all sessions, [2, N, K, C, D] of each layer: of what is grown or moved, one layer is there twice."""
 
     def __init__(self, layers: int, heads: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> None:
-        self._kv = torch.zeros(layers, 2, 0, heads, 0, head_dim, dtype=dtype, device=device)
+        self._kv = [torch.zeros(2, 0, heads, 0, head_dim, dtype=dtype, device=device) for _ in range(layers)]
 
     def reserve(self, rows: int, length: int) -> None:
-        _, _, have_rows, _, have_length, _ = self._kv.shape
+        _, have_rows, _, have_length, _ = self._kv[0].shape
         if rows <= have_rows and length <= have_length:
             return
         rows = max(have_rows, rows)
         if length > have_length:  # by half at least, so that a long decode copies the pool only now and then
             length = -(-max(length, have_length * 3 // 2) // _GROW) * _GROW
         length = max(have_length, length)
-        grown = self._kv.new_zeros(*self._kv.shape[:2], rows, self._kv.shape[3], length, self._kv.shape[5])
-        grown[:, :, :have_rows, :, :have_length] = self._kv
-        self._kv = grown
+        for i, layer in enumerate(self._kv):
+            grown = layer.new_zeros(2, rows, layer.shape[2], length, layer.shape[4])
+            grown[:, :have_rows, :, :have_length] = layer
+            self._kv[i] = layer = grown  # the name, too: it would keep the old one while the next is made
 
     def move(self, source: Sequence[int], target: Sequence[int], length: int | None = None) -> None:
         """Row target[i] becomes what source[i] was (all reads before all writes)."""
         if source and length != 0:  # rows without a cache may lie behind the end of the pool
-            self._kv[:, :, list(target), :, :length] = self._kv[:, :, list(source), :, :length]
+            for layer in self._kv:
+                layer[:, list(target), :, :length] = layer[:, list(source), :, :length]
 
     def layer(self, layer: int) -> tuple[Tensor, Tensor]:
-        return self._kv[layer, 0], self._kv[layer, 1]
+        return self._kv[layer][0], self._kv[layer][1]
 
 
 class _CachedAttention:
@@ -192,6 +194,28 @@ class NativeEngine:
         self._position = np.zeros(0, np.int64)
         self.weight_version = 0
 
+    num_replicas = 1
+
+    def runs(self, policy: Policy) -> bool:
+        """See `RunEngine`."""
+        return policy is self._policy
+
+    def wait(self, check: Callable[[], None]) -> None:
+        """See `RunEngine`; it is ready."""
+
+    async def rest(self) -> None:
+        """See `RunEngine`; its memory is the trainer's."""
+
+    async def resume(self) -> None:
+        """See `RunEngine`."""
+
+    def probe_session(self, order: int, prompt: str) -> _Session:
+        """See `RunEngine`."""
+        return self.session(order, prompt)
+
+    async def layer_outputs(self, order: int, rollout: Rollout) -> None:
+        """See `RunEngine`; they are the trainer's."""
+
     def session(self, order: int, prompt: str = "") -> _Session:
         """See `Engine`; rollouts of a prompt are found by its tokens."""
         session = _Session(self, order, len(self._rows))
@@ -263,6 +287,8 @@ class NativeEngine:
         self._rows.pop()
         if self._rows:
             self.wake()
+        else:  # of a batch that is over: the update may need the memory
+            self._pool = self._new_pool()
 
     async def _run(self) -> None:
         while True:

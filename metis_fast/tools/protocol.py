@@ -10,7 +10,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
+from metis_fast.tools.sandbox.wire import MAX_IMAGES
 from metis_fast.types import ImageBlob, Observation, ToolName
+
+MAX_CALL_IMAGES = MAX_IMAGES
+"""Most images of an observation."""
 
 
 class ToolSession(Protocol):

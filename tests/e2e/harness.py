@@ -36,7 +36,7 @@ SMALL = HERE / "small.yaml"
 AGENT = HERE / "agent"
 PROGRAM = Path(sys.executable).with_name("metis-fast")
 FORK = multiprocessing.get_context("forkserver")
-FORK.set_forkserver_preload(["metis_fast.demo", "metis_fast.report.html", "metis_fast.score.llm", "metis_fast.cli"])
+FORK.set_forkserver_preload(["metis_fast.demo.command", "metis_fast.report.html", "metis_fast.score.llm", "metis_fast.cli"])
 _POLL_S = 0.0002
 _LIMIT_S = 240.0  # of a command, on a machine that does other things too
 

@@ -14,10 +14,10 @@ from pathlib import Path
 import psutil
 from harness import FORK
 
-from metis_fast import parts
 from metis_fast.config import Config
 from metis_fast.model import Policy
 from metis_fast.rollout.vllm.engine import VllmEngine
+from metis_fast.run import assembly
 from metis_fast.workers import server
 from metis_fast.workers.hub import Hub
 from metis_fast.workers.launch import Job, Process
@@ -101,5 +101,5 @@ def use() -> None:
     """Let whole runs of this process have such engines. It must come from the fork server itself."""
     # multiprocessing would start another server in every such process, which imports everything anew
     forkserver._forkserver.ensure_running = lambda: None  # pyright: ignore
-    parts.VllmEngine = ScriptedEngines
-    parts.LocalLauncher = ForkLauncher
+    assembly.VllmEngine = ScriptedEngines
+    assembly.LocalLauncher = ForkLauncher

@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file
 
 from metis_fast import config as config_module
-from metis_fast import pipeline
 from metis_fast.report.log import read_steps
+from metis_fast.run import pipeline
 from metis_fast.types import StepStats
 
 _VARIANTS = {

@@ -23,21 +23,21 @@ from jobs import Job
 from pictures import MODES, TRANSPARENT, WIDE, encoded, turned
 from PIL import Image
 
-from metis_fast import parts as parts_module
-from metis_fast import pipeline
 from metis_fast.config import Config, load
 from metis_fast.data.cursor import PromptCursor
 from metis_fast.data.parquet import PromptFiles
 from metis_fast.errors import EngineError, EngineFailure, SyncError
-from metis_fast.interrupt import Interrupts
 from metis_fast.model import Policy
-from metis_fast.parts import Parts, open_parts
 from metis_fast.rollout.engine import Completion, Sampling
 from metis_fast.rollout.episode import Trace
 from metis_fast.rollout.gate import choose
 from metis_fast.rollout.store import StoredRollout, read_rollouts
 from metis_fast.rollout.vllm.engine import VllmEngine
 from metis_fast.rollout.vllm.staged import StagedWeights
+from metis_fast.run import assembly, pipeline
+from metis_fast.run.assembly import open_parts
+from metis_fast.run.interrupt import Interrupts
+from metis_fast.run.parts import Parts
 from metis_fast.testing.faults import flip_staged
 from metis_fast.types import ImageBlob, Outcome, Prompt, Rollout
 from metis_fast.workers.hub import Hub
@@ -366,7 +366,7 @@ def _use_copies() -> None:
         def __init__(self, config: Config, policy: Policy, hub: Hub) -> None:
             super().__init__(config, policy, hub, copy_always=True)
 
-    parts_module.VllmEngine = Copying
+    assembly.VllmEngine = Copying
 
 
 @pytest.mark.slow

@@ -27,6 +27,7 @@ from transformers import Qwen3VLForConditionalGeneration
 from metis_fast.config import Config
 from metis_fast.errors import EngineError
 from metis_fast.model import load_policy
+from metis_fast.model_folder import hf_shapes
 from metis_fast.rollout.chat import Chat, TokenPiece
 from metis_fast.rollout.vllm import library
 from metis_fast.rollout.vllm.engine import engine_settings
@@ -35,7 +36,6 @@ from metis_fast.rollout.vllm.service import VllmService
 from metis_fast.rollout.vllm.settings import GenerateReply, GenerateRequest
 from metis_fast.sync.staging import Staging
 from metis_fast.testing.tiny import build_tiny, read_shape
-from metis_fast.train.megatron.names import hf_shapes
 from metis_fast.train.torch_backend import TorchTrainer
 from metis_fast.types import Ability, ImageBlob, Message, Outcome, Prompt, Rollout
 

@@ -21,6 +21,7 @@ from tiny_shape import HEADS_OF_32, TEXTS
 
 from metis_fast.config import Config, ModelConfig
 from metis_fast.model import load_policy
+from metis_fast.model_folder import hf_shapes
 from metis_fast.rollout.chat import Chat
 from metis_fast.rollout.layers import first_difference, reference, unpack
 from metis_fast.rollout.vllm import library
@@ -29,7 +30,6 @@ from metis_fast.sync.local_copy import LocalCopy
 from metis_fast.sync.segment import FOLDER, HEADER
 from metis_fast.sync.staging import Staging
 from metis_fast.testing.tiny import build_tiny
-from metis_fast.train.megatron.names import hf_shapes
 from metis_fast.train.torch_backend import TorchTrainer
 from metis_fast.types import Ability, ImageBlob, Message, Outcome, Prompt, Rollout
 

@@ -18,7 +18,7 @@ import torch
 
 from metis_fast.config import MegatronConfig
 from metis_fast.errors import CheckpointError, ConfigError, Interrupted, NonFiniteError, TrainerError
-from metis_fast.interrupt import Interrupts
+from metis_fast.run.interrupt import Interrupts
 from metis_fast.train.megatron import launch
 from metis_fast.train.megatron.launch import Ranks
 

@@ -11,7 +11,7 @@ import pytest
 
 from metis_fast import config as config_module
 from metis_fast.errors import ConfigError
-from metis_fast.parts import needs_hub, open_hub
+from metis_fast.run.assembly import needs_hub, open_hub
 
 cluster = pytest.importorskip("metis_fast.cluster")
 

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from metis_fast.data.demo_images import COLORS, FABRICS, MAX_JITTER, PANEL_BOXES, PLAIN, png, render
+from metis_fast.demo.images import COLORS, FABRICS, MAX_JITTER, PANEL_BOXES, PLAIN, png, render
 
 PROCESSOR = Qwen2VLImageProcessorPil(patch_size=8, merge_size=2, size={"shortest_edge": 4096, "longest_edge": 4096})
 

@@ -18,10 +18,9 @@ from transformers import PreTrainedTokenizerFast
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from metis_fast.config import RolloutConfig, TextSearchConfig
-from metis_fast.data.demo import DemoSizes, Kind, SplitSize, demo_prompts, write_demo
-from metis_fast.data.demo_images import FABRICS, PLAIN, render
-from metis_fast.data.demo_world import COUNTRY_NAMES, City, city_document, find_city, load_world
-from metis_fast.data.scripted import (
+from metis_fast.demo.files import DemoSizes, Kind, SplitSize, demo_prompts, write_demo
+from metis_fast.demo.images import FABRICS, PLAIN, render
+from metis_fast.demo.policy import (
     BASE,
     COLD_START,
     Script,
@@ -32,6 +31,7 @@ from metis_fast.data.scripted import (
     plan,
     script_texts,
 )
+from metis_fast.demo.world import COUNTRY_NAMES, City, city_document, find_city, load_world
 from metis_fast.errors import DataError, ModelError
 from metis_fast.pictures import ImagePreparer
 from metis_fast.rollout.calls import parse_turn

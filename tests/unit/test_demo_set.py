@@ -7,9 +7,9 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from metis_fast.data.demo import DemoPaths, DemoSizes, Kind, SplitSize, apportion, write_demo
-from metis_fast.data.demo_world import COUNTRY_NAMES, find_city, load_world
 from metis_fast.data.parquet import PromptFiles
+from metis_fast.demo.files import DemoPaths, DemoSizes, Kind, SplitSize, apportion, write_demo
+from metis_fast.demo.world import COUNTRY_NAMES, find_city, load_world
 from metis_fast.errors import DataError
 from metis_fast.types import Ability, Prompt
 

@@ -13,10 +13,11 @@ from torch import Tensor, zeros
 
 from metis_fast.config import Config
 from metis_fast.errors import Interrupted
-from metis_fast.interrupt import Interrupts
 from metis_fast.model import Policy
-from metis_fast.parts import Parts, _device
 from metis_fast.rollout.engine import SyncReport
+from metis_fast.run.assembly import _device
+from metis_fast.run.interrupt import Interrupts
+from metis_fast.run.parts import Parts
 
 
 class _Streams:

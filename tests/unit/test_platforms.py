@@ -61,7 +61,8 @@ def run(code: str) -> str:
 @pytest.mark.skipif(sys.platform != "linux", reason="takes Linux calls away")
 def test_no_import_needs_what_only_linux_has() -> None:
     code = """
-import metis_fast.cli, metis_fast.demo, metis_fast.pipeline, metis_fast.sync, metis_fast.workers.server, metis_fast.workers.hub
+import metis_fast.cli, metis_fast.demo.command
+import metis_fast.run.pipeline, metis_fast.sync, metis_fast.workers.server, metis_fast.workers.hub
 from metis_fast.config import ToolsConfig
 from metis_fast.tools.toolbox import LocalToolbox
 print(LocalToolbox(ToolsConfig(), None, None, None).num_slots > 0)

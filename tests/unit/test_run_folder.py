@@ -15,12 +15,12 @@ import pytest
 
 from metis_fast import cli
 from metis_fast.errors import ConfigError
-from metis_fast.run_folder import held
+from metis_fast.run.folder import held
 
 _HOLD = """
 import sys, time
 from pathlib import Path
-from metis_fast.run_folder import held
+from metis_fast.run.folder import held
 with held(Path(sys.argv[1])):
     print("in", flush=True)
     time.sleep(600)

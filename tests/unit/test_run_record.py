@@ -17,7 +17,7 @@ import pytest
 from metis_fast.config import Config, build, by_content, load
 from metis_fast.data.parquet import PromptFiles
 from metis_fast.errors import ConfigError
-from metis_fast.run_record import RunRecord, files_digest, open_record
+from metis_fast.run.record import RunRecord, files_digest, open_record
 
 
 def write_rows(path: Path, answers: list[str]) -> Path:

@@ -295,7 +295,7 @@ def test_segments_of_killed_processes_are_removed_and_those_of_living_ones_stay(
 
 def test_the_torch_trainers_weights_are_those_of_the_folder_by_name(load_tiny):
     from metis_fast.config import Config
-    from metis_fast.train.megatron.names import hf_shapes
+    from metis_fast.model_folder import hf_shapes
     from metis_fast.train.torch_backend import TorchTrainer
 
     policy, config = load_tiny(), Config.model_validate({"model": {"dtype": "float32"}})

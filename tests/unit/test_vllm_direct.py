@@ -12,7 +12,7 @@ from metis_fast.model import Policy
 from metis_fast.rollout.vllm import direct
 from metis_fast.rollout.vllm.direct import Client, DirectTransfer, Source
 from metis_fast.rollout.vllm.engine import VllmEngine, engine_settings
-from metis_fast.tools.sandbox.wire import MAX_IMAGES
+from metis_fast.tools.protocol import MAX_CALL_IMAGES
 
 
 class _Hub:
@@ -69,7 +69,7 @@ def test_without_a_gpu_it_says_so(transport: str) -> None:
 
 def test_a_rollout_whose_every_call_shows_as_many_pictures_as_it_may_is_taken(policy: Policy) -> None:
     config = Config.model_validate({"rollout": {"engine": "vllm", "max_turns": 10}})
-    assert engine_settings(config, policy).images >= 1 + 10 * MAX_IMAGES
+    assert engine_settings(config, policy).images >= 1 + 10 * MAX_CALL_IMAGES
 
 
 @pytest.mark.parametrize("transport", ["staged", "ipc"])

@@ -8,7 +8,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 # behind the door: what vLLM itself loads, and what serves an engine that has been opened
-BEHIND = {f"metis_fast/rollout/vllm/{name}.py" for name in ("plugin", "transfer", "service")}
+BEHIND = {f"metis_fast/rollout/vllm/{name}.py" for name in ("plugin", "transfer", "service", "whole")}
 DOOR = "metis_fast.rollout.vllm.library"
 
 

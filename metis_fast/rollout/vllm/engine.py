@@ -33,7 +33,7 @@ from metis_fast.rollout.vllm.settings import (
     GenerateRequest,
 )
 from metis_fast.rollout.vllm.staged import StagedWeights
-from metis_fast.tools.sandbox.wire import MAX_IMAGES
+from metis_fast.tools.protocol import MAX_CALL_IMAGES
 from metis_fast.types import ImageBlob, ImageSpan, Rollout
 from metis_fast.workers.hub import Hub
 from metis_fast.workers.worker import Worker, WorkerError, wait_ready
@@ -92,6 +92,8 @@ class VllmEngine:
     ) -> None:
         self._config, self._policy, self._hub = config, policy, hub
         vllm = config.rollout.vllm
+        self.num_replicas = vllm.replicas
+        self._rests = False
         self._banned = np.asarray(policy.placeholder_ids, np.int64)
         self.replicas: list[Replica] = []
         self.weights = (
@@ -138,8 +140,12 @@ class VllmEngine:
         """See `Engine`."""
         return _Session(self, prompt)
 
-    def probe_session(self, order: int) -> _Session:
-        """A session on the replica whose turn it is: as many in a row as there are replicas reach all that are up."""
+    def runs(self, policy: Policy) -> bool:
+        """See `RunEngine`."""
+        return False
+
+    def probe_session(self, order: int, prompt: str) -> _Session:
+        """See `RunEngine`: on the replica whose turn it is."""
         up = self._up()
         return _Session(self, "", up[order % len(up)] if up else None)
 
@@ -302,6 +308,20 @@ class VllmEngine:
         replica.started()
         await self.weights.prepare(replica)
 
+    async def rest(self) -> None:
+        """See `RunEngine`: by `rollout.vllm.sleep`."""
+        if self._config.rollout.vllm.sleep:
+            await self.sleep()
+            self._rests = True
+
+    async def resume(self) -> None:
+        """See `RunEngine`."""
+        if self._rests:
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()  # of the update; the engines take what they had
+            await self.wake()
+            self._rests = False
+
     async def sleep(self) -> None:
         """Give the GPUs to the trainer (`rollout.vllm.sleep`); `wake` and `update` must follow. Replicas that are being
         started, or are lost from here on, start after `wake`.
@@ -348,7 +368,7 @@ def engine_settings(config: Config, policy: Policy) -> EngineSettings:
     """What each engine of a run is told."""
     rollout, vllm = config.rollout, config.rollout.vllm
     # a tool call after every message, and each may show that many
-    images = _PROMPT_IMAGES + MAX_IMAGES * rollout.max_turns if policy.reads_images else 0
+    images = _PROMPT_IMAGES + MAX_CALL_IMAGES * rollout.max_turns if policy.reads_images else 0
     return EngineSettings(
         model=str(policy.folder.resolve()),
         dtype=config.model.dtype,

@@ -19,10 +19,10 @@ from torch import Tensor
 from metis_fast.config import SyncConfig
 from metis_fast.errors import EngineError, InfrastructureError, StagingError, SyncError
 from metis_fast.model import Policy
+from metis_fast.model_folder import hf_shapes
 from metis_fast.rollout.engine import SyncReport
 from metis_fast.rollout.vllm.replica import LOAD_S, Replica
 from metis_fast.sync.staging import Payload, Staging
-from metis_fast.train.megatron.names import hf_shapes
 from metis_fast.workers.worker import Worker
 
 _LOG = logging.getLogger(__name__)

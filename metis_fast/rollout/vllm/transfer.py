@@ -22,10 +22,10 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, 
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
 from metis_fast.errors import EngineError, SyncError
+from metis_fast.model_folder import GATE_UP, QKV
 from metis_fast.rollout.layers import LayerRecorder
 from metis_fast.sync.manifest import Manifest
 from metis_fast.sync.reader import Reader
-from metis_fast.train.megatron.names import GATE_UP, QKV
 
 if TYPE_CHECKING:
     from vllm.v1.worker.gpu_worker import Worker

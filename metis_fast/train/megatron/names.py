@@ -24,7 +24,7 @@ from transformers import PretrainedConfig
 
 from metis_fast.config import MegatronConfig
 from metis_fast.errors import ModelError
-from metis_fast.model_folder import hf_shapes
+from metis_fast.model_folder import GATE_UP, QKV, hf_shapes
 from metis_fast.train.megatron.layout import Chunk, chunks, parts
 
 Kind = Literal["whole", "rows", "columns", "qkv", "gate_up", "tied"]
@@ -32,9 +32,6 @@ Kind = Literal["whole", "rows", "columns", "qkv", "gate_up", "tied"]
 
 Read = Callable[[str, int, int, int], Tensor]
 """(Hugging Face name, dim, start, stop) -> that slice."""
-
-QKV = ("q_proj", "k_proj", "v_proj")
-GATE_UP = ("gate_proj", "up_proj")
 
 _Row = tuple[str, Kind, tuple[str, ...]]
 

@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from metis_fast.train.megatron.wire import KEY, PARENT, Channel, Died, Message
+from metis_fast.machine import PARENT
+from metis_fast.train.megatron.wire import KEY, Channel, Died, Message
 from metis_fast.workers.launch import Job, Launcher, Process
 
 _GONE_S = 5.0  # for killed ones

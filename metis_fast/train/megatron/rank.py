@@ -28,9 +28,9 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from metis_fast import __version__
 from metis_fast.errors import ConfigError, MetisError
+from metis_fast.machine import PARENT
 from metis_fast.train.megatron.wire import (
     KEY,
-    PARENT,
     Call,
     Channel,
     Died,

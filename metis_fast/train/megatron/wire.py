@@ -28,8 +28,6 @@ if TYPE_CHECKING:
 
 KEY = "METIS_RANK_KEY"
 """Environment variable with the secret that a run and its ranks share."""
-PARENT = "METIS_RANK_PARENT"
-"""Environment variable with the process id of the run that started a rank on its own machine."""
 
 _HEAD = struct.Struct("!BQQI")  # kind, number of the call, bytes of the pickle, number of buffers after it
 

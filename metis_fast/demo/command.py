@@ -13,14 +13,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from metis_fast import config as config_module
-from metis_fast import pipeline
-from metis_fast.cold_start import play, sft
 from metis_fast.config import Config, DemoConfig
-from metis_fast.data.demo import DemoSizes, SplitSize, write_demo
 from metis_fast.data.parquet import PromptFiles
-from metis_fast.data.scripted import BASE, COLD_START, script_texts
+from metis_fast.demo.files import DemoSizes, SplitSize, write_demo
+from metis_fast.demo.play import play
+from metis_fast.demo.policy import BASE, COLD_START, script_texts
 from metis_fast.errors import ConfigError
 from metis_fast.report.summary import Summary
+from metis_fast.run import pipeline
+from metis_fast.run.cold_start import sft
 from metis_fast.testing.tiny import build_tiny, read_shape
 from metis_fast.types import Prompt
 
@@ -30,7 +31,7 @@ _STYLES = {"base": BASE, "cold_start": COLD_START}
 
 def shipped(name: str) -> Path:
     """A file of configs/: the wheel's copy (CMakeLists.txt), or that of the checkout."""
-    package = Path(__file__).parent
+    package = Path(__file__).parents[1]
     inside = package / "configs" / name
     return inside if inside.exists() else package.parent / "configs" / name
 

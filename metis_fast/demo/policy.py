@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from metis_fast.data.demo import PRIOR_NO, Kind
-from metis_fast.data.demo_images import FABRICS, PANEL_BOXES, PLAIN
-from metis_fast.data.demo_world import COUNTRY_NAMES, City, Country, city_document, country_document, find_city
+from metis_fast.demo.files import PRIOR_NO, Kind
+from metis_fast.demo.images import FABRICS, PANEL_BOXES, PLAIN
+from metis_fast.demo.world import COUNTRY_NAMES, City, Country, city_document, country_document, find_city
 from metis_fast.errors import DataError, ModelError
 from metis_fast.rollout.engine import Completion, Sampling, SyncReport
 from metis_fast.types import Ability, ImageBlob, ImageSpan, Prompt, ToolName

@@ -13,8 +13,6 @@ import numpy as np
 
 from metis_fast.config import Config
 from metis_fast.errors import CheckpointError, Interrupted, MetisError, NonFiniteError, TrainerError
-from metis_fast.interrupt import Interrupts
-from metis_fast.parts import Parts, open_parts
 from metis_fast.report.html import write_report
 from metis_fast.report.log import read_evaluations
 from metis_fast.report.progress import progress
@@ -24,6 +22,9 @@ from metis_fast.rollout.engine import SyncReport
 from metis_fast.rollout.episode import collect
 from metis_fast.rollout.schedule import Taken
 from metis_fast.rollout.store import RolloutStore
+from metis_fast.run.assembly import open_parts
+from metis_fast.run.interrupt import Interrupts
+from metis_fast.run.parts import Parts
 from metis_fast.score.scoring import score_groups
 from metis_fast.types import Group, Outcome, Prompt, ScoredGroup, Slice, StepStats, UpdateStats
 
@@ -44,7 +45,7 @@ def train(config: Config, seconds_before: float = 0.0) -> Summary | None:
         MetisError: anything that a user can mend.
     """
     with Interrupts() as interrupts, open_parts(config, interrupts) as parts:
-        first = parts.resume()
+        first = parts.state.resume()
         for step in range(first, config.train.steps + 1):
             with _saved_on_failure(parts, step):
                 clock = _Clock()
@@ -53,7 +54,7 @@ def train(config: Config, seconds_before: float = 0.0) -> Summary | None:
                 clock("gate", _gate_if_due(parts, step, first))
                 score = _evaluate_if_due(parts, step)
                 if step > first and _due(step, config.checkpoint.every, config.train.steps):
-                    parts.save(step, score)
+                    parts.state.save(step, score)
                 if step == config.train.steps:
                     break
                 clock.skip()
@@ -62,7 +63,7 @@ def train(config: Config, seconds_before: float = 0.0) -> Summary | None:
                 updates = clock("update", _update(parts, scored, step))
                 clock("store", _store(parts, scored, step))
                 parts.log.step(_step_stats(parts, step, taken, scored, updates, synced, clock.seconds))
-                parts.finished(step)
+                parts.state.finished(step)
         parts.checkpoints.finish()
         parts.export(config.run.dir / "trained")
         return _summarise(parts, seconds_before)
@@ -99,7 +100,7 @@ def _saved_on_failure(parts: Parts, step: int) -> Iterator[None]:
         yield
     except (Interrupted, MetisError) as error:
         if not isinstance(error, CheckpointError | TrainerError):  # after these there is nothing that could be saved
-            parts.save_boundary(step)
+            parts.state.save_boundary(step)
         raise
 
 
@@ -250,7 +251,7 @@ def _summarise(parts: Parts, seconds_before: float) -> Summary | None:
         summary = write_summary(
             folder / "summary.json",
             seed=parts.config.run.seed,
-            wall_s=seconds_before + parts.wall_s,
+            wall_s=seconds_before + parts.state.wall_s,
             before=evaluations[0].slices,
             after=evaluations[-1].slices,
         )

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from contextlib import ExitStack
 from functools import lru_cache
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
@@ -17,56 +15,15 @@ from metis_fast.checkpoint.export import check_export, export_policy
 from metis_fast.checkpoint.resume import CheckpointStore, ResumeState
 from metis_fast.checkpoint.rng import capture_rng
 from metis_fast.config import Config, SftPhase
-from metis_fast.data.cursor import PromptCursor
-from metis_fast.data.parquet import PromptFiles
-from metis_fast.data.scripted import ScriptedEngine, ScriptStyle
 from metis_fast.errors import ConfigError, DataError, Interrupted
-from metis_fast.interrupt import Interrupts
 from metis_fast.model import first_device, load_policy
-from metis_fast.model_folder import check_model_folder, load_processor, load_tokenizer
-from metis_fast.pictures import ImagePreparer
 from metis_fast.report.progress import progress
-from metis_fast.rollout.chat import Chat
-from metis_fast.rollout.episode import collect
-from metis_fast.rollout.store import RolloutStore, read_rollouts
-from metis_fast.run_record import open_record
-from metis_fast.tools import open_toolbox
+from metis_fast.rollout.store import read_rollouts
+from metis_fast.run.interrupt import Interrupts
+from metis_fast.run.record import open_record
 from metis_fast.train.protocol import TrainerState
 from metis_fast.train.torch_backend import TorchTrainer
-from metis_fast.types import Ability, Rollout, Score, ScoredGroup
-
-_PART = 500  # prompts in one stored part; a part is played again if it was interrupted
-
-
-def play(config: Config, prompts: Path, style: ScriptStyle, out: Path) -> int:
-    """Let the script play every prompt of a file with the real tools; store the trajectories in `out`.
-
-    Continues where an interrupted call stopped. Returns the number of trajectories.
-    """
-    check_model_folder(config.model.path)
-    tokenizer = load_tokenizer(config.model.path)
-    images = ImagePreparer(load_processor(config.model.path))
-    chat, files = Chat(tokenizer, images), PromptFiles([prompts])
-    cursor = PromptCursor(files, config.run.seed, shuffle=False, check=images.broken)
-    store, rollout = RolloutStore(out), config.rollout.model_copy(update={"deterministic": False})
-    with Interrupts() as interrupts, TemporaryDirectory(prefix="metis-tools-") as scratch, ExitStack() as stack:
-        toolbox = open_toolbox(config.tools, Path(scratch))
-        stack.callback(toolbox.close)
-        bar = stack.enter_context(progress(len(files), f"playing {prompts.stem}", config.log, "trajectory"))
-        for start in range(0, len(files), _PART):
-            part = cursor.next(min(_PART, len(files) - start))
-            name = f"part-{start // _PART:04d}"
-            if (out / f"{name}.parquet").exists():
-                bar.update(len(part))
-                continue
-            engine = ScriptedEngine(tokenizer, part, style, config.run.seed * 1_000_003 + start)
-            groups = interrupts.run(
-                collect(part, 1, chat, engine, toolbox, rollout, config.run.seed, f"{prompts.stem}/{start}", bar.update)
-            )
-            store.write(
-                name, [ScoredGroup(g.prompt, g.rollouts, tuple(Score(None, r.outcome) for r in g.rollouts)) for g in groups]
-            )
-    return len(files)
+from metis_fast.types import Ability, Rollout
 
 
 def _trajectories(phase: SftPhase) -> list[Rollout]:

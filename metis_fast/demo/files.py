@@ -13,10 +13,11 @@ from typing import TypeVar
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from metis_fast.data import demo_images, demo_world
-from metis_fast.data.demo_images import COLORS, FABRICS, MAX_JITTER, PANELS, PLAIN
-from metis_fast.data.demo_world import City, Country
 from metis_fast.data.parquet import write_prompts
+from metis_fast.demo import images as demo_images
+from metis_fast.demo import world as demo_world
+from metis_fast.demo.images import COLORS, FABRICS, MAX_JITTER, PANELS, PLAIN
+from metis_fast.demo.world import City, Country
 from metis_fast.errors import DataError
 from metis_fast.types import Ability, ImageBlob, JsonScalar, Message, Prompt
 
