@@ -185,8 +185,14 @@ def test_a_process_that_dies_is_one_line(tmp_path: Path):
 def test_ctrl_c_stops_all_processes_without_a_traceback(tmp_path: Path):
     path = write_rows(tmp_path / "a.parquet", *[("math", [encoded(1500, 1500)])] * 3000)
     command = [sys.executable, "-m", "metis_fast", "data", "check", str(path), "--processes", "2"]
+
+    def listen() -> None:  # which a background job of a shell does not
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
     for after_s in (0.0, 0.3, 1.0):
-        with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True) as check:
+        with subprocess.Popen(
+            command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True, preexec_fn=listen
+        ) as check:
             children = Path(f"/proc/{check.pid}/task/{check.pid}/children")
             while children.exists() and not children.read_text().strip() and check.poll() is None:
                 time.sleep(0.02)  # not while it imports: there Python may lose a signal

@@ -23,12 +23,12 @@ from metis_fast import cli
 from metis_fast.checkpoint.export import check_logits, export_policy, read_source
 from metis_fast.checkpoint.safetensors_folder import FolderReader
 from metis_fast.config import Config, ModelConfig
+from metis_fast.demo.play import play
 from metis_fast.demo.policy import BASE
 from metis_fast.errors import ModelError
 from metis_fast.model import Policy, load_policy
 from metis_fast.model_folder import check_model_folder, hf_shapes, load_processor, may_have, read_config
 from metis_fast.plan.shape import Shape, read_model_config
-from metis_fast.run.cold_start import play
 from metis_fast.types import ImageBlob
 
 Tree = dict[str, Any]

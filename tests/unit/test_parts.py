@@ -36,6 +36,13 @@ class _Streams:
             yield str(number), zeros(1)
         self.busy = False
 
+    async def resume(self) -> None:
+        """See `RunEngine.resume`."""
+
+    def runs(self, policy: Policy) -> bool:
+        """See `RunEngine.runs`."""
+        return False
+
     async def update(self, weights: Iterator[tuple[str, Tensor]], version: int) -> SyncReport:
         """See `Engine.update`."""
         self.read = len(await asyncio.to_thread(list, weights))

@@ -68,7 +68,7 @@ def test_the_table_says_what_was_assumed_and_marks_the_configs_layout(plan):
     code, out, _ = plan(*MEGATRON, "train.megatron.recompute=full")
     lines = out.splitlines()
     assert code == 0 and lines[0].startswith("PREDICTED, nothing here was measured")
-    assert sum(line.startswith("PREDICTED") for line in lines) == 3
+    assert sum(line.startswith("PREDICTED") for line in lines) == 5
     assert sum("* tp8+sp pp1" in line and "full" in line for line in lines) == 2
 
 
