@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 
 from metis_fast import config as config_module
 from metis_fast.config import Config, MegatronConfig
@@ -13,14 +13,17 @@ from metis_fast.errors import ConfigError
 from metis_fast.plan.candidates import Candidate, candidates
 from metis_fast.plan.duration import Setting, engine_tokens
 from metis_fast.plan.gpus import GIB, GPUS, NODE
+from metis_fast.plan.host import Host, HostOptions, host
+from metis_fast.plan.host import to_json as host_json
+from metis_fast.plan.host import to_lines as host_lines
 from metis_fast.plan.shape import Shape, read_model_config
 from metis_fast.plan.workload import Workload
 from metis_fast.train.flops import FlopModel
 from metis_fast.train.megatron.layout import check
 
 _ROWS = 12
-_ENGINE_SHARE = 0.3
 """Layouts in the table; --json has all."""
+_ENGINE_SHARE = 0.3
 
 
 def run(args: argparse.Namespace) -> int:
@@ -55,6 +58,9 @@ def run(args: argparse.Namespace) -> int:
         image_tokens=args.image_tokens,
         uniform=args.uniform,
     )
+    # an option that the command line has not keeps its default
+    given = {field.name: getattr(args, field.name) for field in fields(HostOptions) if hasattr(args, field.name)}
+    options = HostOptions(**given)
     shape, gpu = Shape.of(model_config), GPUS[args.gpu]
     setting = Setting(config, shape, FlopModel.of(model_config), load, gpu, gpus, engine_share)
     longest = config.rollout.max_prompt_tokens + config.rollout.max_response_tokens
@@ -64,9 +70,17 @@ def run(args: argparse.Namespace) -> int:
             f"an engine with {engine_share:.2f} of a GPU's memory cannot hold the weights and one rollout of {longest} "
             f"tokens; set --engine-share to {needed:.2f} or more, or to 0 where it has GPUs of its own"
         )
+    options.check(config.rollout.max_turns)
     found = candidates(setting, model_config, own)
-    print(json.dumps(to_json(setting, args.gpu, found)) if args.json else to_text(setting, args.gpu, found))
+    around = host(setting, recommended(found), options)
+    said = json.dumps(to_json(setting, args.gpu, found, around)) if args.json else to_text(setting, args.gpu, found, around)
+    print(said)
     return exit_code(found)
+
+
+def recommended(found: Sequence[Candidate]) -> Candidate:
+    """The config's own layout where it fits, else the first one."""
+    return next((one for one in found if one.own and one.fits), found[0])
 
 
 def exit_code(found: Sequence[Candidate]) -> int:
@@ -83,7 +97,7 @@ def _layout(layout: MegatronConfig) -> dict[str, object]:
     return {name: getattr(layout, name) for name in names}
 
 
-def to_json(setting: Setting, gpu: str, found: Sequence[Candidate]) -> dict[str, object]:
+def to_json(setting: Setting, gpu: str, found: Sequence[Candidate], around: Host) -> dict[str, object]:
     """For machines. What is predicted stands under `predicted`."""
     return {
         "gpu": gpu,
@@ -106,10 +120,11 @@ def to_json(setting: Setting, gpu: str, found: Sequence[Candidate]) -> dict[str,
             }
             for one in found
         ],
+        "host": {"layout": _layout(around.layout.layout), **host_json(around)},
     }
 
 
-def to_text(setting: Setting, gpu: str, found: Sequence[Candidate]) -> str:
+def to_text(setting: Setting, gpu: str, found: Sequence[Candidate], around: Host) -> str:
     """For people."""
     shown = list(found[:_ROWS])
     shown += [one for one in found[_ROWS:] if one.own]
@@ -141,6 +156,8 @@ def to_text(setting: Setting, gpu: str, found: Sequence[Candidate]) -> str:
             "PREDICTED seconds of a step",
             split,
             *seconds,
+            "",
+            *host_lines(around, " ".join(_name(around.layout.layout).split())),
         ]
     )
 

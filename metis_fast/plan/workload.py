@@ -60,6 +60,7 @@ class MiniBatch:
     """Passes of one optimizer step over all data-parallel ranks, and what a mean one of them holds.
 
     pairs: (query, key) that see each other. image_flops: of the tower, forward. rows: tokens at the LM head.
+    parts: that a group is cut into. uniform: share of the groups that are left out.
     """
 
     passes: int
@@ -67,6 +68,8 @@ class MiniBatch:
     pairs: float
     image_flops: float
     rows: float
+    parts: int
+    uniform: float
 
 
 def mini_batch(config: Config, load: Workload, flops: FlopModel) -> MiniBatch:
@@ -88,4 +91,4 @@ def mini_batch(config: Config, load: Workload, flops: FlopModel) -> MiniBatch:
     image = flops.image((1, side, side)) if flops.patch else 0.0
     copies = 1.0 if train.share_images else each
     rows = each * r * load.sampled if train.skip_head_rows else tokens
-    return MiniBatch(passes, num * tokens, num * pairs, num * copies * load.images * image, num * rows)
+    return MiniBatch(passes, num * tokens, num * pairs, num * copies * load.images * image, num * rows, parts, uniform)

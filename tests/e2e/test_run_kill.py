@@ -64,7 +64,7 @@ def test_the_demo_killed_while_it_makes_data_model_or_trajectories_makes_the_sam
     command = ["demo", SMALL, f"demo.model_shape={HERE / 'small_model.json'}", *few]
     succeed([*command, f"run.dir={tmp_path / 'whole'}"], tmp_path / "reference")
     chain = [
-        Moment("demo.write_demo", signal.SIGKILL, delay_s=0.05),
+        Moment("files.write_demo", signal.SIGKILL, delay_s=0.05),
         Moment("tiny.build_tiny", signal.SIGKILL, delay_s=0.02),
         Moment("interrupt.run", signal.SIGKILL, delay_s=0.02),
         Moment("interrupt.run", signal.SIGKILL, entry=2, delay_s=0.01),
