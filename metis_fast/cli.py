@@ -266,6 +266,10 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--images", type=int, default=1, metavar="N", help="of a prompt (default 1)")
     parser.add_argument("--image-tokens", type=int, default=1024, metavar="N", help="of an image (default 1024)")
     parser.add_argument("--uniform", type=float, default=0.2, metavar="F", help="share of groups without any advantage")
+    parser.add_argument("--image-megapixels", type=float, default=3.1, metavar="F", help="of an image in the data (3.1)")
+    parser.add_argument("--calls", type=float, default=1.0, metavar="F", help="of tools, a rollout (default 1)")
+    parser.add_argument("--cores", type=float, default=96.0, metavar="N", help="of a machine (default 96); above: a warning")
+    parser.add_argument("--memory-gb", type=float, default=1024.0, metavar="N", help="of a machine, in GiB (default 1024)")
     parser.add_argument("--json", action="store_true", help="print all layouts as one JSON object")
 
 
