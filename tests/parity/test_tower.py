@@ -33,7 +33,7 @@ def _gradients(policy: Policy, features: ImageFeatures) -> dict[str, torch.Tenso
     generator = torch.Generator().manual_seed(0)
     total = sum((one * torch.randn(one.shape, generator=generator, dtype=torch.float64).to(one.dtype)).sum() for one in outputs)
     assert isinstance(total, torch.Tensor)
-    visual = policy.model.model.visual  # pyright: ignore[reportAttributeAccessIssue]
+    visual: Any = policy.model.model.visual
     named = dict(visual.named_parameters())
     return dict(zip(named, torch.autograd.grad(total, list(named.values())), strict=True))
 
