@@ -12,7 +12,6 @@ from __future__ import annotations
 import asyncio
 import io
 import math
-import os
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
@@ -26,6 +25,7 @@ from torch import Tensor
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
 
 from metis_fast import pixels
+from metis_fast.machine import num_cores
 from metis_fast.pixels import ImageError
 from metis_fast.types import ImageBlob
 from metis_kernels import patchify
@@ -34,6 +34,7 @@ from metis_kernels.patchify.api import FLOATS
 DEFAULT_CACHE_BYTES = 2 << 30
 """Of a preparer: 200 images of 2048 x 1536."""
 _STRIPES = 64
+_MOST_THREADS = 16  # each may hold a decoded photo
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -65,7 +66,7 @@ class ImagePreparer:
         self._room = cache_bytes
         self._lock = threading.Lock()
         self._making = [threading.Lock() for _ in range(_STRIPES)]  # an image that two ask for is made once
-        self._threads = ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="images")
+        self._threads = ThreadPoolExecutor(min(num_cores(), _MOST_THREADS), thread_name_prefix="images")
         self.merge = 1 if processor is None else int(processor.merge_size)
 
     # -- from the header ----------------------------------------------------------------------------------------------

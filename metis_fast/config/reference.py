@@ -13,8 +13,8 @@ _HEAD = """# All settings
 
 A table for each section of a config file. [Configuration](configuration.md) says how files and command lines are read.
 A run may go on with another value of what is marked *May change*, and of all that is under `workers`, `sync`, `gate`,
-`checkpoint`, `log`, `rollout.vllm` and `train.megatron`: these decide no result. Files that are *known by content* may lie
-elsewhere then, if they hold the same. `run.accept_changes` names what else may differ.
+`checkpoint`, `log`, `rollout.vllm` and `train.megatron`: these decide no result. Files that are *known by content* may
+lie elsewhere then, if they hold the same. `run.accept_changes` names what else may differ.
 This page is what `metis-fast config --reference` prints.
 """
 

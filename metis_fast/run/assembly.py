@@ -180,6 +180,7 @@ def open_parts(config: Config, interrupts: Interrupts, training: bool = True) ->
         else:
             if training and not waits and config.train.backend == "torch":
                 sampler = load_policy(config.model, device=device)
+                sampler.images = policy.images  # decoded once for both
             engine = NativeEngine(sampler, config.rollout.deterministic and waits)
         stack.callback(engine.close)
         if config.rollout.vllm.sleep:

@@ -64,17 +64,15 @@ class PackPass(nn.Module):
         if not self._kept_bytes:
             return self._policy.encode_images(images, whole=self._split)
         new = [image for image in images if image.sha256 not in self._kept]
-        found = self._policy.encode_images(new) if new else None
-        features = [self._kept.get(image.sha256) for image in images]
-        parts = iter(range(len(new)))
-        features = [one if one is not None or found is None else found.take([next(parts)]) for one in features]
-        whole = [one for one in features if one is not None]
-        for image, one in zip(images, whole, strict=True):
+        found = self._policy.encode_images(new) if new else ImageFeatures((), ())
+        features = self._kept | {image.sha256: found.take([i]) for i, image in enumerate(new)}
+        for image in new:
+            one = features[image.sha256]
             size = sum(part.nbytes for part in (*one.embeds, *(layer[0] for layer in one.deepstack)))
-            if image.sha256 not in self._kept and size <= self._room:
+            if size <= self._room:
                 self._kept[image.sha256] = one
                 self._room -= size
-        return ImageFeatures.join(whole)
+        return ImageFeatures.join([features[image.sha256] for image in images])
 
     def forget(self) -> None:
         """The features that are kept go."""

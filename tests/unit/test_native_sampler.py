@@ -10,7 +10,7 @@ import torch
 
 from metis_fast.rollout.engine import Sampling
 from metis_fast.rollout.episode import SampleKey
-from metis_fast.rollout.native import sample
+from metis_fast.rollout.sampling import sample
 
 LOGITS = torch.tensor([2.0, -1.0, 0.5, 0.0, 1.5, -8.0, 0.3, -0.5, 1.0, 3.0])
 CHI2_999 = {2: 13.8, 3: 16.3, 8: 26.1, 9: 27.9}  # 99.9 % quantile of chi-square by degrees of freedom
