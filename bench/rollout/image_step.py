@@ -25,7 +25,8 @@ from transformers import PreTrainedTokenizerBase, logging
 
 from metis_fast.config import Config
 from metis_fast.data.cursor import PromptCursor
-from metis_fast.data.parquet import PromptFiles, write_prompts
+from metis_fast.data.parquet import PromptFiles
+from metis_fast.data.writing import write_prompts
 from metis_fast.model import Policy, load_policy
 from metis_fast.model_folder import load_processor
 from metis_fast.rollout.chat import IMAGE_MARK, Chat

@@ -13,7 +13,7 @@ from typing import TypeVar
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from metis_fast.data.parquet import write_prompts
+from metis_fast.data.writing import write_prompts
 from metis_fast.demo import images as demo_images
 from metis_fast.demo import world as demo_world
 from metis_fast.demo.images import COLORS, FABRICS, MAX_JITTER, PANELS, PLAIN

@@ -16,8 +16,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from metis_fast.data.parquet import PromptFiles, write_prompts
+from metis_fast.data.parquet import PromptFiles
 from metis_fast.data.row import BadRow, BadRowError
+from metis_fast.data.writing import write_prompts
 from metis_fast.errors import DataError
 from metis_fast.types import Ability, ImageBlob, Message, Prompt
 
