@@ -237,6 +237,17 @@ class Rollout:
         """What the policy itself wrote, turns joined, observations left out."""
         return "".join(turn.text for turn in self.turns)
 
+    @property
+    def num_tokens(self) -> int:
+        """S: prompt and response."""
+        return len(self.tokens)
+
+    @property
+    def prompt_key(self) -> bytes:
+        """Equal for rollouts whose prompts are, token for token and image for image."""
+        spans = tuple(span for span in self.image_spans if span.start < self.prompt_len)
+        return hashlib.sha256(self.tokens[: self.prompt_len].tobytes() + repr(spans).encode()).digest()
+
 
 @dataclass(frozen=True, slots=True)
 class Group:
