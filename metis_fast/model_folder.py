@@ -8,15 +8,19 @@ from __future__ import annotations
 import copy
 import json
 import os
+import re
 from collections.abc import Collection, Iterator, Mapping
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import numpy as np
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
+from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoTokenizer,
     GenerationConfig,
@@ -30,12 +34,14 @@ from transformers import (
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextRotaryEmbedding
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from metis_fast.errors import ModelError
 
 IMAGE_PAD = "<|image_pad|>"
 VISION_START, VISION_END = "<|vision_start|>", "<|vision_end|>"
-NEEDED_TOKENS = ("<|im_start|>", "<|im_end|>", "<tool_call>", "</tool_call>")
+MESSAGE_END = "<|im_end|>"
+NEEDED_TOKENS = ("<|im_start|>", MESSAGE_END, "<tool_call>", "</tool_call>")
 VISION_TOKENS = {
     "image_token_id": IMAGE_PAD,
     "video_token_id": "<|video_pad|>",
@@ -44,7 +50,7 @@ VISION_TOKENS = {
 }
 """By the name of their id in config.json."""
 
-GENERATION = "generation_config.json"
+GENERATION, PROCESSOR_TEMPLATE = "generation_config.json", "chat_template.json"
 PREPROCESSOR, PROCESSOR = "preprocessor_config.json", "processor_config.json"
 ARCHITECTURES: Mapping[str, tuple[type[PretrainedConfig], type[Qwen3VLForConditionalGeneration] | type[Qwen3ForCausalLM]]] = {
     "qwen3_vl": (Qwen3VLConfig, Qwen3VLForConditionalGeneration),
@@ -65,6 +71,10 @@ GATE_UP = ("gate_proj", "up_proj")
 _ATTENTION = ("_attn_implementation", "attn_implementation")
 """Kernels that another trainer ran it with: transformers would ask for their package before it builds the model."""
 _HEAD = "lm_head.weight"
+_MOST_LAYERS = 1000
+"""Of a model whose weights are not there to count them: each takes memory before anything is loaded."""
+_LAYERS = (("num_hidden_layers", re.compile(r"\blayers\.(\d+)\.")), ("depth", re.compile(r"\bblocks\.(\d+)\.")))
+"""Their number in text and vision settings, and where a weight's name has its own."""
 _MAY_LACK = ("bos_token_id", "pad_token_id")
 """Tokens without which a model works; an end of the text it needs."""
 _BAD_SETTINGS = (
@@ -217,9 +227,31 @@ def config_of(tree: Mapping[str, Any], file: Path) -> PretrainedConfig:
                     "give the bfloat16, float16 or float32 model that it was made from"
                 )
     try:
-        return ARCHITECTURES[kind][0].from_dict(copy.deepcopy(standard(tree)))
+        settings = standard(tree)
+        _check_depth(settings, file)
+        return ARCHITECTURES[kind][0].from_dict(copy.deepcopy(settings))
     except _BAD_SETTINGS as error:
         raise ModelError(f"{file} cannot be used ({_line(error)}); restore the file from its source") from None
+
+
+def _check_depth(settings: Mapping[str, Any], file: Path) -> None:
+    """
+    Raises:
+        ModelError: there are more layers than any model has, and than the weights beside the file hold.
+    """
+    parts = (settings.get("text_config") or settings, settings.get("vision_config") or {})
+    for part, (name, in_a_name) in zip(parts, _LAYERS, strict=True):
+        number = part.get(name)
+        if not isinstance(number, int | float) or number <= _MOST_LAYERS:
+            continue
+        held = 0
+        for path in file.parent.glob("*.safetensors"):
+            with suppress(OSError, SafetensorError), safe_open(path, framework="pt") as weights:
+                found = (in_a_name.search(tensor) for tensor in weights.offset_keys())
+                held = max([held, *(1 + int(one[1]) for one in found if one)])
+        if number > max(held, _MOST_LAYERS):
+            expected = f"the weights beside it have {held}" if held else f"expected at most {_MOST_LAYERS}"
+            raise ModelError(f"{file}: {name} is {number}, {expected}; correct it, or restore the file from its source")
 
 
 def read_config(folder: Path) -> PretrainedConfig:
@@ -307,6 +339,38 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
                 "copy both from the same model"
             )
     return tokenizer
+
+
+def doubts(folder: Path) -> Iterator[str]:
+    """Lines of what training does not need, but whoever uses an export of the folder, which takes it over as it is.
+
+    Raises:
+        ModelError: see `load_tokenizer`.
+    """
+    tokenizer, config = load_tokenizer(folder), read_config(folder)
+    templates = tokenizer.chat_template or {}
+    named = dict(templates) if isinstance(templates, dict) else {"": templates}
+    if os.path.lexists(folder / PROCESSOR_TEMPLATE):
+        named[PROCESSOR_TEMPLATE] = read_json(folder / PROCESSOR_TEMPLATE).get("chat_template", "")
+    for name, template in named.items():
+        try:
+            render_jinja_template([], chat_template=template)  # of no conversation: it is read and compiled alone
+        except (jinja2.TemplateError, SyntaxError, *_BAD_SETTINGS) as error:
+            which = f"chat template {name}".rstrip()
+            yield (
+                f"{folder}: expected a {which} that Jinja reads, got an error ({_line(error)}); training does without, but "
+                "exports have it as it is: copy it from the model's source"
+            )
+    ends = {place: ids for place, ids in _token_ids(folder, config) if place.startswith("eos_token_id")}
+    decisive = f"eos_token_id in {GENERATION}"  # what `generate` and vLLM go by where it is there
+    end = tokenizer.convert_tokens_to_ids(MESSAGE_END)
+    for place, ids in ends.items():
+        if end not in ids and (place == decisive or decisive not in ends):
+            got = ids[0] if len(ids) == 1 else ids
+            yield (
+                f"{folder}: {place} is {got}, expected {end} ({MESSAGE_END}), which ends messages here, or a list with it; who "
+                "samples from an export would not stop there: correct it"
+            )
 
 
 def load_processor(folder: Path) -> Qwen2VLImageProcessorPil | None:

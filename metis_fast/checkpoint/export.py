@@ -38,9 +38,11 @@ from metis_fast.model_folder import (
     GENERATION,
     PREPROCESSOR,
     PROCESSOR,
+    PROCESSOR_TEMPLATE,
     VISION_END,
     VISION_START,
     check_model_folder,
+    doubts,
     hf_shapes,
     load_processor,
     load_tokenizer,
@@ -61,7 +63,7 @@ COPIED = (
     "vocab.json",
     "merges.txt",
     "chat_template.jinja",
-    "chat_template.json",  # older folders; read by the processor only
+    PROCESSOR_TEMPLATE,  # older folders; read by the processor only
     PREPROCESSOR,
     "video_preprocessor_config.json",
     PROCESSOR,
@@ -112,12 +114,13 @@ def read_source(folder: Path) -> Source:
 
 
 def check_export(folder: Path, out: Path, dtype: str) -> Source:
-    """Try, when a run starts, what would fail when its model is exported. Too little space now is a warning.
+    """Try, when a run starts, what would fail when its model is exported. Too little space now is a warning, and so is what
+    would make an export of little use (`doubts`).
 
     folder: of the model that is trained. dtype: what its weights will be in.
 
     Raises:
-        ModelError: see `read_source`. CheckpointError: `out` cannot be written, or holds what would be lost.
+        ModelError: see `read_source` and `doubts`. CheckpointError: `out` cannot be written, or holds what would be lost.
     """
     source = read_source(folder)
     _check_target(out, folder)
@@ -125,6 +128,8 @@ def check_export(folder: Path, out: Path, dtype: str) -> Source:
     writable = next(parent for parent in out.resolve().parents if parent.exists())
     if not writable.is_dir() or not os.access(writable, os.W_OK | os.X_OK):
         raise CheckpointError(f"cannot export to {out}: {writable} is no folder that can be written; name another one")
+    for doubt in doubts(folder):
+        log.warning("%s", doubt)
     size = sum(map(math.prod, hf_shapes(read_config(folder)).values())) * getattr(torch, dtype).itemsize
     free = shutil.disk_usage(writable).free
     if free < size:
@@ -186,7 +191,7 @@ def check_logits(policy: Policy, folder: Path) -> float:
     Returns how far they differ; see `LOGITS_DIFFER`.
 
     Raises:
-        ModelError: they differ by more, or are not finite.
+        ModelError: they differ by more, are all 0, or are not finite.
     """
     ids, spans, blob = _probe(policy)
     tokens = torch.tensor([ids])
@@ -195,8 +200,14 @@ def check_logits(policy: Policy, folder: Path) -> float:
     features = policy.encode_images([blob]) if spans else None
     hidden = policy.hidden(tokens.to(device), positions.to(device), features, CausalSdpa())
     ours = (hidden @ policy.head.mT).cpu().float()  # in this order: a GPU may have little room beside the training
+    size = float(ours.norm())
+    if not 0 < size < math.inf:  # nor is NaN
+        raise ModelError(
+            f"the trainer's logits are all 0, or not finite (their norm is {size:g}): nothing can be compared with them; "
+            "see the weights of the LM head and of the norm before it, which the last checkpoint has"
+        )
     theirs = _plain_logits(policy, folder, tokens, spans, blob)
-    gap = float((theirs - ours).norm() / ours.norm())
+    gap = float((theirs - ours).norm()) / size
     if not gap <= LOGITS_DIFFER[policy.head.dtype]:  # nor is NaN
         raise ModelError(
             f"the logits of plain transformers differ by {gap:.1e} of their size from the trainer's, expected at most "

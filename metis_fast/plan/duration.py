@@ -22,6 +22,13 @@ _ENGINE_ALONE = 0.85
 """Share of the memory that an engine takes which has GPUs of its own, or while the trainer's are free."""
 
 
+# Bytes a second of weights on their way to engines, through the hosts' memory:
+_OBJECTS = 1.0e9  # Ray's objects into another machine: 0.8 to 1.0 between two Ray nodes over loopback; over a network, assumed
+_GATHER = 0.7e9  # ranks to a run of their machine: 0.56 to 0.85 ("Megatron-core 0.16.1 without Transformer Engine")
+_STAGE = 2.0e9  # copied into shared memory and checked: 2.2 to 2.7 for the copy on a busy machine once warm, 3.5 for CRC-32
+_LOAD = 4.6e9  # an engine: 17.5 GB in 3.8 s on an H100 (docs/rollouts.md)
+
+
 @dataclass(frozen=True, slots=True)
 class StepSeconds:
     """Of one training step: rollouts, then passes for old log-probabilities, then the update's parts, then the weights' way to
@@ -189,9 +196,15 @@ def _optimizer(setting: Setting, layout: MegatronConfig) -> float:
 
 
 def _weight_sync(setting: Setting) -> float:
-    """Every engine is given the whole model in bfloat16."""
-    link = setting.gpu.nvlink if setting.num_gpus <= NODE else setting.gpu.network
-    return 2 * setting.shape.num_parameters / (link * setting.reached.link)
+    """Every engine is given the whole model in bfloat16: between GPUs, or staged in its machine's memory, which each machine
+    gets once, whatever their number: Ray passes objects on from those that have them."""
+    size, spread, sync = 2 * setting.shape.num_parameters, setting.num_gpus > NODE, setting.config.sync
+    if sync.transport != "staged":
+        return size / ((setting.gpu.network if spread else setting.gpu.nvlink) * setting.reached.link)
+    away = spread or (setting.engine_share == 0 and not setting.asleep)  # engines with machines of their own
+    with_ray = setting.config.workers.launcher == "ray"
+    arrives = _OBJECTS if away else _STAGE if with_ray else _GATHER
+    return size / arrives + size / _STAGE + size / _LOAD
 
 
 def engine_tokens(setting: Setting) -> float:

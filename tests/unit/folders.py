@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import GenerationConfig, Qwen3VLForConditionalGeneration
 
 from metis_fast.checkpoint.export import export_model, read_source
 from metis_fast.checkpoint.safetensors_folder import FolderReader
+from metis_fast.config import ModelConfig
+from metis_fast.errors import ModelError
+from metis_fast.model import Policy, load_policy
 from metis_fast.testing.tiny import TinyShape, build_tiny
 
+Tree = dict[str, Any]
 Weights = dict[str, torch.Tensor]
+
+EMBED = "model.language_model.embed_tokens.weight"
 
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
 
@@ -51,3 +62,27 @@ def copy_through(source: Path, out: Path, max_shard_bytes: int = 50_000) -> None
     reader = FolderReader(source)
     stream = ((name, reader.read(name)) for name in reader.shapes)
     export_model(stream, reader.shapes, read_source(source), out, max_shard_bytes=max_shard_bytes)
+
+
+def load(folder: Path, dtype: str = "float32") -> Policy:
+    return load_policy(ModelConfig.model_validate({"path": folder, "dtype": dtype}))
+
+
+def change(path: Path, edit: Callable[[Tree], object]) -> None:
+    """Edit a JSON file in place."""
+    tree = json.loads(path.read_text())
+    edit(tree)
+    path.write_text(json.dumps(tree))
+
+
+def respell(folder: Path, edit: Callable[[Weights], Weights]) -> None:
+    """Rewrite the weights."""
+    save_file(edit(load_file(folder / "model.safetensors")), folder / "model.safetensors")
+
+
+def refusal(folder: Path) -> str:
+    """The one line that is said of it."""
+    with pytest.raises(ModelError) as caught:
+        load(folder)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)

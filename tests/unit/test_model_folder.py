@@ -5,67 +5,30 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import subprocess
-import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from folders import LFS
-from safetensors.torch import load_file, save_file
+from folders import EMBED, LFS, Tree, Weights, change, load, refusal, respell
 from tokenizers import AddedToken
 from transformers import AutoTokenizer, Qwen3Config
 
 from metis_fast import cli
-from metis_fast.checkpoint.export import check_logits, export_policy, read_source
-from metis_fast.checkpoint.safetensors_folder import FolderReader
-from metis_fast.config import Config, ModelConfig
+from metis_fast.checkpoint.export import check_export, check_logits, export_policy, read_source
+from metis_fast.config import Config
 from metis_fast.demo.play import play
 from metis_fast.demo.policy import BASE
 from metis_fast.errors import ModelError
-from metis_fast.model import Policy, load_policy
-from metis_fast.model_folder import check_model_folder, hf_shapes, load_processor, may_have, read_config
+from metis_fast.model_folder import check_model_folder, hf_shapes, load_processor, read_config
 from metis_fast.plan.shape import Shape, read_model_config
 from metis_fast.types import ImageBlob
-
-Tree = dict[str, Any]
-Weights = dict[str, torch.Tensor]
-
-EMBED = "model.language_model.embed_tokens.weight"
-NORM = "model.language_model.norm.weight"
 
 
 @pytest.fixture
 def folder(tiny_folder: Path, tmp_path: Path) -> Path:
     """A copy that a test may change."""
     return Path(shutil.copytree(tiny_folder, tmp_path / "model"))
-
-
-def load(folder: Path, dtype: str = "float32") -> Policy:
-    return load_policy(ModelConfig.model_validate({"path": folder, "dtype": dtype}))
-
-
-def change(path: Path, edit: Callable[[Tree], object]) -> None:
-    """Edit a JSON file in place."""
-    tree = json.loads(path.read_text())
-    edit(tree)
-    path.write_text(json.dumps(tree))
-
-
-def respell(folder: Path, edit: Callable[[Weights], Weights]) -> None:
-    """Rewrite the weights."""
-    save_file(edit(load_file(folder / "model.safetensors")), folder / "model.safetensors")
-
-
-def refusal(folder: Path) -> str:
-    """The one line that is said of it."""
-    with pytest.raises(ModelError) as caught:
-        load(folder)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 
 # -- config.json ------------------------------------------------------------------------------------------------------
@@ -163,6 +126,7 @@ def test_a_config_that_differs_shows_in_these_comparisons(folder, tiny_folder):
         (lambda tree: tree.update(compression_config={"format": "x"}), "has a compression_config (no method named)"),
         (lambda tree: tree.update(text_config=[1]), "text_config and vision_config must be objects"),
         (lambda tree: tree["text_config"].update(hidden_size="wide"), "config.json cannot be used"),
+        (lambda tree: tree["text_config"].update(rope_scaling="linear"), "config.json cannot be used"),
         (
             lambda tree: tree.update(image_token_id=100_000),
             "image_token_id in config.json is 100000, but the embedding",
@@ -201,6 +165,17 @@ def test_a_config_that_differs_shows_in_these_comparisons(folder, tiny_folder):
 def test_a_config_that_cannot_be_is_a_line(edit, says, folder):
     change(folder / "config.json", edit)
     assert says in refusal(folder)
+
+
+@pytest.mark.parametrize("number", [1001, 10**9, 1e12])
+@pytest.mark.parametrize(("part", "name"), [("text_config", "num_hidden_layers"), ("vision_config", "depth")])
+def test_layers_beyond_number_are_a_line_before_they_take_all_memory(part, name, number, folder, tmp_path):
+    change(folder / "config.json", lambda tree: tree[part].update({name: number}))
+    said = f"config.json: {name} is {number}, "
+    assert f"{folder}/{said}the weights beside it have 2; correct it, or restore the file" in refusal(folder)
+    shutil.move(folder / "config.json", tmp_path / "config.json")  # as plans are given it, without weights
+    with pytest.raises(ModelError, match=re.escape(f"{said}expected at most 1000; correct it")):
+        read_model_config(Config(), tmp_path / "config.json")
 
 
 def test_layers_that_see_a_window_of_the_text_are_a_line():
@@ -271,6 +246,18 @@ def test_a_processor_as_transformers_5_saves_it_is_the_same_one(both, folder, ti
     export_policy(policy, read_source(folder), tmp_path / "out")
     assert (tmp_path / "out" / "processor_config.json").read_bytes() == (folder / "processor_config.json").read_bytes()
     assert (tmp_path / "out" / "preprocessor_config.json").exists() == both
+
+
+def test_an_image_gives_the_same_tokens_from_either_processor_file(folder, picture):
+    def tokens() -> int:
+        blob: ImageBlob = picture(0, 70, 40)
+        return load(folder).images.num_tokens(blob)
+
+    before = tokens()
+    nested = json.loads((folder / "preprocessor_config.json").read_text())
+    (folder / "processor_config.json").write_text(json.dumps({"image_processor": nested}))
+    (folder / "preprocessor_config.json").unlink()
+    assert tokens() == before
 
 
 def test_a_processor_config_without_an_image_processor_is_not_enough(folder):
@@ -371,144 +358,73 @@ def test_a_folder_that_is_something_else_is_a_line(folder):
     assert "has no *.safetensors; convert the weights to safetensors first" in said()
 
 
-# -- weights ----------------------------------------------------------------------------------------------------------
+# -- what exports take over -------------------------------------------------------------------------------------------
 
 
-def _begin(**new: str) -> Callable[[Weights], Weights]:
-    """Other beginnings of names."""
-
-    def edit(weights: Weights) -> Weights:
-        names = {
-            name: next(((new[k] + name.removeprefix(OLD[k])) for k in new if name.startswith(OLD[k])), name) for name in weights
-        }
-        return {names[name]: tensor for name, tensor in weights.items()}
-
-    return edit
-
-
-OLD = {"text": "model.language_model.", "vision": "model.visual.", "all": ""}
-
-
-def _with_head(weights: Weights) -> Weights:
-    return weights | {"lm_head.weight": weights[EMBED].clone(), "model.language_model.rotary_emb.inv_freq": torch.ones(4)}
+def warnings(folder: Path, caplog: pytest.LogCaptureFixture) -> list[str]:
+    """Said when a run starts."""
+    caplog.clear()
+    check_export(folder, folder.parent / "trained", "float32")
+    return [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
 
 
 @pytest.mark.parametrize(
-    "edit",
+    ("name", "text", "says"),
     [
-        pytest.param(_begin(text="model.", vision="visual."), id="as Qwen2-VL was"),
-        pytest.param(_begin(text="language_model.model.", vision="visual."), id="as vLLM has it"),
-        pytest.param(_begin(text="language_model.", vision="visual."), id="without its head"),
-        pytest.param(_begin(all="module."), id="of DistributedDataParallel"),
-        pytest.param(_begin(all="module._orig_mod."), id="compiled"),
-        pytest.param(_with_head, id="with a copy of the head and frequencies"),
-        pytest.param(lambda weights: {name: one.double() for name, one in weights.items()}, id="float64"),
-    ],
-)
-def test_weights_are_the_same_whatever_they_are_called(edit, folder, tiny_folder):
-    respell(folder, edit)
-    policy = load(folder)
-    assert check_logits(policy, tiny_folder) < 1e-6
-    config, reader, plain = read_config(folder), FolderReader(folder), FolderReader(tiny_folder)
-    reader.check(hf_shapes(config), may_have(config))  # as a rank does it
-    for name in hf_shapes(config):
-        assert torch.equal(reader.read(name, 0, 1, 3).float(), plain.read(name, 0, 1, 3))
-
-
-def test_an_untied_model_has_its_own_head_whatever_it_is_called(folder):
-    head = torch.randn(read_config(folder).get_text_config().vocab_size, 32)
-    respell(folder, lambda weights: weights | {"language_model.lm_head.weight": head})
-    assert "has 1 that the model has not (language_model.lm_head.weight)" in refusal(folder) or "ties" in refusal(folder)
-    change(folder / "config.json", lambda tree: tree.update(tie_word_embeddings=False))
-    policy = load(folder)
-    assert torch.equal(policy.head, head) and not torch.equal(policy.decoder.embed_tokens.weight, head)
-
-
-def _set(name: str, value: float) -> Callable[[Weights], Weights]:
-    def edit(weights: Weights) -> Weights:
-        weights[name].flatten()[3] = value
-        return weights
-
-    return edit
-
-
-@pytest.mark.parametrize(
-    ("edit", "says"),
-    [
-        (_set(NORM, float("nan")), f"model.safetensors: {NORM} has 1 numbers that are NaN or Inf; give a model whose weights"),
-        (_set("model.visual.blocks.1.attn.qkv.bias", float("-inf")), "attn.qkv.bias has 1 numbers that are NaN or Inf"),
-        (lambda weights: weights | {NORM: weights[NORM].to(torch.int8)}, f"{NORM} is I8, expected one of F64, F32, F16, BF16"),
-        (lambda weights: weights | {NORM: weights[NORM].long()}, f"{NORM} is I64, expected one of"),
-        (lambda weights: weights | {NORM: weights[NORM].to(torch.float8_e4m3fn)}, f"{NORM} is F8_E4M3, expected one of"),
-        (lambda weights: weights | {NORM: weights[NORM][:-1].clone()}, "has 1 of another shape"),
         (
-            lambda weights: weights | {"v_head.summary.weight": torch.zeros(1, 32)},
-            "1 that the model has not (v_head.summary",
+            "chat_template.jinja",
+            "{% for message in messages %}a",
+            "expected a chat template that Jinja reads, got an error (Un",
         ),
-        (lambda weights: weights | {f"{EMBED[:-7]}.lora_A.weight": torch.zeros(2, 2)}, "has 1 that the model has not"),
-        (lambda weights: weights | {"model.norm.weight": weights[NORM].clone()}, f"has {NORM} twice, as"),
-        (lambda weights: weights | {"lm_head.weight": weights[EMBED] + 1}, "config.json ties lm_head.weight to"),
-        (lambda weights: {name: one for name, one in weights.items() if name != NORM}, f"lacks 1 tensors ({NORM})"),
+        ("chat_template.jinja", "{{ messages | shout }}", "(No filter named 'shout'"),
+        ("chat_template.json", '{"chat_template": "{{ a"}', "expected a chat template chat_template.json that Jinja reads"),
+        ("chat_template.json", '{"chat_template": 3}', "expected a chat template chat_template.json that Jinja reads"),
     ],
 )
-def test_weights_that_are_not_the_models_are_a_line(edit, says, folder):
-    respell(folder, edit)
-    assert says in refusal(folder)
+def test_a_chat_template_that_cannot_be_read_is_a_warning(name, text, says, folder, caplog):
+    assert warnings(folder, caplog) == []
+    (folder / name).write_text(text)
+    (said,) = warnings(folder, caplog)
+    assert said.startswith(f"{folder}: ") and says in said and said.endswith("copy it from the model's source")
 
 
-def test_shards_are_read_and_one_that_is_missing_is_named(folder, tiny_folder):
-    weights = load_file(folder / "model.safetensors")
-    (folder / "model.safetensors").unlink()
-    files = {name: f"model-{1 + i % 2:05d}-of-00002.safetensors" for i, name in enumerate(weights)}
-    for file in set(files.values()):
-        save_file({name: weights[name] for name in weights if files[name] == file}, folder / file)
-    assert "lacks model.safetensors, nor has it model.safetensors.index.json for model-00001" in refusal(folder)
-    index = folder / "model.safetensors.index.json"
-    index.write_text(json.dumps({"metadata": {}, "weight_map": files}))
-    assert check_logits(load(folder), tiny_folder) < 1e-6
-    (folder / "model-00002-of-00002.safetensors").unlink()
-    assert "lacks model-00002-of-00002.safetensors; the folder is incomplete" in refusal(folder)
+def test_chat_templates_that_jinja_reads_are_none(folder, caplog):
+    for text in (
+        "{% generation %}{{ raise_exception('never') }}{% endgeneration %}",
+        "{% for a in b %}{% break %}{% endfor %}",
+    ):
+        (folder / "chat_template.jinja").write_text(text)
+        assert warnings(folder, caplog) == []
+    (folder / "chat_template.json").write_text("{ }")
+    assert warnings(folder, caplog) == []
 
 
-_MEASURE = """
-import resource, sys
-from pathlib import Path
-from metis_fast.config import ModelConfig
-from metis_fast.model import load_policy
-load_policy(ModelConfig(path=Path(sys.argv[1]), dtype="bfloat16"))  # imports and buffers are not what is measured
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-policy = load_policy(ModelConfig(path=Path(sys.argv[2]), dtype="bfloat16"))
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-print(sum(weight.nbytes for weight in policy.model.parameters()) >> 10, peak - before)
-"""
+@pytest.mark.parametrize(
+    ("generation", "config", "text", "says"),
+    [
+        ({"eos_token_id": 5}, None, None, "eos_token_id in generation_config.json is 5, expected {} (<|im_end|>), which ends"),
+        ({"eos_token_id": [5, 6]}, "end", "end", "eos_token_id in generation_config.json is [5, 6], expected {} (<|im_end|>)"),
+        ({}, 5, None, "eos_token_id in config.json is 5, expected {} (<|im_end|>)"),
+        (None, None, 5, "eos_token_id in text_config of config.json is 5, expected {} (<|im_end|>)"),
+        ({"eos_token_id": [5, "end"]}, 5, 5, ""),
+        ({"eos_token_id": "end"}, None, None, ""),
+        (None, "end", ["end", 6], ""),
+        (None, None, None, ""),
+    ],
+)
+def test_an_end_that_is_not_that_of_messages_is_a_warning(generation, config, text, says, folder, caplog):
+    end = AutoTokenizer.from_pretrained(folder).convert_tokens_to_ids("<|im_end|>")
 
+    def ids(value: object) -> object:
+        return [ids(one) for one in value] if isinstance(value, list) else end if value == "end" else value
 
-@pytest.mark.slow
-def test_float32_weights_are_never_held_beside_those_of_the_run(folder, tiny_folder):
-    """In one file, as the worst case: 1.5 times the model in float32 if both are there, a third if they are not."""
-    change(folder / "config.json", lambda tree: tree["text_config"].update(num_hidden_layers=24, intermediate_size=40_000))
+    def ends(tree: Tree) -> None:
+        tree["eos_token_id"], tree["text_config"]["eos_token_id"] = ids(config), ids(text)
 
-    def deepen(weights: Weights) -> Weights:
-        layer = {name: one for name, one in weights.items() if ".layers.1." in name}
-        for name in [name for name in layer if ".mlp." in name]:
-            layer[name] = torch.randn((40_000, 32) if "down" not in name else (32, 40_000))
-        layers = {name.replace(".1.", f".{i}.", 1): one.clone() for i in range(24) for name, one in layer.items()}
-        return weights | layers
-
-    respell(folder, deepen)
-    done = subprocess.run([sys.executable, "-c", _MEASURE, tiny_folder, folder], capture_output=True, text=True, check=True)
-    held, more = map(int, done.stdout.split())
-    assert held > 150_000  # KiB; the folder has twice as much
-    assert more < 1.35 * held
-
-
-def test_an_image_gives_the_same_tokens_from_either_processor_file(folder, picture):
-    def tokens() -> int:
-        blob: ImageBlob = picture(0, 70, 40)
-        return load(folder).images.num_tokens(blob)
-
-    before = tokens()
-    nested = json.loads((folder / "preprocessor_config.json").read_text())
-    (folder / "processor_config.json").write_text(json.dumps({"image_processor": nested}))
-    (folder / "preprocessor_config.json").unlink()
-    assert tokens() == before
+    change(folder / "config.json", ends)
+    (folder / "generation_config.json").unlink()
+    if generation is not None:
+        tree = {name: ids(value) for name, value in generation.items()}
+        (folder / "generation_config.json").write_text(json.dumps(tree))
+    said = warnings(folder, caplog)
+    assert len(said) == bool(says) and all(f"{folder}: {says.format(end)}" in line for line in said)

@@ -41,8 +41,7 @@ from metis_fast.workers.worker import Worker, WorkerError, wait_ready
 _LOG = logging.getLogger(__name__)
 _MISSING = "is not here"  # ImagesMissingError's words; the class is the service's
 _CALL_S = 60.0
-_SPREAD = 2.0  # a prompt's replica is left when it has so many times the rollouts of the least loaded one, and some more
-_SLACK = 16
+_SPREAD = 2.0  # a prompt's replica is left when it has more than so many times the rollouts that replicas have on average
 _PROMPT_IMAGES = 16
 
 
@@ -153,7 +152,8 @@ class VllmEngine:
         return [replica for replica in self.replicas if replica.worker.alive and not replica.waits]
 
     def route(self, prompt: str) -> Replica:
-        """The replica for a rollout of `prompt`: where others of it are, else the living one with the fewest rollouts.
+        """The replica for a rollout of `prompt`: where others of it are, unless that one has far more than its share; else the
+        living one with the fewest rollouts.
 
         Raises:
             EngineError: none can be started any more, or none has the current weights.
@@ -170,7 +170,8 @@ class VllmEngine:
         living = [replica for replica in usable if replica.worker.alive] or usable
         least = min(living, key=lambda replica: replica.sessions)
         home, count = self.homes.get(prompt, (least, 0)) if prompt else (least, 0)
-        if home not in living or home.sessions > _SPREAD * least.sessions + _SLACK:
+        share = sum(replica.sessions for replica in living) / len(living)
+        if home not in living or home.sessions > max(1.0, _SPREAD * share):  # a cache spared is not worth replicas that idle
             home = least
         if prompt:
             self.homes[prompt] = (home, count + 1)
