@@ -223,7 +223,7 @@ def _bench(args: argparse.Namespace) -> int:
 
 
 def _add_bench(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("op", nargs="?", metavar="OP", help="a kernel, update_step or rollout; none: list them")
+    parser.add_argument("op", nargs="?", metavar="OP", help="a kernel, update_step, rollout or scale; none: list them")
     parser.add_argument(
         "--shape", default="", metavar="T=2048,H=1024", help="sizes that differ from a kernel's own; others: a name"
     )
@@ -237,7 +237,13 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--engine", choices=["native", "vllm"], help="rollout: what samples (default: native)")
     parser.add_argument("--image", metavar="WxH", help="rollout: what images cost instead, with one of so many pixels a prompt")
     parser.add_argument("--crop", metavar="WxH", help="with --image: what half of the rollouts look at (default: nothing)")
-    parser.add_argument("--prompts", type=int, metavar="N", help="with --image: of a step (default: 4)")
+    parser.add_argument(
+        "--prompts", type=int, metavar="N", help="of a step; rollout: with --image (default: 4); scale (default: 128)"
+    )
+    parser.add_argument("--nodes", metavar="1,2,4", help="scale: how many play (default: 1,2,4)")
+    parser.add_argument(
+        "--steps", type=int, metavar="N", help="scale: that are counted (default: 4); with --shape light, hundreds take minutes"
+    )
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: CUDA where there is one")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
@@ -282,10 +288,10 @@ def _rank(args: argparse.Namespace) -> int:
 _RANK = """One process of the Megatron back end, for a run with train.megatron.launch=join: it joins the run and serves it until
 the run ends. Start one for every GPU of the layout, in any order, before or after the run; they need the same metis-fast and,
 in METIS_RANK_KEY, the same secret as the run. With launch=local the run starts its ranks itself."""
-_RANK_EPILOG = """example, on a cluster with Slurm (docs/cluster.md):
+_RANK_EPILOG = """example, on a node that Slurm gave (docs/cluster.md); several nodes: workers.launcher=ray
   export METIS_RANK_KEY=$(openssl rand -hex 16)         before both; never on a command line
-  metis-fast train my.yaml train.megatron.launch=join train.megatron.listen=$(hostname):29400 &
-  srun --ntasks-per-node=8 metis-fast rank --join $(hostname):29400
+  metis-fast train my.yaml train.megatron.launch=join train.megatron.listen=127.0.0.1:29400 &
+  srun --ntasks-per-node=8 metis-fast rank --join 127.0.0.1:29400
 Ctrl-C and SIGTERM are for the run, which then stops at a safe point and ends its ranks; a rank that has joined ignores both."""
 
 
@@ -306,7 +312,7 @@ def _worker(args: argparse.Namespace) -> int:
 
 
 def _add_worker(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--join", required=True, metavar="HOST:PORT", help="where the run listens (workers.listen)")
+    parser.add_argument("--join", required=True, metavar="HOST:PORT", help="where the run listens")
     parser.add_argument("--name", required=True, help="which worker of the run this is, for example engine-0")
     parser.add_argument(
         "--wait", type=float, default=60.0, metavar="SECONDS", help="for a run that does not listen yet (default 60)"

@@ -120,11 +120,10 @@ class GroupSummary:
     @staticmethod
     def of(group: Group, verdicts: Sequence[Judged], job: Job, node: int, key: object) -> GroupSummary:
         """What a node tells of a group that it keeps."""
-        kind = group.prompt.extra.get("kind")
         return GroupSummary(
             job=job,
             ability=group.prompt.ability,
-            kind=None if kind is None else str(kind)[:_ANSWER],
+            kind=group.prompt.kind,
             judge_style=group.prompt.judge_style,
             rollouts=tuple(map(RolloutSummary.of, group.rollouts)),
             verdicts=tuple(replace(v, answer=v.answer[:_ANSWER]) if isinstance(v, Verdict) else v for v in verdicts),
@@ -144,3 +143,13 @@ class ScoredSummary:
     def rollouts(self) -> tuple[RolloutSummary, ...]:
         """Of the group."""
         return self.group.rollouts
+
+    @property
+    def ability(self) -> Ability:
+        """Of the prompt."""
+        return self.group.ability
+
+    @property
+    def kind(self) -> str | None:
+        """Of the prompt, see `Prompt.kind`."""
+        return self.group.kind

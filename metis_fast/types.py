@@ -117,6 +117,12 @@ class Prompt:
         if marks != len(self.images):
             raise ValueError(f"prompt {self.uid}: {marks} `<image>` marks in the messages but {len(self.images)} images")
 
+    @property
+    def kind(self) -> str | None:
+        """What `extra` says of it, shortened; None where it says nothing."""
+        kind = self.extra.get("kind")
+        return None if kind is None else str(kind)[:100]
+
 
 @dataclass(frozen=True, slots=True)
 class ToolCall:
@@ -308,6 +314,16 @@ class ScoredGroup:
         if len(self.rollouts) != len(self.scores):
             raise ValueError(f"group {self.prompt.uid}: {len(self.rollouts)} rollouts but {len(self.scores)} scores")
 
+    @property
+    def ability(self) -> Ability:
+        """Of the prompt."""
+        return self.prompt.ability
+
+    @property
+    def kind(self) -> str | None:
+        """Of the prompt."""
+        return self.prompt.kind
+
 
 @dataclass(frozen=True, slots=True)
 class Avoided:
@@ -391,7 +407,7 @@ class StepStats:
     seconds: stage -> wall seconds.
     staleness: trained tokens by age; place a counts those sampled by weights that lacked the last a updates.
     groups_in_flight: sampled on during the update; groups_carried: begun for this step or before, not taken by it;
-    groups_dropped: were too slow for it, and are begun again.
+    groups_dropped: were too slow for it, and are begun again; groups_replayed: were lost with their node, and played again.
     sync_bytes: weights moved to the slowest engine before this step; sync_retries: transfers that had to be made again.
     """
 
@@ -411,5 +427,6 @@ class StepStats:
     groups_in_flight: int = 0
     groups_carried: int = 0
     groups_dropped: int = 0
+    groups_replayed: int = 0
     sync_bytes: int = 0
     sync_retries: int = 0

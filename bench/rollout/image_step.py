@@ -24,7 +24,7 @@ from PIL.PngImagePlugin import PngInfo
 from transformers import PreTrainedTokenizerBase, logging
 
 from metis_fast.config import Config
-from metis_fast.data.cursor import PromptCursor
+from metis_fast.data.cursor import prompt_cursor
 from metis_fast.data.parquet import PromptFiles
 from metis_fast.data.writing import write_prompts
 from metis_fast.model import Policy, load_policy
@@ -296,7 +296,7 @@ async def play(work: Work, folder: Path) -> Step:
     policy = load_policy(config.model)
     chat, plan = Chat(policy.tokenizer, policy.images), ImagePlan(work, policy.tokenizer)
     files = PromptFiles([folder / "rows.parquet"])
-    cursor = PromptCursor(files, work.seed, shuffle=False, check=policy.images.broken)
+    cursor = prompt_cursor(files, work.seed, shuffle=False, check=policy.images.broken)
     engine = ScriptedEngine(NativeEngine(policy), plan, policy.tokenizer)
     toolbox = SlowToolbox(_AT_ONCE, work.seed, plan.observation, (ToolName.PYTHON,))
     trainer = TorchTrainer(policy, config, config.train.optim, 1)

@@ -19,8 +19,9 @@ from metis_fast.model import Policy
 from metis_fast.rollout.calls import parse_turn
 from metis_fast.rollout.chat import Chat
 from metis_fast.rollout.engine import Sampling
-from metis_fast.rollout.episode import SampleKey
-from metis_fast.rollout.schedule import Rules, Schedule, group_player
+from metis_fast.rollout.episode import SampleKey, play_group
+from metis_fast.rollout.schedule import Pending, Rules, Schedule
+from metis_fast.run.parts import training_job
 from metis_fast.testing.latency import SlowToolbox
 from metis_fast.tools.protocol import ToolSession
 from metis_fast.types import Group, Outcome, Prompt, Rollout
@@ -112,7 +113,13 @@ class _Cursor:
 
 async def _scheduled(stage: Stage, config: RolloutConfig, steps: int) -> Handed:
     """Steps of a run whose updates take no time; what goes on meanwhile has its cache computed again, as after any update."""
-    play = group_player(stage.chat, stage.engine, stage.toolbox, config, stage.plan.seed)
+    places, G = asyncio.Semaphore(config.max_concurrent), config.rollouts_per_prompt
+
+    async def play(prompt: Prompt, place: Pending, started: Callable[[], None]) -> Group:
+        job = training_job(place, config.prompts_per_step, G)
+        key = SampleKey(stage.plan.seed, job.stream, job.order)
+        return await play_group(prompt, G, stage.chat, stage.engine, stage.toolbox, config, key, places, started)
+
     schedule = Schedule(Rules.of(config, steps), _Cursor(stage.plan), play)
     handed = Handed([])
     try:

@@ -76,10 +76,11 @@ def open_engine(name: str, policy: Policy, clock: Clock, scratch: Path, threads:
         if name == "native":
             engine: Engine = ClockedNative(policy, clock)
         else:
+            import torch
+
             from metis_fast.rollout.vllm.engine import VllmEngine
-            from metis_fast.run.assembly import (
-                open_hub,  # these two import most of the package, which every `bench` would wait for
-            )
+            from metis_fast.workers.hub import Hub  # these import most of the package, which every `bench` would wait for
+            from metis_fast.workers.launch import LocalLauncher, engine_gpus
 
             config = Config.model_validate(
                 {
@@ -94,7 +95,8 @@ def open_engine(name: str, policy: Policy, clock: Clock, scratch: Path, threads:
                     },
                 }
             )
-            hub = open_hub(config, stack, lambda: None)
+            gpus = engine_gpus(torch.cuda.device_count(), 0, 1, share=False)
+            hub = stack.enter_context(Hub(config.workers, LocalLauncher(scratch / "workers", gpus)))
             vllm = VllmEngine(config, policy, hub)
             vllm.wait(lambda: None)
             engine = ClockedRequests(vllm, clock)

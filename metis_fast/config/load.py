@@ -99,9 +99,15 @@ def _given(path: str, places: Mapping[str, str]) -> str:
     return next((key for key in places if key.startswith(f"{path}.")), outwards or path)
 
 
+_RETIRED = {"workers.listen": "workers join on their own machine, and between machines there is Ray"}
+"""Settings of earlier releases, and why they are not there."""
+
+
 def _problem(path: str, item: ErrorDetails) -> str:
     if item["type"] == "extra_forbidden":
         name = str(item["loc"][-1])
+        if path in _RETIRED:
+            return f"{path} is gone: {_RETIRED[path]}; remove it"
         in_braces = ":" not in name and item["input"] in (None, "")  # {train: a, b}
         return f"unknown key {path!r}" + (
             "; between braces a comma ends the value: write [a, b] for a list, 1000 or 0.2 for a number"

@@ -70,11 +70,10 @@ class MegatronConfig(Section):
     transformer_engine: Literal["auto", "off"] = "auto"
     """`auto`: Transformer Engine's linear layers on a GPU where it is installed."""
     launch: Literal["local", "join"] = "local"
-    """`local`: the run starts its ranks, on this machine or through `workers.launcher`. `join`: they are started elsewhere, by
-    `metis-fast rank`."""
+    """`local`: the run starts its ranks, on this machine or through `workers.launcher`. `join`: somebody else on this machine
+    starts them, by `metis-fast rank`."""
     listen: Text = "127.0.0.1:0"
-    """Address at which ranks find the run; port 0 takes a free one. For `join` one that other machines reach. With Ray: that of
-    this machine in the cluster."""
+    """Loopback address at which ranks of this machine find the run; port 0 takes a free one."""
     timeout_s: PositiveFloat = 1800.0
     """Longest silence of a rank or a collective operation before the job ends."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from metis_fast.config.section import NonNegative, PositiveFloat, Section, Text
+from metis_fast.config.section import NonNegative, Positive, PositiveFloat, Section, Text
 
 
 class WorkersConfig(Section):
@@ -14,12 +14,13 @@ class WorkersConfig(Section):
     """`local`: processes of this machine. `ray`: Ray places them, on a running cluster or one that is started here."""
     ray_address: Text = "auto"
     """`auto`: the cluster that RAY_ADDRESS or `ray start` on this machine names; else this machine becomes one."""
+    nodes: Positive = 1
+    """Nodes that play rollouts; each has its share of engines, tools and judges. With Ray one a machine; without, they are all
+    in the run's process, which is for rehearsals."""
     tools: NonNegative = 0
     """Processes that run the tools; 0: the run itself does."""
     judges: NonNegative = 0
     """Processes that judge; 0: the run itself does."""
-    listen: Text = "127.0.0.1:0"
-    """Address at which workers find the run; port 0 takes a free one. With Ray: that of this machine in the cluster."""
     silence_s: PositiveFloat = 20.0
     """A worker that does not answer for so long is killed and started again."""
     start_s: PositiveFloat = 600.0

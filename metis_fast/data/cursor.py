@@ -6,7 +6,7 @@ import asyncio
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Generic, Literal, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -23,7 +23,7 @@ _AHEAD = 16  # rows whose images are looked at together, where all of them are r
 
 @dataclass(frozen=True, slots=True)
 class CursorState:
-    """The place of a `PromptCursor`; `dataclasses.asdict` makes it JSON, `CursorState(**tree)` reads it back.
+    """The place of a `RowCursor`; `dataclasses.asdict` makes it JSON, `CursorState(**tree)` reads it back.
 
     epoch: from 0. position: rows of that epoch already visited, bad ones included.
     skipped: bad rows skipped since the start of the run; a row counts again in every epoch.
@@ -70,55 +70,68 @@ def decode_all(images: Sequence[ImageBlob]) -> dict[str, str]:
     return {image.sha256: pixels.problem(image.data) for image in images}
 
 
-def _read(files: PromptFiles, rows: Sequence[int], check: CheckImages) -> Iterator[tuple[int, Prompt | BadRowError]]:
-    """Some rows, their images looked at together."""
-    found: list[tuple[int, Prompt | BadRowError]] = []
-    for row in rows:
-        try:
-            found.append((row, files.read(row)))
-        except BadRowError as error:
-            found.append((row, error))
-    problems = check([image for _, prompt in found if isinstance(prompt, Prompt) for image in prompt.images])
-    for row, prompt in found:
-        yield row, (isinstance(prompt, Prompt) and files.unusable(row, prompt, problems)) or prompt
+T = TypeVar("T")
+Look = Callable[[Sequence[int]], Sequence[T | BadRowError]]
+"""What stands in rows that are wanted together, or what is wrong with each."""
 
 
-def read_once(files: PromptFiles, on_bad_row: Literal["stop", "skip"], check: CheckImages = decode_all) -> Iterator[Prompt]:
-    """Every usable prompt, in the order of the files.
+def prompts(files: PromptFiles, check: CheckImages = decode_all) -> Look[Prompt]:
+    """Reads rows as prompts, their images looked at together by `check`."""
 
-    check: of their images, some rows ahead.
+    def look(rows: Sequence[int]) -> list[Prompt | BadRowError]:
+        found: list[Prompt | BadRowError] = []
+        for row in rows:
+            try:
+                found.append(files.read(row))
+            except BadRowError as error:
+                found.append(error)
+        problems = check([image for prompt in found if isinstance(prompt, Prompt) for image in prompt.images])
+        return [
+            (isinstance(prompt, Prompt) and files.unusable(row, prompt, problems)) or prompt
+            for row, prompt in zip(rows, found, strict=True)
+        ]
+
+    return look
+
+
+def read_once(
+    look: Look[T], num_rows: int, on_bad_row: Literal["stop", "skip"], together: int = _AHEAD
+) -> Iterator[tuple[int, T]]:
+    """Every usable row with its number, in the order of the files. together: rows that are looked at so.
 
     Raises:
         BadRowError: a bad row, with on_bad_row="stop".
         DataError: a file cannot be read any more.
     """
-    for start in range(0, len(files), _AHEAD):
-        for _, prompt in _read(files, range(start, min(start + _AHEAD, len(files))), check):
-            if isinstance(prompt, Prompt):
-                yield prompt
+    for start in range(0, num_rows, together):
+        rows = range(start, min(start + together, num_rows))
+        for row, found in zip(rows, look(rows), strict=True):
+            if not isinstance(found, BadRowError):
+                yield row, found
                 continue
             if on_bad_row == "stop":
-                raise prompt
-            _LOG.warning("skipped bad row: %s", prompt.bad_row)
+                raise found
+            _LOG.warning("skipped bad row: %s", found.bad_row)
 
 
-class PromptCursor:
-    """Prompts of every epoch in order: each usable row exactly once an epoch, epochs follow one another without a gap.
+class RowCursor(Generic[T]):
+    """Rows of every epoch in order: each usable one exactly once an epoch, epochs follow one another without a gap.
 
     A batch may span the border of two epochs, and may then hold a row twice.
     """
 
     def __init__(
         self,
-        files: PromptFiles,
+        layout: Layout,
         seed: int,
+        look: Look[T],
         shuffle: bool = True,
         on_bad_row: Literal["stop", "skip"] = "stop",
-        check: CheckImages = decode_all,
     ) -> None:
-        """seed, shuffle: see `epoch_order`; without shuffling, rows come in the order of the files. check: of the images of
-        rows that are drawn together; a row with one that cannot be used is a bad one."""
-        self._files, self._seed, self._shuffle, self._on_bad_row, self._check = files, seed, shuffle, on_bad_row, check
+        """seed, shuffle: see `epoch_order`; without shuffling, rows come in the order of the files. look: at rows that are
+        drawn together."""
+        self._layout, self._seed, self._shuffle, self._on_bad_row, self._look = layout, seed, shuffle, on_bad_row, look
+        self._num_rows = sum(rows for rows, _ in layout.groups)
         self._epoch = self._position = self._skipped = 0
         self._order: tuple[int, npt.NDArray[np.int64]] | None = None
         self._logged: set[int] = set()
@@ -133,8 +146,8 @@ class PromptCursor:
         """Bad rows skipped since the start of the run; a row counts again in every epoch."""
         return self._skipped
 
-    def next(self, n: int) -> list[Prompt]:
-        """The next `n` prompts. If it raises, the cursor stays where it was.
+    def next(self, n: int) -> list[T]:
+        """The next `n` rows. If it raises, the cursor stays where it was.
 
         Raises:
             BadRowError: a bad row, with on_bad_row="stop".
@@ -142,30 +155,33 @@ class PromptCursor:
         """
         return [prompt for _, prompt in self.draw(n)]
 
-    def read(self, row: int) -> Prompt:
-        """A prompt that `draw` gave before, by its row; the cursor stays where it is.
+    def read(self, row: int) -> T:
+        """A row that `draw` gave before; the cursor stays where it is.
 
         Raises:
-            DataError: a file cannot be read any more.
+            DataError: a file cannot be read any more, or the row is a bad one by now.
         """
-        return self._files.read(row)
+        (found,) = self._look([row])
+        if isinstance(found, BadRowError):
+            raise found
+        return found
 
-    def draw(self, n: int) -> list[tuple[int, Prompt]]:
-        """As `next`, each with its row, by which it is found again (`read`)."""
+    def draw(self, n: int) -> list[tuple[int, T]]:
+        """As `next`, each with its number, by which it is found again (`read`)."""
         epoch, position, skipped = self._epoch, self._position, self._skipped
-        order, prompts = self._order_of(epoch), list[tuple[int, Prompt]]()
+        order, usable_rows = self._order_of(epoch), list[tuple[int, T]]()
         usable = position > 0  # a place inside an epoch is always one behind a usable row
-        while len(prompts) < n:
-            rows = [int(row) for row in order[position : position + n - len(prompts)]]
-            for row, prompt in _read(self._files, rows, self._check):
-                if isinstance(prompt, Prompt):
-                    prompts.append((row, prompt))
+        while len(usable_rows) < n:
+            rows = [int(row) for row in order[position : position + n - len(usable_rows)]]
+            for row, found in zip(rows, self._look(rows), strict=True):
+                if not isinstance(found, BadRowError):
+                    usable_rows.append((row, found))
                     usable = True
                     continue
                 if self._on_bad_row == "stop":
-                    raise prompt
+                    raise found
                 skipped += 1
-                self._log_once(row, prompt)
+                self._log_once(row, found)
             position += len(rows)
             if position == len(order):
                 if not usable:
@@ -173,17 +189,15 @@ class PromptCursor:
                 epoch, position, usable = epoch + 1, 0, False
                 order = self._order_of(epoch)
         self._epoch, self._position, self._skipped = epoch, position, skipped
-        return prompts
+        return usable_rows
 
-    async def begin(self, n: int) -> list[tuple[int, Prompt]]:
+    async def begin(self, n: int) -> list[tuple[int, T]]:
         """As `draw`, in a thread: rows are read and their images decoded."""
         return await asyncio.to_thread(self.draw, n)
 
     def state(self) -> CursorState:
         """Where the stream stands; `restore` continues with the prompt that `next` would have given."""
-        return CursorState(
-            self._epoch, self._position, self._skipped, self._seed, self._shuffle, self._files.layout.fingerprint
-        )
+        return CursorState(self._epoch, self._position, self._skipped, self._seed, self._shuffle, self._layout.fingerprint)
 
     def restore(self, state: CursorState) -> None:
         """Go to a saved place.
@@ -192,7 +206,7 @@ class PromptCursor:
             CheckpointError: the state belongs to other files, another seed or another `shuffle`; the cursor stays where it was.
         """
         for what, saved, here in (
-            ("files", state.fingerprint, self._files.layout.fingerprint),
+            ("files", state.fingerprint, self._layout.fingerprint),
             ("run.seed", state.seed, self._seed),
             ("data.shuffle", state.shuffle, self._shuffle),
         ):
@@ -201,13 +215,13 @@ class PromptCursor:
                     f"the data order of the checkpoint cannot be continued: it has {what} = {saved}, now {what} = {here}; "
                     "restore what changed, or start a new run"
                 )
-        if state.epoch < 0 or state.skipped < 0 or not 0 <= state.position < len(self._files):
+        if state.epoch < 0 or state.skipped < 0 or not 0 <= state.position < self._num_rows:
             raise CheckpointError(f"the checkpoint holds an impossible data position {state}; use an older checkpoint")
         self._epoch, self._position, self._skipped = state.epoch, state.position, state.skipped
 
     def _order_of(self, epoch: int) -> npt.NDArray[np.int64]:
         if self._order is None or self._order[0] != epoch:
-            order = epoch_order(self._files.layout, self._seed, epoch) if self._shuffle else np.arange(len(self._files))
+            order = epoch_order(self._layout, self._seed, epoch) if self._shuffle else np.arange(self._num_rows)
             self._order = epoch, order
         return self._order[1]
 
@@ -215,3 +229,14 @@ class PromptCursor:
         if index not in self._logged:
             self._logged.add(index)
             _LOG.warning("skipped bad row: %s", error.bad_row)
+
+
+def prompt_cursor(
+    files: PromptFiles,
+    seed: int,
+    shuffle: bool = True,
+    on_bad_row: Literal["stop", "skip"] = "stop",
+    check: CheckImages = decode_all,
+) -> RowCursor[Prompt]:
+    """Over prompts that are read here. A row with an image that `check` finds unusable is a bad one."""
+    return RowCursor(files.layout, seed, prompts(files, check), shuffle, on_bad_row)

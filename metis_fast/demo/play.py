@@ -7,7 +7,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from metis_fast.config import Config
-from metis_fast.data.cursor import PromptCursor
+from metis_fast.data.cursor import prompt_cursor
 from metis_fast.data.parquet import PromptFiles
 from metis_fast.demo.policy import ScriptedEngine, ScriptStyle
 from metis_fast.model_folder import check_model_folder, load_processor, load_tokenizer
@@ -32,7 +32,7 @@ def play(config: Config, prompts: Path, style: ScriptStyle, out: Path) -> int:
     tokenizer = load_tokenizer(config.model.path)
     images = ImagePreparer(load_processor(config.model.path))
     chat, files = Chat(tokenizer, images), PromptFiles([prompts])
-    cursor = PromptCursor(files, config.run.seed, shuffle=False, check=images.broken)
+    cursor = prompt_cursor(files, config.run.seed, shuffle=False, check=images.broken)
     store, rollout = RolloutStore(out), config.rollout.model_copy(update={"deterministic": False})
     with Interrupts() as interrupts, TemporaryDirectory(prefix="metis-tools-") as scratch, ExitStack() as stack:
         toolbox = open_toolbox(config.tools, Path(scratch))

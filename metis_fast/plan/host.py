@@ -22,7 +22,7 @@ from metis_fast.train.megatron.layout import place
 from metis_fast.types import ToolName
 
 _VERSIONS = 2
-"""Of the weights in shared memory: the one that is loaded, and the one before or after it."""
+"""Of the weights, in shared memory and in Ray's: the one that is loaded, and the one before or after it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,12 +43,12 @@ class HostCosts:
     search_ms: float = 5.0  # a call of text_search or image_search
     judge_ms: float = 15.0  # a rollout; one comparison of math-verify takes 1 to 50
     gather_gbs: float = 0.7  # ranks to run, both ends: 0.56 to 0.85 ("Megatron-core 0.16.1 without Transformer Engine")
-    send_gbs: float = 1.0  # run to a worker, 64 MiB at a time over loopback, beside other work
-    receive_gbs: float = 0.6  # its other end
+    put_gbs: float = 2.0  # ranks to Ray's store of their machine, by way of a file in its memory: two copies
+    pull_gbs: float = 1.0  # Ray's objects between machines, at each end: 0.8 to 1.0 between two Ray nodes over loopback
     stage_gbs: float = 2.0  # copied into shared memory and checked: 3.5 for CRC-32, 5 for the copy
     load_gbs: float = 2.2  # an engine: checksums 3.5; 3.0 s for 17.5 GB for the rest (docs/rollouts.md)
-    copy_full_gbs: float = 0.9  # both ends of a copy to another machine: 0.3 s for 268 MB (docs/rollouts.md)
-    copy_delta_gbs: float = 0.15  # the same for changes: 1.8 s
+    encode_gbs: float = 0.3  # changes found and checked, where a tenth of the elements changed: 0.31 on a busy machine
+    decode_gbs: float = 0.7  # and made into weights again, likewise
     delta_share: float = 0.15  # of the bytes, where a tenth of the elements changed (docs/rollouts.md)
     driving: float = 1.0  # cores that a rank or an engine keeps busy for its GPU
     encoded_bytes: float = 1.33  # a pixel: a PNG of 2048 x 1536 has 4.0 MiB, a JPEG a seventh
@@ -58,7 +58,7 @@ class HostCosts:
 
 
 ASSUMED = (
-    "crop_made_ms", "python_ms", "search_ms", "judge_ms", "stage_gbs", "delta_share", "driving", "token_bytes",
+    "crop_made_ms", "python_ms", "search_ms", "judge_ms", "put_gbs", "stage_gbs", "delta_share", "driving", "token_bytes",
     "process_bytes",
 )  # fmt: skip
 """Costs that nothing measured stands behind."""
@@ -91,8 +91,9 @@ class HostOptions:
 
 @dataclass(frozen=True, slots=True)
 class HostSeconds:
-    """CPU seconds of a machine in a step. episodes and sending are of one thread each. sending: weights from ranks to the
-    run, and to other machines; staging: all else of them. driving: processes that wait for their GPU without sleeping."""
+    """CPU seconds of a machine in a step. episodes are of one thread. sending: weights from ranks to the run, or through Ray's
+    store to every machine with engines; staging: all else of them. driving: processes that wait for their GPU without
+    sleeping."""
 
     images: float
     episodes: float
@@ -112,7 +113,7 @@ class HostSeconds:
 class HostMemory:
     """Bytes of a machine. groups: kept by the run until they are trained; rank_groups: those of a step, which every rank
     is given. pictures: decoded, of the run and the first stage. engine_images: encoded, and as patches. weights: versions
-    in shared memory. data: decoded rows. processes: before they hold anything."""
+    in shared memory, and as Ray's objects. data: decoded rows. processes: before they hold anything."""
 
     groups: float
     rank_groups: float
@@ -167,8 +168,7 @@ class _Role:
 class _Load:
     """Of one step, in all. images: of prompts. crops: images that calls return.
 
-    rank_images, rank_crops: that one rank of the first stage prepares. hosts: machines with engines; remote: those of
-    them that are not the run's. machines: of every kind.
+    rank_images, rank_crops: that one rank of the first stage prepares. hosts: machines with engines. machines: of every kind.
     """
 
     rollouts: int
@@ -179,7 +179,6 @@ class _Load:
     rank_images: float
     rank_crops: float
     hosts: int
-    remote: int
     machines: int
 
 
@@ -241,7 +240,6 @@ def _load(setting: Setting, layout: MegatronConfig, options: HostOptions, roles:
         rank_images=images * live * min(batch.parts, replicas) / replicas,
         rank_crops=crops * live / replicas,
         hosts=hosts,
-        remote=hosts - bool(roles[0].engines),
         machines=sum(role.count for role in roles),
     )
 
@@ -277,17 +275,25 @@ def _tools(setting: Setting, load: _Load, options: HostOptions, costs: HostCosts
     return sandbox + load.searches * costs.search_ms
 
 
+def _by_ray(setting: Setting, load: _Load) -> bool:
+    return load.machines > 1 or setting.config.workers.launcher == "ray"
+
+
+def _pulled(setting: Setting, costs: HostCosts) -> float:
+    """Bytes of a version that a machine with engines pulls, once."""
+    return _weight_bytes(setting) * (costs.delta_share if setting.config.sync.mode == "delta" else 1.0)
+
+
 def _weights(setting: Setting, load: _Load, costs: HostCosts, role: _Role) -> tuple[float, float]:
-    """Seconds of staging and sending."""
-    size, delta = _weight_bytes(setting) / 1e9, setting.config.sync.mode == "delta"
-    sent = size * (costs.delta_share if delta else 1.0)
-    each_end = size / (costs.copy_delta_gbs if delta else costs.copy_full_gbs) / 2
-    staging = role.engines * size / costs.load_gbs
-    if role.runs:  # changes are encoded once for all; a whole version is checked for each
-        copies = min(load.remote, 1) if delta else load.remote
-        sending = size / costs.gather_gbs + load.remote * sent / costs.send_gbs
-        return staging + size / costs.stage_gbs + copies * each_end, sending
-    return (staging + each_end, sent / costs.receive_gbs) if role.engines else (0.0, 0.0)
+    """Seconds of staging and sending. Ranks of the first machine publish; each machine passes on at most what it has pulled."""
+    size, pulled, engines = _weight_bytes(setting) / 1e9, _pulled(setting, costs) / 1e9, bool(role.engines)
+    staging = engines * size / costs.stage_gbs + role.engines * size / costs.load_gbs
+    if not _by_ray(setting, load):
+        return staging, size / costs.gather_gbs
+    if setting.config.sync.mode == "delta":
+        staging += role.runs * size / costs.encode_gbs + engines * size / costs.decode_gbs
+    moves = load.machines > 1 and (role.runs or engines)
+    return staging, role.runs * size / costs.put_gbs + moves * pulled / costs.pull_gbs
 
 
 def _seconds(setting: Setting, load: _Load, options: HostOptions, costs: HostCosts, role: _Role, step_s: float) -> HostSeconds:
@@ -313,18 +319,24 @@ def _kept_steps(setting: Setting) -> float:
     return 1 + rules.ahead + trained_beside + rules.extra / rules.per_step
 
 
+def _weight_memory(setting: Setting, load: _Load, costs: HostCosts, role: _Role) -> float:
+    versions, engines = _VERSIONS * _weight_bytes(setting), bool(role.engines)
+    if not _by_ray(setting, load):
+        return engines * versions
+    return engines * versions + (versions if role.runs else engines * _pulled(setting, costs))
+
+
 def _memory(setting: Setting, load: _Load, options: HostOptions, costs: HostCosts, role: _Role) -> HostMemory:
     config, mean = setting.config, setting.load
     a_step = load.images * options.image_megapixels * 1e6 * costs.encoded_bytes + load.crops * costs.crop_bytes
     a_step += load.rollouts * (mean.prompt + mean.response) * costs.token_bytes
     sees = setting.shape.tower is not None
-    holds_weights = role.runs or role.engines
     return HostMemory(
         groups=role.runs * a_step * _kept_steps(setting),
         rank_groups=role.ranks * 2 * a_step,  # the message, and what is read from it
         pictures=sees * (role.runs + role.first_stage) * config.model.image_cache_gb * GIB,
         engine_images=sees * role.engines * 2 * config.rollout.vllm.image_cache_gb * GIB,
-        weights=_VERSIONS * _weight_bytes(setting) if holds_weights else 0.0,
+        weights=_weight_memory(setting, load, costs, role),
         data=float(role.runs * CACHE_BYTES),
         processes=(role.runs + role.ranks + role.engines) * costs.process_bytes,
     )
@@ -338,7 +350,7 @@ _LESS = {
     "tools": "have workers run them on all machines (workers.tools)",
     "judging": "have workers judge on all machines (workers.judges)",
     "staging": "give engines GPUs of their own and set sync.transport=nccl",
-    "sending": "take more prompts a step (rollout.prompts_per_step), which sends less often",
+    "sending": "take more prompts a step (rollout.prompts_per_step), which publishes less often",
     "driving": "take machines with more cores",
     "groups": "lower rollout.max_staleness or rollout.prompts_per_step, or scale the images of the data down",
     "rank_groups": "scale the images of the data down, or lower rollout.prompts_per_step",
@@ -348,7 +360,6 @@ _LESS = {
     "data": "take machines with more memory",
     "processes": "take machines with more memory",
 }
-_ONE_THREAD = ("episodes", "sending")
 _SHORT = {"rank_groups": "ranks' groups", "engine_images": "engines' images"}
 
 
@@ -358,7 +369,7 @@ def _less(part: str, setting: Setting) -> str:
     if (part == "tools" and workers.tools) or (part == "judging" and workers.judges):  # they are everywhere already
         return "take machines with more cores"
     if part == "sending" and sync.mode == "full" and setting.num_gpus > NODE:
-        return "send changes only (sync.mode=delta)"
+        return "pull changes only (sync.mode=delta)"
     return _LESS[part]
 
 
@@ -375,14 +386,11 @@ def _warnings(setting: Setting, machines: Sequence[Machine], options: HostOption
                 f"{where} needs {machine.cores:.1f} cores and has {options.cores:g} (--cores), most of it for {part} "
                 f"({spent:.0f} CPU s a step); {_less(part, setting)}"
             )
-        for part in _ONE_THREAD:
-            spent = getattr(machine.seconds, part)
-            if spent > step_s:
-                what = "sending weights" if part == "sending" else part
-                yield (
-                    f"{where}: {what} takes one thread {spent:.0f} s, more than a step of {step_s:.0f} s, which then "
-                    f"takes longer; {_less(part, setting)}"
-                )
+        if machine.seconds.episodes > step_s:
+            yield (
+                f"{where}: episodes take one thread {machine.seconds.episodes:.0f} s, more than a step of {step_s:.0f} s, "
+                f"which then takes longer; {_less('episodes', setting)}"
+            )
         if machine.memory.total > options.memory_gb * GIB:
             part, held = _largest(machine.memory)
             yield (

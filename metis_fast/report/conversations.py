@@ -7,6 +7,7 @@ import io
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 from metis_fast import pixels
@@ -130,9 +131,14 @@ def _conversation(step: int, stored: StoredRollout) -> Conversation:
     )
 
 
-def _part_steps(folder: Path) -> dict[int, Path]:
-    names = {path: path.stem.removeprefix("step-") for path in folder.glob("step-*.parquet")}
-    return {int(number): path for path, number in sorted(names.items()) if number.isdecimal()}
+def _parts_by_step(folder: Path) -> dict[int, list[Path]]:
+    """A step has a part of every node: step-000012.parquet, or step-000012.node-0.parquet and so on."""
+    found: dict[int, list[Path]] = {}
+    for path in sorted(folder.glob("step-*.parquet")):
+        number, _, node = path.stem.removeprefix("step-").partition(".")
+        if number.isdecimal() and (not node or node.startswith("node-")):
+            found.setdefault(int(number), []).append(path)
+    return found
 
 
 def sample_conversations(folder: Path, last_step: int | None) -> list[Conversation]:
@@ -146,14 +152,14 @@ def sample_conversations(folder: Path, last_step: int | None) -> list[Conversati
     Raises:
         DataError: a part or an image cannot be read.
     """
-    parts = {step: path for step, path in _part_steps(folder).items() if last_step is None or step <= last_step}
+    parts = {step: own for step, own in _parts_by_step(folder).items() if last_step is None or step <= last_step}
     steps: Sequence[int] = sorted(parts)
     if not steps:
         return []
     conversations = []
     for step in sorted({steps[0], steps[len(steps) // 2], steps[-1]}):
         found: dict[tuple[str, bool, bool] | None, dict[Ability, StoredRollout]] = {}
-        for stored in read_rollouts(parts[step]):
+        for stored in chain.from_iterable(map(read_rollouts, parts[step])):
             verdict = stored.score.verdict
             kind = stored.kind or stored.ability.value
             key = None if verdict is None else (kind, not verdict.correct, stored.rollout.num_tool_calls > 0)

@@ -47,8 +47,8 @@ _UPDATE_SUMS = {
     "tokens/n_acc": "n_acc",
     "tokens/n_tool": "n_tool",
 }
-GROUPS = ("in_flight", "carried", "dropped")
-"""What `StepStats` counts of groups that a step did not train on."""
+GROUPS = ("in_flight", "carried", "dropped", "replayed")
+"""What `StepStats` counts of groups besides those that a step trained on."""
 
 _SLICE_RATES = ("accuracy", "tool_rate", "tool_calls", "format_rate", "response_tokens")
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from statistics import fmean
+from typing import Protocol
 
-from metis_fast.types import Rollout, ScoredGroup, Slice, Verdict
+from metis_fast.summary import Outline
+from metis_fast.types import Ability, Score, Slice, Verdict
 
 KINDS = ("direct", "uncertain", "tool_needed")
 """What `prompt.extra["kind"]` of the demo set may say of a prompt: whether a tool is needed to answer it."""
@@ -17,7 +19,7 @@ def _mean(values: Iterable[float]) -> float:
     return fmean(values) if values else 0.0
 
 
-def _slice(members: Sequence[tuple[Rollout, Verdict | None]]) -> Slice:
+def _slice(members: Sequence[tuple[Outline, Verdict | None]]) -> Slice:
     judged = [(rollout, verdict) for rollout, verdict in members if verdict is not None]
     return Slice(
         num=len(members),
@@ -30,18 +32,31 @@ def _slice(members: Sequence[tuple[Rollout, Verdict | None]]) -> Slice:
     )
 
 
-def slices(groups: Sequence[ScoredGroup]) -> dict[str, Slice]:
+class Rated(Protocol):
+    """A group of which rates are made, wherever it lies: `ScoredGroup`, `ScoredSummary`."""
+
+    @property
+    def ability(self) -> Ability: ...
+    @property
+    def kind(self) -> str | None: ...
+    @property
+    def rollouts(self) -> Sequence[Outline]: ...
+    @property
+    def scores(self) -> Sequence[Score]: ...
+
+
+def slices(groups: Sequence[Rated]) -> dict[str, Slice]:
     """Rates over "all", "<ability>", "<kind>" and "<ability>/<kind>", in that order.
 
     Rates are over the rollouts with a verdict, 0 where there is none. A `kind` outside `KINDS` makes no slice, so that a data
     set with a free-text column of that name does not make thousands.
     """
-    members: defaultdict[tuple[int, str], list[tuple[Rollout, Verdict | None]]] = defaultdict(list)
+    members: defaultdict[tuple[int, str], list[tuple[Outline, Verdict | None]]] = defaultdict(list)
     for group in groups:
-        ability, kind = group.prompt.ability.value, group.prompt.extra.get("kind")
+        ability, kind = group.ability.value, group.kind
         keys = [(0, "all"), (1, ability)]
         if kind in KINDS:
-            keys += [(2, str(kind)), (3, f"{ability}/{kind}")]
+            keys += [(2, kind), (3, f"{ability}/{kind}")]
         for rollout, score in zip(group.rollouts, group.scores, strict=True):
             for key in keys:
                 members[key].append((rollout, score.verdict))

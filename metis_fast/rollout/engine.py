@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
@@ -145,6 +145,11 @@ class RunEngine(Engine, Protocol):
         Raises:
             EngineError: no engine can be started any more.
         """
+        ...
+
+    def held(self) -> Mapping[str, Tensor]:
+        """Tensors of the last version that `update` was given, by Hugging Face names, to be read while the next one comes; none
+        where it does not have them at hand."""
         ...
 
     def probe_session(self, order: int, prompt: str) -> EngineSession:

@@ -258,8 +258,11 @@ async def collect(
     seed: int,
     stream: str,
     on_done: Callable[[], object] = lambda: None,
+    first: int = 0,
 ) -> list[Group]:
     """Sample `rollouts_per_prompt` rollouts of every prompt, at most `config.max_concurrent` at once.
+
+    first: order of the first rollout, where others play what comes before it in the stream.
 
     Every prompt is encoded once, before anything is sampled. With `config.deterministic` the native engine's rollouts run in
     fixed blocks, so that what shares a batch does not depend on timing.
@@ -273,17 +276,17 @@ async def collect(
     blocks = config.deterministic and config.engine == "native"  # others have no order that a block could keep
     gate = asyncio.Semaphore(total if blocks else config.max_concurrent)
 
-    async def one(order: int, session: EngineSession | None) -> Rollout:
+    async def one(place: int, session: EngineSession | None) -> Rollout:
         async with gate:
             rollout = await run_episode(
-                prompts[order // rollouts_per_prompt],
-                order % rollouts_per_prompt,
+                prompts[place // rollouts_per_prompt],
+                place % rollouts_per_prompt,
                 chat,
                 engine,
                 toolbox,
                 config,
-                SampleKey(seed, stream, order),
-                pieces[order // rollouts_per_prompt],
+                SampleKey(seed, stream, first + place),
+                pieces[place // rollouts_per_prompt],
                 session,
             )
         on_done()
@@ -292,12 +295,14 @@ async def collect(
     rollouts: list[Rollout] = []
     block = config.max_concurrent if blocks else total
     for start in range(0, total, block):
-        orders = range(start, min(start + block, total))
+        places = range(start, min(start + block, total))
         # opened before any of them runs: the engine must know whom to wait for
-        sessions = [engine.session(order, prompts[order // rollouts_per_prompt].uid) if blocks else None for order in orders]
+        sessions = [
+            engine.session(first + place, prompts[place // rollouts_per_prompt].uid) if blocks else None for place in places
+        ]
         try:
             async with asyncio.TaskGroup() as tasks:
-                running = [tasks.create_task(one(order, session)) for order, session in zip(orders, sessions, strict=True)]
+                running = [tasks.create_task(one(place, session)) for place, session in zip(places, sessions, strict=True)]
         except BaseExceptionGroup as group:
             raise group.exceptions[0] from None  # the others were cancelled because of the first
         rollouts += [task.result() for task in running]
@@ -305,3 +310,41 @@ async def collect(
         Group(prompt, tuple(rollouts[i * rollouts_per_prompt : (i + 1) * rollouts_per_prompt]))
         for i, prompt in enumerate(prompts)
     ]
+
+
+async def play_group(
+    prompt: Prompt,
+    rollouts_per_prompt: int,
+    chat: Chat,
+    engine: Engine,
+    toolbox: Toolbox,
+    config: RolloutConfig,
+    key: SampleKey,
+    places: asyncio.Semaphore,
+    started: Callable[[], object] = lambda: None,
+    on_done: Callable[[], object] = lambda: None,
+) -> Group:
+    """Sample the rollouts of one prompt, each as soon as it gets one of the `places`, which groups share.
+
+    key: of its first rollout. started: called when a rollout gets its place. on_done: after every rollout.
+
+    Raises:
+        DataError: see `collect`.
+    """
+    (piece,) = await encode_prompts([prompt], chat, config)
+    rollouts: dict[int, Rollout] = {}
+
+    async def one(index: int) -> None:
+        async with places:
+            started()
+            own = replace(key, order=key.order + index)
+            rollouts[index] = await run_episode(prompt, index, chat, engine, toolbox, config, own, piece)
+        on_done()
+
+    try:
+        async with asyncio.TaskGroup() as tasks:
+            for index in range(rollouts_per_prompt):
+                tasks.create_task(one(index))
+    except BaseExceptionGroup as group:
+        raise group.exceptions[0] from None  # the others were cancelled because of the first
+    return Group(prompt, tuple(rollouts[index] for index in range(rollouts_per_prompt)))

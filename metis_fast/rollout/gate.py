@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -21,9 +22,10 @@ from metis_fast.errors import EngineError, EngineFailure, InfrastructureError
 from metis_fast.rollout.chat import Chat
 from metis_fast.rollout.engine import Completion, RunEngine, Sampling
 from metis_fast.rollout.episode import SampleKey, Trace
-from metis_fast.rollout.layers import Reference, first_difference
-from metis_fast.types import Outcome, Prompt, Rollout
+from metis_fast.rollout.layers import Layers, Reference, first_difference
+from metis_fast.types import ImageBlob, Outcome, Prompt, Rollout
 
+T = TypeVar("T", bound="Illustrated")
 log = logging.getLogger(__name__)
 _THRESHOLDS = {"bfloat16": 2e-2, "float32": 1e-4}
 _STREAM = "gate"
@@ -64,7 +66,14 @@ class GateReport:
         )
 
 
-def choose(prompts: Sequence[Prompt], count: int, least: int = 1) -> list[Prompt]:
+class Illustrated(Protocol):
+    """A prompt, or what stands for one."""
+
+    @property
+    def images(self) -> Sequence[ImageBlob] | int: ...
+
+
+def choose(prompts: Sequence[T], count: int, least: int = 1) -> list[T]:
     """Those that tell most: with images, but for the last one, which tells text from images where there are both.
 
     least: messages that are needed; for more than there are of those, they are repeated.
@@ -116,12 +125,8 @@ async def _probe(prompts: Sequence[Prompt], chat: Chat, engine: RunEngine, confi
     return await asyncio.gather(*(one(order, prompt) for order, prompt in enumerate(prompts)))
 
 
-def compare(rollouts: Sequence[Rollout], trainer_logp: Sequence[npt.NDArray[np.float32]]) -> GateReport:
-    """The report. trainer_logp: as `Trainer.logprobs` gives them, [S] of each rollout."""
-    gaps = [
-        np.abs(ours[rollout.sampled] - rollout.logp[rollout.sampled])
-        for rollout, ours in zip(rollouts, trainer_logp, strict=True)
-    ]
+def compare(gaps: Sequence[npt.NDArray[np.float32]], with_image: Sequence[bool]) -> GateReport:
+    """The report. gaps: as `Trainer.gaps` gives them. with_image: whether each of their prompts had one."""
 
     def mean(parts: Sequence[npt.NDArray[np.float32]]) -> float:
         values = np.concatenate([np.zeros(0, np.float32), *parts])
@@ -133,17 +138,16 @@ def compare(rollouts: Sequence[Rollout], trainer_logp: Sequence[npt.NDArray[np.f
         worst=float(np.max([_of_message(gap) for gap in gaps])),  # NaN if one is
         max=max(float(gap.max()) for gap in gaps),
         tokens=sum(map(len, gaps)),
-        with_images=mean([gap for rollout, gap in zip(rollouts, gaps, strict=True) if rollout.images]),
-        without=mean([gap for rollout, gap in zip(rollouts, gaps, strict=True) if not rollout.images]),
+        with_images=mean([gap for has, gap in zip(with_image, gaps, strict=True) if has]),
+        without=mean([gap for has, gap in zip(with_image, gaps, strict=True) if not has]),
         early=mean([gap[:num] for gap, num in zip(gaps, quarter, strict=True)]),
         late=mean([gap[-num:] for gap, num in zip(gaps, quarter, strict=True)]),
     )
 
 
-def worst(rollouts: Sequence[Rollout], trainer_logp: Sequence[npt.NDArray[np.float32]]) -> int:
-    """Which message differs most; arguments as for `compare`."""
-    gaps = [_of_message(np.abs(own - one.logp)[one.sampled]) for one, own in zip(rollouts, trainer_logp, strict=True)]
-    return int(np.argmax(np.nan_to_num(gaps, nan=np.inf)))
+def worst(gaps: Sequence[npt.NDArray[np.float32]]) -> int:
+    """Which message differs most; gaps: see `compare`."""
+    return int(np.argmax(np.nan_to_num([_of_message(gap) for gap in gaps], nan=np.inf)))
 
 
 def _of_message(gaps: npt.NDArray[np.float32]) -> float:
@@ -151,16 +155,15 @@ def _of_message(gaps: npt.NDArray[np.float32]) -> float:
 
 
 async def locate(
-    order: int,
     rollout: Rollout,
     trainer_logp: npt.NDArray[np.float32],
     model: Reference,
-    engine: RunEngine,
+    layer_outputs: Coroutine[Any, Any, Layers | None],
     config: Config,
 ) -> str:
     """In words: who computes something else than transformers' own model, and if that is the engine, in which layer.
 
-    order: of the message among those of `probe`. trainer_logp [S]. model: with the trainer's weights.
+    rollout: the message. trainer_logp [S]. model: with the trainer's weights. layer_outputs: see `RunEngine`.
     """
     engines = float(np.abs(rollout.logp[rollout.sampled] - model.logp).mean())
     trainers = float(np.abs(trainer_logp[rollout.sampled] - model.logp).mean())
@@ -168,9 +171,10 @@ async def locate(
     if not trainers <= _threshold(config):
         found += ": the trainer computes something else (its attention, how rollouts share prompts and packs)"
     if engines <= _threshold(config):
+        layer_outputs.close()
         return found
     try:
-        layers = await engine.layer_outputs(order, rollout)
+        layers = await layer_outputs
     except (InfrastructureError, EngineError) as error:
         return f"{found}; the engine's layers could not be compared ({error})"
     if layers is None:

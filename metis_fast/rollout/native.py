@@ -18,7 +18,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -208,6 +208,10 @@ class NativeEngine:
 
     async def resume(self) -> None:
         """See `RunEngine`."""
+
+    def held(self) -> Mapping[str, Tensor]:
+        """See `RunEngine`."""
+        return dict(self._policy.model.named_parameters())
 
     def probe_session(self, order: int, prompt: str) -> _Session:
         """See `RunEngine`."""

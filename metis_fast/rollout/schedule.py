@@ -27,15 +27,13 @@ import logging
 import math
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any, Generic, Protocol, TypeVar
 
 from metis_fast.config import RolloutConfig
-from metis_fast.rollout.chat import Chat
-from metis_fast.rollout.engine import Engine
-from metis_fast.rollout.episode import SampleKey, encode_prompts, run_episode
-from metis_fast.tools.protocol import Toolbox
-from metis_fast.types import Group, Prompt, Rollout
 
+R = TypeVar("R")
+R_co = TypeVar("R_co", covariant=True)
+G = TypeVar("G")
 log = logging.getLogger(__name__)
 _CLEANUP_S = 20.0  # of cancelled groups; tools that take longer are left to the toolbox, which ends them
 
@@ -80,56 +78,56 @@ class Rules:
         return Rules(P, carried + (config.mode == "one_step_off"), 0, extra, drop, config.mode == "sync", steps)
 
 
-class Cursor(Protocol):
-    """Where prompts come from; see `PromptCursor`."""
+class Cursor(Protocol[R_co]):
+    """Where prompts come from, as whatever stands for one; see `RowCursor`."""
 
-    async def begin(self, n: int) -> list[tuple[int, Prompt]]:
+    async def begin(self, n: int) -> Sequence[tuple[int, R_co]]:
         """The next prompts, with their rows."""
         ...
 
-    def read(self, row: int) -> Prompt:
+    def read(self, row: int) -> R_co:
         """One that was drawn before."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
-class Taken:
+class Taken(Generic[G]):
     """What a step trains on. groups: P, in the order of their numbers. in_flight: groups that go on being sampled, wait for a
     place, or are finished and wait for their step; carried: of these, what was there before this step's batch was complete.
     dropped: cancelled."""
 
-    groups: list[Group]
+    groups: list[G]
     in_flight: int
     carried: int
     dropped: int
 
 
-Play = Callable[[Prompt, Pending, Callable[[], None]], Coroutine[Any, Any, Group]]
+Play = Callable[[R, Pending, Callable[[], None]], Coroutine[Any, Any, G]]
 """Samples the group of a prompt. Calls its third argument when the first rollout begins, and may do so again."""
 
 
 @dataclass(slots=True, eq=False)
-class _Running:
+class _Running(Generic[R, G]):
     place: Pending
-    prompt: Prompt
+    prompt: R
     last: int | None = None  # step that may train it; None: it is not begun
-    task: asyncio.Task[Group] = field(init=False)
+    task: asyncio.Task[G] = field(init=False)
 
     def due(self, step: int) -> bool:
         return self.last is not None and self.last <= step
 
 
-class Schedule:
+class Schedule(Generic[R, G]):
     """Groups that are being sampled, finished ones that wait for their step, and dropped prompts that wait to be begun again.
 
     cursor: is drawn from as prompts are begun. play: samples the group of a prompt.
     """
 
-    def __init__(self, rules: Rules, cursor: Cursor, play: Play) -> None:
+    def __init__(self, rules: Rules, cursor: Cursor[R], play: Play[R, G]) -> None:
         self._rules, self._cursor, self._play = rules, cursor, play
-        self._running: list[_Running] = []
-        self._finished: list[_Running] = []  # of those, in the order in which they ended, well or not
-        self._line: list[tuple[Pending, Prompt | None]] = []  # to be begun before anything is drawn
+        self._running: list[_Running[R, G]] = []
+        self._finished: list[_Running[R, G]] = []  # of those, in the order in which they ended, well or not
+        self._line: list[tuple[Pending, R | None]] = []  # to be begun before anything is drawn
         self._drawn = 0
         self._version = 0  # updates done at least
         self._first = 0  # step that was the first one here
@@ -154,7 +152,7 @@ class Schedule:
         if len(self._running) >= self._rules.per_step:
             await self._choose(step)
 
-    async def batch(self, step: int, on_finished: Callable[[int], object] = lambda n: None) -> Taken:
+    async def batch(self, step: int, on_finished: Callable[[int], object] = lambda n: None) -> Taken[G]:
         """The groups of a step; the engine samples with the weights of `step` updates.
 
         on_finished: called with the number of groups that have ended since the last call.
@@ -197,30 +195,30 @@ class Schedule:
         self._drawn += new
         for place, prompt in [*again, *drawn]:
             prompt = prompt if prompt is not None else self._cursor.read(place.row)
-            one = _Running(place, prompt)
+            one: _Running[R, G] = _Running(place, prompt)
             if not rules.ahead:
                 self._started(one)
             one.task = asyncio.create_task(self._play(prompt, place, lambda one=one: self._started(one)))
             self._running.append(one)
             one.task.add_done_callback(lambda _, one=one: self._ended(one))
 
-    def _started(self, one: _Running) -> None:
+    def _started(self, one: _Running[R, G]) -> None:
         if one.last is None:
             one.last = self._version + self._rules.max_age
 
-    def _ended(self, one: _Running) -> None:
+    def _ended(self, one: _Running[R, G]) -> None:
         if one in self._running:  # and was not given up
             self._finished.append(one)
             self._changed.set()
 
-    async def _choose(self, step: int, on_finished: Callable[[int], object] = lambda n: None) -> list[_Running]:
+    async def _choose(self, step: int, on_finished: Callable[[int], object] = lambda n: None) -> list[_Running[R, G]]:
         """Wait for the groups of a step."""
         told = 0
         while True:
             self._changed.clear()
             for one in self._finished:
                 if one.task.cancelled():
-                    raise RuntimeError(f"the group of {one.prompt.uid} was cancelled, and not by its schedule")
+                    raise RuntimeError(f"the group of row {one.place.row} was cancelled, and not by its schedule")
                 one.task.result()  # raises what it raised
             on_finished(len(self._finished) - told)
             told = len(self._finished)
@@ -229,14 +227,14 @@ class Schedule:
                 return chosen
             await self._changed.wait()
 
-    def _choice(self, step: int) -> list[_Running] | None:
+    def _choice(self, step: int) -> list[_Running[R, G]] | None:
         """The groups of a step out of the finished ones; None where it has to wait for others."""
         P, max_age, drop = self._rules.per_step, self._rules.max_age, self._rules.drop
         if len(self._finished) < P:
             return None
         in_turn = bool(self._rules.ahead) and step == self._first
         order = self._running if in_turn else self._finished
-        chosen: dict[_Running, None] = {}  # a set that keeps its order
+        chosen: dict[_Running[R, G], None] = {}  # a set that keeps its order
         for later in range(max_age + 1):  # what has to be trained at this step, within one more, ...
             due = {one for one in self._running if one.due(step + later) and (one.place.tries or not drop)}
             num = max(0, min(P, len(due) - later * P) - len(due & chosen.keys()))
@@ -249,12 +247,12 @@ class Schedule:
         batch = [*chosen, *rest[: P - len(chosen)]]
         return batch if set(batch) <= set(self._finished) else None
 
-    async def _drop(self, late: Sequence[_Running]) -> None:
+    async def _drop(self, late: Sequence[_Running[R, G]]) -> None:
         await self._cancel(late)
         again = [(replace(one.place, tries=one.place.tries + 1), one.prompt) for one in late]
         self._line = sorted([*self._line, *again], key=lambda entry: entry[0].number)
 
-    async def _cancel(self, gone: Sequence[_Running]) -> None:
+    async def _cancel(self, gone: Sequence[_Running[R, G]]) -> None:
         for one in gone:
             one.task.cancel()
         if gone:
@@ -267,38 +265,7 @@ class Schedule:
                 log.warning("%d cancelled groups have not ended after %.0f s", len(left), _CLEANUP_S)
         self._remove(gone)
 
-    def _remove(self, gone: Iterable[_Running]) -> None:
+    def _remove(self, gone: Iterable[_Running[R, G]]) -> None:
         gone = set(gone)
         self._running = [one for one in self._running if one not in gone]
         self._finished = [one for one in self._finished if one not in gone]
-
-
-def group_player(chat: Chat, engine: Engine, toolbox: Toolbox, config: RolloutConfig, seed: int) -> Play:
-    """Samples the rollouts of one prompt by `run_episode`, at most `config.max_concurrent` at once over all its calls.
-
-    The noise of a prompt is that of its place in the run's sequence, as in the synchronous mode, and another one after a drop.
-    """
-    gate = asyncio.Semaphore(config.max_concurrent)
-    G = config.rollouts_per_prompt
-
-    async def play(prompt: Prompt, place: Pending, started: Callable[[], None]) -> Group:
-        (piece,) = await encode_prompts([prompt], chat, config)
-        step, index = divmod(place.number, config.prompts_per_step)
-        stream = f"train/{step}" + (f"/{place.tries}" if place.tries else "")
-
-        async def one(i: int) -> None:
-            async with gate:
-                started()
-                key = SampleKey(seed, stream, index * G + i)
-                rollouts[i] = await run_episode(prompt, i, chat, engine, toolbox, config, key, piece)
-
-        rollouts: dict[int, Rollout] = {}
-        try:
-            async with asyncio.TaskGroup() as tasks:
-                for i in range(G):
-                    tasks.create_task(one(i))
-        except BaseExceptionGroup as group:
-            raise group.exceptions[0] from None  # the others were cancelled because of the first
-        return Group(prompt, tuple(rollouts[i] for i in range(G)))
-
-    return play

@@ -2,56 +2,49 @@
 
 from __future__ import annotations
 
+import math
 import os
 import random
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
-from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from metis_fast import host
 from metis_fast.checkpoint.export import check_export
+from metis_fast.cluster.weights import Publisher
 from metis_fast.config import Config
 from metis_fast.data.parquet import PromptFiles
-from metis_fast.errors import ConfigError, ToolSetupError
+from metis_fast.errors import ConfigError
 from metis_fast.judge_styles import known_style
-from metis_fast.machine import memory_bytes
 from metis_fast.model import Policy, first_device, load_policy
-from metis_fast.model_folder import read_config
-from metis_fast.rollout.engine import RunEngine
-from metis_fast.rollout.native import NativeEngine, check_room
-from metis_fast.rollout.vllm.engine import VllmEngine
+from metis_fast.node.node import InMemory
+from metis_fast.node.opening import Host, open_node, share_of
+from metis_fast.node.protocol import NodeClient
+from metis_fast.run.fleet import Fleet
 from metis_fast.run.interrupt import Interrupts
 from metis_fast.run.parts import Parts
 from metis_fast.run.record import open_record
-from metis_fast.score.judge import StyleJudge, open_judge
-from metis_fast.score.remote import RemoteJudge, start_judge_workers
-from metis_fast.tools import open_toolbox
-from metis_fast.tools.protocol import Toolbox
-from metis_fast.tools.remote import RemoteToolbox, start_tool_workers
+from metis_fast.summary import Data
 from metis_fast.train.megatron.backend import MegatronTrainer, check_settings
 from metis_fast.train.protocol import Trainer
 from metis_fast.train.torch_backend import TorchTrainer
-from metis_fast.workers.hub import Hub
-from metis_fast.workers.launch import Launcher, LocalLauncher, engine_gpus
-from metis_fast.workers.worker import WorkerError, wait_ready
+from metis_fast.workers.launch import engine_gpus
+
+if TYPE_CHECKING:
+    from metis_fast.cluster.room import Room
 
 
-def _open_trainer(config: Config, policy: Policy, total_steps: int, interrupts: Interrupts, hub: Hub | None) -> Trainer:
+def _open_trainer(config: Config, policy: Policy, interrupts: Interrupts, room: Room | None) -> Trainer:
+    updates = config.train.steps * config.rollout.prompts_per_step // config.train.prompts_per_mini_batch
     if config.train.backend == "torch":
-        return TorchTrainer(policy, config, config.train.optim, total_steps)
-    launcher = hub.launcher if hub is not None and _ranks_by_ray(config) else None
+        return TorchTrainer(policy, config, config.train.optim, updates)
+    placed = room if _ranks_by_ray(config) else None
     folder, model = policy.folder, policy.model.config
-    return MegatronTrainer(config, config.train.optim, total_steps, folder, model, interrupts.check, launcher)
-
-
-def needs_hub(config: Config, training: bool = True) -> bool:
-    """Whether a run of these settings has workers, or ranks that Ray starts."""
-    workers = config.rollout.engine == "vllm" or config.workers.tools > 0 or config.workers.judges > 0
-    return workers or (training and _ranks_by_ray(config))
+    check_settings(config, model)
+    return MegatronTrainer(config, config.train.optim, updates, folder, model, interrupts.check, placed)
 
 
 def _ranks_by_ray(config: Config) -> bool:
@@ -59,54 +52,55 @@ def _ranks_by_ray(config: Config) -> bool:
     return config.workers.launcher == "ray" and train.backend == "megatron" and train.megatron.launch == "local"
 
 
-def open_hub(config: Config, stack: ExitStack, check: Callable[[], None], training: bool = True) -> Hub:
-    """What starts the run's workers and watches them; they end with `stack`.
-
-    check: called while a cluster makes room; what it raises goes on. training: with the trainer's ranks, if Ray places them.
+def _open_room(config: Config, stack: ExitStack, check: Callable[[], None], training: bool) -> Room | None:
+    """Room in a cluster, if Ray is to place things; it is given back with `stack`.
 
     Raises:
-        ConfigError: `workers` cannot work, or there is no such cluster or no room in it.
+        ConfigError: there is no such cluster or no room in it.
     """
-    launcher: Launcher
-    if config.workers.launcher == "ray":
-        try:
-            from metis_fast.cluster import RayLauncher  # at first use: nothing else needs Ray
-        except ModuleNotFoundError as error:
-            if error.name != "ray":
-                raise
-            raise ConfigError(
-                "workers.launcher=ray needs Ray; pip install 'metis-fast[ray]', or set workers.launcher=local"
-            ) from None
-        launcher = RayLauncher(config, training and _ranks_by_ray(config), check)
-    else:
-        here = training and config.train.backend == "megatron" and config.train.megatron.launch == "local"
-        wanted = config.rollout.vllm.replicas * config.rollout.vllm.tensor_parallel
-        own = _has_gpu(config, training) and not config.rollout.vllm.sleep
-        ranks = config.train.megatron.num_ranks if here else int(own)
-        gpus = engine_gpus(torch.cuda.device_count(), ranks, wanted, share=config.rollout.vllm.sleep)
-        launcher = LocalLauncher(config.run.dir.resolve() / "workers", gpus)
-    stack.callback(launcher.close)
-    return stack.enter_context(Hub(config.workers, launcher))
-
-
-def _open_judge(config: Config, styles: Collection[str], hub: Hub | None) -> StyleJudge | RemoteJudge:
-    if config.workers.judges == 0:
-        return open_judge(config.score, styles)
-    assert hub is not None
-    return RemoteJudge(config.score, start_judge_workers(hub, config.score, styles, config.workers.judges))
-
-
-def _open_toolbox(config: Config, scratch: Path, hub: Hub | None, check: Callable[[], None]) -> Toolbox:
-    if config.workers.tools == 0:
-        return open_toolbox(config.tools, scratch)
-    assert hub is not None
-    here = scratch if config.workers.launcher == "local" else None
-    workers = start_tool_workers(hub, config.tools, config.workers.tools, here)
+    if config.workers.launcher != "ray":
+        return None
     try:
-        wait_ready(workers, check)
-    except WorkerError as error:
-        raise ToolSetupError(str(error)) from None
-    return RemoteToolbox(config.tools, workers)
+        from metis_fast.cluster.room import Room  # at first use: nothing else needs Ray
+    except ModuleNotFoundError as error:
+        if error.name != "ray":
+            raise
+        raise ConfigError(
+            "workers.launcher=ray needs Ray; pip install 'metis-fast[ray]', or set workers.launcher=local"
+        ) from None
+    room = Room(config, training and _ranks_by_ray(config), check)
+    stack.callback(room.close)
+    return room
+
+
+def _gpus(config: Config, training: bool) -> Sequence[str]:
+    """Of this machine, for engines."""
+    vllm = config.rollout.vllm
+    here = training and config.train.backend == "megatron" and config.train.megatron.launch == "local"
+    own = _has_gpu(config, training) and not vllm.sleep
+    ranks = config.train.megatron.num_ranks if here else int(own)
+    return engine_gpus(torch.cuda.device_count(), ranks, vllm.replicas * vllm.tensor_parallel, share=vllm.sleep)
+
+
+def _open_nodes(
+    config: Config,
+    files: Mapping[Data, PromptFiles],
+    styles: Collection[str],
+    host: Host,
+    policy: Callable[[], Policy],
+    stack: ExitStack,
+) -> list[NodeClient]:
+    """Nodes of this process. Several stand in for machines: each has engine, tools and judge of its own, all the one model."""
+    num, logs = config.workers.nodes, config.run.dir.resolve() / "workers"
+    room = math.inf if num == 1 else 1 + -(-config.rollout.max_concurrent // config.rollout.rollouts_per_prompt)
+    return [
+        stack.enter_context(
+            open_node(
+                i, share_of(config, i), files, styles, host, policy, InMemory(), logs if num == 1 else logs / f"node-{i}", room
+            )
+        )
+        for i in range(num)
+    ]
 
 
 def _device(config: Config, training: bool) -> torch.device:
@@ -148,55 +142,88 @@ def open_parts(config: Config, interrupts: Interrupts, training: bool = True) ->
     random.seed(config.run.seed)
     np.random.seed(config.run.seed % 2**32)
     torch.manual_seed(config.run.seed)
-    files = PromptFiles(config.data.train) if training else None
+    train = PromptFiles(config.data.train) if training else None
     heldout = PromptFiles(config.data.heldout) if config.data.heldout else None
     record = None
     if training:
-        data = {"data.train": files, "data.heldout": heldout}
-        record = open_record(config, data, ("model", "tools"), interrupts.check)
+        record = open_record(
+            config, {"data.train": train, "data.heldout": heldout}, ("model", "tools"), interrupts.check
+        )  # fmt: skip
     source = check_export(config.model.path, config.run.dir / "trained", config.model.dtype) if training else None
-    styles = {style for part in (files, heldout) if part is not None for style in part.styles()}
+    named: dict[Data, PromptFiles | None] = {"train": train, "heldout": heldout}
+    files: dict[Data, PromptFiles] = {data: part for data, part in named.items() if part is not None}
+    styles = {style for part in files.values() for style in part.styles()}
     if config.data.on_bad_row == "skip":
         styles = {style for style in styles if known_style(style)}  # rows of others are bad ones
     with ExitStack() as stack:
-        scratch = Path(stack.enter_context(TemporaryDirectory(prefix="metis-tools-")))
-        hub = open_hub(config, stack, interrupts.check, training) if needs_hub(config, training) else None
-        judge = _open_judge(config, styles, hub)
-        stack.callback(judge.close)
-        toolbox = _open_toolbox(config, scratch, hub, interrupts.check)
-        stack.callback(toolbox.close)
-        interrupts.run(judge.check())
         device = _device(config, training)
-        if config.rollout.engine == "native":
-            memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else memory_bytes()
-            element = 4 if config.model.dtype == "float32" else 2
-            check_room(config.rollout, read_config(config.model.path), element, memory)
-        policy = load_policy(config.model, device=device)
+        room = _open_room(config, stack, interrupts.check, training)
         # whether nothing is being sampled while the trainer steps
-        sampler, waits = policy, config.rollout.mode == "sync" and not config.rollout.over_provision
-        if config.rollout.engine == "vllm":
-            assert hub is not None
-            engine: RunEngine = VllmEngine(config, policy, hub)
+        waits = config.rollout.mode == "sync" and not config.rollout.over_provision
+        models = _Models(config, device, own_sampler=training and not waits and config.train.backend == "torch")
+        if room is None:
+            here = Host(_gpus(config, training), device, waits, interrupts.check, interrupts.run)
+            nodes = _open_nodes(config, files, styles, here, models.sampler, stack)
         else:
-            if training and not waits and config.train.backend == "torch":
-                sampler = load_policy(config.model, device=device)
-                sampler.images = policy.images  # decoded once for both
-            engine = NativeEngine(sampler, config.rollout.deterministic and waits)
-        stack.callback(engine.close)
+            from metis_fast.cluster.nodes import open_nodes
+
+            nodes = open_nodes(config, room, files, styles, waits, stack)
+        fleet = Fleet(nodes, config)
+        stack.callback(fleet.close)
+        policy = models.policy()
         if config.rollout.vllm.sleep:
-            engine.wait(interrupts.check)  # they measure what their GPUs have left, which ranks that load would change
+            fleet.wait(interrupts.check)  # they measure what their GPUs have left, which ranks that load would change
         trainer = None
         if training:
-            if config.train.backend == "megatron":
-                check_settings(config, policy.model.config)
-            updates = config.train.steps * config.rollout.prompts_per_step // config.train.prompts_per_mini_batch
-            trainer = _open_trainer(config, policy, updates, interrupts, hub)
+            trainer = _open_trainer(config, policy, interrupts, room)
             stack.callback(trainer.close)
-        engine.wait(interrupts.check)  # they load while the trainer does
-        parts = Parts(config, interrupts, policy, sampler, engine, toolbox, judge, trainer, files, heldout, record, source)
+        fleet.wait(interrupts.check)  # they load while the trainer does
+        shared = trainer is not None and trainer.shares_policy and room is None and config.rollout.engine == "native"
+        parts = Parts(
+            config, interrupts, policy, fleet, trainer, train, heldout, record, source,
+            shared and models.sampler() is policy, _publisher(config, trainer),
+        )  # fmt: skip
         if training:
             stack.callback(parts.log.close)
             schedule = parts.schedule
             if schedule is not None:
                 stack.callback(lambda: interrupts.finish(schedule.close()))
         yield parts
+
+
+class _Models:
+    """The model in this process, loaded at first use: the trainer's, and what native engines here sample with."""
+
+    def __init__(self, config: Config, device: torch.device, own_sampler: bool) -> None:
+        """own_sampler: whether the trainer steps while they sample."""
+        self._config, self._device, self._own_sampler = config, device, own_sampler and config.rollout.engine == "native"
+        self._policy: Policy | None = None
+        self._sampler: Policy | None = None
+
+    def policy(self) -> Policy:
+        """The trainer's, or the one for tokens and shapes."""
+        if self._policy is None:
+            self._policy = load_policy(self._config.model, device=self._device)
+        return self._policy
+
+    def sampler(self) -> Policy:
+        """What native engines run."""
+        if not self._own_sampler:
+            return self.policy()
+        if self._sampler is None:
+            self._sampler = load_policy(self._config.model, device=self._device)
+            self._sampler.images = self.policy().images  # decoded once for both
+        return self._sampler
+
+
+def _publisher(config: Config, trainer: Trainer | None) -> Callable[[int], object]:
+    """Puts the trainer's weights into the cluster's store, as a version."""
+    if isinstance(trainer, MegatronTrainer):
+        return trainer.publish
+    publisher = Publisher(config.sync.bucket_mb << 20, delta=config.sync.mode == "delta")
+
+    def publish(version: int) -> object:
+        assert trainer is not None
+        return publisher.publish(trainer.weights(), version)
+
+    return publish

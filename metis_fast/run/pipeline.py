@@ -9,8 +9,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import TypeVar
 
-import numpy as np
-
 from metis_fast.config import Config
 from metis_fast.errors import CheckpointError, Interrupted, MetisError, NonFiniteError, TrainerError
 from metis_fast.report.html import write_report
@@ -19,14 +17,14 @@ from metis_fast.report.progress import progress
 from metis_fast.report.slices import slices
 from metis_fast.report.summary import Summary, write_summary
 from metis_fast.rollout.engine import SyncReport
-from metis_fast.rollout.episode import collect
-from metis_fast.rollout.schedule import Taken
-from metis_fast.rollout.store import RolloutStore
+from metis_fast.rollout.schedule import Pending, Taken
 from metis_fast.run.assembly import open_parts
 from metis_fast.run.interrupt import Interrupts
 from metis_fast.run.parts import Parts
-from metis_fast.score.scoring import score_groups
-from metis_fast.types import Group, Outcome, Prompt, ScoredGroup, Slice, StepStats, UpdateStats
+from metis_fast.score.scoring import score
+from metis_fast.summary import GroupSummary, Job, ScoredSummary
+from metis_fast.train.protocol import GroupsLost
+from metis_fast.types import Slice, StepStats, UpdateStats
 
 T = TypeVar("T")
 
@@ -52,15 +50,14 @@ def train(config: Config, seconds_before: float = 0.0) -> Summary | None:
                 clock("rollout", _finish_ahead(parts, step))
                 synced = clock("sync", parts.sync(step))
                 clock("gate", _gate_if_due(parts, step, first))
-                score = _evaluate_if_due(parts, step)
+                rates = _evaluate_if_due(parts, step)
                 if step > first and _due(step, config.checkpoint.every, config.train.steps):
-                    parts.state.save(step, score)
+                    parts.state.save(step, rates)
                 if step == config.train.steps:
                     break
                 clock.skip()
                 taken = clock("rollout", _next_batch(parts, step))
-                scored = clock("score", _score(parts, taken.groups))
-                updates = clock("update", _update(parts, scored, step))
+                scored, updates = _trained(parts, taken.groups, step, clock)
                 clock("store", _store(parts, scored, step))
                 parts.log.step(_step_stats(parts, step, taken, scored, updates, synced, clock.seconds))
                 parts.state.finished(step)
@@ -108,44 +105,56 @@ def _due(step: int, every: int, last: int) -> bool:
     return step == last or (every > 0 and step % every == 0)
 
 
-def _rollout(parts: Parts, prompts: Sequence[Prompt], stream: str, evaluation: bool = False) -> list[Group]:
-    config = parts.config
-    rollout, repeats = config.rollout, config.rollout.rollouts_per_prompt
-    if evaluation:
-        rollout = rollout.model_copy(update={"temperature": config.eval.temperature, "top_p": 1.0, "top_k": 0})
-        repeats = config.eval.rollouts_per_prompt
-    with progress(len(prompts) * repeats, stream, config.log, "rollout") as bar:
-        return parts.interrupts.run(
-            collect(prompts, repeats, parts.chat, parts.engine, parts.toolbox, rollout, config.run.seed, stream, bar.update)
-        )
-
-
 def _finish_ahead(parts: Parts, step: int) -> None:
     """One step off, weights change between batches: the one that was begun during the last update is waited for first."""
     if parts.schedule is not None and parts.config.rollout.mode == "one_step_off" and step < parts.config.train.steps:
         parts.interrupts.run(parts.schedule.ready(step))
 
 
-def _next_batch(parts: Parts, step: int) -> Taken:
+def _next_batch(parts: Parts, step: int) -> Taken[GroupSummary]:
     config = parts.config
-    if parts.schedule is None:
-        prompts = parts.cursor.next(config.rollout.prompts_per_step)
-        return Taken(_rollout(parts, prompts, f"train/{step}"), in_flight=0, carried=0, dropped=0)
-    with progress(config.rollout.prompts_per_step, f"train/{step}", config.log, "group") as bar:
-        return parts.interrupts.run(parts.schedule.batch(step, bar.update))
+    if parts.schedule is not None:
+        with progress(config.rollout.prompts_per_step, f"train/{step}", config.log, "group") as bar:
+            return parts.interrupts.run(parts.schedule.batch(step, bar.update))
+    rows = parts.interrupts.run(parts.cursor.begin(config.rollout.prompts_per_step))
+    first = step * len(rows)
+    jobs = [parts.job(Pending(first + i, row)) for i, (row, _) in enumerate(rows)]
+    groups = _play(parts, jobs, config.rollout.rollouts_per_prompt, f"train/{step}")
+    return Taken(groups, in_flight=0, carried=0, dropped=0)
 
 
-def _score(parts: Parts, groups: Sequence[Group]) -> list[ScoredGroup]:
-    return parts.interrupts.run(score_groups(groups, parts.judge, parts.config))
+def _play(parts: Parts, jobs: Sequence[Job], repeats: int, what: str) -> list[GroupSummary]:
+    with progress(len(jobs) * repeats, what, parts.config.log, "rollout") as bar:
+        return parts.interrupts.run(parts.fleet.play_all(jobs, bar.update))
 
 
-def _update(parts: Parts, scored: Sequence[ScoredGroup], step: int) -> tuple[UpdateStats, ...]:
+def _trained(
+    parts: Parts, groups: Sequence[GroupSummary], step: int, clock: _Clock
+) -> tuple[list[ScoredSummary], tuple[UpdateStats, ...]]:
+    """Score a batch and train on it. What a node took with it before it was trained is played again first."""
+    lost: tuple[int, ...] = ()
+    while True:
+        groups = clock("rollout", parts.interrupts.run(parts.fleet.whole(groups, lost)))
+        scored = clock("score", _score(parts, groups))
+        try:
+            return scored, clock("update", _update(parts, scored, step))
+        except GroupsLost as gone:
+            lost = gone.numbers
+
+
+def _score(parts: Parts, groups: Sequence[GroupSummary]) -> list[ScoredSummary]:
+    scores = score(groups, parts.config)
+    return [ScoredSummary(group, own) for group, own in zip(groups, scores, strict=True)]
+
+
+def _update(parts: Parts, scored: Sequence[ScoredSummary], step: int) -> tuple[UpdateStats, ...]:
     parts.interrupts.check()
     assert parts.trainer is not None
     parts.checkpoints.finish()  # written while the rollouts were sampled; whatever ends the update, it is there
 
     def update() -> tuple[UpdateStats, ...]:
-        return parts.trainer.update(scored, parts.interrupts.check)
+        groups = scored if parts.trainer.fetches else parts.fleet.fetch_scored(scored)
+        return parts.trainer.update(groups, parts.interrupts.check)
 
     try:
         if parts.config.rollout.mode == "sync":
@@ -153,7 +162,7 @@ def _update(parts: Parts, scored: Sequence[ScoredGroup], step: int) -> tuple[Upd
             return update()
         return parts.interrupts.run(_beside(update))
     except NonFiniteError as error:
-        path = RolloutStore(parts.config.run.dir / "failed").write(f"step-{step:06d}", scored)
+        path = parts.interrupts.finish(parts.fleet.write("failed", f"step-{step:06d}", scored))
         raise NonFiniteError(f"step {step}: {error}; its rollouts are in {path}") from None
 
 
@@ -169,9 +178,10 @@ async def _beside(update: Callable[[], T]) -> T:
     return running.result()
 
 
-def _store(parts: Parts, scored: Sequence[ScoredGroup], step: int) -> None:
+def _store(parts: Parts, scored: Sequence[ScoredSummary], step: int) -> None:
     if parts.config.log.rollouts:
-        parts.store.write(f"step-{step:06d}", scored)
+        parts.interrupts.finish(parts.fleet.write("rollouts", f"step-{step:06d}", scored))
+    parts.fleet.drop([one.group for one in scored])
 
 
 def _evaluate(parts: Parts, stream: str) -> dict[str, Slice]:
@@ -179,7 +189,9 @@ def _evaluate(parts: Parts, stream: str) -> dict[str, Slice]:
 
     Training rollouts may go on beside: no update is under way, so that every token is of the weights that the rates are of.
     """
-    return slices(_score(parts, _rollout(parts, parts.heldout(), stream, evaluation=True)))
+    repeats = parts.config.eval.rollouts_per_prompt
+    jobs = [Job("heldout", row, stream, i * repeats) for i, row in enumerate(parts.heldout())]
+    return slices(_score(parts, _play(parts, jobs, repeats, stream)))
 
 
 def _gate_if_due(parts: Parts, step: int, first: int) -> None:
@@ -202,35 +214,38 @@ def _evaluate_if_due(parts: Parts, step: int) -> tuple[float, ...] | None:
     return rates["all"].accuracy, -rates["all"].tool_calls
 
 
-def _staleness(step: int, scored: Sequence[ScoredGroup]) -> tuple[int, ...]:
+def _staleness(step: int, scored: Sequence[ScoredSummary]) -> tuple[int, ...]:
     """Trained tokens by the number of updates that the weights which sampled them lacked."""
-    members = [pair for group in scored for pair in zip(group.rollouts, group.scores, strict=True)]
-    versions = [rollout.weight_version[rollout.sampled] for rollout, score in members if score.verdict is not None]
-    return tuple(np.bincount(step - np.concatenate(versions)).tolist()) if versions else ()
+    ages = Counter[int]()
+    for group in scored:
+        for rollout, own in zip(group.rollouts, group.scores, strict=True):
+            if own.verdict is not None:
+                for version, tokens in rollout.versions:
+                    ages[step - version] += tokens
+    return tuple(ages[age] for age in range(max(ages) + 1)) if ages else ()
 
 
 def _step_stats(
     parts: Parts,
     step: int,
-    taken: Taken,
-    scored: Sequence[ScoredGroup],
+    taken: Taken[GroupSummary],
+    scored: Sequence[ScoredSummary],
     updates: tuple[UpdateStats, ...],
     synced: SyncReport,
     seconds: Mapping[str, float],
 ) -> StepStats:
-    scores = [score for group in scored for score in group.scores]
-    judged = [score for score in scores if score.verdict is not None]
-    turns = [turn for group in scored for rollout in group.rollouts for turn in rollout.turns]
+    scores = [own for group in scored for own in group.scores]
+    judged = [own for own in scores if own.verdict is not None]
     return StepStats(
         step=step,
         epoch=parts.cursor.epoch,
-        reward_acc=sum(score.r_acc for score in judged) / max(1, len(judged)),
-        reward_tool=sum(score.r_tool for score in judged) / max(1, len(judged)),
+        reward_acc=sum(own.r_acc for own in judged) / max(1, len(judged)),
+        reward_tool=sum(own.r_tool for own in judged) / max(1, len(judged)),
         slices=slices(scored),
-        outcomes=dict(Counter(str(score.outcome) for score in scores)),
-        tool_errors=sum(turn.outcome is Outcome.TOOL_ERROR for turn in turns),
-        qualifying_share=sum(score.qualifies for score in judged) / max(1, len(judged)),
-        signal_share=sum(any(score.in_tool_denominator for score in group.scores) for group in scored) / len(scored),
+        outcomes=dict(Counter(str(own.outcome) for own in scores)),
+        tool_errors=sum(rollout.num_tool_errors for group in scored for rollout in group.rollouts),
+        qualifying_share=sum(own.qualifies for own in judged) / max(1, len(judged)),
+        signal_share=sum(any(own.in_tool_denominator for own in group.scores) for group in scored) / len(scored),
         bad_rows_skipped=parts.cursor.skipped,
         updates=updates,
         seconds=seconds,
@@ -238,6 +253,7 @@ def _step_stats(
         groups_in_flight=taken.in_flight,
         groups_carried=taken.carried,
         groups_dropped=taken.dropped,
+        groups_replayed=parts.fleet.take_replayed(),
         sync_bytes=synced.num_bytes,
         sync_retries=synced.retries,
     )

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import time
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from metis_fast.checkpoint.resume import CheckpointStore, ResumeState
 from metis_fast.checkpoint.rng import RngState, capture_rng, restore_rng
-from metis_fast.data.cursor import CursorState, PromptCursor
+from metis_fast.data.cursor import CursorState, RowCursor
 from metis_fast.report.log import RunLog
 from metis_fast.rollout.schedule import Pending, Schedule
 from metis_fast.run.record import RunRecord
@@ -33,8 +34,8 @@ class RunState:
     def __init__(
         self,
         trainer: Trainer,
-        cursor: PromptCursor,
-        schedule: Schedule | None,
+        cursor: RowCursor[Any],
+        schedule: Schedule[Any, Any] | None,
         checkpoints: CheckpointStore,
         log: RunLog,
         record: RunRecord,

@@ -96,4 +96,4 @@ def decode(encoding: str, payload: Bytes, target: Bytes, itemsize: int) -> None:
 
 def _expect(fits: bool, payload: Bytes, target: Bytes) -> None:
     if not fits:
-        raise SyncError(f"a payload of {payload.nbytes} bytes does not fit a bucket of {target.nbytes}; send it again")
+        raise SyncError(f"a payload of {payload.nbytes} bytes does not fit a bucket of {target.nbytes}")

@@ -31,7 +31,7 @@ class Reader:
             if crc != bucket.crc32:
                 raise SyncError(
                     f"weight version {manifest.version}, {manifest.in_bucket(index)}: {bucket.nbytes} bytes with CRC-32 "
-                    f"{crc:08x}, expected {bucket.crc32:08x}; stage or send it again"
+                    f"{crc:08x}, expected {bucket.crc32:08x}; stage it again"
                 )
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:

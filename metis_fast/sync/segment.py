@@ -154,8 +154,8 @@ class Opened:
                 self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         except FileNotFoundError:
             raise SyncError(
-                f"{what}: there is no {path} on this machine; another machine needs a copy of its own (LocalCopy), "
-                "and a run that ended removes its segments"
+                f"{what}: there is no {path} on this machine; a run that ended removes its segments, and those of another "
+                "machine cannot be read here"
             ) from None
         self.check_holds()
         self.data = np.frombuffer(self._map, np.uint8)[HEADER:]

@@ -1,11 +1,9 @@
-"""The sender's side: versions of the weights in shared memory of the run's machine, and their buckets for other machines."""
+"""The sender's side: versions of the weights in shared memory, for the engines of this machine."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
-from threading import Lock
 from types import TracebackType
 
 import numpy as np
@@ -14,20 +12,9 @@ import torch
 from torch import Tensor
 
 from metis_fast.errors import SyncError
-from metis_fast.sync.delta import Encoding, encode
 from metis_fast.sync.manifest import Bucket, Layout, Manifest, Place
 from metis_fast.sync.reader import Reader
 from metis_fast.sync.segment import THREADS, Segment, checksum, create, tensor_at
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Payload:
-    """A bucket as it is sent. data: [n] uint8, maybe a view of the segment. crc32: of `data`, not of the bucket."""
-
-    index: int
-    encoding: Encoding
-    data: npt.NDArray[np.uint8]
-    crc32: int
 
 
 class Staging:
@@ -53,11 +40,7 @@ class Staging:
         self._segments = create(2, self.layout.num_bytes)
         self._at = 0
         self._current: Manifest | None = None
-        self._previous: int | None = None
         self._damage = ""
-        self._encoded: dict[int, Future[Payload]] = {}  # what differs from `_previous`, by bucket: once for all receivers
-        self._encoding = Lock()
-        self._pool = ThreadPoolExecutor(THREADS, "encode")
 
     def __enter__(self) -> Staging:
         return self
@@ -74,6 +57,13 @@ class Staging:
     def damage(self) -> str:
         """What `examine` has found wrong with the current version, or ""."""
         return self._damage
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Those of the current version, in shared memory, by name; the next one may be written while they are read."""
+        if self._current is None:
+            return {}
+        data = self._segments[self._at].data
+        return {place.name: tensor_at(data, place) for place in self.layout.places}
 
     def examine(self) -> str:
         """Read the current version as an engine would; returns `damage`. What is damaged can only be written again."""
@@ -96,8 +86,6 @@ class Staging:
         if self._current is not None and version < self._current.version + (not self._damage):
             raise ValueError(f"weight version {version} came after version {self._current.version}")
         segment, layout = self._segments[1 - self._at], self.layout
-        self._previous = None
-        self._encoded.clear()
         segment.begin()
         left = list(self._bytes_in)
         missing = dict(self._places)
@@ -123,8 +111,6 @@ class Staging:
             tuple(Bucket(offset, nbytes, crcs[i].result()) for i, (offset, nbytes) in enumerate(layout.ranges)),
         )
         segment.finish(manifest)
-        # nobody has what a damaged segment holds, so nobody may be told what differs from it
-        self._previous = None if self._current is None or self._damage else self._current.version
         self._current, self._at, self._damage = manifest, 1 - self._at, ""
         return manifest
 
@@ -139,40 +125,7 @@ class Staging:
         offset, nbytes = self.layout.ranges[index]
         return segment.data[offset : offset + nbytes]
 
-    def base(self, version: int | None) -> int | None:
-        """What a copy of this version may be told changes against: the version itself, or None where all must be sent."""
-        return version if version is not None and version == self._previous else None
-
-    def payloads(self, base: int | None) -> Iterator[Payload]:
-        """Buckets of the current version, for a `LocalCopy`; in full, or what differs from version `base`.
-
-        base: see there.
-
-        Raises:
-            ValueError: there is no current version, or `base` is not the one before it.
-        """
-        if self._current is None or base != self.base(base):
-            raise ValueError(f"nothing staged, or weight version {base} is not the last but one ({self._previous})")
-        count = len(self.layout.ranges)
-        if base is None:
-            for index in range(count):
-                data = self._bucket(self._segments[self._at], index)
-                yield Payload(index, "full", data, checksum(data))
-            return
-        for index in range(count):
-            for ahead in range(index, min(index + THREADS, count)):
-                with self._encoding:
-                    if ahead not in self._encoded:
-                        self._encoded[ahead] = self._pool.submit(self._difference, ahead)
-            yield self._encoded[index].result()
-
-    def _difference(self, index: int) -> Payload:
-        new, old = (self._bucket(self._segments[at], index) for at in (self._at, 1 - self._at))
-        encoding, data = encode(old, new, self.layout.itemsize)
-        return Payload(index, encoding, data, checksum(data))
-
     def close(self) -> None:
         """Remove both segments."""
-        self._pool.shutdown()
         for segment in self._segments:
             segment.close()

@@ -61,10 +61,8 @@ class Fault(StrEnum):
     ABORTED = "aborted"  # it ended for another reason
     FUTURE = "future"  # its weights are of a version that nobody has
 
-    TRUNCATE = "truncate"  # a bucket on the way to another machine comes short
-    FLIP = "flip"  # with another bit
-    WRONG_CRC = "wrong-crc"
-    NO_SPACE = "no-space"  # there is no room for it
+    MISREAD = "misread"  # an engine reads another bit than was staged
+    NO_SPACE = "no-space"  # it has no room for what was staged
     DAMAGE = "damage"  # a bit of the staged version changes, after it was staged
     KILL_LOADING = "kill-loading"  # SIGKILL while weights are loaded
     HANG_LOADING = "hang-loading"
@@ -172,28 +170,24 @@ class FaultyVllm(VllmService):
 
     async def load_staged(self, manifest: dict[str, Any]) -> float:
         """See `VllmService.load_staged`."""
-        if self._faults.take(Fault.DAMAGE):
+        take = self._faults.take
+        if take(Fault.NO_SPACE):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        if take(Fault.DAMAGE):
             flip_staged(manifest)
-        return await super().load_staged(manifest)
+        misread = take(Fault.MISREAD)
+        if misread:
+            flip_staged(manifest)
+        try:
+            return await super().load_staged(manifest)
+        finally:
+            if misread:
+                flip_staged(manifest)
 
     def _load(self, update: dict[str, Any], version: int) -> float:
         if self._faults.take(Fault.HANG_LOADING):
             time.sleep(_FOREVER_S)
         return super()._load(update, version)
-
-    async def copy_bucket(self, index: int, encoding: str, data: np.ndarray, crc: int) -> None:
-        """See `VllmService.copy_bucket`."""
-        take = self._faults.take
-        if take(Fault.TRUNCATE):
-            data = data[: len(data) // 2]
-        if take(Fault.FLIP):
-            data = data.copy()
-            data[len(data) // 2] ^= 1
-        if take(Fault.WRONG_CRC):
-            crc ^= 1
-        if take(Fault.NO_SPACE):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        await super().copy_bucket(index, encoding, data, crc)
 
 
 def flip_staged(manifest: Mapping[str, Any]) -> None:

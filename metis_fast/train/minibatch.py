@@ -8,17 +8,21 @@ Shape letters: T tokens of the loss of a pack, H hidden size, V vocabulary (of a
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from metis_fast.config import Config
+from metis_fast.summary import Outline
 from metis_fast.train.flops import FlopModel
-from metis_fast.train.pack import Family, Pack, Sample, split
+from metis_fast.train.pack import Family, Pack, Sample, itself, split
 from metis_fast.train.savings import Passes, account
-from metis_fast.types import Savings, ScoredGroup, UpdateStats
+from metis_fast.types import Rollout, Savings, Score, UpdateStats
 from metis_kernels import hdpo_loss, linear_logprob
 from metis_kernels._shard import VocabShard
 
@@ -29,6 +33,15 @@ _SUMS = (
     "sum_engine_gap", "num_live",
 )  # fmt: skip
 """Metrics of the loss that add up over packs."""
+
+
+class Scored(Protocol):
+    """What of a group its plan follows from: a `ScoredGroup` is one, and so is its summary."""
+
+    @property
+    def rollouts(self) -> Sequence[Outline]: ...
+    @property
+    def scores(self) -> Sequence[Score]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +92,7 @@ def _needs_every_rollout(config: Config) -> str:
     return "loss.normalization=reference" if loss.normalization == "reference" else ""
 
 
-def plan(groups: Sequence[ScoredGroup], first: bool, config: Config, prune: bool, trained: Trained) -> MiniBatch:
+def plan(groups: Sequence[Scored], first: bool, config: Config, prune: bool, trained: Trained) -> MiniBatch:
     """A mini-batch's plan; the same on every rank that is given the same groups.
 
     first: of a step, whose proximal policy is the current one. prune: see `prunes`.
@@ -120,6 +133,12 @@ def plan(groups: Sequence[ScoredGroup], first: bool, config: Config, prune: bool
         flops=flops,
         avoided=avoided,
     )
+
+
+def plans(groups: Sequence[Scored], config: Config, prune: bool, trained: Trained) -> list[MiniBatch]:
+    """Of all mini-batches of a training step."""
+    size = config.train.prompts_per_mini_batch
+    return [plan(groups[i : i + size], i == 0, config, prune, trained) for i in range(0, len(groups), size)]
 
 
 def _has_coefficient(sample: Sample, config: Config) -> bool:
@@ -219,6 +238,26 @@ def pack_logprobs(
         impl=config.loss.impl,
     )
     return found.logp_T.float(), found.lse_T.float()
+
+
+def spread(
+    pack: Pack, logp_T: Tensor, whole: Callable[[Outline], Rollout] = itself
+) -> Iterator[tuple[Sample, npt.NDArray[np.float32]]]:
+    """Every rollout of a pack with its log-probabilities out of those of the pack's targets: [S], 0 where nothing was sampled.
+
+    whole: see `build`.
+    """
+    values, which = logp_T.numpy(), pack.sample_T.numpy()
+    for i, sample in enumerate(pack.samples):
+        rollout = whole(sample.rollout)
+        full = np.zeros(rollout.num_tokens, np.float32)
+        full[rollout.sampled] = values[which == i]
+        yield sample, full
+
+
+def engine_gaps(rollout: Rollout, logp: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """How far the engine's log-probabilities of a rollout's sampled tokens are from these, [S]."""
+    return np.abs(logp - rollout.logp)[rollout.sampled]
 
 
 def update_stats(batch: MiniBatch, table: Sequence[Sequence[float]], norm: float, lr: float, config: Config) -> UpdateStats:

@@ -10,7 +10,7 @@ Shape letters: N tokens of a pack, S segments, T tokens of the loss.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,21 +20,26 @@ from torch import Tensor
 
 from metis_fast.errors import DataError
 from metis_fast.model import rope_positions
-from metis_fast.types import ImageBlob, ImageSpan, Rollout, Score
+from metis_fast.summary import Outline
+from metis_fast.types import ImageBlob, Outcome, Rollout, Score
 from metis_kernels.prefix_attention.segments import Segments
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Sample:
-    """A rollout on its way into the loss."""
+    """A rollout on its way into the loss; where it goes follows from its outline, only `build` needs all of it."""
 
-    rollout: Rollout
+    rollout: Outline
     score: Score
 
     @property
     def num_response(self) -> int:
         """Tokens behind the prompt, observations included."""
-        return len(self.rollout.tokens) - self.rollout.prompt_len
+        return self.rollout.num_tokens - self.rollout.prompt_len
+
+
+UNSCORED = Score(None, Outcome.ANSWERED)
+"""Of a rollout of which only log-probabilities are wanted."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -89,11 +94,9 @@ def families(samples: Sequence[Sample], share_prompt: bool) -> list[Family]:
     """Samples by prompt, in the order in which prompts first appear; one family a sample if nothing is to be shared."""
     if not share_prompt:
         return [Family((sample,)) for sample in samples]
-    by_prompt: dict[tuple[bytes, tuple[ImageSpan, ...]], list[Sample]] = {}
+    by_prompt: dict[bytes, list[Sample]] = {}
     for sample in samples:
-        rollout = sample.rollout
-        spans = tuple(span for span in rollout.image_spans if span.start < rollout.prompt_len)
-        by_prompt.setdefault((rollout.tokens[: rollout.prompt_len].tobytes(), spans), []).append(sample)
+        by_prompt.setdefault(sample.rollout.prompt_key, []).append(sample)
     return [Family(tuple(members)) for members in by_prompt.values()]
 
 
@@ -109,7 +112,7 @@ def cut(family: Family, budget: int) -> list[Family]:
     if family.prompt_len + samples[0].num_response > budget:
         rollout = samples[0].rollout
         raise DataError(
-            f"rollout {rollout.prompt_uid}#{rollout.index} has {len(rollout.tokens)} tokens, more than the {budget} of a pack; "
+            f"rollout {rollout.prompt_uid}#{rollout.index} has {rollout.num_tokens} tokens, more than the {budget} of a pack; "
             "raise the tokens_per_micro_batch of train (or sft), or lower rollout.max_response_tokens"
         )
     sizes, room = [sample.num_response for sample in samples], budget - family.prompt_len
@@ -220,6 +223,7 @@ class _Builder:
     """A pack while it is filled, segment by segment."""
 
     def __init__(self, merge: int, share_images: bool, every_row: bool) -> None:
+        self.rollouts: list[Rollout] = []
         self._merge, self._share_images, self._every_row = merge, share_images, every_row
         self.tokens: list[npt.NDArray[np.int64]] = []
         self.positions: list[npt.NDArray[np.int64]] = []
@@ -246,20 +250,20 @@ class _Builder:
         self.prefix.append(prefix)
         return len(self.prefix) - 1
 
-    def add(self, family: Family) -> None:
-        """The prompt, then its rollouts. One rollout alone is one segment: nothing is shared."""
-        for sample in family.samples:
-            _check_images(sample.rollout, self._merge)
-        prompt_len = family.prompt_len
-        shared = len(family.samples) > 1
-        prompt = self._segment(family.samples[0].rollout, 0, prompt_len, -1) if shared else -1
-        for sample in family.samples:
-            rollout = sample.rollout
+    def add(self, rollouts: Sequence[Rollout]) -> None:
+        """A family: the prompt, then its rollouts. One rollout alone is one segment: nothing is shared."""
+        for rollout in rollouts:
+            _check_images(rollout, self._merge)
+        self.rollouts += rollouts
+        prompt_len = rollouts[0].prompt_len
+        shared = len(rollouts) > 1
+        prompt = self._segment(rollouts[0], 0, prompt_len, -1) if shared else -1
+        for rollout in rollouts:
             start = self.offsets[-1]
             self._segment(rollout, prompt_len if shared else 0, len(rollout.tokens), prompt)
             where = np.flatnonzero(rollout.sampled)
             if self._every_row:  # what follows the prompt; the prompt itself with the first rollout
-                where = np.arange(1 if sample is family.samples[0] or not shared else prompt_len, len(rollout.tokens))
+                where = np.arange(1 if rollout is rollouts[0] or not shared else prompt_len, len(rollout.tokens))
             # row of the token before, which predicts; a shared prompt stands elsewhere
             before = start + where - 1
             if shared:
@@ -268,18 +272,31 @@ class _Builder:
             self.where.append(where)
 
 
-def build(pack: Sequence[Family], merge: int, share_images: bool = True, every_row: bool = False) -> Pack:
+def itself(outline: Outline) -> Rollout:
+    """Of samples that were made of whole rollouts."""
+    assert isinstance(outline, Rollout), f"{outline.prompt_uid}#{outline.index} is not here"
+    return outline
+
+
+def build(
+    pack: Sequence[Family],
+    merge: int,
+    share_images: bool = True,
+    every_row: bool = False,
+    whole: Callable[[Outline], Rollout] = itself,
+) -> Pack:
     """The tensors of a pack.
 
     merge: the vision tower's spatial merge size. share_images: the tower runs once for each distinct image. every_row: a row of
-    the loss for every token, also for those that carry none.
+    the loss for every token, also for those that carry none. whole: finds the rollout of an outline.
 
     Raises:
         DataError: an image of a rollout does not fit its tokens; the rollout is named.
     """
     builder = _Builder(merge, share_images, every_row)
     for family in pack:
-        builder.add(family)
+        builder.add([whole(sample.rollout) for sample in family.samples])
+    rollouts = builder.rollouts
     samples = tuple(sample for family in pack for sample in family.samples)
     where = builder.where
 
@@ -287,7 +304,7 @@ def build(pack: Sequence[Family], merge: int, share_images: bool = True, every_r
         return torch.from_numpy(np.concatenate([value[w] for value, w in zip(values, where, strict=True)]))
 
     sample_T = torch.from_numpy(np.repeat(np.arange(len(samples)), [len(w) for w in where]))
-    sampled_T = gather([sample.rollout.sampled for sample in samples])
+    sampled_T = gather([rollout.sampled for rollout in rollouts])
     return Pack(
         samples=samples,
         tokens_N=torch.from_numpy(np.concatenate(builder.tokens)),
@@ -296,10 +313,10 @@ def build(pack: Sequence[Family], merge: int, share_images: bool = True, every_r
         images=tuple(builder.images),
         image_order=tuple(builder.order),
         select_T=torch.from_numpy(np.concatenate(builder.select)),
-        targets_T=gather([sample.rollout.tokens for sample in samples]).long(),
+        targets_T=gather([rollout.tokens for rollout in rollouts]).long(),
         sample_T=sample_T,
         sampled_T=sampled_T,
-        engine_logp_T=gather([sample.rollout.logp for sample in samples]),
+        engine_logp_T=gather([rollout.logp for rollout in rollouts]),
         adv_acc_T=torch.tensor([sample.score.adv_acc for sample in samples])[sample_T],
         adv_tool_T=torch.tensor([sample.score.adv_tool for sample in samples])[sample_T],
     )

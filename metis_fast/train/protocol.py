@@ -11,7 +11,19 @@ import numpy as np
 from torch import Tensor
 
 from metis_fast.checkpoint.resume import Shards
+from metis_fast.summary import ScoredSummary
 from metis_fast.types import Rollout, ScoredGroup, UpdateStats
+
+
+class GroupsLost(Exception):
+    """Groups cannot be fetched any more: who held them is gone. Nothing was trained, and the trainer can be used on.
+
+    numbers: their places among those that `Trainer.update` was given.
+    """
+
+    def __init__(self, numbers: tuple[int, ...]) -> None:
+        super().__init__(f"groups {', '.join(map(str, numbers))} of an update are lost with who held them")
+        self.numbers = numbers
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -39,18 +51,36 @@ class Trainer(Protocol):
         """Whether it trains the very module that the native engine runs, so that there is nothing to send to that."""
         ...
 
-    def update(self, groups: Sequence[ScoredGroup], check: Callable[[], None]) -> tuple[UpdateStats, ...]:
+    @property
+    def fetches(self) -> bool:
+        """Whether it fetches groups itself from where they lie; else it is given `ScoredGroup`s."""
+        ...
+
+    def update(self, groups: Sequence[ScoredGroup | ScoredSummary], check: Callable[[], None]) -> tuple[UpdateStats, ...]:
         """One training step: an optimizer step for every mini-batch of the groups.
 
-        check: called between passes until the first optimizer step; what it raises leaves weights and state as they were.
+        groups: summaries only for one that `fetches`. check: called between passes until the first optimizer step; what it
+        raises leaves weights and state as they were.
 
         Raises:
+            GroupsLost: some of the groups are gone; weights and state are as they were.
             NonFiniteError: a loss or gradient is NaN or Inf; that step was not applied.
         """
         ...
 
     def logprobs(self, rollouts: Sequence[Rollout]) -> list[np.ndarray]:
         """Log-probability of every sampled token under the current weights, [S] float32 a rollout, 0 elsewhere."""
+        ...
+
+    def gaps(self, groups: Sequence[ScoredGroup | ScoredSummary]) -> list[np.ndarray]:
+        """How far the engine's log-probability of every sampled token is from that under the current weights, a rollout after
+        the other.
+
+        groups: as for `update`; of their scores nothing is used.
+
+        Raises:
+            GroupsLost: some of the groups are gone.
+        """
         ...
 
     def state(self) -> TrainerState:

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from metis_fast.train.flops import FlopModel
-from metis_fast.train.pack import Family, Sample
+from metis_fast.train.pack import Family, Sample, balance
 from metis_fast.types import Avoided, ImageSpan, Savings
 
 
@@ -91,6 +91,11 @@ def forward_flops(pack: Sequence[Family], flops: FlopModel) -> float:
     """Predicted cost of a pack: decoder, attention and distinct images; the LM head has its own rows and costs little."""
     one = layout([pack], flops, share_images=True)
     return flops.decoder(one.tokens, one.pairs) + one.tower
+
+
+def deal(packs: Sequence[Sequence[Family]], flops: FlopModel, num_ranks: int) -> list[list[int]]:
+    """Which of the packs each data-parallel rank runs, by predicted cost; see `balance`."""
+    return balance([forward_flops(pack, flops) for pack in packs], num_ranks)
 
 
 def _total(what: Layout, num_forward: int, passes: Passes, flops: FlopModel) -> float:

@@ -20,25 +20,28 @@ from metis_fast.checkpoint.params import MASTER, OPTIMIZER, WEIGHT, add_prefix, 
 from metis_fast.config import Config, OptimConfig
 from metis_fast.errors import CheckpointError, ConfigError, NonFiniteError
 from metis_fast.model import Policy
+from metis_fast.summary import ScoredSummary
 from metis_fast.train.flops import FlopModel
 from metis_fast.train.forward import PackPass
 from metis_fast.train.minibatch import (
     MiniBatch,
     Trained,
     denominators,
+    engine_gaps,
     names,
     pack_logprobs,
     pack_loss,
-    plan,
+    plans,
     prunes,
+    spread,
     update_stats,
 )
 from metis_fast.train.optimizer import Optimizer, trainable
-from metis_fast.train.pack import Family, Pack, Sample, balance, build, filler, split
+from metis_fast.train.pack import UNSCORED, Family, Pack, Sample, build, filler, itself, split
 from metis_fast.train.protocol import TrainerState
-from metis_fast.train.savings import forward_flops
+from metis_fast.train.savings import deal
 from metis_fast.train.sharding import gather, gather_objects, shard, split_like, whole
-from metis_fast.types import ImageBlob, Rollout, Score, ScoredGroup, UpdateStats
+from metis_fast.types import ImageBlob, Rollout, ScoredGroup, UpdateStats
 from metis_kernels import hdpo_loss
 
 
@@ -113,6 +116,11 @@ class TorchTrainer:
         """See `Trainer`."""
         return True
 
+    @property
+    def fetches(self) -> bool:
+        """See `Trainer`."""
+        return False
+
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """See `Trainer`; the module's own memory where nothing is split over ranks, which all call this together."""
         for name, parameter in self.policy.model.named_parameters():  # a tied LM head is in it once
@@ -145,14 +153,14 @@ class TorchTrainer:
         """This rank's share of the packs, by predicted cost. Every rank gets as many passes as the others, because the
         gathering of split weights goes in step: where it has fewer packs, with nothing in them."""
         size, rank = (1, 0) if self._group is None else (dist.get_world_size(self._group), dist.get_rank(self._group))
-        shares = balance([forward_flops(pack, self._trained.flops) for pack in packs], size)
+        shares = deal(packs, self._trained.flops, size)
         # those with images first, so that few towers idle
         with_images = [any(s.rollout.image_spans for family in pack for s in family.samples) for pack in packs]
         shares = [sorted(share, key=lambda i: (not with_images[i], i)) for share in shares]
         passes: list[_Pass] = []
         for turn in range(max(map(len, shares))):
             others = [packs[share[turn]] for share in shares if turn < len(share)]
-            images = [image for pack in others for family in pack for s in family.samples for image in s.rollout.images]
+            images = [image for pack in others for family in pack for s in family.samples for image in itself(s.rollout).images]
             tower = min(images, key=lambda image: (len(image.data), image.sha256), default=None)
             pack = filler()
             if turn < len(shares[rank]):
@@ -177,22 +185,25 @@ class TorchTrainer:
 
     def logprobs(self, rollouts: Sequence[Rollout]) -> list[np.ndarray]:
         """Log-probability of every sampled token under the current weights, [S] float32 a rollout, 0 elsewhere."""
-        samples = [Sample(rollout, Score(None, rollout.outcome)) for rollout in rollouts]
+        samples = [Sample(rollout, UNSCORED) for rollout in rollouts]
         place = {id(sample): i for i, sample in enumerate(samples)}
         own: dict[int, np.ndarray] = {}
         for one in self._passes(self._split(samples, self._config.train.tokens_per_micro_batch)):
-            logp, which = self._logprobs(one)[0].numpy(), one.pack.sample_T.numpy()
-            for i, sample in enumerate(one.pack.samples):
-                full = np.zeros(len(sample.rollout.tokens), np.float32)
-                full[sample.rollout.sampled] = logp[which == i]
-                own[place[id(sample)]] = full
+            own |= {place[id(sample)]: logp for sample, logp in spread(one.pack, self._logprobs(one)[0])}
         self._forward.forget()
         found = {i: value for part in gather_objects(own, self._group) for i, value in part.items()}
         return [found[i] for i in range(len(rollouts))]
 
+    def gaps(self, groups: Sequence[ScoredGroup | ScoredSummary]) -> list[np.ndarray]:
+        """See `Trainer`."""
+        rollouts = [itself(rollout) for group in groups for rollout in group.rollouts]
+        return [engine_gaps(rollout, own) for rollout, own in zip(rollouts, self.logprobs(rollouts), strict=True)]
+
     # -- HDPO ---------------------------------------------------------------------------------------------------------
 
-    def update(self, groups: Sequence[ScoredGroup], check: Callable[[], None] = lambda: None) -> tuple[UpdateStats, ...]:
+    def update(
+        self, groups: Sequence[ScoredGroup | ScoredSummary], check: Callable[[], None] = lambda: None
+    ) -> tuple[UpdateStats, ...]:
         """One step: cut the groups into mini-batches of `prompts_per_mini_batch` and take an optimizer step for each.
 
         Old log-probabilities are computed where they are owed: not for the first mini-batch, whose proximal policy is the
@@ -204,10 +215,7 @@ class TorchTrainer:
             DataError: a rollout does not fit into a pass; it is named, and nothing was run.
             NonFiniteError: loss or gradient of a mini-batch is NaN or Inf; its step was not applied.
         """
-        size = self._config.train.prompts_per_mini_batch
-        batches = [
-            plan(groups[i : i + size], i == 0, self._config, self._prunes, self._trained) for i in range(0, len(groups), size)
-        ]
+        batches = plans(groups, self._config, self._prunes, self._trained)
         passes = [self._passes(batch.packs, batch.every_row) if batch.packs else [] for batch in batches]
         if self._config.loss.proximal == "engine":
             passes = [
@@ -287,8 +295,7 @@ class TorchTrainer:
             NonFiniteError: loss or gradient is NaN or Inf; the step was not applied.
         """
         count = sum(rollout.num_sampled for rollout in rollouts)
-        blank = Score(None, rollouts[0].outcome)
-        passes = self._passes(self._split([Sample(r, blank) for r in rollouts], self._config.sft.tokens_per_micro_batch))
+        passes = self._passes(self._split([Sample(r, UNSCORED) for r in rollouts], self._config.sft.tokens_per_micro_batch))
         self.optimizer.start()
         sums: list[Tensor] = []
         for one in passes:

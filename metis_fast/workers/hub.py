@@ -17,7 +17,6 @@ from typing import Any, TypeVar
 
 from metis_fast import __version__
 from metis_fast.config import WorkersConfig
-from metis_fast.errors import ConfigError
 from metis_fast.workers.launch import Job, Launcher, Process, Role
 from metis_fast.workers.wire import KEY, Kind, Welcome, WireError, admit, encode, receive
 from metis_fast.workers.worker import Worker, WorkerError
@@ -32,10 +31,7 @@ T = TypeVar("T")
 class Hub:
     """All workers of a run. Close it, or use it in a `with`.
 
-    address: host:port at which workers join.
-
-    Raises:
-        ConfigError: `workers.listen` cannot be listened at.
+    address: host:port at which workers join, of this machine alone.
     """
 
     def __init__(self, config: WorkersConfig, launcher: Launcher) -> None:
@@ -43,15 +39,7 @@ class Hub:
         self._key = secrets.token_hex(32)
         self._workers: dict[str, Worker] = {}
         self._tasks: list[asyncio.Task[None]] = []
-        host, _, port = config.listen.rpartition(":")
-        if not host or not port.isdigit():
-            raise ConfigError(f"workers.listen must be HOST:PORT, for example node-1:29500, got {config.listen!r}")
-        if config.listen == WorkersConfig().listen:
-            host = launcher.host
-        try:
-            self._socket = socket.create_server((host, int(port)))
-        except OSError as error:
-            raise ConfigError(f"cannot listen at workers.listen={config.listen}: {error.strerror or error}") from None
+        self._socket = socket.create_server(("127.0.0.1", 0))
         self.address = "{}:{}".format(*self._socket.getsockname()[:2])
         # a cluster without room lets starts wait for minutes, in which others' threads are needed to kill, watch and stage
         self._starts = ThreadPoolExecutor(_STARTS, "start")
@@ -138,7 +126,7 @@ class Hub:
                 await admit(reader, writer, self._key.encode())
                 hello = (await receive(reader)).value
         except (WireError, TimeoutError) as error:
-            _LOG.warning("a connection to workers.listen was turned away: %s", error)
+            _LOG.warning("a connection that is no worker's was turned away: %s", error)
             writer.close()
             return
         worker = self._workers.get(hello.name)

@@ -71,11 +71,6 @@ class Process(Protocol):
 class Launcher(Protocol):
     """Starts workers, and the ranks of a trainer. Many threads start some at once."""
 
-    @property
-    def host(self) -> str:
-        """Address of this machine that what it starts can reach."""
-        ...
-
     def start(self, job: Job) -> Process:
         """Start one; it dials in by itself.
 
@@ -196,8 +191,6 @@ class LocalLauncher:
 
     gpus: ids, as CUDA_VISIBLE_DEVICES takes them, that jobs get, the same ones whenever a job is started again.
     """
-
-    host = "127.0.0.1"
 
     def __init__(self, logs: Path, gpus: Sequence[str] = ()) -> None:
         self._logs = logs

@@ -63,7 +63,7 @@ def job(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def engines(tmp_path: Path, policy: Policy, chat: Chat) -> Iterator[Open]:
     """Opens some; closed when the test ends."""
     with ExitStack() as stack:
-        yield lambda copy="", silence_s=2.0, **more: Engines(tmp_path, policy, chat, stack, copy, silence_s, **more)
+        yield lambda silence_s=2.0, **more: Engines(tmp_path, policy, chat, stack, silence_s, **more)
 
 
 @pytest.fixture

@@ -21,9 +21,7 @@ def main() -> int:
     parser.add_argument("--cpus-per-task", type=int, required=True)
     for name, value in (("--export", "ALL"), ("--mpi", "none"), ("--kill-on-bad-exit", "1")):
         parser.add_argument(name, choices=[value], required=True)
-    place = parser.add_mutually_exclusive_group(required=True)
-    place.add_argument("--distribution", choices=["block"])
-    place.add_argument("--ntasks-per-node", choices=["1"])
+    parser.add_argument("--ntasks-per-node", choices=["1"])
     parser.add_argument("command", nargs=argparse.REMAINDER)
     args = parser.parse_args()
     tasks: list[subprocess.Popen[bytes]] = []

@@ -34,8 +34,8 @@ _ANSWER = "The tool says so. <answer>Paris</answer><|im_end|>"
 
 
 class Engines:
-    """Scripted engines with faults, opened as a run opens them. copy: mode of sending weights, "" for shared memory.
-    transport: of weights; those of vLLM's own are `PretendedTransfer`s."""
+    """Scripted engines with faults, opened as a run opens them. transport: of weights; those of vLLM's own are
+    `PretendedTransfer`s."""
 
     def __init__(
         self,
@@ -43,7 +43,6 @@ class Engines:
         policy: Policy,
         chat: Chat,
         stack: ExitStack,
-        copy: str,
         silence_s: float,
         transport: str = "staged",
         **vllm: float,
@@ -62,14 +61,14 @@ class Engines:
                     "max_concurrent": 6,
                     "deterministic": False,
                 },
-                "sync": {"mode": copy or "full", "transport": transport},
+                "sync": {"transport": transport},
                 "workers": {"silence_s": silence_s, "start_s": 30.0},
             }
         )
         self.policy, self.chat = policy, chat
         self.toolbox = FakeToolbox([Observation("it is Paris")])
         self.hub = stack.enter_context(Hub(self.config.workers, ForkLauncher(folder / "logs")))
-        self.engine = ScriptedEngines(self.config, policy, self.hub, copy_always=bool(copy))
+        self.engine = ScriptedEngines(self.config, policy, self.hub)
         stack.callback(self.engine.close)
         self.engine.wait(lambda: None)
 

@@ -16,8 +16,8 @@ from harness import FORK
 
 from metis_fast.config import Config
 from metis_fast.model import Policy
+from metis_fast.node import opening
 from metis_fast.rollout.vllm.engine import VllmEngine
-from metis_fast.run import assembly
 from metis_fast.workers import server
 from metis_fast.workers.hub import Hub
 from metis_fast.workers.launch import Job, Process
@@ -28,8 +28,8 @@ SERVICE = "metis_fast.testing.faults:ScriptedVllm"
 class ScriptedEngines(VllmEngine):
     """`VllmEngine` whose workers play the script in `rollout.vllm.arguments.faults`."""
 
-    def __init__(self, config: Config, policy: Policy, hub: Hub, copy_always: bool = False) -> None:
-        super().__init__(config, policy, hub, SERVICE, copy_always)
+    def __init__(self, config: Config, policy: Policy, hub: Hub) -> None:
+        super().__init__(config, policy, hub, SERVICE)
 
 
 def _worker(command: list[str], environment: dict[str, str], log: str) -> None:
@@ -101,5 +101,5 @@ def use() -> None:
     """Let whole runs of this process have such engines. It must come from the fork server itself."""
     # multiprocessing would start another server in every such process, which imports everything anew
     forkserver._forkserver.ensure_running = lambda: None  # pyright: ignore
-    assembly.VllmEngine = ScriptedEngines
-    assembly.LocalLauncher = ForkLauncher
+    opening.VllmEngine = ScriptedEngines
+    opening.LocalLauncher = ForkLauncher

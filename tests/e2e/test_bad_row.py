@@ -14,7 +14,7 @@ import pytest
 from harness import error_line, run, run_state, succeed
 from PIL import Image
 
-from metis_fast.data.cursor import PromptCursor
+from metis_fast.data.cursor import prompt_cursor
 from metis_fast.data.parquet import PromptFiles
 
 _PER_STEP = 4
@@ -52,7 +52,7 @@ def cut_image(row: int) -> Callable[[list[dict[str, Any]]], None]:
 
 
 def test_with_the_row_mended_it_ends_as_if_the_row_had_always_been_right(demo: Path, tmp_path: Path) -> None:
-    drawn = PromptCursor(PromptFiles([demo / "data" / "train.parquet"]), seed=0).draw(2 * _PER_STEP)
+    drawn = prompt_cursor(PromptFiles([demo / "data" / "train.parquet"]), seed=0).draw(2 * _PER_STEP)
     row = drawn[_PER_STEP + 1][0]
     data = write(demo, tmp_path / "data", damage(row))
     command = ["train", demo / "config.yaml", f"run.dir={tmp_path / 'run'}", f"data.train={data}"]

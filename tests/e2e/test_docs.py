@@ -88,7 +88,7 @@ def test_a_documented_launch_has_a_layout_that_works_on_the_nodes_it_asks_for(
     assert int(given["--nodes"]) * NODE == config.train.megatron.num_ranks, f"{page}: {line}"
     assert (config.workers.launcher == "ray") == script.endswith("ray.sbatch"), f"{page}: {line}"
     if config.workers.launcher == "ray":
-        plan = pytest.importorskip("metis_fast.cluster").plan
+        plan = pytest.importorskip("metis_fast.cluster.room").plan
         bundles = plan(config, ranks=True, on_gpus=True)
         assert sum(bundle.gpus for bundle in bundles) == config.train.megatron.num_ranks, f"{page}: {line}"
 

@@ -130,10 +130,19 @@ def test_ray_that_does_not_start_is_said(slurm: Callable[..., Job], tmp_path: Pa
 def test_a_job_with_other_tasks_than_the_layout_has_ranks_is_refused(slurm: Callable[..., Job]) -> None:
     job = slurm(tasks=16)
     assert job.wait() == 2
-    assert job.err.read_text() == "slurm.sbatch: the layout (train.megatron) has 2 ranks, the job 16 tasks; change --nodes\n"
+    assert (
+        job.err.read_text()
+        == "slurm.sbatch: the layout (train.megatron) has 2 ranks, the job 16 tasks; change --ntasks-per-node\n"
+    )
+
+
+def test_a_job_of_several_nodes_without_ray_is_refused(slurm: Callable[..., Job]) -> None:
+    job = slurm(nodes=2)
+    assert job.wait() == 2
+    assert job.err.read_text() == "slurm.sbatch: the job has 2 nodes, this file is for one; submit ray.sbatch\n"
 
 
 def test_a_host_name_that_other_nodes_cannot_reach_is_refused(slurm: Callable[..., Job]) -> None:
-    job = slurm(nodes=2)
+    job = slurm(file="ray.sbatch", nodes=2)
     assert job.wait() == 2
     assert "set METIS_HOST" in job.err.read_text()

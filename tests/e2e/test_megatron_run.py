@@ -302,6 +302,8 @@ def test_a_disk_too_full_for_a_checkpoint_is_said_before_one_is_begun(
         (["virtual_pipeline=2"], "set pipeline_parallel to 2 or more"),
         (["pipeline_parallel=2", "virtual_pipeline=2"], "2 layers do not divide into pipeline_parallel=2 x virtual_pipeline=2"),
         (["listen=nowhere"], "train.megatron.listen must be HOST:PORT"),
+        (["listen=0.0.0.0:0"], "ranks join on their own machine only, at a loopback address such as 127.0.0.1:0; for several"),
+        (["listen=no-such-host:29400"], "for several machines set workers.launcher=ray"),
         (["optim.muon_lr=0.01"], "optim.muon_lr works on whole matrices"),
         (["activation_checkpointing=true"], "set it to false and train.megatron.recompute instead"),
         (["loss.normalization=reference"], "set it to global"),

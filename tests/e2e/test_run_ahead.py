@@ -12,7 +12,7 @@ import pytest
 from harness import Moment, error_line, moments, run, succeed
 
 from metis_fast.checkpoint.resume import CheckpointStore
-from metis_fast.data.cursor import PromptCursor
+from metis_fast.data.cursor import prompt_cursor
 from metis_fast.data.parquet import PromptFiles
 from metis_fast.rollout.store import read_rollouts
 
@@ -31,7 +31,7 @@ _STAGES = {
 def _sequence(demo: Path, num: int) -> list[str]:
     """The first prompts of a run, by uid."""
     files = PromptFiles([demo / "data" / "train.parquet"])
-    return [prompt.uid for prompt in PromptCursor(files, _SEED).next(num)]
+    return [prompt.uid for prompt in prompt_cursor(files, _SEED).next(num)]
 
 
 def _trained(folder: Path) -> list[list[str]]:

@@ -15,7 +15,7 @@ from scripted import left_running, use
 
 from metis_fast.checkpoint.resume import CheckpointStore
 from metis_fast.config import Config, load
-from metis_fast.data.cursor import PromptCursor
+from metis_fast.data.cursor import prompt_cursor
 from metis_fast.data.parquet import PromptFiles
 from metis_fast.model import Policy, load_policy
 from metis_fast.rollout.store import read_rollouts
@@ -75,7 +75,7 @@ class Run:
     def check(self, steps: int, per_step: int = 4) -> None:
         """Every prompt was trained once, with all its rollouts, none of them failed."""
         assert self.steps() == list(range(steps))
-        drawn = PromptCursor(PromptFiles([self._demo / "data" / "train.parquet"]), 0).next(steps * per_step)
+        drawn = prompt_cursor(PromptFiles([self._demo / "data" / "train.parquet"]), 0).next(steps * per_step)
         for step in range(steps):
             stored = list(read_rollouts(self.folder / "rollouts" / f"step-{step:06d}.parquet"))
             uids = [one.rollout.prompt_uid for one in stored]

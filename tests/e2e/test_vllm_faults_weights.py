@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import time
-from collections.abc import Iterator
 from threading import Event, current_thread
 from threading import enumerate as threads
 
@@ -14,44 +12,36 @@ import pytest
 from faulty_engines import LIMIT_S, Open, PretendedTransfer, run
 
 from metis_fast.errors import EngineError, StagingError
-from metis_fast.rollout.engine import update
 from metis_fast.rollout.vllm import direct, staged
-from metis_fast.rollout.vllm.staged import StagedWeights
-from metis_fast.sync.segment import tensor_at
-from metis_fast.sync.staging import Payload
 from metis_fast.testing.faults import Fault
 from metis_fast.types import Group, Prompt
 
 
-@pytest.mark.parametrize("mode", ["full", "delta"])
-@pytest.mark.parametrize("fault", [Fault.TRUNCATE, Fault.FLIP, Fault.WRONG_CRC])
-def test_a_bucket_that_is_damaged_on_the_way_is_sent_again(
-    engines: Open, prompts: list[Prompt], fault: Fault, mode: str
+def test_a_version_that_an_engine_does_not_read_as_it_was_staged_is_given_to_it_again(
+    engines: Open, prompts: list[Prompt]
 ) -> None:
-    those = engines(copy=mode, replicas=1)
+    those = engines(replicas=1)
 
     async def go() -> list[Group]:
         await those.update(1)
-        those.faults.arm(fault)
-        assert await those.update(2) == 0  # that bucket alone
-        those.faults.arm(fault, times=2)
+        those.faults.arm(Fault.MISREAD)
         playing = asyncio.create_task(those.collect(prompts))
         await asyncio.sleep(0.02)
-        assert await those.update(3) == 1
+        assert await those.update(2) == 1
         assert not those.faults.armed()
         groups = await playing
-        await those.checked_replicas(3, restarts=0)
+        await those.checked_replicas(2, restarts=0)
         return groups
 
-    those.check(run(go()), prompts, {2, 3})
+    those.check(run(go()), prompts, {1, 2})
 
 
-def test_an_engine_that_gets_no_whole_bucket_is_started_again_and_has_them_then(engines: Open, prompts: list[Prompt]) -> None:
-    those = engines(copy="full", replicas=1)
+def test_an_engine_that_never_reads_it_so_is_started_again_and_has_it_then(engines: Open, prompts: list[Prompt]) -> None:
+    those = engines(replicas=1)
 
     async def go() -> list[Group]:
         await those.update(1)
-        those.faults.arm(Fault.FLIP, times=2 * 3)
+        those.faults.arm(Fault.MISREAD, times=3)
         await those.update(2)
         groups = await those.collect(prompts)
         assert not those.faults.armed()
@@ -61,39 +51,10 @@ def test_an_engine_that_gets_no_whole_bucket_is_started_again_and_has_them_then(
     those.check(run(go()), prompts, {2})
 
 
-def test_engines_of_a_machine_share_one_copy_and_outlive_the_one_that_holds_it(
-    engines: Open, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    those = engines(copy="delta")
-
-    async def go() -> None:
-        await those.update(1)
-        payloads, sent = those.staging.payloads, []
-
-        def count(base: int | None) -> Iterator[Payload]:
-            sent.append(base)
-            return payloads(base)
-
-        monkeypatch.setattr(those.staging, "payloads", count)
-        await those.update(2)
-        assert sent == [1]  # what has changed since version 1, once for both
-        assert isinstance(those.engine.weights, StagedWeights)
-        (copied,) = those.engine.weights.copies.values()
-        await copied.worker.lose("told so")
-        await those.checked_replicas(2, restarts=1)
-        assert sent == [1, None]
-        await those.update(3)
-        assert sent == [1, None, 2]
-        await those.checked_replicas(3, restarts=1)
-
-    run(go())
-
-
-@pytest.mark.parametrize("copy", ["", "full", "delta"])
 def test_a_version_that_is_damaged_where_it_was_staged_is_staged_again_while_the_old_one_serves(
-    engines: Open, prompts: list[Prompt], copy: str
+    engines: Open, prompts: list[Prompt]
 ) -> None:
-    those = engines(copy=copy)
+    those = engines()
 
     async def go() -> list[Group]:
         await those.update(1)
@@ -183,24 +144,6 @@ def test_an_only_engine_that_starts_while_the_staged_version_is_damaged_is_not_b
     those.check(run(go()), prompts, {2})
 
 
-def test_changes_that_were_told_against_a_damaged_version_are_sent_in_full(engines: Open, prompts: list[Prompt]) -> None:
-    those = engines(copy="delta", replicas=1)
-
-    async def go() -> list[Group]:
-        await those.update(1)
-        those.flip()
-        # the new version is what the old one was damaged to: here it looks as if nothing had changed
-        held = those.staging._segments[those.staging._at].data
-        weights = {place.name: tensor_at(held, place).clone() for place in those.staging.layout.places}
-        report = await update(those.engine, lambda: iter(weights.items()), 2, retries=0)
-        assert (report.retries, report.num_bytes) == (1, held.nbytes)
-        groups = await those.collect(prompts)
-        await those.checked_replicas(2, restarts=0)
-        return groups
-
-    those.check(run(go()), prompts, {2})
-
-
 @pytest.mark.parametrize("fault", [Fault.KILL_LOADING, Fault.HANG_LOADING])
 def test_an_engine_that_is_lost_while_it_loads_weights_has_them_when_it_is_up_again(
     engines: Open, prompts: list[Prompt], fault: Fault, monkeypatch: pytest.MonkeyPatch
@@ -223,7 +166,7 @@ def test_an_engine_that_is_lost_while_it_loads_weights_has_them_when_it_is_up_ag
 def test_an_engine_that_has_no_room_for_the_weights_does_not_go_on_with_its_old_ones(
     engines: Open, prompts: list[Prompt], caplog: pytest.LogCaptureFixture
 ) -> None:
-    those = engines(copy="full")
+    those = engines()
 
     async def go() -> list[Group]:
         await those.update(1)
@@ -314,27 +257,3 @@ def test_a_direct_transfer_that_hangs_ends_the_run_and_no_thread_holds_it_back(
             if thread.name == "weights":
                 thread.join(LIMIT_S)
     assert len(transfers) == 1
-
-
-def test_an_engine_that_dies_between_two_buckets_does_not_hold_up_the_others(engines: Open, prompts: list[Prompt]) -> None:
-    those = engines(copy="full")
-    one = those.engine.workers()[0]
-
-    async def go() -> list[Group]:
-        await those.update(1)
-        payloads = those.staging.payloads
-
-        def dying(base: int | None) -> Iterator[object]:
-            if one.alive and not one.restarts:
-                os.kill(one.hello.pid, signal.SIGKILL)  # pyright: ignore[reportOptionalMemberAccess]
-            while one.alive and not one.restarts:
-                time.sleep(0.01)
-            yield from payloads(base)
-
-        those.staging.payloads = dying  # pyright: ignore[reportAttributeAccessIssue]
-        assert await those.update(2) == 0
-        groups = await those.collect(prompts)
-        await those.checked_replicas(2, restarts=1)
-        return groups
-
-    those.check(run(go()), prompts, {2})

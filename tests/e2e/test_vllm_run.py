@@ -23,24 +23,23 @@ from jobs import Job
 from pictures import MODES, TRANSPARENT, WIDE, encoded, turned
 from PIL import Image
 
-from metis_fast.config import Config, load
-from metis_fast.data.cursor import PromptCursor
+from metis_fast.config import load
+from metis_fast.data.cursor import prompt_cursor
 from metis_fast.data.parquet import PromptFiles
 from metis_fast.errors import EngineError, EngineFailure, SyncError
-from metis_fast.model import Policy
+from metis_fast.node.node import Node
 from metis_fast.rollout.engine import Completion, Sampling
 from metis_fast.rollout.episode import Trace
 from metis_fast.rollout.gate import choose
 from metis_fast.rollout.store import StoredRollout, read_rollouts
 from metis_fast.rollout.vllm.engine import VllmEngine
 from metis_fast.rollout.vllm.staged import StagedWeights
-from metis_fast.run import assembly, pipeline
+from metis_fast.run import pipeline
 from metis_fast.run.assembly import open_parts
 from metis_fast.run.interrupt import Interrupts
 from metis_fast.run.parts import Parts
 from metis_fast.testing.faults import flip_staged
 from metis_fast.types import ImageBlob, Outcome, Prompt, Rollout
-from metis_fast.workers.hub import Hub
 
 pytestmark = pytest.mark.skipif(find_spec("vllm") is None, reason="vllm is not installed")
 
@@ -83,22 +82,19 @@ def check(folder: Path, steps: int, staleness: int = 0, tools: bool = True) -> N
 
 @pytest.fixture(scope="module")
 def opened(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Parts]:
-    """The parts of a run with a vLLM engine that a local Ray cluster has placed. Both take their time to start, so that the
-    tests of this module share them, in order."""
-    pytest.importorskip("ray")
+    """The parts of a run with a vLLM engine, which takes its time to start, so that the tests of this module share them, in
+    order."""
     folder = tmp_path_factory.mktemp("vllm") / "run"
-    config = load(demo / "config.yaml", [*_VLLM, *_SHORT, "workers.launcher=ray", f"run.dir={folder}", "train.steps=2"])
-    with pytest.MonkeyPatch.context() as patch, Interrupts() as interrupts:
-        patch.setenv("RAY_ADDRESS", "local")  # not one that happens to run here
-        with open_parts(config, interrupts) as parts:
-            yield parts
+    config = load(demo / "config.yaml", [*_VLLM, *_SHORT, f"run.dir={folder}", "train.steps=2"])
+    with Interrupts() as interrupts, open_parts(config, interrupts) as parts:
+        yield parts
 
 
 @pytest.fixture
 def prompts(opened: Parts) -> list[Prompt]:
     """One with an image, one without."""
     files = PromptFiles(opened.config.data.train)
-    both = choose(PromptCursor(files, 0, shuffle=False).next(len(files)), 2)
+    both = choose(prompt_cursor(files, 0, shuffle=False).next(len(files)), 2)
     assert both[0].images and not both[1].images
     return both
 
@@ -108,11 +104,14 @@ class Sampler:
 
     def __init__(self, parts: Parts) -> None:
         self.parts = parts
+        (node,) = parts.fleet.nodes
+        assert isinstance(node, Node) and isinstance(node.engine, VllmEngine)
+        self.chat, self.engine = node.chat, node.engine
 
     async def _one(self, prompt: Prompt, order: int, sampling: Sampling) -> tuple[Rollout, Completion]:
-        piece = self.parts.chat.encode_prompt(prompt)
+        piece = self.chat.encode_prompt(prompt)
         trace = Trace(len(piece.tokens), list(piece.tokens), list(piece.images), list(piece.spans))
-        session = self.parts.engine.session(order, prompt.uid)
+        session = self.engine.session(order, prompt.uid)
         try:
             message = await session.generate(trace.tokens, trace.images, trace.spans, replace(sampling, seed=order))
         finally:
@@ -223,11 +222,11 @@ def test_engine_and_trainer_see_the_same_pixels_in_every_mode_and_orientation(sa
 def test_requests_go_on_with_new_weights_and_tell_which_token_is_whose(sampler: Sampler, prompts: list[Prompt]) -> None:
     async def go() -> list[Any]:
         running = asyncio.ensure_future(sampler.ask(prompts, 2, 120))
-        while (await sampler.parts.engine.stats())[0].unfinished < 4:  # pyright: ignore[reportAttributeAccessIssue]
+        while (await sampler.engine.stats())[0].unfinished < 4:
             await asyncio.sleep(0.02)
         await asyncio.sleep(0.2)
         sampler.shake()
-        await sampler.parts.engine.update(sampler.parts.trainer.weights(), 11)
+        await sampler.engine.update(sampler.parts.trainer.weights(), 11)
         return await running
 
     sampled = sampler.parts.interrupts.run(go())
@@ -264,8 +263,7 @@ def test_a_message_ends_at_its_limit_or_its_stop_token_and_holds_no_placeholder(
 def test_an_engine_that_is_asked_for_its_layers_fails_what_is_under_way_and_goes_on(
     sampler: Sampler, prompts: list[Prompt]
 ) -> None:
-    engine = sampler.parts.engine
-    assert isinstance(engine, VllmEngine)
+    engine = sampler.engine
     rollout = sampler(prompts[:1], 1, 8)[0][0]
 
     async def go() -> None:
@@ -282,8 +280,8 @@ def test_an_engine_that_is_asked_for_its_layers_fails_what_is_under_way_and_goes
 
 
 def test_damaged_weights_are_refused_and_the_old_ones_go_on(sampler: Sampler, prompts: list[Prompt]) -> None:
-    engine = sampler.parts.engine
-    assert isinstance(engine, VllmEngine) and isinstance(engine.weights, StagedWeights)
+    engine = sampler.engine
+    assert isinstance(engine.weights, StagedWeights)
     staging = engine.weights.staging
     assert staging is not None
     (worker,) = engine.workers()
@@ -294,14 +292,6 @@ def test_damaged_weights_are_refused_and_the_old_ones_go_on(sampler: Sampler, pr
     with pytest.raises(SyncError, match="CRC-32"):
         sampler.parts.interrupts.run(worker.call("load_staged", manifest))
     flip_staged(manifest)
-    sampler.parts.interrupts.run(worker.call("copy_begin", manifest, "full"))
-    sampler.parts.interrupts.run(worker.call("copy_base", None))
-    (payload, *_) = staging.payloads(None)
-    for data in (payload.data[:-1], payload.data ^ np.uint8(1)):
-        with pytest.raises(SyncError, match="CRC-32"):
-            sampler.parts.interrupts.run(worker.call("copy_bucket", 0, "full", data, payload.crc32))
-    with pytest.raises(SyncError, match="did not come"):
-        sampler.parts.interrupts.run(worker.call("copy_commit"))
     with torch.no_grad():
         new = [parameter.detach().clone() for parameter in sampler.parts.policy.model.parameters()]
         for parameter, value in zip(sampler.parts.policy.model.parameters(), old, strict=True):
@@ -361,27 +351,24 @@ def test_a_tensor_parallel_engine_gets_every_version_and_outlives_a_rank_that_is
     check(folder, steps=5)
 
 
-def _use_copies() -> None:
-    class Copying(VllmEngine):
-        def __init__(self, config: Config, policy: Policy, hub: Hub) -> None:
-            super().__init__(config, policy, hub, copy_always=True)
-
-    assembly.VllmEngine = Copying
+_AHEAD = ["rollout.mode=async", "rollout.max_staleness=2", "loss.tis_cap=2"]
 
 
 @pytest.mark.slow
-def test_two_replicas_ahead_of_training_get_what_changed_over_their_connections(demo: Path, tmp_path: Path) -> None:
+def test_two_replicas_ahead_of_training_get_what_changed_through_ray(demo: Path, tmp_path: Path) -> None:
+    pytest.importorskip("ray")
     folder = tmp_path / "run"
-    settings = ["rollout.mode=async", "rollout.max_staleness=2", "loss.tis_cap=2", "sync.mode=delta", "rollout.vllm.replicas=2"]
+    settings = [*_AHEAD, "sync.mode=delta", "rollout.vllm.replicas=2", "workers.launcher=ray"]
     settings.append("gate.every=1")  # the engines' newest version against the trainer, at every step
-    ended = Command(_command(demo, folder, *settings), tmp_path / "process", before=_use_copies).wait()
-    assert ended.code == 0 and not ended.orphans, ended
+    running = Job([PROGRAM, *_command(demo, folder, *settings)], tmp_path / "job", HOME=str(tmp_path), RAY_ADDRESS="local")
+    try:
+        assert running.wait(limit_s=500, left_s=30) == 0, running.err.read_text()
+    finally:
+        running.end()
     check(folder, steps=3, staleness=2)
+    assert "fetching all of it" not in running.err.read_text()
     sent = [record["sync_bytes"] for record in _metrics(folder)]
     assert max(sent[1:]) < sent[0]
-
-
-_AHEAD = ["rollout.mode=async", "rollout.max_staleness=2", "loss.tis_cap=2"]
 
 
 @pytest.mark.slow

@@ -19,6 +19,7 @@ import torch
 from PIL import Image
 from tiny_shape import HEADS_OF_32, TEXTS
 
+from metis_fast.cluster.weights import changes, pack
 from metis_fast.config import Config, ModelConfig
 from metis_fast.model import load_policy
 from metis_fast.model_folder import hf_shapes
@@ -26,7 +27,6 @@ from metis_fast.rollout.chat import Chat
 from metis_fast.rollout.layers import first_difference, reference, unpack
 from metis_fast.rollout.vllm import library
 from metis_fast.rollout.vllm.plugin import EXTENSION, TRANSFER
-from metis_fast.sync.local_copy import LocalCopy
 from metis_fast.sync.segment import FOLDER, HEADER
 from metis_fast.sync.staging import Staging
 from metis_fast.testing.tiny import build_tiny
@@ -243,25 +243,18 @@ def everything(folder: Path, ranks: int) -> dict:
 
     # the engine has a copy of what it loaded: segments may be written again
     run.staging.write(run.trainer.weights(), 6)
-    with LocalCopy() as copy:
-        for _ in range(2):  # in full, then delta
-            base = run.staging.base(copy.version)
-            assert run.staging.current is not None
-            copy.begin(run.staging.current.to_dict(), base)
-            sent = 0
-            for payload in run.staging.payloads(base):
-                copy.bucket(payload.index, payload.encoding, payload.data, payload.crc32)
-                sent += payload.data.nbytes
-            copy.commit()
-            found.setdefault("sent", []).append(sent)
-            if base is None:
-                run.change("layers.1.mlp", 0.2)
-                run.staging.write(run.trainer.weights(), 7)
-        found["untouched"] = logp(run.sample())
-        assert copy.current is not None and run.load(copy.current.to_dict()) == ""
-        by_delta = run.sample()
-    found["gaps"]["delta"], found["said"]["delta"] = run.gap(by_delta), logp(by_delta)
+    before = list(pack(run.trainer.weights(), 1 << 14))
+    run.change("layers.1.mlp", 0.2)
+    after = list(pack(run.trainer.weights(), 1 << 14))
+    told = [changes(old, new) for old, new in zip(before, after, strict=True)]
+    found["sent"] = [sum(one.data.nbytes for one in part) for part in (after, told)]
+    held = run.staging.tensors()
+    run.staging.write((pair for one in told for pair in one.applied(held).tensors()), 7)
+    found["untouched"] = logp(run.sample())
     assert run.staging.current is not None and run.load(run.staging.current.to_dict()) == ""
+    by_delta = run.sample()
+    found["gaps"]["delta"], found["said"]["delta"] = run.gap(by_delta), logp(by_delta)
+    assert run.load(run.staging.write(run.trainer.weights(), 8).to_dict()) == ""
     found["said"]["staged"] = logp(run.sample())
     found["older"] = run.load(manifest.to_dict())
     run.close()

@@ -288,6 +288,9 @@ def test_a_rank_that_cannot_start_is_named_with_its_last_words(tmp_path, monkeyp
 def test_addresses_that_cannot_work_are_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"train\.megatron\.listen must be HOST:PORT"):
         Ranks(MegatronConfig(listen="node-1"), WORKER, "", tmp_path)
+    for other in ("0.0.0.0:0", "192.0.2.1:29400", "no-such-host:29400"):
+        with pytest.raises(ConfigError, match=rf"listen={other}: ranks join on their own machine only.* workers\.launcher=ray"):
+            Ranks(MegatronConfig(listen=other), WORKER, "", tmp_path)
     with socket.create_server(("127.0.0.1", 0)) as server:
         taken = f"127.0.0.1:{server.getsockname()[1]}"
         with pytest.raises(ConfigError, match=rf"cannot listen at train\.megatron\.listen={taken} .*free port"):

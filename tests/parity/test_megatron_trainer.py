@@ -2,28 +2,54 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import subprocess
+import sys
+from contextlib import closing
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from megatron_cases import PP, settings_of
+from megatron_cases import DP, PP, settings_of
 from trainer_cases import score
 from transformers import AutoConfig
 
-from metis_fast.errors import Interrupted, NonFiniteError
+from metis_fast.errors import Interrupted, NonFiniteError, TrainerError
+from metis_fast.sync.segment import FOLDER
 from metis_fast.train.megatron.backend import MegatronTrainer
+from metis_fast.train.megatron.shared import Shared, read
+from metis_fast.types import Group
 
 
 @pytest.fixture(scope="module")
-def trainer(models, groups, tmp_path_factory):
-    """Its ranks are started once. The first test needs it as it was made, the second one does not."""
-    settings = settings_of(groups, PP)
-    settings = settings.model_copy(update={"run": settings.run.model_copy(update={"dir": tmp_path_factory.mktemp("run")})})
-    model = AutoConfig.from_pretrained(models("untied"))
-    trainer = MegatronTrainer(settings, settings.train.optim, 10, models("untied"), model)
-    yield trainer
-    trainer.close()
+def open_trainer(models, groups, tmp_path_factory):
+    """Opens a trainer of a layout."""
+    started = []
+
+    def run(layout):
+        settings = settings_of(groups, layout)
+        settings = settings.model_copy(update={"run": settings.run.model_copy(update={"dir": tmp_path_factory.mktemp("run")})})
+        model = AutoConfig.from_pretrained(models("untied"))
+        started.append(MegatronTrainer(settings, settings.train.optim, 10, models("untied"), model))
+        return started[-1]
+
+    yield run
+    for trainer in started:
+        trainer.close()
+
+
+@pytest.fixture(scope="module")
+def trainer(open_trainer):
+    """Its ranks are started once. The first test needs it as it was made, the others do not."""
+    return open_trainer(PP)
+
+
+def mine():
+    """Files of this process in shared memory."""
+    return [path for folder in FOLDER.glob(f"metis-fast-ranks-{os.getpid()}-*") for path in folder.iterdir()]
 
 
 def test_the_runs_side_is_a_trainer_like_the_torch_one(trainer, truth):
@@ -60,3 +86,46 @@ def test_a_step_that_was_half_taken_is_counted(trainer, groups):
     with pytest.raises(NonFiniteError, match="in mini-batch 1"):
         trainer.update([good, bad])
     assert trainer.num_updates == before + 1
+
+
+def test_shared_memory_without_room_for_the_groups_is_said_and_the_ranks_go_on(trainer, groups, monkeypatch):
+    def full(self, number, group):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    before = trainer.num_updates
+    with monkeypatch.context() as patch, pytest.raises(TrainerError, match=r"^cannot hand groups .*No space left.* --shm-size"):
+        patch.setattr(Shared, "write", full)
+        trainer.update(groups)
+    trainer.update(groups)
+    assert trainer.num_updates == before + len(groups)
+    assert not mine()
+
+
+def test_a_replica_reads_the_groups_of_its_own_packs(open_trainer, groups):
+    trainer = open_trainer(DP)
+    blank = replace(groups[1], scores=tuple(score(0.0, 0.0) for _ in groups[1].scores))
+    several = [groups[0], blank, groups[1], groups[0], groups[1]]
+    trainer.update(several)
+    one, two = trainer.fetched()
+    assert one.keys() | two.keys() == {0, 2, 3, 4}  # of the blank one nothing is learnt
+    assert one.keys() != two.keys()
+    assert not mine()
+
+
+def test_files_of_a_process_that_died_are_removed_by_the_next_one_and_those_of_a_live_one_are_not(groups):
+    code = """
+import os, signal
+from metis_fast.train.megatron.shared import Shared, read
+from metis_fast.types import Group
+print(Shared().path("x"), flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    dead = Path(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False).stdout.strip())
+    assert dead.parent.is_dir()
+    with closing(Shared()) as one, closing(Shared()) as two:
+        assert not dead.parent.exists()
+        whole = Group(groups[0].prompt, groups[0].rollouts)
+        assert read(str(one.write(3, whole))).prompt == whole.prompt
+        assert one.path("").stat().st_mode & 0o077 == 0  # nobody else reads them, or puts a pickle of his own there
+        assert two.path("").is_dir()
+    assert not one.path("").exists() and not two.path("").exists()

@@ -82,7 +82,7 @@ def test_a_version_without_a_tensor_is_refused_before_anything_is_loaded(said):
 
 
 def test_an_older_version_is_refused(said):
-    assert "version 5 came after version 7" in said["float32"]["older"]
+    assert "version 5 came after version 8" in said["float32"]["older"]
 
 
 def test_the_engine_keeps_nothing_of_the_segments(said):

@@ -1,136 +1,170 @@
-"""What Ray is asked for, and what is said where it cannot be given."""
+"""What Ray is asked for, and what is said where it cannot be given; weights in buckets."""
 
 from __future__ import annotations
 
 import asyncio
-import sys
-from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+import torch
 
 from metis_fast import config as config_module
+from metis_fast.cluster.weights import Bucket, pack
 from metis_fast.errors import ConfigError
-from metis_fast.run.assembly import needs_hub, open_hub
 
-cluster = pytest.importorskip("metis_fast.cluster")
+room = pytest.importorskip("metis_fast.cluster.room")
 
-VLLM = {"engine": "vllm", "vllm": {"replicas": 3, "tensor_parallel": 2}}
 MEGATRON = {"backend": "megatron", "megatron": {"tensor_parallel": 2, "data_parallel": 3}}
+
+
+def vllm(replicas: int, each: int, **more: object) -> dict[str, object]:
+    return {"engine": "vllm", "vllm": {"replicas": replicas, "tensor_parallel": each, **more}}
 
 
 def settings(**sections: object) -> config_module.Config:
     return config_module.build(sections)
 
 
-def seats(bundles: list) -> list[tuple[str, int, int, list[tuple[str, tuple[int, int]]]]]:
-    return [(each.role, each.cpus, each.gpus, [(seat.name, seat.gpus) for seat in each.seats]) for each in bundles]
+def planned(config: config_module.Config, ranks: bool = True, on_gpus: bool = True) -> list[tuple[str, int, int, int]]:
+    return [(each.role, each.cpus, each.gpus, each.ranks) for each in room.plan(config, ranks, on_gpus)]
 
 
-def test_every_process_of_a_run_has_a_seat() -> None:
-    config = settings(rollout=VLLM, train=MEGATRON, workers={"launcher": "ray", "tools": 2, "judges": 1})
-    assert seats(cluster.plan(config, ranks=True, on_gpus=True)) == [
-        ("ranks", 2, 2, [("rank-0", (0, 1)), ("rank-1", (1, 2))]),
-        ("ranks", 2, 2, [("rank-2", (0, 1)), ("rank-3", (1, 2))]),
-        ("ranks", 2, 2, [("rank-4", (0, 1)), ("rank-5", (1, 2))]),
-        ("engine", 2, 2, [("engine-0", (0, 2))]),
-        ("engine", 2, 2, [("engine-1", (0, 2))]),
-        ("engine", 2, 2, [("engine-2", (0, 2))]),
-        ("tools", 1, 0, [("tools-0", (0, 0))]),
-        ("tools", 1, 0, [("tools-1", (0, 0))]),
-        ("judge", 1, 0, [("judge-0", (0, 0))]),
-    ]
+# -- bundles ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("total", "nodes"), [(0, 3), (2, 3), (3, 3), (7, 3), (8, 1)])
+def test_a_total_is_dealt_out_evenly_the_first_nodes_have_the_rest(total: int, nodes: int) -> None:
+    shares = [room.share(total, nodes, i) for i in range(nodes)]
+    assert sum(shares) == total and max(shares) - min(shares) <= 1 and shares == sorted(shares, reverse=True)
+
+
+def test_a_node_is_one_bundle_with_all_that_plays_there_and_tensor_parallel_ranks_are_one() -> None:
+    config = settings(rollout=vllm(3, 2), train=MEGATRON, workers={"launcher": "ray", "nodes": 2, "tools": 3, "judges": 1})
+    ranks = [("ranks", 2, 2, 2)] * 3
+    assert planned(config) == [("node", 1 + 2 + 1 + 4, 4, 0), ("node", 1 + 1 + 0 + 2, 2, 0), *ranks]
+    assert planned(config, ranks=False) == planned(config)[:2]
 
 
 def test_without_gpus_cpu_slots_are_asked_for() -> None:
-    config = settings(rollout={"engine": "vllm", "vllm": {"cpu_threads": 4}}, train=MEGATRON)
-    assert [(each.cpus, each.gpus) for each in cluster.plan(config, ranks=False, on_gpus=False)] == [(4, 0)]
-    assert {(each.cpus, each.gpus) for each in cluster.plan(config, ranks=True, on_gpus=False)} == {(2, 0), (4, 0)}
-    both = settings(rollout={"engine": "vllm", "vllm": {"cpu_threads": 3, "tensor_parallel": 2}}, train=MEGATRON)
-    assert [each.cpus for each in cluster.plan(both, ranks=False, on_gpus=False)] == [6]  # threads of each of its ranks
+    config = settings(rollout=vllm(2, 2, cpu_threads=3), train=MEGATRON)
+    assert planned(config, on_gpus=False) == [("node", 1 + 2 * 2 * 3, 0, 0), *[("ranks", 2, 0, 2)] * 3]
+
+
+def test_the_native_engine_has_a_gpu_of_its_node_where_there_are_some() -> None:
+    config = settings(workers={"launcher": "ray", "nodes": 3, "tools": 3})
+    assert planned(config, ranks=False) == [("node", 2, 1, 0)] * 3
+    assert planned(config, ranks=False, on_gpus=False) == [("node", 2, 0, 0)] * 3
 
 
 @pytest.mark.parametrize(
-    ("engine", "ranks", "wanted"),
+    ("nodes", "engines", "ranks", "wanted"),
     [
         # an engine on the GPUs of two ranks; the last ranks have none
-        ((2, 2), (1, 6), [["rank-0", "rank-1", "engine-0"], ["rank-2", "rank-3", "engine-1"], ["rank-4", "rank-5"]]),
+        (1, (2, 2), (1, 6), [("node", 1 + 6, 6, 6)]),
+        (3, (3, 2), (1, 6), [("node", 1 + 2, 2, 2)] * 3),
         # two engines beside the tensor-parallel ranks of a bundle
-        ((3, 1), (2, 2), [["rank-0", "rank-1", "engine-0", "engine-1"], ["rank-2", "rank-3", "engine-2"]]),
+        (2, (3, 1), (2, 2), [("node", 1 + 2, 2, 2)] * 2),
     ],
 )
-def test_engines_that_sleep_sit_on_the_ranks_gpus(
-    engine: tuple[int, int], ranks: tuple[int, int], wanted: list[list[str]]
+def test_engines_that_sleep_share_a_bundle_with_ranks(
+    nodes: int, engines: tuple[int, int], ranks: tuple[int, int], wanted: list[tuple[str, int, int, int]]
 ) -> None:
-    vllm = {"replicas": engine[0], "tensor_parallel": engine[1], "sleep": True}
-    megatron = {"tensor_parallel": ranks[0], "data_parallel": ranks[1]}
-    config = settings(rollout={"engine": "vllm", "vllm": vllm}, train={"backend": "megatron", "megatron": megatron})
-    bundles = cluster.plan(config, ranks=True, on_gpus=True)
-    assert [[seat.name for seat in each.seats] for each in bundles] == wanted
-    for each in bundles:
-        assert each.gpus == len([seat for seat in each.seats if seat.name.startswith("rank")])
-        assert all(0 <= seat.gpus[0] < seat.gpus[1] <= each.gpus for seat in each.seats)
+    train = {"backend": "megatron", "megatron": {"tensor_parallel": ranks[0], "data_parallel": ranks[1]}}
+    config = settings(rollout=vllm(*engines, sleep=True), train=train, workers={"nodes": nodes})
+    assert planned(config) == wanted
+    assert planned(config, on_gpus=False) == [(role, cpus, 0, own) for role, cpus, _, own in wanted]
 
 
 @pytest.mark.parametrize(
-    ("engine", "megatron", "said"),
+    ("nodes", "engine", "megatron", "said"),
     [
-        ((1, 1), None, "set train.backend=megatron"),
-        ((4, 1), {"data_parallel": 3}, "4 engines of 1 GPUs do not fit on those of 3 ranks"),
-        ((1, 3), {"tensor_parallel": 2, "data_parallel": 3}, "make one tensor_parallel a multiple of the other"),
-        ((1, 4), {"tensor_parallel": 2, "data_parallel": 3}, "do not fit"),
+        (1, (1, 1), None, "set train.backend=megatron"),
+        (1, (4, 1), {"data_parallel": 3}, "4 engines of 1 GPUs do not fit on those of 3 ranks on 1 nodes"),
+        (1, (1, 4), {"tensor_parallel": 2, "data_parallel": 3}, "choose other tensor_parallel sizes"),
+        (2, (2, 1), {"tensor_parallel": 2, "data_parallel": 3}, "choose workers.nodes of 1, 3 "),
+        (4, (4, 1), {"data_parallel": 6}, "choose workers.nodes of 1, 2, 3, 6 .* at most 1 a node"),
     ],
 )
 def test_engines_that_cannot_sit_on_the_ranks_gpus_are_refused(
-    engine: tuple[int, int], megatron: dict[str, int] | None, said: str
+    nodes: int, engine: tuple[int, int], megatron: dict[str, int] | None, said: str
 ) -> None:
-    vllm = {"replicas": engine[0], "tensor_parallel": engine[1], "sleep": True}
     train = {} if megatron is None else {"backend": "megatron", "megatron": megatron}
-    config = settings(rollout={"engine": "vllm", "vllm": vllm}, train=train)
+    config = settings(rollout=vllm(*engine, sleep=True), train=train, workers={"nodes": nodes})
     with pytest.raises(ConfigError, match=said):
-        cluster.plan(config, ranks=megatron is not None, on_gpus=True)
+        room.plan(config, megatron is not None, True)
 
 
-def test_temporary_files_of_a_keepers_worker_go_with_it_and_a_rank_has_those_of_its_node(tmp_path: Path) -> None:
-    code = ("-c", "import tempfile; print(tempfile.mkdtemp(), flush=True); input()")
-
-    async def go() -> list[Path]:
-        keeper = cluster.Keeper()
-        for name, scratch in (("tools-0", True), ("rank-0", False)):
-            await keeper.start(name, code, {"TMPDIR": str(tmp_path)}, tmp_path / f"{name}.log", (0, 0), scratch)
-        assert [await keeper.wait(name) for name in ("tools-0", "rank-0")] == [1, 1]  # nothing comes in
-        made = [Path((tmp_path / f"{name}.log").read_text().splitlines()[0]) for name in ("tools-0", "rank-0")]
-        assert made[0].is_dir() and made[1].parent == tmp_path != made[0].parent
-        for name in ("tools-0", "rank-0"):
-            await keeper.kill(name)
-        return made
-
-    made = asyncio.run(go())
-    assert not made[0].parent.exists() and made[1].is_dir()
+def test_more_nodes_than_engines_are_refused() -> None:
+    config = settings(rollout=vllm(2, 1), workers={"nodes": 3})
+    with pytest.raises(ConfigError, match=r"workers\.nodes=3 need an engine each, but rollout\.vllm\.replicas=2"):
+        room.plan(config, False, True)
 
 
-def test_a_run_without_ray_says_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "ray", None)
-    monkeypatch.delitem(sys.modules, "metis_fast.cluster")
-    config = settings(run={"dir": tmp_path}, workers={"launcher": "ray", "tools": 1})
-    with ExitStack() as stack, pytest.raises(ConfigError, match=r"pip install 'metis-fast\[ray\]'"):
-        open_hub(config, stack, lambda: None)
+def test_an_address_without_a_cluster_is_told() -> None:
+    config = settings(workers={"launcher": "ray", "ray_address": "nonsense"})
+    with pytest.raises(ConfigError, match=r"no Ray cluster at workers\.ray_address=nonsense"):
+        room.Room(config, False, lambda: None)
 
 
-def test_an_address_without_a_cluster_is_told(tmp_path: Path) -> None:
-    workers = {"launcher": "ray", "tools": 1, "ray_address": "nonsense"}
-    config = settings(run={"dir": tmp_path}, workers=workers)
-    with ExitStack() as stack, pytest.raises(ConfigError, match=r"no Ray cluster at workers\.ray_address=nonsense"):
-        open_hub(config, stack, lambda: None)
+def test_a_keepers_process_has_the_temporary_files_of_its_machine_its_own_gpu_and_ends_when_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from metis_fast.cluster.keeper import Keeper
+
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,GPU-x")
+    code = "import os, tempfile; print(tempfile.mkdtemp(), os.environ['CUDA_VISIBLE_DEVICES'], flush=True); input()"
+
+    async def go() -> None:
+        keeper = Keeper()
+        assert await keeper.gpus() == ["4", "GPU-x"]
+        await keeper.start("rank-0", ("-c", code), {"TMPDIR": str(tmp_path)}, tmp_path / "log", 1)
+        assert await keeper.wait("rank-0") == 1  # nothing comes in
+        folder, gpu = (tmp_path / "log").read_text().splitlines()[0].split()
+        assert Path(folder).is_dir() and Path(folder).parent == tmp_path and gpu == "GPU-x"
+        await keeper.start("rank-1", ("-c", "import time; time.sleep(600)"), {}, tmp_path / "log", 0)
+        await keeper.kill("rank-1")
+        assert await keeper.wait("rank-1") == -9
+        keeper._open_door().close()
+
+    asyncio.run(go())
 
 
-def test_only_what_needs_workers_has_a_hub() -> None:
-    assert not needs_hub(settings())
-    assert not needs_hub(settings(workers={"launcher": "ray"}))
-    assert not needs_hub(settings(train=MEGATRON))
-    ranks = settings(train=MEGATRON, workers={"launcher": "ray"})
-    assert needs_hub(ranks) and not needs_hub(ranks, training=False)
-    joined = {"backend": "megatron", "megatron": {"launch": "join"}}
-    assert not needs_hub(settings(train=joined, workers={"launcher": "ray"}))
-    for one in ({"rollout": VLLM}, {"workers": {"tools": 1}}, {"workers": {"judges": 1}}):
-        assert needs_hub(settings(**one), training=False)
+# -- weights ----------------------------------------------------------------------------------------------------------------
+
+
+def test_weights_come_back_from_buckets_bit_for_bit_and_in_place() -> None:
+    torch.manual_seed(0)
+    tied = torch.randn(5, 3).bfloat16()
+    weights = [
+        ("embed", tied),
+        ("small", torch.randn(7)),
+        ("scalar", torch.tensor(2.5)),
+        ("empty", torch.empty(0, 4)),
+        ("strided", torch.randn(6, 8).T),
+        ("large", torch.randn(100, 30).bfloat16()),
+        ("behind", torch.arange(9)),
+        ("lm_head", tied),
+    ]
+    buckets = list(pack(iter(weights), 1000))
+    assert [[place.name for place in bucket.places] for bucket in buckets] == [
+        ["embed", "small", "scalar", "empty", "strided"],
+        ["large"],  # more than a bucket holds
+        ["behind", "lm_head"],
+    ]
+    for bucket in buckets:
+        bucket.data.flags.writeable = False  # as Ray gives them
+    found = [(name, tensor, bucket) for bucket in buckets for name, tensor in bucket.tensors()]
+    for (name, tensor), (got_name, got, bucket) in zip(weights, found, strict=True):
+        assert got_name == name and got.dtype == tensor.dtype and torch.equal(got, tensor), name
+        start = bucket.data.ctypes.data
+        assert not tensor.numel() or start <= got.data_ptr() < start + bucket.data.nbytes
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_bucket_holds_at_least_one_tensor_and_no_more_than_fits() -> None:
+    weights = [(str(i), torch.full((16,), float(i))) for i in range(5)]  # 64 bytes each
+    assert [len(bucket.places) for bucket in pack(iter(weights), 1)] == [1] * 5
+    assert [len(bucket.places) for bucket in pack(iter(weights), 128)] == [2, 2, 1]
+    assert list(pack(iter(()), 128)) == []
+    (bucket,) = pack(iter(weights), 10_000)
+    assert isinstance(bucket, Bucket) and [tensor[0].item() for _, tensor in bucket.tensors()] == [0, 1, 2, 3, 4]

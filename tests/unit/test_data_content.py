@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from metis_fast.data.content import DataRecord
-from metis_fast.data.cursor import PromptCursor
+from metis_fast.data.cursor import prompt_cursor
 from metis_fast.data.parquet import Layout, PromptFiles
 from metis_fast.errors import DataError
 
@@ -129,7 +129,7 @@ def test_a_run_keeps_names_and_order_when_its_data_is_cut_into_other_files(tmp_p
     write(tmp_path / "a.parquet", rows(20), row_group_size=3)
     old = PromptFiles([tmp_path / "a.parquet"], cache_bytes=2000)
     assert "groups" in old.layout.fingerprint
-    cursor = PromptCursor(old, seed=3)
+    cursor = prompt_cursor(old, seed=3)
     expected = [prompt.uid for prompt in cursor.next(4)]
     place, coming = cursor.state(), [prompt.uid for prompt in cursor.next(30)]
     new = PromptFiles(
@@ -139,7 +139,7 @@ def test_a_run_keeps_names_and_order_when_its_data_is_cut_into_other_files(tmp_p
         ]
     )
     new.go_on(old.record())
-    resumed = PromptCursor(new, seed=3)
+    resumed = prompt_cursor(new, seed=3)
     resumed.restore(place)
     assert [prompt.uid for prompt in resumed.next(30)] == coming and expected[0].startswith("a:")
 
@@ -147,14 +147,14 @@ def test_a_run_keeps_names_and_order_when_its_data_is_cut_into_other_files(tmp_p
 def test_a_set_that_is_mixed_as_a_whole_has_one_order_whatever_its_row_groups(tmp_path: Path) -> None:
     one = PromptFiles([write(tmp_path / "a.parquet", rows(20))])
     many = PromptFiles([write(tmp_path / "b.parquet", rows(20), row_group_size=3)])
-    questions = [[prompt.question for prompt in PromptCursor(files, seed=5).next(50)] for files in (one, many)]
+    questions = [[prompt.question for prompt in prompt_cursor(files, seed=5).next(50)] for files in (one, many)]
     assert questions[0] == questions[1] and one.layout.fingerprint == many.layout.fingerprint == "20 rows"
 
 
 def test_rows_before_the_last_one_keep_their_order_when_that_is_taken_away(tmp_path: Path) -> None:
     whole = PromptFiles([write(tmp_path / "a.parquet", rows(20))])
     without = PromptFiles([write(tmp_path / "b.parquet", rows(19))])
-    orders = [[prompt.question for prompt in PromptCursor(files, seed=5).next(len(files))] for files in (whole, without)]
+    orders = [[prompt.question for prompt in prompt_cursor(files, seed=5).next(len(files))] for files in (whole, without)]
     assert [question for question in orders[0] if question != "19 + 1?"] == orders[1]
 
 

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from metis_fast.data.cursor import CursorState, PromptCursor, epoch_order, read_once
+from metis_fast.data.cursor import CursorState, epoch_order, prompt_cursor, prompts, read_once
 from metis_fast.data.parquet import Layout, PromptFiles
 from metis_fast.data.row import BadRowError
 from metis_fast.errors import CheckpointError, DataError
@@ -63,15 +63,15 @@ def test_any_interleaving_of_next_and_resume_gives_the_same_sequence(
     folder: Path, seed: int, shuffle: bool, cache_bytes: int, steps: list[tuple[int, bool]]
 ):
     files = PromptFiles([folder], cache_bytes)
-    whole = PromptCursor(files, seed, shuffle, "skip")
+    whole = prompt_cursor(files, seed, shuffle, "skip")
     expected = whole.next(sum(n for n, _ in steps))
-    cursor, got = PromptCursor(files, seed, shuffle, "skip"), []
+    cursor, got = prompt_cursor(files, seed, shuffle, "skip"), []
     for n, resume in steps:
         got += cursor.next(n)
         if resume:
             saved = json.loads(json.dumps(dataclasses.asdict(cursor.state())))
             cursor.next(3)  # what a crashed run did after its checkpoint does not matter
-            cursor = PromptCursor(PromptFiles([folder], cache_bytes), seed, shuffle, "skip")
+            cursor = prompt_cursor(PromptFiles([folder], cache_bytes), seed, shuffle, "skip")
             cursor.restore(CursorState(**saved))
     assert got == expected
     assert cursor.state() == whole.state()
@@ -80,7 +80,7 @@ def test_any_interleaving_of_next_and_resume_gives_the_same_sequence(
 @given(seed=SEEDS, shuffle=st.booleans(), cache_bytes=st.sampled_from([0, SMALL, LARGE]))
 @settings(max_examples=40)
 def test_every_epoch_visits_each_usable_row_exactly_once(folder: Path, seed: int, shuffle: bool, cache_bytes: int):
-    cursor = PromptCursor(PromptFiles([folder], cache_bytes), seed, shuffle, "skip")
+    cursor = prompt_cursor(PromptFiles([folder], cache_bytes), seed, shuffle, "skip")
     usable = {f"a:{row}" for row in (0, 1, 3, 4)} | {f"b:{row}" for row in range(1, 8)}
     for _ in range(3):
         uids = [prompt.uid for prompt in cursor.next(len(usable))]
@@ -128,13 +128,13 @@ def test_seeds_and_epochs_have_orders_of_their_own(folder: Path):
 
 
 def test_without_shuffling_rows_come_in_the_order_of_the_files(folder: Path):
-    cursor = PromptCursor(PromptFiles([folder]), seed=3, shuffle=False, on_bad_row="skip")
+    cursor = prompt_cursor(PromptFiles([folder]), seed=3, shuffle=False, on_bad_row="skip")
     assert [prompt.uid for prompt in cursor.next(6)] == ["a:0", "a:1", "a:3", "a:4", "b:1", "b:2"]
 
 
 def test_a_drawn_prompt_is_found_again_by_its_row_and_reading_it_moves_nothing(folder: Path):
     files = PromptFiles([folder])
-    cursor, plain = (PromptCursor(files, 5, on_bad_row="skip") for _ in range(2))
+    cursor, plain = (prompt_cursor(files, 5, on_bad_row="skip") for _ in range(2))
     drawn = cursor.draw(15)  # over the end of the epoch
     assert [prompt for _, prompt in drawn] == plain.next(15)
     place = cursor.state()
@@ -143,7 +143,7 @@ def test_a_drawn_prompt_is_found_again_by_its_row_and_reading_it_moves_nothing(f
 
 
 def test_skipped_rows_are_counted_each_time_and_logged_once(folder: Path, caplog: pytest.LogCaptureFixture):
-    cursor = PromptCursor(PromptFiles([folder]), seed=0, on_bad_row="skip")
+    cursor = prompt_cursor(PromptFiles([folder]), seed=0, on_bad_row="skip")
     with caplog.at_level(logging.WARNING):
         cursor.next(2 * (NUM_ROWS - NUM_BAD) + 1)
     assert 2 * NUM_BAD <= cursor.skipped <= 3 * NUM_BAD
@@ -152,7 +152,7 @@ def test_skipped_rows_are_counted_each_time_and_logged_once(folder: Path, caplog
 
 
 def test_a_bad_row_stops_the_stream_and_leaves_it_in_place(folder: Path):
-    cursor = PromptCursor(PromptFiles([folder]), seed=0, shuffle=False)
+    cursor = prompt_cursor(PromptFiles([folder]), seed=0, shuffle=False)
     before = cursor.state()
     for _ in range(2):
         with pytest.raises(BadRowError, match=r"row 2, column ability.*on_bad_row=skip"):
@@ -164,7 +164,7 @@ def test_a_bad_row_stops_the_stream_and_leaves_it_in_place(folder: Path):
 def test_an_epoch_without_a_usable_row_is_an_error_not_a_loop(tmp_path: Path):
     write_rows(tmp_path / "bad.parquet", ["music"] * 3, row_group_size=2)
     with pytest.raises(DataError, match="no usable row among 3"):
-        PromptCursor(PromptFiles([tmp_path]), seed=0, on_bad_row="skip").next(1)
+        prompt_cursor(PromptFiles([tmp_path]), seed=0, on_bad_row="skip").next(1)
 
 
 def test_rows_that_all_go_bad_after_a_good_epoch_end_the_stream(tmp_path: Path):
@@ -177,7 +177,7 @@ def test_rows_that_all_go_bad_after_a_good_epoch_end_the_stream(tmp_path: Path):
         "reward_model": {"ground_truth": "1", "style": "rule"},
     }
     pq.write_table(pa.Table.from_pylist([row] * 3), tmp_path / "set.parquet")
-    cursor = PromptCursor(PromptFiles([tmp_path]), seed=0, on_bad_row="skip")
+    cursor = prompt_cursor(PromptFiles([tmp_path]), seed=0, on_bad_row="skip")
     assert len(cursor.next(4)) == 4
     (tmp_path / "pixels.png").unlink()
     with pytest.raises(DataError, match="no usable row among 3"):
@@ -186,18 +186,18 @@ def test_rows_that_all_go_bad_after_a_good_epoch_end_the_stream(tmp_path: Path):
 
 def test_one_usable_row_is_enough_for_a_stream(tmp_path: Path):
     write_rows(tmp_path / "one.parquet", ["music", "music", "math", "music"], row_group_size=2)
-    cursor = PromptCursor(PromptFiles([tmp_path]), seed=0, on_bad_row="skip")
+    cursor = prompt_cursor(PromptFiles([tmp_path]), seed=0, on_bad_row="skip")
     assert [prompt.uid for prompt in cursor.next(5)] == ["one:2"] * 5
 
 
 def test_a_state_of_changed_files_another_seed_or_order_is_refused(folder: Path, tmp_path: Path):
-    state = PromptCursor(PromptFiles([folder]), seed=0).state()
+    state = prompt_cursor(PromptFiles([folder]), seed=0).state()
     write_rows(tmp_path / "a.parquet", ["math"] * 5, row_group_size=2)
     for cursor, message in (
-        (PromptCursor(PromptFiles([tmp_path]), seed=0), "has files = 13 rows.*now files = 5 rows"),
-        (PromptCursor(PromptFiles([folder], cache_bytes=SMALL), seed=0), "has files"),
-        (PromptCursor(PromptFiles([folder]), seed=1), "has run.seed = 0, now run.seed = 1"),
-        (PromptCursor(PromptFiles([folder]), seed=0, shuffle=False), "has data.shuffle"),
+        (prompt_cursor(PromptFiles([tmp_path]), seed=0), "has files = 13 rows.*now files = 5 rows"),
+        (prompt_cursor(PromptFiles([folder], cache_bytes=SMALL), seed=0), "has files"),
+        (prompt_cursor(PromptFiles([folder]), seed=1), "has run.seed = 0, now run.seed = 1"),
+        (prompt_cursor(PromptFiles([folder]), seed=0, shuffle=False), "has data.shuffle"),
     ):
         before = cursor.state()
         with pytest.raises(CheckpointError, match=message):
@@ -207,14 +207,14 @@ def test_a_state_of_changed_files_another_seed_or_order_is_refused(folder: Path,
 
 @pytest.mark.parametrize("change", [{"position": NUM_ROWS}, {"position": -1}, {"epoch": -1}, {"skipped": -1}], ids=str)
 def test_an_impossible_place_is_refused(folder: Path, change: dict[str, int]):
-    cursor = PromptCursor(PromptFiles([folder]), seed=0)
+    cursor = prompt_cursor(PromptFiles([folder]), seed=0)
     with pytest.raises(CheckpointError, match="impossible"):
         cursor.restore(dataclasses.replace(cursor.state(), **change))
 
 
 def test_reading_once_gives_every_usable_row_and_no_row_twice(folder: Path):
     files = PromptFiles([folder])
-    uids = [prompt.uid for prompt in read_once(files, "skip")]
+    uids = [prompt.uid for _, prompt in read_once(prompts(files), len(files), "skip")]
     assert len(uids) == len(set(uids)) == NUM_ROWS - NUM_BAD and uids[:3] == ["a:0", "a:1", "a:3"]
     with pytest.raises(BadRowError):
-        list(read_once(files, "stop"))
+        list(read_once(prompts(files), len(files), "stop"))

@@ -11,10 +11,10 @@ from metis_fast.config import Config
 from metis_fast.errors import EngineError
 from metis_fast.model import Policy
 from metis_fast.rollout.chat import Chat
-from metis_fast.rollout.gate import GateReport, choose, compare, probe, require
+from metis_fast.rollout.gate import GateReport, choose, compare, probe, require, worst
 from metis_fast.rollout.native import NativeEngine
 from metis_fast.train.torch_backend import TorchTrainer
-from metis_fast.types import ImageBlob, Prompt
+from metis_fast.types import ImageBlob, Prompt, Score, ScoredGroup
 
 CONFIG = Config.model_validate(
     {
@@ -30,7 +30,8 @@ def _report(engine_policy: Policy, trainer_policy: Policy, prompts: list[Prompt]
     chat = Chat(engine_policy.tokenizer, engine_policy.images)
     rollouts = asyncio.run(probe(prompts, chat, NativeEngine(engine_policy), CONFIG))
     trainer = TorchTrainer(trainer_policy, CONFIG, CONFIG.train.optim, 1)
-    return compare(rollouts, trainer.logprobs(rollouts))
+    scored = [ScoredGroup(prompt, (one,), (Score(None, one.outcome),)) for prompt, one in zip(prompts, rollouts, strict=True)]
+    return compare(trainer.gaps(scored), [bool(prompt.images) for prompt in prompts])
 
 
 @pytest.fixture
@@ -91,10 +92,11 @@ def test_prompts_are_repeated_where_there_are_more_replicas(prompts: list[Prompt
 def test_one_message_that_differs_is_not_hidden_by_many_that_do_not(policy: Policy, prompts: list[Prompt]) -> None:
     engine = NativeEngine(policy)
     sampled = asyncio.run(probe(prompts, Chat(policy.tokenizer, policy.images), engine, CONFIG))
-    ours = [rollout.logp.copy() for rollout in sampled]
-    require(compare(sampled, ours), CONFIG)
-    ours[2][sampled[2].sampled] += 2e-4
-    report = compare(sampled, ours)
+    gaps, with_image = [np.zeros(rollout.num_sampled, np.float32) for rollout in sampled], [False] * len(sampled)
+    require(compare(gaps, with_image), CONFIG)
+    gaps[2] += 2e-4
+    report = compare(gaps, with_image)
+    assert worst(gaps) == 2
     assert report.mean < 1e-4 < report.worst
     with pytest.raises(EngineError, match="in the worst message"):
         require(report, CONFIG)

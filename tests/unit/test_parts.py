@@ -14,14 +14,18 @@ from torch import Tensor, zeros
 from metis_fast.config import Config
 from metis_fast.errors import Interrupted
 from metis_fast.model import Policy
+from metis_fast.node.protocol import Weights
 from metis_fast.rollout.engine import SyncReport
 from metis_fast.run.assembly import _device
+from metis_fast.run.fleet import Fleet
 from metis_fast.run.interrupt import Interrupts
 from metis_fast.run.parts import Parts
 
 
 class _Streams:
-    """A trainer that is busy while its weights are read, and an engine that reads them in a thread."""
+    """A trainer that is busy while its weights are read, and a node that reads them in a thread."""
+
+    number, num_replicas, room, gone, alive = 0, 1, 1.0, "", True
 
     def __init__(self) -> None:
         self.busy, self.read = False, 0
@@ -37,23 +41,19 @@ class _Streams:
         self.busy = False
 
     async def resume(self) -> None:
-        """See `RunEngine.resume`."""
+        """See `NodeClient.resume`."""
 
-    def runs(self, policy: Policy) -> bool:
-        """See `RunEngine.runs`."""
-        return False
-
-    async def update(self, weights: Iterator[tuple[str, Tensor]], version: int) -> SyncReport:
-        """See `Engine.update`."""
-        self.read = len(await asyncio.to_thread(list, weights))
-        return SyncReport(version, "full")
+    async def update(self, weights: Weights) -> SyncReport:
+        """See `NodeClient.update`."""
+        self.read = len(await asyncio.to_thread(list, weights.tensors()))
+        return SyncReport(weights.version, "full")
 
 
 def test_a_stop_during_a_weight_update_leaves_no_trainer_half_read(policy: Policy) -> None:
     streams: Any = _Streams()
     with Interrupts() as interrupts:
-        parts = Parts(Config(), interrupts, policy, policy, streams, streams, streams, None, None, None)
-        parts.trainer, parts._shared = streams, False
+        parts = Parts(Config(), interrupts, policy, Fleet([streams], Config()), None, None, None)
+        parts.trainer = streams
         with pytest.raises(Interrupted):
             parts.sync(1)
         assert not streams.busy and streams.read == 3

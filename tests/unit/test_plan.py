@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import fields, replace
 
 import pytest
@@ -152,6 +153,30 @@ def test_what_the_settings_save_is_saved_here_too():
         assert getattr(slower, part) > getattr(base, part), change
     engine = step_seconds(setting(changes={"loss": {"proximal": "engine"}}), layout(tensor_parallel=8, data_parallel=8))
     assert engine.old_logprobs == 0
+
+
+def sync(gpus: int, changes: Mapping[str, object] | None = None, share: float = 0.3) -> float:
+    """Seconds that 16 GB of weights take."""
+    here = replace(setting(gpus, changes), engine_share=share)
+    return 16e9 / (2 * here.shape.num_parameters) * step_seconds(here, layout(data_parallel=gpus)).weight_sync
+
+
+def test_weights_that_pass_through_hosts_go_no_faster_than_was_measured():
+    staged = 8.0 + 16 / 4.6  # copied into shared memory, loaded
+    ray = {"workers": {"launcher": "ray"}}
+    assert sync(8) == pytest.approx(16 / 0.7 + staged)  # from ranks to the run, over a connection
+    assert sync(8, ray) == pytest.approx(8.0 + staged)  # one copy more, as an object of the same machine
+    for gpus in (16, 64, 512):  # each machine gets it once
+        assert sync(gpus, ray) == sync(gpus) == pytest.approx(16.0 + staged)
+    assert sync(8, ray, share=0.0) == pytest.approx(16.0 + staged)  # engines have machines of their own
+    asleep = {"rollout": {"engine": "vllm", "max_concurrent": 2048, "deterministic": False, "vllm": {"sleep": True}}}
+    assert sync(8, asleep | ray, share=0.0) == pytest.approx(8.0 + staged)  # they take turns with the trainer
+
+
+def test_weights_that_pass_between_gpus_go_over_their_link():
+    direct = {"sync": {"transport": "nccl"}}
+    assert sync(8, direct) == pytest.approx(16 / (450 * 0.7))
+    assert sync(64, direct) == pytest.approx(16 / (50 * 0.7))
 
 
 def test_faster_gpus_are_faster():

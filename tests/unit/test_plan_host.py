@@ -111,7 +111,8 @@ def test_engines_of_their_own_stand_on_machines_of_their_own():
     assert [(machine.name, machine.count) for machine in found.machines] == [("first", 1), ("other", 1), ("engines", 2)]
     assert held(found, "engine_images") == 0 < held(found, "engine_images", 2)
     assert held(found, "weights", 1) == 0 < held(found, "weights", 2)
-    assert cpu(found, "sending", 1) == 0 < cpu(found, "sending", 2)
+    assert cpu(found, "sending", 1) == cpu(found, "staging", 1) == 0 < cpu(found, "sending", 2)
+    assert cpu(found, "staging") == 0 < held(found, "weights")  # which are published there
 
 
 def test_replicas_that_have_parts_of_a_group_each_prepare_its_images():
@@ -165,17 +166,33 @@ def test_more_calls_take_more():
 
 
 @pytest.mark.parametrize("mode", ["full", "delta"])
-def test_more_machines_are_more_to_send_to(mode):
-    found = [plan(gpus, changes={"sync": {"mode": mode}}) for gpus in (8, 16, 64, 512)]
-    sending = [cpu(one, "sending") for one in found]
-    assert sending == sorted(sending) and len(set(sending)) == 4
-    assert cpu(found[3], "images", 1) < cpu(found[1], "images", 1)  # and each has less of a step's images
-    assert [sum(machine.count for machine in one.machines) for one in found] == [1, 2, 8, 64]
+def test_more_machines_are_no_more_to_send_from_any_of_them(mode):
+    """Each pulls a version once, and Ray passes it on from those that have it."""
+    found = [plan(gpus, changes={"sync": {"mode": mode}}) for gpus in (16, 64, 512)]
+    for part in ("sending", "staging"):
+        assert len({(cpu(one, part), cpu(one, part, 1)) for one in found}) == 1
+    assert cpu(found[2], "images", 1) < cpu(found[0], "images", 1)  # and each has less of a step's images
+    assert [sum(machine.count for machine in one.machines) for one in found] == [2, 8, 64]
 
 
-def test_changes_are_less_to_send_and_more_to_compute():
-    full, delta = (plan(64, changes={"sync": {"mode": mode}}) for mode in ("full", "delta"))
-    assert cpu(delta, "sending") < cpu(full, "sending") and cpu(delta, "staging", 1) > cpu(full, "staging", 1)
+@pytest.mark.parametrize("mode", ["full", "delta"])
+def test_weights_through_ray_by_hand(mode):
+    found, size = plan(16, changes={"sync": {"mode": mode}}), 2 * PARAMETERS
+    pulled = size * (COSTS.delta_share if mode == "delta" else 1)
+    assert cpu(found, "sending") == pytest.approx((size / COSTS.put_gbs + pulled / COSTS.pull_gbs) / 1e9)
+    assert cpu(found, "sending", 1) == pytest.approx(pulled / COSTS.pull_gbs / 1e9)
+    taken = size / COSTS.stage_gbs + 8 * size / COSTS.load_gbs + (mode == "delta") * size / COSTS.decode_gbs
+    assert cpu(found, "staging", 1) == pytest.approx(taken / 1e9)
+    assert cpu(found, "staging") == pytest.approx((taken + (mode == "delta") * size / COSTS.encode_gbs) / 1e9)
+    assert held(found, "weights") == 4 * size and held(found, "weights", 1) == pytest.approx(2 * size + pulled)
+
+
+def test_on_one_machine_changes_are_for_ray_alone():
+    ray = {"workers": {"launcher": "ray"}}
+    here, delta, both = (plan(8, changes=each) for each in ({}, {"sync": {"mode": "delta"}}, {"sync": {"mode": "delta"}} | ray))
+    assert cpu(here, "staging") == cpu(delta, "staging") < cpu(both, "staging")
+    assert cpu(here, "sending") == cpu(delta, "sending") > cpu(both, "sending")
+    assert held(plan(8, changes=ray), "weights") == 2 * held(here, "weights")
 
 
 # -- warnings ---------------------------------------------------------------------------------------------------------------
@@ -199,13 +216,6 @@ def test_a_warning_comes_with_too_little_memory_and_goes_with_enough():
     assert "(--memory-gb), most of it for processes" in warning
     (warning,) = plan(8, memory_gb=needed, changes={"rollout": {"vllm": {"image_cache_gb": 8}}}).warnings
     assert warning.endswith("(128 GiB); lower rollout.vllm.image_cache_gb")
-
-
-def test_sending_weights_longer_than_a_step_is_said():
-    warning = plan(512).warnings[-1]
-    assert "sending weights takes one thread" in warning and warning.endswith("send changes only (sync.mode=delta)")
-    assert plan(8).warnings == ()
-    assert plan(512, share=0, changes={"sync": {"transport": "nccl"}}).warnings == ()
 
 
 @pytest.mark.parametrize(
@@ -260,15 +270,11 @@ def test_the_best_layout_stands_in_for_one_that_does_not_fit(at_home, capsys):
     assert tree["host"]["layout"] == tree["layouts"][0]["layout"] and not tree["layouts"][0]["own"]
 
 
-@pytest.mark.parametrize(
-    ("name", "warned"), [("qwen3vl_8b_hdpo", 0), ("qwen3vl_8b_hdpo_64gpu", 0), ("qwen3vl_8b_hdpo_512gpu", 1)]
-)
-def test_a_shipped_config_warns_of_nothing_but_weights_sent_to_many_machines(name, warned, at_home, capsys):
+@pytest.mark.parametrize("name", ["qwen3vl_8b_hdpo", "qwen3vl_8b_hdpo_64gpu", "qwen3vl_8b_hdpo_512gpu"])
+def test_a_shipped_config_warns_of_nothing(name, at_home, capsys):
     assert run(name) == 0
     lines = capsys.readouterr().out.splitlines()
-    warnings = [line for line in lines if line.startswith("WARNING")]
-    assert len(warnings) == warned and all("sending weights takes one thread" in line for line in warnings)
-    assert all("rollout.prompts_per_step" in line for line in warnings)  # changes are what they send already
+    assert not [line for line in lines if line.startswith("WARNING")]
     kinds = [line.split()[2] for line in lines if " x first " in line or " x other " in line]
     assert kinds == (["first"] * 2 if name == "qwen3vl_8b_hdpo" else ["first", "other"] * 2)
 

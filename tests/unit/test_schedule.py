@@ -331,7 +331,7 @@ def test_a_group_that_somebody_else_cancelled_is_a_defect_and_is_not_waited_for(
         batch = asyncio.create_task(gated.schedule.batch(0))
         await gated.settle()
         gated.gates[0].cancel()
-        with pytest.raises(RuntimeError, match="group of p0 was cancelled"):
+        with pytest.raises(RuntimeError, match="group of row 0 was cancelled"):
             await asyncio.wait_for(batch, 10)
         await gated.schedule.close()
 

@@ -11,8 +11,9 @@ import pytest
 from scheduling import P, Rows, config
 
 from metis_fast.errors import EngineFailure
-from metis_fast.rollout.episode import SampleKey
-from metis_fast.rollout.schedule import Pending, Rules, Schedule, group_player
+from metis_fast.rollout.episode import SampleKey, play_group
+from metis_fast.rollout.schedule import Pending, Rules, Schedule
+from metis_fast.run.parts import training_job
 from metis_fast.testing.fakes import FakeEngine, FakeToolbox
 from metis_fast.testing.latency import Latency
 from metis_fast.types import Group, Outcome
@@ -120,14 +121,16 @@ ANSWER = "<answer>Paris</answer><|im_end|>"
 
 
 def played(chat, policy, make_prompt, scripts, limits=None, prompt=None, place=None):
-    """The group that `group_player` makes of a prompt, and what was used."""
+    """The group that `play_group` makes of a prompt at its place in a run, and what was used."""
     engine, toolbox = FakeEngine(policy.tokenizer, scripts), FakeToolbox()
     rollout = config("async", rollouts_per_prompt=len(scripts), **(limits or {}))
     place = place if place is not None else Pending(0, 0)
 
     async def run():
-        play = group_player(chat, engine, toolbox, rollout, 7)
-        return await play(prompt if prompt is not None else make_prompt(), place, lambda: None)
+        job = training_job(place, rollout.prompts_per_step, len(scripts))
+        key, places = SampleKey(7, job.stream, job.order), asyncio.Semaphore(rollout.max_concurrent)
+        own = prompt if prompt is not None else make_prompt()
+        return await play_group(own, len(scripts), chat, engine, toolbox, rollout, key, places)
 
     return asyncio.run(run()), engine, toolbox
 
@@ -154,9 +157,9 @@ def test_a_defect_in_one_episode_closes_the_others_of_its_group(chat, policy, ma
     engine, toolbox = FakeEngine(policy.tokenizer, [[CALL], [CALL, ANSWER]]), FakeToolbox()
 
     async def run():
-        play = group_player(chat, engine, toolbox, config("async", rollouts_per_prompt=2), 0)
+        places = asyncio.Semaphore(512)
         with pytest.raises(IndexError):  # the first script ends too soon
-            await play(make_prompt(), Pending(0, 0), lambda: None)
+            await play_group(make_prompt(), 2, chat, engine, toolbox, config("async"), SampleKey(0, "a", 0), places)
 
     asyncio.run(run())
     assert (engine.num_open, toolbox.num_open) == (0, 0)

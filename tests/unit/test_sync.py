@@ -6,7 +6,6 @@ import asyncio
 import signal
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -19,9 +18,7 @@ from metis_fast.errors import EngineError, StagingError, SyncError
 from metis_fast.rollout.engine import SyncReport, update
 from metis_fast.sync import segment
 from metis_fast.sync.delta import decode, encode
-from metis_fast.sync.local_copy import LocalCopy
 from metis_fast.sync.manifest import Manifest
-from metis_fast.sync.measure import measure, synthetic
 from metis_fast.sync.reader import Reader
 from metis_fast.sync.staging import Staging
 from metis_fast.testing.fakes import FakeEngine
@@ -42,14 +39,6 @@ def bits(weights):
 def staging():
     with Staging(SHAPES, torch.float32, 256) as made:
         yield made
-
-
-def send(staging: Staging, copy: LocalCopy, base: int | None) -> Manifest:
-    assert staging.current is not None
-    copy.begin(staging.current.to_dict(), base)
-    for p in staging.payloads(base):
-        copy.bucket(p.index, p.encoding, p.data, p.crc32)
-    return copy.commit()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -149,86 +138,24 @@ def test_signed_zero_and_nan_payloads_count_as_changes():
     assert encoding != "full" and (target.view(np.uint16) == new).all()
 
 
-def test_copies_by_full_and_delta_are_what_was_staged(staging):
-    with LocalCopy() as copy:
-        staging.write(iter(version(1).items()), 1)
-        send(staging, copy, staging.base(copy.version))
-        changed = version(1)
-        changed["b"][3] = -0.0
-        staging.write(iter(changed.items()), 2)
-        assert staging.base(copy.version) == 1
-        assert sum(p.data.nbytes for p in staging.payloads(1)) < 10
-        assert bits(Reader(send(staging, copy, 1))) == bits(changed)
-        staging.write(iter(version(3).items()), 3)
-        staging.write(iter(version(4).items()), 4)
-        assert staging.base(copy.version) is None
-        with pytest.raises(SyncError, match=r"against version 3, .* copy of 2; send it in full"):
-            copy.begin(staging.current.to_dict(), 3)
-
-
-def test_what_changed_is_encoded_once_for_all_that_receive_it_at_once(staging):
-    with LocalCopy() as one, LocalCopy() as two:
-        staging.write(iter(version(1).items()), 1)
-        for copy in (one, two):
-            send(staging, copy, None)
-        for number in (2, 3):
-            staging.write(iter(version(number).items()), number)
-            ahead, behind = staging.payloads(number - 1), staging.payloads(number - 1)
-            pairs = [(next(ahead), next(behind)) for _ in range(len(staging.layout.ranges))]
-            assert all(a is b for a, b in pairs)
-            with ThreadPoolExecutor(2) as pool:
-                found = list(pool.map(lambda copy, base=number - 1: send(staging, copy, base), (one, two)))
-            assert all(bits(Reader(manifest)) == bits(version(number)) for manifest in found)
-
-
-def test_faults_on_the_way_to_a_copy_leave_the_old_one_and_can_be_mended(staging):
-    with LocalCopy() as copy:
-        staging.write(iter(version(1).items()), 1)
-        old = send(staging, copy, None)
+def test_a_damaged_version_may_be_written_again(staging):
+    staging.write(iter(version(1).items()), 1)
+    damaged = staging.write(iter(version(2).items()), 2)
+    flip(damaged, 300)
+    with pytest.raises(ValueError, match="version 2 came after version 2"):  # nobody has looked yet
         staging.write(iter(version(2).items()), 2)
-        copy.begin(staging.current.to_dict(), None)
-        payloads = list(staging.payloads(None))
-        damaged = payloads[0].data.copy()
-        damaged[5] ^= 1
-        with pytest.raises(SyncError, match=r"bucket 0 of .*CRC-32"):
-            copy.bucket(0, "full", damaged, payloads[0].crc32)
-        with pytest.raises(SyncError, match="does not fit"):
-            copy.bucket(0, "full", damaged[:-64], segment.checksum(damaged[:-64]))
-        for p in payloads[1:]:
-            copy.bucket(p.index, p.encoding, p.data.tobytes(), p.crc32)
-        with pytest.raises(SyncError, match=r"1 of .* buckets did not come"):
-            copy.commit()
-        assert copy.version == 1 and bits(Reader(old)) == bits(version(1))
-        copy.bucket(0, "full", payloads[0].data, payloads[0].crc32)
-        assert bits(Reader(copy.commit())) == bits(version(2))
+    assert "version 2, bucket 1" in staging.examine() and staging.current is damaged
+    again = staging.write(iter(version(2).items()), 2)
+    assert not staging.damage and not staging.examine()
+    assert again.segment != damaged.segment and again.digest == damaged.digest
 
 
-def test_a_damaged_version_may_be_written_again_and_no_changes_are_told_against_it(staging):
-    with LocalCopy() as copy:
-        staging.write(iter(version(1).items()), 1)
-        send(staging, copy, None)
-        damaged = staging.write(iter(version(2).items()), 2)
-        flip(damaged, 300)
-        with pytest.raises(ValueError, match="version 2 came after version 2"):  # nobody has looked yet
-            staging.write(iter(version(2).items()), 2)
-        assert "version 2, bucket 1" in staging.examine() and staging.current is damaged
-        again = staging.write(iter(version(2).items()), 2)
-        assert not staging.damage and not staging.examine()
-        assert again.segment != damaged.segment and again.digest == damaged.digest
-        assert staging.base(2) is None and staging.base(copy.version) is None  # version 1 was overwritten
-        assert bits(Reader(send(staging, copy, None))) == bits(version(2))
-        changed = version(2)
-        changed["b"][3] = -0.0
-        staging.write(iter(changed.items()), 3)
-        assert staging.base(copy.version) == 2
-        assert bits(Reader(send(staging, copy, 2))) == bits(changed)
-
-
-def test_no_changes_are_told_against_a_version_that_was_found_damaged_before_the_next_came(staging):
-    flip(staging.write(iter(version(1).items()), 1), 0)
-    assert staging.examine()
-    staging.write(iter(version(2).items()), 2)
-    assert staging.base(1) is None and not staging.damage
+def test_the_tensors_of_the_current_version_are_there_while_the_next_is_written(staging):
+    assert staging.tensors() == {}
+    staging.write(iter(version(1).items()), 1)
+    held = staging.tensors()
+    staging.write(((name, held[name] + 1) for name in SHAPES), 2)
+    assert bits(staging.tensors()) == bits({name: tensor + 1 for name, tensor in version(1).items()})
 
 
 class Refusing(FakeEngine):
@@ -265,12 +192,6 @@ def test_closing_removes_the_segments(staging):
     path = segment.FOLDER / staging.write(iter(version(1).items()), 1).segment
     staging.close()
     assert not path.exists()
-
-
-def test_measured_modes_move_what_they_say():
-    staged, full, delta = measure(*synthetic(1 << 20, 0.01), 1 << 18)
-    assert (staged.mode, full.mode, delta.mode) == ("staged", "full", "delta")
-    assert staged.num_bytes == full.num_bytes > 20 * delta.num_bytes > 0
 
 
 def test_segments_of_killed_processes_are_removed_and_those_of_living_ones_stay(staging):

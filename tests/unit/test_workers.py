@@ -470,8 +470,3 @@ def test_a_worker_whose_run_is_gone_while_it_loads_ends_at_once(tmp_path: Path, 
     assert "worker probe: connection lost" in (tmp_path / "probe.log").read_text()
     launcher.close()
 
-
-@pytest.mark.parametrize("listen", ["nowhere", "256.0.0.1:0", "127.0.0.1:x"])
-def test_an_address_that_cannot_be_listened_at(tmp_path: Path, listen: str) -> None:
-    with pytest.raises(ConfigError, match=r"workers\.listen"):
-        Hub(WorkersConfig(listen=listen), LocalLauncher(tmp_path))

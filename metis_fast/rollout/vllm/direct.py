@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor
 
-from metis_fast.config import Config, WorkersConfig
+from metis_fast.config import Config
 from metis_fast.errors import EngineError, InfrastructureError, SyncError
 from metis_fast.rollout.engine import SyncReport
 from metis_fast.rollout.vllm import library
@@ -38,6 +38,7 @@ _IPC_BUFFER = 1 << 28  # bytes at least, made for each transfer
 
 Ask = Callable[[str, Sequence[tuple[object, ...]]], None]
 """Runs a method on every engine, with the arguments of each, and waits for all; an exception of one is raised."""
+_HOST = "127.0.0.1"  # engines are processes of this machine
 
 
 class Client:
@@ -163,8 +164,6 @@ class DirectWeights:
         check(config.sync.transport)
         self._transport, self._retries = config.sync.transport, config.sync.retries
         self._ranks, self._hub, self._replicas = config.rollout.vllm.tensor_parallel, hub, replicas
-        listen = config.workers.listen  # the hub's rule: by default it is found where its launcher's machines find it
-        self._host = hub.launcher.host if listen == WorkersConfig().listen else listen.rpartition(":")[0]
         self.newest = 0
         self._open: DirectTransfer | None = None
         self._lives: list[tuple[str, int]] = []  # of the replicas in it
@@ -217,6 +216,10 @@ class DirectWeights:
         else:
             replica.got(0)
 
+    def held(self) -> dict[str, Tensor]:
+        """See `RunEngine`: none of them stay here."""
+        return {}
+
     @property
     def why_not(self) -> str:
         """Why a replica cannot have the newest version before the next update."""
@@ -253,7 +256,7 @@ class DirectWeights:
                 self._open = None
             ask = partial(self._ask_all, replicas)
             largest = max(tensor.nbytes for _, tensor in pairs)
-            self._open = DirectTransfer(self._transport, self._host, ask, len(replicas), self._ranks, largest)
+            self._open = DirectTransfer(self._transport, _HOST, ask, len(replicas), self._ranks, largest)
             self._lives = lives
         transfer, self.newest = self._open, version
         transfer.send(pairs, version)

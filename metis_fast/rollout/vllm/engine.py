@@ -76,19 +76,11 @@ class _Session:
 class VllmEngine:
     """`Engine` over `rollout.vllm.replicas` workers, which start in the background: see `wait`.
 
-    policy: for tokens and shapes; its weights are not used. service: what a worker serves (tests put failures in). copy_always:
-    send weights over the connection also on this machine. weights: how replicas get theirs. homes: of a prompt with open
-    sessions, its replica and how many they are.
+    policy: for tokens and shapes; its weights are not used. service: what a worker serves (tests put failures in). weights: how
+    replicas get theirs. homes: of a prompt with open sessions, its replica and how many they are.
     """
 
-    def __init__(
-        self,
-        config: Config,
-        policy: Policy,
-        hub: Hub,
-        service: str = SERVICE,
-        copy_always: bool = False,
-    ) -> None:
+    def __init__(self, config: Config, policy: Policy, hub: Hub, service: str = SERVICE) -> None:
         self._config, self._policy, self._hub = config, policy, hub
         vllm = config.rollout.vllm
         self.num_replicas = vllm.replicas
@@ -96,7 +88,7 @@ class VllmEngine:
         self._banned = np.asarray(policy.placeholder_ids, np.int64)
         self.replicas: list[Replica] = []
         self.weights = (
-            StagedWeights(config.sync, policy, self.replicas, copy_always)
+            StagedWeights(config.sync, policy, self.replicas)
             if config.sync.transport == "staged"
             else DirectWeights(config, hub, self.replicas)
         )
@@ -300,6 +292,10 @@ class VllmEngine:
     async def update(self, weights: Iterator[tuple[str, Tensor]], version: int) -> SyncReport:
         """See `Engine`."""
         return await self._hub.run(self.weights.update(weights, version))
+
+    def held(self) -> Mapping[str, Tensor]:
+        """See `RunEngine`."""
+        return self.weights.held()
 
     async def _prepare(self, worker: Worker) -> None:
         """After every start of a replica: it has no images, and the weights of the model's folder."""

@@ -90,7 +90,6 @@ class VllmService:
         self._number = 0
         self._busy_s, self._steps, self._tokens = 0.0, 0, 0
         self._stepping_since: float | None = None
-        self._copy: Any = None
         self._paused = False  # a step of a paused engine that is a process of its own waits for ever
         self._children: list[BaseProcess] = []
         self._refusals: tuple[type[Exception], ...] = ()  # what vLLM raises for a request that it does not take
@@ -428,39 +427,6 @@ class VllmService:
         self._engine.reset_encoder_cache()
         self._wake()
 
-    async def copy_begin(self, manifest: dict[str, Any], mode: str) -> int | None:
-        """Expect buckets of a version, which lies on another machine. mode: "full" or "delta".
-
-        Returns the version that this machine has and deltas may be told against.
-        """
-        from metis_fast.sync.local_copy import LocalCopy
-
-        if self._copy is None:
-            self._copy = LocalCopy()
-        base = self._copy.version if mode == "delta" else None
-        self._copy_manifest = manifest
-        return base
-
-    async def copy_base(self, base: int | None) -> None:
-        """What the buckets that follow are told against (see `Staging.base`)."""
-        self._copy.begin(self._copy_manifest, base)
-
-    async def copy_bucket(self, index: int, encoding: str, data: np.ndarray, crc: int) -> None:
-        """Take a bucket.
-
-        Raises:
-            SyncError: it did not arrive as it was sent.
-        """
-        await asyncio.to_thread(self._copy.bucket, index, encoding, data, crc)
-
-    async def copy_commit(self) -> dict[str, Any]:
-        """All buckets came: the manifest of the version on this machine, for `load_staged` of any engine here.
-
-        Raises:
-            SyncError: not all came.
-        """
-        return self._copy.commit().to_dict()
-
     async def transfer(self, method: str, argument: dict[str, Any] | None) -> None:
         """A step of vLLM's own transfers (NCCL, CUDA IPC): `init_weight_transfer_engine`, `update_weights`, and so on."""
         arguments = () if argument is None else (argument,)
@@ -488,5 +454,3 @@ class VllmService:
         self._preparing.shutdown(wait=False, cancel_futures=True)
         self._images.close()
         self._thread.join(timeout=5.0)
-        if self._copy is not None:
-            self._copy.close()

@@ -1,18 +1,14 @@
-"""Weights for the replicas of vLLM by way of shared memory (`sync.transport: staged`), checked on every way.
+"""Weights for the replicas of vLLM by way of shared memory (`sync.transport: staged`), checked before they are used.
 
-A version is staged once. Replicas of this machine read it where it lies; those of another one share a copy there, which is sent
-to the first of them. Until a replica has taken a version, the one before goes on serving.
+A version is staged once, and all replicas read it where it lies. Until a replica has taken it, the one before goes on serving.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import socket
 import time
-from collections.abc import Awaitable, Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
 
 from torch import Tensor
 
@@ -22,39 +18,23 @@ from metis_fast.model import Policy
 from metis_fast.model_folder import hf_shapes
 from metis_fast.rollout.engine import SyncReport
 from metis_fast.rollout.vllm.replica import LOAD_S, Replica
-from metis_fast.sync.staging import Payload, Staging
+from metis_fast.sync.staging import Staging
 from metis_fast.workers.worker import Worker
 
 _LOG = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Copied:
-    """A version on another machine, in shared memory of one of the engines there. life: its `Worker.restarts` then."""
-
-    worker: Worker
-    life: int
-    version: int
-    manifest: dict[str, Any]
-
-    def holds(self, version: int) -> bool:
-        """Whether it can still be loaded there."""
-        return self.version == version and self.worker.restarts == self.life and self.worker.broken is None
-
-
 class StagedWeights:
     """Sends versions to replicas. Its coroutines run on the hub's loop.
 
-    policy: for shapes and dtype. replicas: of the engine; may be filled later. copy_always: send over the connection also on
-    this machine. newest: last version that was sent, or is being sent. staging: None before the first. copies: by host.
+    policy: for shapes and dtype. replicas: of the engine; may be filled later. newest: last version that was sent, or is being
+    sent. staging: None before the first.
     """
 
-    def __init__(self, config: SyncConfig, policy: Policy, replicas: Sequence[Replica], copy_always: bool) -> None:
-        self._config, self._policy, self._replicas, self._copy_always = config, policy, replicas, copy_always
+    def __init__(self, config: SyncConfig, policy: Policy, replicas: Sequence[Replica]) -> None:
+        self._config, self._policy, self._replicas = config, policy, replicas
         self.newest = 0
         self.staging: Staging | None = None
-        self.copies: dict[str, Copied] = {}
-        self._copying: dict[str, asyncio.Lock] = {}
         self._lock = asyncio.Lock()  # one sender at a time
 
     async def update(self, weights: Iterator[tuple[str, Tensor]], version: int) -> SyncReport:
@@ -76,11 +56,11 @@ class StagedWeights:
             raise EngineError(f"no engine took weight version {version}: {self._replicas[0].worker.broken}")
         return SyncReport(
             version=version,
-            mode=self._config.mode if any(sent for sent, _, _ in done) else "full",
-            num_bytes=max((sent for sent, _, _ in done), default=0) or manifest.num_bytes,
+            mode="full",
+            num_bytes=manifest.num_bytes,
             seconds=time.perf_counter() - began,
-            pause_s=max((pause for _, pause, _ in done), default=0.0),
-            retries=sum(retries for _, _, retries in done),
+            pause_s=max((pause for pause, _ in done), default=0.0),
+            retries=sum(retries for _, retries in done),
         )
 
     async def prepare(self, replica: Replica) -> None:
@@ -95,7 +75,7 @@ class StagedWeights:
                 return
             for attempt in range(self._config.retries + 1):
                 try:
-                    await self._send(replica.worker, attempt, preparing=True)
+                    await self._send(replica.worker, preparing=True)
                     break
                 except SyncError as error:
                     _LOG.warning("weights for %s, try %d: %s", replica.worker.name, attempt + 1, error)
@@ -105,6 +85,10 @@ class StagedWeights:
                     if attempt == self._config.retries:
                         raise
             replica.got(self.staging.current.version)
+
+    def held(self) -> Mapping[str, Tensor]:
+        """See `RunEngine`."""
+        return {} if self.staging is None else self.staging.tensors()
 
     @property
     def why_not(self) -> str:
@@ -116,15 +100,15 @@ class StagedWeights:
         if self.staging is not None:
             self.staging.close()
 
-    async def _push(self, replica: Replica, life: int) -> tuple[int, float, int] | None:
-        """Bytes sent, seconds that its requests waited, retries; None if the replica was lost, or the version is damaged.
+    async def _push(self, replica: Replica, life: int) -> tuple[float, int] | None:
+        """Seconds that its requests waited, retries; None if the replica was lost, or the version is damaged.
 
         life: `Worker.restarts` when it was up.
         """
         for attempt in range(self._config.retries + 1):
             try:
                 # one that waits may have to be asked before the hub has noted that it is up
-                sent, pause = await self._send(replica.worker, attempt, preparing=replica.waits)
+                pause = await self._send(replica.worker, preparing=replica.waits)
             except SyncError as error:
                 _LOG.warning("weights for %s, try %d: %s", replica.worker.name, attempt + 1, error)
                 if await self._damaged():
@@ -139,7 +123,7 @@ class StagedWeights:
                 return None
             assert self.staging is not None and self.staging.current is not None
             replica.got(self.staging.current.version)
-            return sent, pause, attempt
+            return pause, attempt
         await replica.worker.lose(f"it did not take the weights in {self._config.retries + 1} tries")
         return None
 
@@ -148,46 +132,9 @@ class StagedWeights:
         assert self.staging is not None
         return bool(await asyncio.to_thread(self.staging.examine))
 
-    async def _send(self, worker: Worker, attempt: int, preparing: bool) -> tuple[int, float]:
-        """Bytes sent over the connection (0: shared memory), and seconds that requests waited. After a first attempt everything
-        is sent: what the changes are told against may be damaged, at either end."""
-        staging = self.staging
-        assert staging is not None and staging.current is not None
-        assert worker.hello is not None
-        manifest = staging.current.to_dict()
-
-        async def call(method: str, *arguments: object) -> Any:
-            # one that was lost meanwhile gets them when it is up again, and that waits until this has ended
-            return await worker.call(method, *arguments, deadline_s=LOAD_S, preparing=preparing, wait=False)
-
-        host, sent = worker.hello.host, 0
-        if host != socket.gethostname() or self._copy_always:
-            # once to a machine: its other engines load what the first one there has got
-            async with self._copying.setdefault(host, asyncio.Lock()):
-                copied = self.copies.get(host)
-                if attempt or copied is None or not copied.holds(staging.current.version):
-                    sent, own = await self._copy(staging, manifest, attempt, call)
-                    copied = self.copies[host] = Copied(worker, worker.restarts, staging.current.version, own)
-            manifest = copied.manifest
-        return sent, await call("load_staged", manifest)
-
-    async def _copy(
-        self, staging: Staging, manifest: dict[str, Any], attempt: int, call: Callable[..., Awaitable[Any]]
-    ) -> tuple[int, dict[str, Any]]:
-        """To another machine: bytes sent, and the manifest of what is there now."""
-        has = await call("copy_begin", manifest, self._config.mode)
-        base = None if attempt else staging.base(has)
-        await call("copy_base", base)
-        sent = 0
-        payloads = staging.payloads(base)
-        while (payload := await asyncio.to_thread(_next, payloads)) is not None:
-            try:
-                await call("copy_bucket", payload.index, payload.encoding, payload.data, payload.crc32)
-            except SyncError:  # damaged on the way: that bucket again, once
-                await call("copy_bucket", payload.index, payload.encoding, payload.data, payload.crc32)
-            sent += payload.data.nbytes
-        return sent, await call("copy_commit")
-
-
-def _next(payloads: Iterator[Payload]) -> Payload | None:
-    return next(payloads, None)
+    async def _send(self, worker: Worker, preparing: bool) -> float:
+        """Seconds that requests waited."""
+        assert self.staging is not None and self.staging.current is not None
+        # one that was lost meanwhile gets them when it is up again, and that waits until this has ended
+        manifest = self.staging.current.to_dict()
+        return await worker.call("load_staged", manifest, deadline_s=LOAD_S, preparing=preparing, wait=False)

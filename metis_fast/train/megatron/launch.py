@@ -1,7 +1,7 @@
-"""The run's side of the ranks: starts them or lets them join, calls their worker, and notices when one dies or hangs.
+"""The run's side of the ranks: has them started or lets them join, calls their worker, and notices when one dies or hangs.
 
-Whatever ends a call out of step kills all ranks: collective operations that some of them have left never end. A rank on
-another machine is killed by hanging up (`rank`). Needs torch, not megatron.
+Whatever ends a call out of step kills all ranks: collective operations that some of them have left never end. Needs neither
+torch nor megatron.
 """
 
 from __future__ import annotations
@@ -9,24 +9,20 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
-import socket
 import sys
 import time
 from collections.abc import Callable, Collection, Iterator
-from datetime import timedelta
 from multiprocessing.connection import wait
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-import torch.distributed as dist
-
 from metis_fast import __version__
 from metis_fast.config import MegatronConfig
 from metis_fast.errors import ConfigError, Interrupted, TrainerError
 from metis_fast.open_files import allow_files
-from metis_fast.train.megatron.door import Arrival, Door, listen
-from metis_fast.train.megatron.peer import Peer, names, place, start
+from metis_fast.train.megatron.door import Arrival, Door, Here, Launch
+from metis_fast.train.megatron.peer import Peer, names
 from metis_fast.train.megatron.wire import (
     KEY,
     Call,
@@ -36,14 +32,12 @@ from metis_fast.train.megatron.wire import (
     Welcome,
     pack,
 )
-from metis_fast.workers.launch import Launcher
 
 _POLL_S = 0.1
 _PING_S = 2.0
 # A live rank answers a ping in milliseconds; what may keep its thread from it is a long call that holds the interpreter lock.
 _SILENCE_S = 45.0
 _START_SILENCE_S = 300.0  # before it is ready: loading CUDA's libraries from a cold network disk is such a call
-_START_S = 50.0  # until a rank on this machine connects: a cold interpreter on a busy machine, with room
 _NEWS_S = 5.0  # between two lines that say who is missing
 _AGREE_S = 10.0  # after the first rank has left a call by an exception: the others do so at the same place, or hang
 _SETTLE_S = 1.0  # after a rank died of a broken collective operation: that of the rank which broke it follows
@@ -65,12 +59,12 @@ class Ranks:
         arguments: object,
         logs: Path,
         check: Callable[[], None] = _nothing,
-        launcher: Launcher | None = None,
+        launch: Launch | None = None,
     ) -> None:
         """Start the ranks, or wait for them to join, and build `Class(context, arguments)` on each.
 
-        worker: "module:Class". logs: folder for the output of ranks started here. check: called while waiting; what it raises
-        ends the ranks and goes on. launcher: places the ranks that `launch: local` has started here otherwise.
+        worker: "module:Class". logs: folder for their output. check: called while waiting; what it raises ends the ranks and
+        goes on. launch: None: on this machine.
 
         Raises:
             ConfigError: an address, key or rank number that cannot work.
@@ -78,26 +72,18 @@ class Ranks:
             MetisError: what a worker raised.
         """
         self._layout = layout
-        self._launcher = launcher if layout.launch == "local" else None
         self._ranks = [Peer(number) for number in range(layout.num_ranks)]
         self._number = 0
         self._pinged = 0.0
         self._ready = False
         self._open = self._in_step = True
-        # a rank takes a descriptor here and several in the store, one a process group
-        allow_files(1024 + 64 * layout.num_ranks)
+        allow_files(1024 + 8 * layout.num_ranks)
         try:
-            with listen(layout, self._launcher) as server, _store_socket(server) as store_socket:
-                host, port = store_socket.getsockname()
-                self._store = dist.TCPStore(  # pyright: ignore[reportPrivateImportUsage]
-                    host,
-                    port,
-                    is_master=True,
-                    wait_for_workers=False,
-                    master_listen_fd=store_socket.detach(),  # the store closes it
-                    timeout=timedelta(seconds=layout.timeout_s),
-                )
-                self._gather(server, Welcome(layout.num_ranks, worker, port, layout.timeout_s), logs, check)
+            launch = launch or Here(layout, logs)
+            try:
+                self._gather(launch, worker, logs, check)
+            finally:
+                launch.shut()
             for _ in self._run(Call("", (arguments,), streams=False), check, stoppable=False):
                 raise AssertionError("a worker's constructor yields nothing")
             self._ready = True
@@ -155,49 +141,47 @@ class Ranks:
 
     # -- joining --------------------------------------------------------------------------------------------------------
 
-    def _gather(self, server: socket.socket, welcome: Welcome, logs: Path, check: Callable[[], None]) -> None:
+    def _gather(self, launch: Launch, worker: str, logs: Path, check: Callable[[], None]) -> None:
         local = self._layout.launch == "local"
         key = secrets.token_hex(32) if local else os.environ.get(KEY, "")
         if not key:
             raise ConfigError(
                 f"{KEY} is not set; give the run and all its ranks the same secret, for example {KEY}=$(openssl rand -hex 16)"
             )
-        host, port = server.getsockname()
-        where = f"{socket.gethostname() if host == '0.0.0.0' else host}:{port}"
-        if local:
-            for number in range(len(self._ranks)):
-                if self._launcher is None:
-                    self._ranks[number] = start(number, len(self._ranks), where, key, logs)
-                else:
-                    self._ranks[number] = place(number, where, key, self._launcher)
-        door = Door(server, key)
-        here = local and self._launcher is None
-        limit_s = min(_START_S, self._layout.timeout_s) if here else self._layout.timeout_s
+        for number in range(len(self._ranks)):
+            self._ranks[number] = launch.start(number, key)
+        door, where = Door(launch, key), launch.where
+        welcome = Welcome(len(self._ranks), worker, launch.store, self._layout.timeout_s)
+        store: object = None
         started = time.monotonic()
         news = started if not local else started + _NEWS_S
         turned_away = ""
-        while missing := [i for i, rank in enumerate(self._ranks) if rank.channel is None]:
+        while (missing := [i for i, rank in enumerate(self._ranks) if rank.channel is None]) or store is None:
             check()
-            for _, message in self._read(server):
-                assert message.kind is Kind.FAILED, message.kind
-                raise message.value()
+            for _, message in self._read():
+                if message.kind is Kind.FAILED:
+                    raise message.value()
+                assert message.kind is Kind.STORE, message.kind
+                store = message.value()
             for number in missing:
                 self._look_at(number)
             for arrival in door.arrivals():
                 turned_away = self._admit(arrival, welcome) or turned_away
             now = time.monotonic()
-            if now > started + limit_s:
+            if missing and now > started + launch.start_s:
                 raise TrainerError(
-                    f"{names(missing)} did not join at {where} within {limit_s:g} s{turned_away}; "
+                    f"{names(missing)} did not join at {where} within {launch.start_s:g} s{turned_away}; "
                     + (f"see the logs in {logs}" if local else f"start each with: metis-fast rank --join {where} --rank N")
                 )
-            if now > news:
+            if missing and now > news:
                 news = now + _NEWS_S
                 print(
                     f"waiting for {names(missing)} of {len(self._ranks)} to join at {where}{turned_away}",
                     file=sys.stderr,
                     flush=True,
                 )
+        for number in range(len(self._ranks)):
+            self._send(number, Kind.STORE, 0, store)
 
     def _admit(self, arrival: Arrival, welcome: Welcome) -> str:
         """Let a rank in; returns what to tell about one that is not."""
@@ -319,11 +303,8 @@ class Ranks:
     def _silence_s(self) -> float:
         return min(_SILENCE_S, self._layout.timeout_s)
 
-    def _read(self, *others: socket.socket) -> list[tuple[int, Message]]:
-        """What ranks have sent, up to one message a rank, waiting a moment for it. Pings them from time to time.
-
-        others: what else ends the wait.
-        """
+    def _read(self) -> list[tuple[int, Message]]:
+        """What ranks have sent, up to one message a rank, waiting a moment for it. Pings them from time to time."""
         now = time.monotonic()
         joined = self._joined()
         if now > self._pinged + min(_PING_S, self._silence_s / 5):
@@ -333,7 +314,7 @@ class Ranks:
                     self._ranks[i].pinged = now
                     self._send(i, Kind.PING)
         messages = []
-        for descriptor in wait([*joined, *others], _POLL_S):
+        for descriptor in wait(list(joined), _POLL_S):
             if not isinstance(descriptor, int):
                 continue
             i = joined.pop(descriptor)
@@ -388,14 +369,10 @@ class Ranks:
         return [joined[descriptor] for descriptor in wait(joined, _POLL_S) if isinstance(descriptor, int)]
 
     def _kill(self) -> None:
-        """End all ranks and what they forked, now: those of this machine by signal, placed ones through their launcher, all by
+        """End all ranks and what they forked, now: those started here by signal, others through who has started them, all by
         hanging up."""
         self._open = False
         for rank in self._ranks:
             rank.kill()
         for rank in self._ranks:
             rank.bury()
-
-
-def _store_socket(server: socket.socket) -> socket.socket:
-    return socket.create_server((server.getsockname()[0], 0), backlog=512)

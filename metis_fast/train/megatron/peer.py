@@ -14,14 +14,14 @@ from pathlib import Path
 
 from metis_fast.machine import PARENT
 from metis_fast.train.megatron.wire import KEY, Channel, Died, Message
-from metis_fast.workers.launch import Job, Launcher, Process
+from metis_fast.workers.launch import Process
 
 _GONE_S = 5.0  # for killed ones
 
 
 @dataclass(slots=True)
 class Peer:
-    """process, log: None if it was not started here. placed: if a launcher has started it. channel: None until it has joined.
+    """process, log: None if it was not started here. placed: if Ray has started it. channel: None until it has joined.
     host: "" until then. pinged: when, if unanswered."""
 
     number: int
@@ -86,7 +86,7 @@ class Peer:
             self.channel = None
 
     def bury(self) -> None:
-        """End it through its launcher, if that has placed it, and wait until it is gone."""
+        """End it through Ray, if that has placed it, and wait until it is gone."""
         if self.placed is not None:
             self.placed.kill()
         if self.process is not None:
@@ -117,14 +117,6 @@ def start(number: int, num_ranks: int, where: str, key: str, logs: Path) -> Peer
             start_new_session=True,  # Ctrl-C in the terminal is for the run alone
         )
     return Peer(number, process, log)
-
-
-def place(number: int, where: str, key: str, launcher: Launcher) -> Peer:
-    """Have a launcher start it."""
-    command = ("-m", "metis_fast", "rank", "--join", where, "--rank", str(number))
-    # LOCAL_RANK 0: a launcher shows a rank its own GPU alone
-    job = Job(f"rank-{number}", "rank", command, {"LOCAL_RANK": "0", KEY: key}, gpus=1)
-    return Peer(number, placed=launcher.start(job))
 
 
 def names(numbers: Sequence[int]) -> str:

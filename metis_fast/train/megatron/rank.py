@@ -3,7 +3,7 @@
 It connects before it imports torch, so that the run knows at once who is there. A thread answers the run's pings and reads
 EOF when the run is gone, however it went: then the rank kills its whole process group, and with it every process that it
 forked (checkpoint writers). The group is its own (`_own_group`); a worker must not fork processes that leave it. When the rank
-itself is killed, the run kills the group on its own machine; on another one that is for Slurm or whatever started the rank.
+itself is killed, whoever has started it kills the group: the run, a keeper of Ray's, Slurm.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from metis_fast import __version__
 from metis_fast.errors import ConfigError, MetisError
 from metis_fast.machine import PARENT
+from metis_fast.open_files import allow_files
 from metis_fast.train.megatron.wire import (
     KEY,
     Call,
@@ -153,7 +154,7 @@ def run(address: str, number: int | None, wait_s: float) -> int:
     mailbox = _Mailbox(channel)
     mailbox.start()
     try:
-        _serve(number, host, answer.value(), bool(parent), channel, mailbox)
+        _serve(number, answer.value(), bool(parent), channel, mailbox)
     except BaseException as error:
         # The end of this process: whatever it was, the run hears of it, and no exit handler waits for other ranks.
         _die(error, channel, bool(parent))
@@ -206,9 +207,9 @@ def _connect(address: tuple[str, int], key: bytes, wait_s: float) -> Connection:
         time.sleep(_RETRY_S)
 
 
-def _serve(number: int, host: str, welcome: Welcome, started: bool, channel: Channel, mailbox: _Mailbox) -> None:
+def _serve(number: int, welcome: Welcome, started: bool, channel: Channel, mailbox: _Mailbox) -> None:
     try:
-        context = _join_group(number, host, welcome, started, mailbox.asked)
+        context = _join_group(number, welcome, started, channel, mailbox)
     except MetisError as error:
         channel.send(Kind.FAILED, 0, error)
         print(f"metis-fast: {error}", file=sys.stderr, flush=True)
@@ -226,7 +227,8 @@ def _serve(number: int, host: str, welcome: Welcome, started: bool, channel: Cha
     dist.destroy_process_group()
 
 
-def _join_group(number: int, host: str, welcome: Welcome, started: bool, asked: Callable[[], bool]) -> Context:
+def _join_group(number: int, welcome: Welcome, started: bool, channel: Channel, mailbox: _Mailbox) -> Context:
+    server = _open_store(welcome, channel) if number == 0 else None
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron's order of overlapped communication relies on it
     import torch
     import torch.distributed as dist
@@ -249,14 +251,30 @@ def _join_group(number: int, host: str, welcome: Welcome, started: bool, asked: 
         # Megatron's fused functions would each be compiled by inductor and g++, for 13 s in all
         os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     timeout = timedelta(seconds=welcome.timeout_s)
+    told = mailbox.calls.get()  # once all have joined
+    assert told.kind is Kind.STORE, told.kind
+    host, port = told.value()
     store = dist.TCPStore(  # pyright: ignore[reportPrivateImportUsage]
-        host, welcome.store_port, is_master=False, timeout=timeout
+        host,
+        port,
+        is_master=server is not None,
+        wait_for_workers=False,
+        master_listen_fd=None if server is None else server.detach(),  # the store closes it
+        timeout=timeout,
     )
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=number, world_size=welcome.num_ranks, timeout=timeout)
     control = dist.new_group(backend="gloo", timeout=timeout)
     assert isinstance(control, dist.ProcessGroup)
-    return Context(number, local, welcome.num_ranks, device, control, asked)
+    return Context(number, local, welcome.num_ranks, device, control, mailbox.asked)
+
+
+def _open_store(welcome: Welcome, channel: Channel) -> socket.socket:
+    """Where torch.distributed will meet, of rank 0; the run tells the others."""
+    allow_files(1024 + 64 * welcome.num_ranks)  # a rank takes several descriptors there, one a process group
+    server = socket.create_server((welcome.store, 0), backlog=512)
+    channel.send(Kind.STORE, 0, server.getsockname()[:2])
+    return server
 
 
 def _answer(message: Message, worker: Any, name: str, context: Context, channel: Channel, mailbox: _Mailbox) -> Any:
@@ -306,6 +324,6 @@ def _die(error: BaseException, channel: Channel, started: bool) -> NoReturn:
     try:
         channel.send(Kind.DIED, 0, Died(last, echo))
     finally:
-        if not started:  # the run cannot kill the group of a process on another machine
+        if not started:  # nobody that we know of kills the group
             os.killpg(0, signal.SIGKILL)
         os._exit(1)

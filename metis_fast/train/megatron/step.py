@@ -1,7 +1,8 @@
 """What one rank runs: passes through its stages, the optimizer's steps, weights in and out.
 
-Every rank is given the same scored groups and plans the same packs; a data-parallel replica runs its share of them by
-Megatron-core's schedule. Gradients are sums over the whole mini-batch, since the loss has its denominators in it.
+Every rank is told of the same groups and plans the same packs; a data-parallel replica reads the groups of its share of them,
+and runs that by Megatron-core's schedule. Gradients are sums over the whole mini-batch, since the loss has its denominators in
+it.
 
 Shape letters: N tokens of a pack, T tokens of its loss, B = 1, H hidden size, V rows of the LM head.
 """
@@ -9,7 +10,8 @@ Shape letters: N tokens of a pack, T tokens of its loss, B = 1, H hidden size, V
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
@@ -26,22 +28,38 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from torch import Tensor
 
 from metis_fast.checkpoint.safetensors_folder import FolderReader
+from metis_fast.cluster.weights import pack as pack_weights
 from metis_fast.errors import NonFiniteError
 from metis_fast.model_folder import hf_shapes, load_processor, may_have, read_config
 from metis_fast.pictures import ImagePreparer
+from metis_fast.summary import Outline
+from metis_fast.sync.manifest import Place
 from metis_fast.train.flops import FlopModel
-from metis_fast.train.megatron import cpu, groups, layout
+from metis_fast.train.megatron import cpu, groups, layout, shared
 from metis_fast.train.megatron import names as hf_names
 from metis_fast.train.megatron.checkpoint import Checkpoints
+from metis_fast.train.megatron.feed import GroupReader, PicturesAhead
 from metis_fast.train.megatron.optimizer import Optimizer
 from metis_fast.train.megatron.policy import MegatronPolicy, PassInput, megatron_config
 from metis_fast.train.megatron.rank import Aborted
 from metis_fast.train.megatron.task import StepResult, Task
-from metis_fast.train.minibatch import MiniBatch, Trained, denominators, names, pack_logprobs, pack_loss, plan, prunes
+from metis_fast.train.minibatch import (
+    MiniBatch,
+    Scored,
+    Trained,
+    denominators,
+    engine_gaps,
+    names,
+    pack_logprobs,
+    pack_loss,
+    plans,
+    prunes,
+    spread,
+)
 from metis_fast.train.optimizer import Schedule
-from metis_fast.train.pack import Family, Pack, Sample, balance, build, filler, split
-from metis_fast.train.savings import forward_flops
-from metis_fast.types import Rollout, Score, ScoredGroup
+from metis_fast.train.pack import UNSCORED, Family, Pack, Sample, build, filler, itself, split
+from metis_fast.train.savings import deal
+from metis_fast.types import Rollout
 from metis_kernels import Segments
 from metis_kernels._shard import VocabShard
 
@@ -60,7 +78,7 @@ class Context(Protocol):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Pass:
-    """A pack, and what of it goes through the model."""
+    """A pack, and what of it goes through the model; its images come when it runs."""
 
     pack: Pack
     given: PassInput
@@ -89,6 +107,9 @@ class Worker:
         frozen = config.model.freeze
         _, vision = layout.parts(self._hf)
         self._images: ImagePreparer | None = None
+        self._ahead = ThreadPoolExecutor(1, thread_name_prefix="ahead")  # of `PicturesAhead`
+        self._shared: shared.Shared | None = None  # made with the first weights that go out
+        self._fetched: dict[int, int] = {}
         self._merge = 1
         if vision is not None:
             self._merge = vision.spatial_merge_size
@@ -173,18 +194,25 @@ class Worker:
     def _last(self) -> bool:
         return self._place.stage == self._layout.pipeline_parallel - 1
 
-    def _passes(self, packs: Sequence[Sequence[Family]], every_row: bool = False) -> list[_Pass]:
+    def _passes(
+        self,
+        packs: Sequence[Sequence[Family]],
+        every_row: bool = False,
+        whole: Callable[[Outline], Rollout] = itself,
+    ) -> list[_Pass]:
         """This replica's share of the packs, by predicted cost; as many passes on every replica, the rest with nothing in
         them, and a multiple of the stages where chunks are interleaved."""
         if not packs:
             return []
-        shares = balance([forward_flops(pack, self._trained.flops) for pack in packs], self._layout.data_parallel)
+        shares = deal(packs, self._trained.flops, self._layout.data_parallel)
         share = shares[self._place.data]
         count = max(map(len, shares))
         if self._layout.virtual_pipeline > 1:
             count = -(-count // self._layout.pipeline_parallel) * self._layout.pipeline_parallel
         share_images = self._config.train.share_images
-        built = [build(packs[i], self._merge, share_images, every_row) for i in share]
+        built = [build(packs[i], self._merge, share_images, every_row, whole) for i in share]
+        if self._images is None:  # no stage but the first one has any use for them
+            built = [replace(pack, images=()) for pack in built]
         every = (*built, *(filler() for _ in range(count - len(built))))
         # Megatron's interleaved schedule, told of every pass's length as it comes, waits for ever: there they are made equal
         shortest = max(len(pack.tokens_N) for pack in every) if self._layout.virtual_pipeline > 1 else 0
@@ -200,12 +228,11 @@ class Worker:
         if extra:
             offsets = (*segments.offsets, segments.num_tokens + extra)
             segments = Segments(offsets, (*segments.prefix, -1))
-        images = () if self._images is None else tuple(self._images.pictures(pack.images))
         given = PassInput(
             torch.nn.functional.pad(pack.tokens_N, (0, extra)).to(device),
             torch.nn.functional.pad(pack.positions_3N, (0, extra)).to(device),
             segments,
-            images,
+            (),
             pack.image_order,
         )
         return _Pass(pack, given)
@@ -216,12 +243,19 @@ class Worker:
         if not passes:
             return []
 
+        pictures = None
+        if self._images is not None:
+            pictures = PicturesAhead(self._images, self._ahead, [one.pack.images for one in passes])
+
         def step(source: Iterator[tuple[int, _Pass]], model: DistributedDataParallel) -> tuple[Tensor, Any]:
             number, one = next(source)
             policy = cast(MegatronPolicy, model.module)
+            given = one.given
+            if pictures is not None and policy.pre_process:
+                given = replace(given, images=pictures.take(number))
             # overlapped reduction waits for a gradient of every parameter in the last pass
             complete = self._overlap and not forward_only and number == len(passes) - 1
-            hidden_NBH = model(one.given, complete)
+            hidden_NBH = model(given, complete)
 
             def finish(hidden_NBH: Tensor) -> tuple[Tensor, Tensor, Any]:
                 loss, result = then(one, hidden_NBH, policy)
@@ -269,36 +303,42 @@ class Worker:
 
     def logprobs(self, rollouts: Sequence[Rollout]) -> dict[int, np.ndarray]:
         """Of this replica's share of the rollouts, by their place; empty but on the first rank of the last stage."""
-        samples = [Sample(rollout, Score(None, rollout.outcome)) for rollout in rollouts]
+        return self._logprobs(rollouts, itself)
+
+    def gaps(self, groups: Sequence[Scored], files: Sequence[Mapping[int, str]]) -> dict[int, np.ndarray]:
+        """See `Trainer.gaps`, as `logprobs`. files: see `update`."""
+        fetched = GroupReader(groups, files[self._context.rank])
+        every = [rollout for group in groups for rollout in group.rollouts]
+        return {i: engine_gaps(fetched.rollout(every[i]), own) for i, own in self._logprobs(every, fetched.rollout).items()}
+
+    def _logprobs(self, rollouts: Sequence[Outline], whole: Callable[[Outline], Rollout]) -> dict[int, np.ndarray]:
+        samples = [Sample(rollout, UNSCORED) for rollout in rollouts]
         where = {id(sample): i for i, sample in enumerate(samples)}
         train = self._config.train
         packs = split(samples, train.tokens_per_micro_batch, train.share_prompt, train.share_packs)
-        passes = self._passes(packs)
+        passes = self._passes(packs, whole=whole)
         found = self._logprob_passes(passes)
-        own: dict[int, np.ndarray] = {}
-        if self._last and self._place.tensor == 0:
-            for one, (logp, _) in zip(passes, found, strict=True):
-                which = one.pack.sample_T.numpy()
-                for i, sample in enumerate(one.pack.samples):
-                    full = np.zeros(len(sample.rollout.tokens), np.float32)
-                    full[sample.rollout.sampled] = logp.numpy()[which == i]
-                    own[where[id(sample)]] = full
-        return own
+        if not self._last or self._place.tensor:
+            return {}
+        packed = zip(passes, found, strict=True)
+        return {where[id(s)]: own for one, (logp, _) in packed for s, own in spread(one.pack, logp, whole)}
 
     # -- HDPO ---------------------------------------------------------------------------------------------------------
 
-    def update(self, groups: Sequence[ScoredGroup]) -> list[StepResult]:
+    def update(self, groups: Sequence[Scored], files: Sequence[Mapping[int, str]] = ()) -> list[StepResult]:
         """See `Trainer.update`; an abort before the first optimizer step leaves weights and state as they were.
+
+        files: of every rank, where on its machine each group lies that it needs; none, if all rollouts are whole.
 
         Raises:
             DataError, NonFiniteError: as there, on every rank.
             Aborted: the run asked for it.
         """
-        size = self._config.train.prompts_per_mini_batch
-        batches = [
-            plan(groups[i : i + size], i == 0, self._config, self._prunes, self._trained) for i in range(0, len(groups), size)
-        ]
-        passes = [self._passes(batch.packs, batch.every_row) for batch in batches]
+        batches = plans(groups, self._config, self._prunes, self._trained)
+        fetched = GroupReader(groups, files[self._context.rank] if files else {})
+        passes = [self._passes(batch.packs, batch.every_row, fetched.rollout) for batch in batches]
+        self._fetched = fetched.num_bytes
+        del fetched  # packs have copies of what they need
         if self._config.loss.proximal == "engine":
             passes = [[_with(one, old_logp_T=one.pack.engine_logp_T) for one in own] for own in passes]
         for i, batch in enumerate(batches):
@@ -311,6 +351,10 @@ class Worker:
         if self._config.rollout.vllm.sleep and self._context.device.type == "cuda":
             torch.cuda.empty_cache()  # the engine wakes up on this GPU: what torch keeps for later would not be free
         return results
+
+    def fetched(self) -> dict[int, int]:
+        """Bytes of the groups that this rank has read for the last update, by their number."""
+        return self._fetched
 
     def steps_taken(self) -> int:
         """Optimizer steps."""
@@ -411,6 +455,14 @@ class Worker:
                 dist.all_gather(shards, value.contiguous(), group=tensor)
                 if self._place.tensor == 0 and self._place.data == 0:
                     yield from hf_names.whole(param, shards, self._hf).items()
+
+    def buckets(self, bucket_bytes: int) -> Iterator[tuple[str, tuple[Place, ...]]]:
+        """As `weights`, in files of shared memory, which whoever takes them removes: path and what is where in it."""
+        self._shared = self._shared or shared.Shared()
+        for number, bucket in enumerate(pack_weights(self.weights(), bucket_bytes)):
+            path = self._shared.path(f"bucket-{number}")
+            bucket.data.tofile(path)
+            yield str(path), bucket.places
 
     # -- checkpoints --------------------------------------------------------------------------------------------------
 

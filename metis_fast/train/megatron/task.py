@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from metis_fast.config import Config, OptimConfig
+from metis_fast.summary import RolloutSummary
+from metis_fast.types import Score
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,6 +18,14 @@ class Task:
     folder: Path
     optim: OptimConfig
     total_steps: int
+
+
+@dataclass(frozen=True, slots=True)
+class Outlined:
+    """A group as all ranks are told of it: enough to plan with."""
+
+    rollouts: tuple[RolloutSummary, ...]
+    scores: tuple[Score, ...]
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""What the run and its ranks say to each other, over one TCP connection a rank. Needs neither torch nor megatron to start.
+"""What the run and its ranks say to each other, over one stream a rank. Needs neither torch nor megatron to start.
 
 A message is its kind, the number of the call that it is about, and a pickled value or nothing; arrays and tensors follow the
 pickle as they lie in memory. Pickles are trusted: both ends have shown that they hold the run's key (`METIS_RANK_KEY`) before
@@ -33,7 +33,7 @@ _HEAD = struct.Struct("!BQQI")  # kind, number of the call, bytes of the pickle,
 
 
 class Kind(IntEnum):
-    """Of a message; the first seven are the run's."""
+    """Of a message; the first seven are the run's, and the last one both sides'."""
 
     WELCOME = 0  # Welcome
     REFUSED = 1  # why
@@ -49,6 +49,7 @@ class Kind(IntEnum):
     FAILED = 11  # the MetisError that it raised
     ABORTED = 12
     DIED = 13  # Died
+    STORE = 14  # host and port of torch's store: rank 0 opens it, and the run tells all
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,12 +88,12 @@ class Hello:
 class Welcome:
     """What a rank needs to become part of the group.
 
-    store_port: where torch.distributed meets, at the address at which the run listens. worker: "module:Class".
+    worker: "module:Class". store: address at which rank 0 opens torch's store.
     """
 
     num_ranks: int
     worker: str
-    store_port: int
+    store: str
     timeout_s: float
 
 
@@ -115,12 +116,8 @@ class Channel:
         self._sock = socket.socket(fileno=os.dup(connection.fileno()))
         connection.close()
         self._sending = threading.Lock()
-        self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        # the kernel notices a machine that is gone
-        self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 10)
-        self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 5)
-        self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 6)
+        if self._sock.family != socket.AF_UNIX:  # the run's end of a tunnel
+            self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._sock.settimeout(stall_s)
 
     def fileno(self) -> int:
@@ -134,7 +131,7 @@ class Channel:
             OSError: the other end is gone; TimeoutError: it does not read.
         """
         buffers: list[pickle.PickleBuffer] = []
-        body = memoryview(b"") if value is None else _dump(value, buffers.append)
+        body = b"" if value is None else _dump(value, buffers.append)
         parts = [buffer.raw() for buffer in buffers]
         head = _HEAD.pack(kind, number, len(body), len(parts)) + struct.pack(f"!{len(parts)}Q", *map(len, parts))
         with self._sending:
@@ -182,23 +179,27 @@ def unpack(data: bytearray) -> Any:
     return pickle.loads(data)
 
 
-def _dump(value: object, aside: Callable[[pickle.PickleBuffer], None] | None) -> memoryview:
-    """aside: takes the large buffers; None leaves them where they are."""
+def _dump(value: object, aside: Callable[[pickle.PickleBuffer], None] | None) -> bytes:
+    """aside: takes the large buffers; None leaves them where they are.
+
+    A `PickleBuffer` is never made of a memoryview here: in a reference cycle, such as that of an exception whose frames hold
+    them, collecting the two crashes Python before 3.12.7 (python/cpython#77894).
+    """
     file = io.BytesIO()
     pickler = pickle.Pickler(file, protocol=5, buffer_callback=aside)
     torch = sys.modules.get("torch")  # a rank says hello before it imports torch, and only pongs while it does
     if torch is not None:
-        # torch's own way through multiprocessing is shared memory, which does not reach another machine
+        # torch's own way through multiprocessing is shared memory, which does not go through a tunnel to another machine
         pickler.dispatch_table = {**copyreg.dispatch_table, torch.Tensor: _reduce_tensor}
     pickler.dump(value)
-    return file.getbuffer()
+    return file.getvalue()  # no copy
 
 
 def _reduce_tensor(tensor: torch.Tensor) -> tuple[Any, ...]:
     import torch
 
     flat = tensor.detach().cpu().contiguous().reshape(-1)
-    data = pickle.PickleBuffer(flat.view(torch.uint8).numpy().data)
+    data = pickle.PickleBuffer(flat.view(torch.uint8).numpy())  # pyright: ignore[reportArgumentType]
     return _rebuild_tensor, (data, tensor.dtype, tuple(tensor.shape))
 
 

@@ -1,0 +1,353 @@
+"""Nodes of other machines, as the run sees them: `NodeClient` over an actor on each (`player`).
+
+A thread a node starts its actor, hears its news, and when it dies or hangs starts another one in its place, wherever Ray finds
+room; it is used again once it has the current weights. Nothing of ours is on the network: calls, groups and weights are Ray's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, cast
+
+import ray
+from ray.exceptions import GetTimeoutError, RayError, RayTaskError
+
+from metis_fast.cluster.player import CONCURRENCY, Event, Method, Player, Setup
+from metis_fast.cluster.room import Room
+from metis_fast.config import Config, WorkersConfig
+from metis_fast.data.parquet import PromptFiles
+from metis_fast.data.row import BadRowError
+from metis_fast.errors import EngineError, MetisError, one_line
+from metis_fast.node.opening import share_of
+from metis_fast.node.protocol import Head, NodeLost, Weights
+from metis_fast.rollout.engine import SyncReport
+from metis_fast.rollout.layers import Layers
+from metis_fast.summary import Data, GroupSummary, Job, ScoredSummary
+from metis_fast.types import Group
+
+_LOG = logging.getLogger(__name__)
+_POLL_S = 1.0  # of a quiet node
+_NEWS_S = 15.0  # between two lines that say what is waited for
+_PAUSE_S, _LONGEST_PAUSE_S = 1.0, 30.0  # after a start that failed; twice as long after every further one
+_LEAVE_S = 10.0  # for a node to end its workers
+_FORWARDED = ("GLOO_", "NCCL_", "VLLM_", "HF_", "METIS_")
+
+
+class _Ended(Exception):
+    """The run ends."""
+
+
+class _Ticket:
+    """What a node was asked for. on: told of its events, on the loop of whoever asked."""
+
+    def __init__(self, on: Callable[[Event], None] | None = None) -> None:
+        self.future: Future[Any] = Future()
+        self._on, self._loop = on, asyncio.get_running_loop() if on is not None else None
+
+    def tell(self, event: Event) -> None:
+        """From any thread."""
+        if event.kind in ("finished", "failed"):
+            with contextlib.suppress(InvalidStateError):  # nobody waits for it any more
+                if event.kind == "finished":
+                    self.future.set_result(event.value)
+                else:
+                    self.future.set_exception(event.value)
+        elif self._on is not None and self._loop is not None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed
+                self._loop.call_soon_threadsafe(self._on, event)
+
+
+class RemoteNode:
+    """See `NodeClient`. Close it to end its actor."""
+
+    def __init__(self, setup: Setup, options: Mapping[str, Any], config: WorkersConfig, player: type[Player] = Player) -> None:
+        """options: of its actor, for Ray. player: what that is made of."""
+        self.number, self.room = setup.number, setup.room
+        self.num_replicas, self.gone = 1, ""
+        self._setup, self._options, self._config, self._player = setup, options, config, player
+        self._actor: Any = None
+        self._failed: MetisError | None = None  # what the very first start ended with: settings that cannot work
+        self._was_up = False
+        self._weights: Weights | None = None
+        self._kept: set[Any] = set()
+        self._tickets: dict[int, _Ticket] = {}
+        self._numbers = itertools.count()
+        self._lock = threading.Lock()
+        self._up, self._closed, self._awake = threading.Event(), threading.Event(), threading.Event()
+        self._awake.set()
+        self._thread = threading.Thread(target=self._keep, name=f"node-{setup.number}", daemon=True)
+        self._thread.start()
+
+    # -- for the run --------------------------------------------------------------------------------------------------
+
+    @property
+    def alive(self) -> bool:
+        """See `NodeClient`."""
+        return self._up.is_set()
+
+    def wait(self, check: Callable[[], None]) -> None:
+        """See `NodeClient`."""
+        while not self._up.wait(0.1):
+            check()
+            if self._failed is not None:
+                raise self._failed
+            if not self._thread.is_alive():
+                raise EngineError(f"node {self.number} cannot be started: {self.gone or 'the run ends'}")
+
+    def holds(self, group: GroupSummary) -> bool:
+        """See `NodeClient`."""
+        return group.key in self._kept
+
+    def look(self, data: Data, rows: Sequence[int]) -> Sequence[Head | BadRowError]:
+        """See `NodeClient`."""
+        return self._ask("look", data, list(rows)).future.result()
+
+    async def play(self, jobs: Sequence[Job], on_done: Callable[[int], object]) -> list[GroupSummary]:
+        """See `NodeClient`."""
+        return await self._answer("play", list(jobs), on=lambda event: event.kind == "done" and on_done(event.value))
+
+    async def play_one(self, job: Job, started: Callable[[], object]) -> GroupSummary:
+        """See `NodeClient`."""
+        return await self._answer("play_one", job, on=lambda event: event.kind == "started" and started())
+
+    async def probe(self, rows: Sequence[int]) -> list[GroupSummary]:
+        """See `NodeClient`."""
+        return await self._answer("probe", list(rows))
+
+    async def layer_outputs(self, order: int, group: GroupSummary) -> Layers | None:
+        """See `NodeClient`."""
+        return await self._answer("layer_outputs", order, group)
+
+    def fetch(self, groups: Sequence[GroupSummary]) -> list[Group]:
+        """See `NodeClient`."""
+        try:
+            return ray.get([cast(Any, group.key) for group in groups])
+        except RayError as error:
+            raise NodeLost(f"groups of node {self.number} are lost: {one_line(error)[:200]}") from None
+
+    def drop(self, groups: Sequence[GroupSummary]) -> None:
+        """See `NodeClient`."""
+        keys = [group.key for group in groups]
+        with self._lock:
+            self._kept.difference_update(keys)
+            if self._actor is not None:
+                self._actor.drop.remote(keys)
+
+    async def write(self, folder: str, name: str, scored: Sequence[ScoredSummary]) -> None:
+        """See `NodeClient`."""
+        await self._answer("write", folder, name, list(scored))
+
+    async def update(self, weights: Weights) -> SyncReport:
+        """See `NodeClient`. One that is being started gets them when it is up."""
+        refs = await asyncio.to_thread(weights.objects)
+        self._weights = weights
+        return await self._answer("update", refs, weights.version)
+
+    async def rest(self) -> None:
+        """See `NodeClient`. Nothing is started meanwhile."""
+        self._awake.clear()
+        await self._answer("rest")
+
+    async def resume(self) -> None:
+        """See `NodeClient`."""
+        self._awake.set()
+        await self._answer("resume")
+
+    def close(self) -> None:
+        """End it, and what it has started."""
+        self._closed.set()
+        self._lose("the run ends", leave_s=_LEAVE_S)
+        self._thread.join(_LEAVE_S)
+
+    def _ask(self, method: Method, *arguments: object, on: Callable[[Event], Any] | None = None) -> _Ticket:
+        ticket, number = _Ticket(on), next(self._numbers)
+        with self._lock:
+            if self._actor is None or not self._up.is_set():
+                raise NodeLost(f"node {self.number} is being started again")
+            self._tickets[number] = ticket
+            self._actor.submit.remote(number, method, arguments)
+        ticket.future.add_done_callback(lambda future: self._over(number, future.cancelled()))
+        return ticket
+
+    def _over(self, number: int, cancelled: bool) -> None:
+        with self._lock:
+            if self._tickets.pop(number, None) is not None and cancelled and self._actor is not None:
+                self._actor.cancel.remote(number)
+
+    async def _answer(self, method: Method, *arguments: object, on: Callable[[Event], Any] | None = None) -> Any:
+        return await asyncio.wrap_future(self._ask(method, *arguments, on=on).future)
+
+    # -- in its thread ------------------------------------------------------------------------------------------------
+
+    def _keep(self) -> None:
+        """Until the run ends."""
+        try:
+            self._keep_up()
+        finally:  # a defect of ours, if the run goes on: nobody may wait for it
+            if not self._closed.is_set():
+                self.gone = "its thread has ended, which the log explains"
+                self._lose(self.gone)
+
+    def _keep_up(self) -> None:
+        """Start it, hear it, and start it again."""
+        failures, down = 0, time.monotonic()
+        while not self._closed.is_set():
+            if not self._awake.wait(_POLL_S):
+                continue
+            try:
+                self._start()
+                failures = 0
+                self._listen()
+            except _Ended:
+                return
+            except (RayError, NodeLost, MetisError) as error:
+                if isinstance(error, MetisError) and not self._was_up:
+                    self._failed = error
+                    return
+                why = one_line(error)[:300]
+                down = time.monotonic() if self.alive else down
+                self._lose(why)
+                if time.monotonic() > down + self._config.wait_s:
+                    self.gone = why
+            failures += 1
+            self._closed.wait(min(_LONGEST_PAUSE_S, _PAUSE_S * 2.0 ** (failures - 1)))
+
+    def _start(self) -> None:
+        """An actor with a node in it, which has the current weights.
+
+        Raises:
+            _Ended, MetisError, NodeLost, RayError: it is not to be.
+        """
+        began = time.monotonic()
+        made: Any = ray.remote(concurrency_groups=CONCURRENCY, **self._options)  # pyright: ignore[reportCallIssue]
+        actor = made(self._player).remote()
+        self._actor = actor
+        self.num_replicas = self._result(actor.open.remote(self._setup), began)
+        weights = self._weights
+        if weights is not None:
+            self._tickets[number := next(self._numbers)] = ticket = _Ticket()
+            actor.submit.remote(number, "update", (weights.objects(), weights.version))
+            while not ticket.future.done():
+                self._hear(began, self._config.start_s)
+            ticket.future.result()
+        if self._weights is not weights:  # newer ones came meanwhile, and were not sent here
+            raise NodeLost(f"node {self.number} was started with weights that are no longer current")
+        _LOG.info("node %d is ready after %.1f s", self.number, time.monotonic() - began)
+        self._was_up = True
+        self.gone = ""
+        self._up.set()
+
+    def _result(self, ref: Any, began: float) -> Any:
+        """Of a call that may have to wait for room in the cluster."""
+        news = began
+        while not ray.wait([ref], timeout=0.2)[0]:
+            if self._closed.is_set():
+                raise _Ended
+            now = time.monotonic()
+            if now > news + _NEWS_S:
+                news = now
+                _LOG.info("waiting for node %d to start, %.0f s so far", self.number, now - began)
+            if now > began + self._config.start_s + self._config.wait_s:
+                raise NodeLost(f"node {self.number} did not start within {now - began:.0f} s")
+        return _get(ref)
+
+    def _listen(self) -> None:
+        while True:
+            self._hear(time.monotonic(), self._config.silence_s)
+
+    def _hear(self, began: float, limit_s: float) -> None:
+        """The next news, or none; waits for them no longer than that."""
+        if self._closed.is_set():
+            raise _Ended
+        try:
+            events = _get(self._actor.poll.remote(_POLL_S), max(_POLL_S, began + limit_s - time.monotonic()))
+        except GetTimeoutError:
+            raise NodeLost(f"it has not answered for {limit_s:g} s") from None
+        for event in events:
+            ticket = self._tickets.get(event.ticket)
+            if event.kind == "finished":
+                self._remember(event.value)
+            if ticket is not None:
+                ticket.tell(event)
+
+    def _remember(self, value: object) -> None:
+        groups = value if isinstance(value, list) else [value]
+        with self._lock:
+            self._kept.update(one.key for one in groups if isinstance(one, GroupSummary) and one.key is not None)
+
+    def _lose(self, why: str, leave_s: float = 0.0) -> None:
+        """Give the actor up, and all that was asked of it."""
+        with self._lock:
+            was_up, actor = self._up.is_set(), self._actor
+            self._up.clear()
+            self._actor = None
+            self._kept.clear()
+            tickets, self._tickets = list(self._tickets.values()), {}
+        if was_up and not self._closed.is_set():
+            _LOG.warning("node %d was lost: %s; starting it again", self.number, why)
+        for ticket in tickets:
+            ticket.tell(Event(0, "failed", NodeLost(f"node {self.number} was lost: {why}")))
+        if actor is not None:
+            with contextlib.suppress(RayError):
+                if leave_s:
+                    ray.wait([actor.close.remote()], timeout=leave_s)
+                ray.kill(actor)
+
+
+def _get(ref: Any, timeout_s: float | None = None) -> Any:
+    """What a call returned; raises what it raised, where that is ours.
+
+    Raises:
+        RayError: the actor is gone.
+    """
+    try:
+        return ray.get(ref, timeout=timeout_s)
+    except RayTaskError as error:
+        if isinstance(error.cause, MetisError):
+            raise error.cause from None
+        raise
+
+
+def open_nodes(
+    config: Config,
+    room: Room,
+    files: Mapping[Data, PromptFiles],
+    styles: Collection[str],
+    alone: bool,
+    stack: ExitStack,
+) -> list[RemoteNode]:
+    """A node in every bundle that is for one; they start in the background (`RemoteNode.wait`), and end with `stack`.
+
+    alone: see `Host`.
+    """
+    nodes: list[RemoteNode] = []
+    stack.callback(_close, nodes)
+    environment = {name: value for name, value in os.environ.items() if name.startswith(_FORWARDED)}
+    key = config.score.llm.api_key_env
+    if key in os.environ:
+        environment[key] = os.environ[key]
+    groups = 1 + -(-config.rollout.max_concurrent // (config.rollout.rollouts_per_prompt * config.workers.nodes))
+    for number, index in enumerate(room.of("node")):
+        bundle = room.bundles[index]
+        own = share_of(config, number)
+        # with ranks in its bundle the GPUs are theirs for Ray, and the engines' by turns
+        gpus = tuple(room.gpus(index)) if bundle.ranks else ()
+        setup = Setup(number, own, files, tuple(sorted(styles)), Path.cwd(), environment, alone, groups, gpus)
+        node = RemoteNode(setup, room.options(index), config.workers)
+        nodes.append(node)
+    return nodes
+
+
+def _close(nodes: Sequence[RemoteNode]) -> None:
+    with ThreadPoolExecutor(max(1, len(nodes))) as threads:  # each may take its time
+        list(threads.map(RemoteNode.close, nodes))

@@ -1,0 +1,145 @@
+"""Opens a node from its settings: its workers, judge, tools and engine, one choice for each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Coroutine, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+
+from metis_fast.config import Config
+from metis_fast.data.cursor import decode_all
+from metis_fast.data.parquet import PromptFiles
+from metis_fast.errors import ToolSetupError
+from metis_fast.machine import memory_bytes
+from metis_fast.model import Policy
+from metis_fast.model_folder import read_config
+from metis_fast.node.node import Keep, Node
+from metis_fast.rollout.chat import Chat
+from metis_fast.rollout.engine import RunEngine
+from metis_fast.rollout.native import NativeEngine, check_room
+from metis_fast.rollout.vllm.engine import VllmEngine
+from metis_fast.score.judge import StyleJudge, open_judge
+from metis_fast.score.remote import RemoteJudge, start_judge_workers
+from metis_fast.summary import Data
+from metis_fast.tools import open_toolbox
+from metis_fast.tools.protocol import Toolbox
+from metis_fast.tools.remote import RemoteToolbox, start_tool_workers
+from metis_fast.workers.hub import Hub
+from metis_fast.workers.launch import LocalLauncher
+from metis_fast.workers.worker import WorkerError, wait_ready
+
+
+@dataclass(frozen=True, slots=True)
+class Host:
+    """What a node runs on.
+
+    gpus: ids for its engines, as CUDA_VISIBLE_DEVICES takes them. device: of a native engine. alone: whether nothing else runs
+    on the model while it samples. check: called while something is waited for; what it raises goes on. run: runs a coroutine on
+    the loop on which the node will be used.
+    """
+
+    gpus: Sequence[str]
+    device: torch.device
+    alone: bool
+    check: Callable[[], None]
+    run: Callable[[Coroutine[Any, Any, None]], None]
+
+
+def share(total: int, nodes: int, i: int) -> int:
+    """Of so many engines, tools or judges, those of node i."""
+    return total // nodes + (i < total % nodes)
+
+
+def share_of(config: Config, number: int) -> Config:
+    """A node's settings: its share of engines, tools, judges and of what runs at once."""
+    nodes = config.workers.nodes
+
+    def own(total: int) -> int:
+        return share(total, nodes, number)
+
+    vllm = config.rollout.vllm.model_copy(update={"replicas": own(config.rollout.vllm.replicas)})
+    rollout = config.rollout.model_copy(update={"vllm": vllm, "max_concurrent": max(1, own(config.rollout.max_concurrent))})
+    workers = config.workers.model_copy(update={"tools": own(config.workers.tools), "judges": own(config.workers.judges)})
+    return config.model_copy(update={"rollout": rollout, "workers": workers})
+
+
+def needs_hub(config: Config) -> bool:
+    """Whether a node of these settings has workers."""
+    return config.rollout.engine == "vllm" or config.workers.tools > 0 or config.workers.judges > 0
+
+
+def _open_judge(config: Config, styles: Collection[str], hub: Hub | None) -> StyleJudge | RemoteJudge:
+    if config.workers.judges == 0:
+        return open_judge(config.score, styles)
+    assert hub is not None
+    return RemoteJudge(config.score, start_judge_workers(hub, config.score, styles, config.workers.judges))
+
+
+def _open_toolbox(config: Config, scratch: Path, hub: Hub | None, check: Callable[[], None]) -> Toolbox:
+    if config.workers.tools == 0:
+        return open_toolbox(config.tools, scratch)
+    assert hub is not None
+    workers = start_tool_workers(hub, config.tools, config.workers.tools, scratch)
+    try:
+        wait_ready(workers, check)
+    except WorkerError as error:
+        raise ToolSetupError(str(error)) from None
+    return RemoteToolbox(config.tools, workers)
+
+
+@contextmanager
+def open_node(
+    number: int,
+    config: Config,
+    files: Mapping[Data, PromptFiles],
+    styles: Collection[str],
+    host: Host,
+    policy: Callable[[], Policy],
+    keep: Keep,
+    logs: Path,
+    room: float,
+) -> Iterator[Node]:
+    """Open everything that a node needs, cheapest checks first, and close it in reverse order. Its engine may still be starting
+    (`Node.wait`).
+
+    config: the node's share of the run's (`share_of`). styles: of judges. policy: gives the model that the node samples with,
+    or whose tokens and shapes its engines have. logs: folder for the output of workers.
+
+    Raises:
+        ConfigError, DataError, ModelError, ToolSetupError, JudgeError: whatever cannot work is found here, before a rollout.
+    """
+    with ExitStack() as stack:
+        scratch = Path(stack.enter_context(TemporaryDirectory(prefix="metis-tools-")))
+        hub = None
+        if needs_hub(config):
+            launcher = LocalLauncher(logs, host.gpus)
+            stack.callback(launcher.close)
+            hub = stack.enter_context(Hub(config.workers, launcher))
+        judge = _open_judge(config, styles, hub)
+        stack.callback(judge.close)
+        toolbox = _open_toolbox(config, scratch, hub, host.check)
+        stack.callback(toolbox.close)
+        host.run(judge.check())
+        native = config.rollout.engine == "native"
+        if native:
+            cuda = host.device.type == "cuda"
+            memory = torch.cuda.get_device_properties(host.device).total_memory if cuda else memory_bytes()
+            check_room(
+                config.rollout, read_config(config.model.path), 4 if config.model.dtype == "float32" else 2, memory
+            )  # fmt: skip
+        sampler = policy()
+        if native:
+            engine: RunEngine = NativeEngine(sampler, config.rollout.deterministic and host.alone)
+        else:
+            assert hub is not None
+            engine = VllmEngine(config, sampler, hub)
+        stack.callback(engine.close)
+        chat = Chat(sampler.tokenizer, sampler.images, config.tools.call_syntax)
+        # a model that reads text only says so of the first image that it meets; none is a bad one for that
+        check = sampler.images.broken if sampler.reads_images else decode_all
+        yield Node(number, config, chat, engine, toolbox, judge, files, check, keep, room)
