@@ -12,6 +12,7 @@ from . import full_attention, group_advantage, hdpo_loss, linear_logprob, patchi
 from .candidate import BenchError, Op, Request
 from .compare import compare
 from .rollout import run as rollout
+from .scale import run as scale
 from .table import notes, to_json, to_text
 from .update_step import run as update_step
 
@@ -24,7 +25,7 @@ OPS: dict[str, Op] = {
     "patchify": patchify.OP,
 }
 
-WHOLE = {"update_step": update_step, "rollout": rollout}
+WHOLE = {"update_step": update_step, "rollout": rollout, "scale": scale}
 """What is no single op: modules with a SUMMARY, SHAPES by name, and a run of their own."""
 
 MIN_RUNS = 5
@@ -110,8 +111,10 @@ def run(args: argparse.Namespace) -> int:
         summaries = {name: op.summary for name, op in OPS.items()} | {name: other.SUMMARY for name, other in WHOLE.items()}
         print(json.dumps(summaries) if args.json else list_ops())
         return 0
-    if args.op != "rollout" and (args.image, args.crop, args.prompts) != (None, None, None):
+    if args.op not in ("rollout", "scale") and (args.image, args.crop, args.prompts) != (None, None, None):
         raise BenchError(f"--image, --crop, --prompts: {args.op} has no images; they are for rollout")
+    if args.op != "scale" and (args.nodes, args.steps) != (None, None):
+        raise BenchError(f"--nodes, --steps: {args.op} has none; they are for scale")
     if args.op in WHOLE:
         return WHOLE[args.op].run(args)
     if args.op not in OPS:

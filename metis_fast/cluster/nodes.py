@@ -22,7 +22,7 @@ from typing import Any, cast
 import ray
 from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 
-from metis_fast.cluster.player import CONCURRENCY, Event, Method, Player, Setup
+from metis_fast.cluster.player import CONCURRENCY, Asked, Event, Method, Player, Setup
 from metis_fast.cluster.room import Room
 from metis_fast.config import Config, WorkersConfig
 from metis_fast.data.parquet import PromptFiles
@@ -81,6 +81,7 @@ class RemoteNode:
         self._weights: Weights | None = None
         self._kept: set[Any] = set()
         self._tickets: dict[int, _Ticket] = {}
+        self._asked: list[Asked] = []  # and not sent yet
         self._numbers = itertools.count()
         self._lock = threading.Lock()
         self._up, self._closed, self._awake = threading.Event(), threading.Event(), threading.Event()
@@ -175,13 +176,26 @@ class RemoteNode:
             if self._actor is None or not self._up.is_set():
                 raise NodeLost(f"node {self.number} is being started again")
             self._tickets[number] = ticket
-            self._actor.submit.remote(number, method, arguments)
+            self._asked.append((number, method, arguments))
+            first = len(self._asked) == 1
+        if first:  # a call costs more than what is in it: what is asked for in one turn of the loop goes together
+            try:
+                asyncio.get_running_loop().call_soon(self._send)
+            except RuntimeError:  # a thread's
+                self._send()
         ticket.future.add_done_callback(lambda future: self._over(number, future.cancelled()))
         return ticket
+
+    def _send(self) -> None:
+        with self._lock:
+            asked, self._asked = self._asked, []
+            if asked and self._actor is not None:
+                self._actor.submit.remote(asked)
 
     def _over(self, number: int, cancelled: bool) -> None:
         with self._lock:
             if self._tickets.pop(number, None) is not None and cancelled and self._actor is not None:
+                self._asked = [one for one in self._asked if one[0] != number]
                 self._actor.cancel.remote(number)
 
     async def _answer(self, method: Method, *arguments: object, on: Callable[[Event], Any] | None = None) -> Any:
@@ -236,7 +250,7 @@ class RemoteNode:
         weights = self._weights
         if weights is not None:
             self._tickets[number := next(self._numbers)] = ticket = _Ticket()
-            actor.submit.remote(number, "update", (weights.objects(), weights.version))
+            actor.submit.remote([(number, "update", (weights.objects(), weights.version))])
             while not ticket.future.done():
                 self._hear(began, self._config.start_s)
             ticket.future.result()
@@ -293,6 +307,7 @@ class RemoteNode:
             self._actor = None
             self._kept.clear()
             tickets, self._tickets = list(self._tickets.values()), {}
+            self._asked = []
         if was_up and not self._closed.is_set():
             _LOG.warning("node %d was lost: %s; starting it again", self.number, why)
         for ticket in tickets:

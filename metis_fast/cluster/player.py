@@ -36,9 +36,14 @@ from metis_fast.summary import Data
 from metis_fast.types import Group
 from metis_fast.workers.launch import engine_gpus
 
-_TOGETHER_S = 0.02  # what happens within so long of each other is told at once
+_LOOK_S = 0.02  # between two looks for news
+_TOGETHER_S = 0.1  # what happens within so long of the first news is told with it: a message costs the run more than a rollout
 
 Method = Literal["play", "play_one", "probe", "layer_outputs", "write", "update", "rest", "resume", "look"]
+
+
+Asked = tuple[int, Method, tuple[Any, ...]]
+"""A ticket, and what to call."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,11 +153,12 @@ class Player:
         self._node = node
         return node.num_replicas
 
-    async def submit(self, ticket: int, method: Method, arguments: tuple[Any, ...]) -> None:
+    async def submit(self, asked: Sequence[Asked]) -> None:
         """Begin what `poll` tells the end of."""
-        task = asyncio.get_running_loop().create_task(self._run(ticket, method, arguments))
-        self._tasks[ticket] = task
-        task.add_done_callback(lambda _: self._tasks.pop(ticket, None))
+        for one in asked:
+            task = asyncio.get_running_loop().create_task(self._run(*one))
+            self._tasks[one[0]] = task
+            task.add_done_callback(lambda _, ticket=one[0]: self._tasks.pop(ticket, None))
 
     async def cancel(self, ticket: int) -> None:
         """Break it off; nothing more is told of it."""
@@ -213,6 +219,8 @@ class Player:
         """What has happened since the last call, in order; waits so long for something. On a loop of its own."""
         deadline = time.monotonic() + wait_s
         while not self._events and time.monotonic() < deadline:
+            await asyncio.sleep(_LOOK_S)
+        if self._events:
             await asyncio.sleep(_TOGETHER_S)
         return [self._events.popleft() for _ in range(len(self._events))]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -44,6 +45,8 @@ def train(config: Config, seconds_before: float = 0.0) -> Summary | None:
     """
     with Interrupts() as interrupts, open_parts(config, interrupts) as parts:
         first = parts.state.resume()
+        gc.collect()
+        gc.freeze()  # what is there by now stays: Ray has Python's collector look through everything again and again
         for step in range(first, config.train.steps + 1):
             with _saved_on_failure(parts, step):
                 clock = _Clock()

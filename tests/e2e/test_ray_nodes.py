@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -169,3 +170,35 @@ def test_nothing_is_left_of_a_run_that_was_killed(train: Callable[..., Job], tmp
     while _players() or job.processes():
         assert time.monotonic() < killed + 100
         time.sleep(0.1)
+
+
+_FULL = """
+import ray
+from metis_fast.cluster.player import ObjectStore
+from metis_fast.errors import EngineError
+from metis_fast.types import Ability, Group, ImageBlob, Message, Prompt
+
+# a disk that counts as full: Ray would put what has no room in memory there
+full = {"automatic_object_spilling_enabled": False, "local_fs_capacity_threshold": 0.001}
+small = {"num_cpus": 1, "object_store_memory": 80 << 20, "include_dashboard": False, "log_to_driver": False}
+ray.init("local", _system_config=full, **small)
+image = ImageBlob.of(bytes(30 << 20))
+group = Group(Prompt("p", "s", (Message("user", "<image>"),), (image,), Ability.MATH, (), "rule", ""), ())
+kept = []
+try:
+    for _ in range(5):
+        kept.append(ObjectStore().put(group))
+except EngineError as error:
+    print(len(kept), "kept, then:", error)
+"""
+
+
+def test_an_object_store_without_room_is_said_in_one_line(tmp_path: Path) -> None:
+    job = Job([sys.executable, "-c", _FULL], tmp_path / "job", HOME=str(tmp_path), RAY_ADDRESS="local")
+    try:
+        assert job.wait(left_s=120) == 0, job.err.read_text()
+        said = job.err.read_text().splitlines()[-1]
+        assert said.startswith("2 kept, then: this machine's Ray object store has no room for the groups that it plays (")
+        assert said.endswith("free the disk that it spills to, or lower rollout.prompts_per_step")
+    finally:
+        job.end()
