@@ -20,7 +20,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from metis_fast.errors import SyncError
+from metis_fast.errors import EngineError, SyncError, one_line
 from metis_fast.rollout.engine import SyncReport
 from metis_fast.sync.delta import Encoding, decode, encode
 from metis_fast.sync.manifest import ALIGN, Place
@@ -158,9 +158,7 @@ class Publication:
 
     def put(self, bucket: Bucket) -> None:
         """In any order. Its changes are looked for while others come."""
-        import ray
-
-        key = self.keys[bucket.places] = ray.put(bucket)
+        key = self.keys[bucket.places] = _put(bucket)
         if self._before is not None:
             self._changes.append(self._threads.submit(_put_changes, self._before.keys.get(bucket.places), key))
 
@@ -180,7 +178,20 @@ def _put_changes(old: Any, new: Any) -> Any:
     if old is None:  # the version before was cut into other buckets
         return new
     found = changes(ray.get(old), ray.get(new))
-    return new if found.encoding == "full" else ray.put(found)
+    return new if found.encoding == "full" else _put(found)
+
+
+def _put(value: Bucket | Changes) -> Any:
+    import ray
+    from ray.exceptions import ObjectStoreFullError, OutOfDiskError
+
+    try:
+        return ray.put(value)
+    except (ObjectStoreFullError, OutOfDiskError) as error:
+        raise EngineError(
+            f"Ray's object store has no room for a version of the weights ({one_line(error)[:200]}); start Ray with a larger "
+            "--object-store-memory on the trainer's machines, or free the disk that it spills to"
+        ) from None
 
 
 class Publisher:

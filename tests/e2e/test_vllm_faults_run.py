@@ -18,9 +18,9 @@ from metis_fast.config import Config, load
 from metis_fast.data.cursor import prompt_cursor
 from metis_fast.data.parquet import PromptFiles
 from metis_fast.model import Policy, load_policy
+from metis_fast.node import opening
 from metis_fast.rollout.store import read_rollouts
 from metis_fast.rollout.vllm.engine import VllmEngine
-from metis_fast.run import assembly
 from metis_fast.testing.faults import Fault, Faults, Script
 from metis_fast.types import Outcome
 from metis_fast.workers.hub import Hub
@@ -129,7 +129,7 @@ def _use_faulty() -> None:
         def __init__(self, config: Config, policy: Policy, hub: Hub) -> None:
             super().__init__(config, policy, hub, "metis_fast.testing.faults:FaultyVllm")
 
-    assembly.VllmEngine = FaultyEngines
+    opening.VllmEngine = FaultyEngines
 
 
 @pytest.mark.slow
