@@ -6,7 +6,10 @@ from __future__ import annotations
 import gc
 import pickle
 import socket
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +17,7 @@ import pytest
 from bench.__main__ import main
 from bench.candidate import BenchError
 from bench.scale.groups import LIGHT, REAL, Script, Work
-from bench.scale.process import Meter, arrays, found
+from bench.scale.process import Meter
 from bench.scale.run import request
 from metis_fast.cli import parse
 from metis_fast.config import Config
@@ -24,6 +27,7 @@ from metis_fast.train.megatron.task import Outlined
 from metis_fast.train.megatron.wire import pack
 from metis_fast.types import ImageBlob, Outcome
 
+ROOT = Path(__file__).parents[2]
 JOB = Job("train", 3, "train/0", 48)
 
 
@@ -74,14 +78,24 @@ def test_summaries_hold_no_array_and_no_image():
     assert not [one for one in held if isinstance(one, np.ndarray | ImageBlob) or (isinstance(one, bytes) and len(one) > 32)]
 
 
+SEEN = """
+from bench.scale.groups import LIGHT, Script
+from bench.scale.process import arrays, found
+from metis_fast.summary import Job
+
+known = arrays()
+assert found(known) == []
+group, _ = Script(LIGHT).group(Job("train", 0, "train/0", 0), 0)
+assert {"Group", "ImageBlob", "Rollout"} < set(found(known))
+kept = [group.rollouts[0].tokens.repeat(2)]
+del group
+assert found(known) == [f"an array of {kept[0].nbytes} bytes"]
+"""
+
+
 def test_what_of_a_group_is_in_a_process_is_seen():
-    known = arrays()
-    assert found(known) == []
-    group, _ = Script(LIGHT).group(JOB, 0)
-    assert {"Group", "ImageBlob", "Rollout"} < set(found(known))
-    kept = [group.rollouts[0].tokens.repeat(2)]
-    del group
-    assert found(known) == [f"an array of {kept[0].nbytes} bytes"]
+    ended = subprocess.run([sys.executable, "-c", SEEN], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
 
 
 def test_bytes_of_connections_are_counted_closed_ones_too():
