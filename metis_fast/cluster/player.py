@@ -131,6 +131,7 @@ class Player:
         handler = logging.FileHandler(logs / "node.log")
         handler.setFormatter(form)
         logging.getLogger("metis_fast").addHandler(handler)
+        logging.getLogger("metis_fast").setLevel(logging.INFO)
         host.prepare(config.run.threads)
         random.seed(config.run.seed)
         np.random.seed(config.run.seed % 2**32)

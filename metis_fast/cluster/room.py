@@ -69,17 +69,13 @@ def plan(config: Config, ranks: bool, on_gpus: bool) -> list[Bundle]:
     ranks: whether the trainer's ranks are to be placed.
 
     Raises:
-        ConfigError: engines cannot share GPUs with the trainer as asked for, or there are fewer engines than nodes.
+        ConfigError: engines cannot share GPUs with the trainer as asked for.
     """
     vllm, megatron, workers = config.rollout.vllm, config.train.megatron, config.workers
     engines = vllm.replicas if config.rollout.engine == "vllm" else 0
     each, nodes = vllm.tensor_parallel, workers.nodes
     num_ranks = megatron.num_ranks if ranks else 0
     shared = engines > 0 and vllm.sleep
-    if engines and nodes > engines:
-        raise ConfigError(
-            f"workers.nodes={nodes} need an engine each, but rollout.vllm.replicas={engines}; lower the one or raise the other"
-        )
     own = num_ranks // nodes if shared else 0
     if shared:
         _check_shared(config, num_ranks)
@@ -208,8 +204,8 @@ class Room:
             now = time.monotonic()
             if now > began + self._config.wait_s:
                 raise ConfigError(
-                    f"waited {self._config.wait_s:g} s for {what}: {_cluster()}; ask for less (train.megatron, rollout.vllm, "
-                    "workers), or wait longer (workers.wait_s)"
+                    f"waited {self._config.wait_s:g} s for {what}: {_cluster()}; ask for less (workers.nodes, "
+                    "rollout.vllm, train.megatron), add machines, or wait longer (workers.wait_s)"
                 )
             if now > news + NEWS_S:
                 news = now

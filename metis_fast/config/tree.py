@@ -83,6 +83,16 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _every_node_has_an_engine(self) -> Self:
+        nodes, engines = self.workers.nodes, self.rollout.vllm.replicas
+        if self.rollout.engine == "vllm" and nodes > engines:
+            raise ValueError(
+                f"workers.nodes={nodes} need an engine each, but rollout.vllm.replicas={engines}; lower the one or raise the "
+                "other"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _weights_reach_the_engines(self) -> Self:
         vllm, transport = self.rollout.vllm, self.sync.transport
         if vllm.sleep and transport == "nccl":

@@ -5,9 +5,9 @@ from __future__ import annotations
 import base64
 import io
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import zip_longest
 from pathlib import Path
 
 from metis_fast import pixels
@@ -141,6 +141,12 @@ def _parts_by_step(folder: Path) -> dict[int, list[Path]]:
     return found
 
 
+def _in_turn(parts: Sequence[Path]) -> Iterator[StoredRollout]:
+    """Rollouts of all parts, one of each after the other, so that every node is seen."""
+    for some in zip_longest(*map(read_rollouts, parts)):
+        yield from (stored for stored in some if stored is not None)
+
+
 def sample_conversations(folder: Path, last_step: int | None) -> list[Conversation]:
     """Rollouts of the first, the middle and the last stored step.
 
@@ -159,7 +165,7 @@ def sample_conversations(folder: Path, last_step: int | None) -> list[Conversati
     conversations = []
     for step in sorted({steps[0], steps[len(steps) // 2], steps[-1]}):
         found: dict[tuple[str, bool, bool] | None, dict[Ability, StoredRollout]] = {}
-        for stored in chain.from_iterable(map(read_rollouts, parts[step])):
+        for stored in _in_turn(parts[step]):
             verdict = stored.score.verdict
             kind = stored.kind or stored.ability.value
             key = None if verdict is None else (kind, not verdict.correct, stored.rollout.num_tool_calls > 0)

@@ -7,7 +7,7 @@ import gc
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from typing import TypeVar
 
 from metis_fast.config import Config
@@ -43,10 +43,9 @@ def train(config: Config, seconds_before: float = 0.0) -> Summary | None:
         NonFiniteError: NaN or Inf; the rollouts that caused it are in `failed/`, the last whole step is checkpointed.
         MetisError: anything that a user can mend.
     """
-    with Interrupts() as interrupts, open_parts(config, interrupts) as parts:
+    with Interrupts() as interrupts, open_parts(config, interrupts) as parts, ExitStack() as stack:
         first = parts.state.resume()
-        gc.collect()
-        gc.freeze()  # what is there by now stays: Ray has Python's collector look through everything again and again
+        stack.enter_context(_settled())
         for step in range(first, config.train.steps + 1):
             with _saved_on_failure(parts, step):
                 clock = _Clock()
@@ -73,6 +72,17 @@ def evaluate(config: Config) -> dict[str, Slice]:
     """Rates of `config.model.path` on the held-out prompts, by ability and kind. Nothing is trained or stored."""
     with Interrupts() as interrupts, open_parts(config, interrupts, training=False) as parts:
         return _evaluate(parts, "eval")
+
+
+@contextmanager
+def _settled() -> Iterator[None]:
+    """What is there by now stays: Ray has Python's collector look through everything again and again."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()  # else what is never collected complains when the process ends
 
 
 class _Clock:
@@ -122,11 +132,11 @@ def _next_batch(parts: Parts, step: int) -> Taken[GroupSummary]:
     rows = parts.interrupts.run(parts.cursor.begin(config.rollout.prompts_per_step))
     first = step * len(rows)
     jobs = [parts.job(Pending(first + i, row)) for i, (row, _) in enumerate(rows)]
-    groups = _play(parts, jobs, config.rollout.rollouts_per_prompt, f"train/{step}")
+    groups = _rollout(parts, jobs, config.rollout.rollouts_per_prompt, f"train/{step}")
     return Taken(groups, in_flight=0, carried=0, dropped=0)
 
 
-def _play(parts: Parts, jobs: Sequence[Job], repeats: int, what: str) -> list[GroupSummary]:
+def _rollout(parts: Parts, jobs: Sequence[Job], repeats: int, what: str) -> list[GroupSummary]:
     with progress(len(jobs) * repeats, what, parts.config.log, "rollout") as bar:
         return parts.interrupts.run(parts.fleet.play_all(jobs, bar.update))
 
@@ -194,7 +204,7 @@ def _evaluate(parts: Parts, stream: str) -> dict[str, Slice]:
     """
     repeats = parts.config.eval.rollouts_per_prompt
     jobs = [Job("heldout", row, stream, i * repeats) for i, row in enumerate(parts.heldout())]
-    return slices(_score(parts, _play(parts, jobs, repeats, stream)))
+    return slices(_score(parts, _rollout(parts, jobs, repeats, stream)))
 
 
 def _gate_if_due(parts: Parts, step: int, first: int) -> None:

@@ -95,9 +95,8 @@ def test_engines_that_cannot_sit_on_the_ranks_gpus_are_refused(
 
 
 def test_more_nodes_than_engines_are_refused() -> None:
-    config = settings(rollout=vllm(2, 1), workers={"nodes": 3})
     with pytest.raises(ConfigError, match=r"workers\.nodes=3 need an engine each, but rollout\.vllm\.replicas=2"):
-        room.plan(config, False, True)
+        settings(rollout={"engine": "vllm", "vllm": {"replicas": 2}}, workers={"nodes": 3})
 
 
 def test_an_address_without_a_cluster_is_told() -> None:

@@ -305,7 +305,7 @@ def _share(message: Message, context: Context) -> Call:
     import torch
     import torch.distributed as dist
 
-    data = message.value() or bytearray()
+    data = bytearray(message.value() or b"")  # torch wants memory that it could write to
     size = torch.tensor([len(data)])
     dist.broadcast(size, group=context.control, group_src=0)
     data = data or bytearray(int(size))
