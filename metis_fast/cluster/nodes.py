@@ -151,7 +151,8 @@ class RemoteNode:
     async def update(self, weights: Weights) -> SyncReport:
         """See `NodeClient`. One that is being started gets them when it is up."""
         refs = await asyncio.to_thread(weights.objects)
-        self._weights = weights
+        with self._lock:  # whoever becomes ready from here on has them, or starts anew
+            self._weights = weights
         return await self._answer("update", refs, weights.version)
 
     async def rest(self) -> None:
@@ -167,7 +168,8 @@ class RemoteNode:
     def close(self) -> None:
         """End it, and what it has started."""
         self._closed.set()
-        self._lose("the run ends", leave_s=_LEAVE_S)
+        self.gone = "the run ends"  # for a thread that waits for it to come back
+        self._lose(self.gone, leave_s=_LEAVE_S)
         self._thread.join(_LEAVE_S)
 
     def _ask(self, method: Method, *arguments: object, on: Callable[[Event], Any] | None = None) -> _Ticket:
@@ -254,12 +256,12 @@ class RemoteNode:
             while not ticket.future.done():
                 self._hear(began, self._config.start_s)
             ticket.future.result()
-        if self._weights is not weights:  # newer ones came meanwhile, and were not sent here
-            raise NodeLost(f"node {self.number} was started with weights that are no longer current")
+        with self._lock:
+            if self._weights is not weights:  # newer ones came meanwhile, and were not sent here
+                raise NodeLost(f"node {self.number} was started with weights that are no longer current")
+            self._was_up, self.gone = True, ""
+            self._up.set()
         _LOG.info("node %d is ready after %.1f s", self.number, time.monotonic() - began)
-        self._was_up = True
-        self.gone = ""
-        self._up.set()
 
     def _result(self, ref: Any, began: float) -> Any:
         """Of a call that may have to wait for room in the cluster."""
@@ -281,10 +283,11 @@ class RemoteNode:
 
     def _hear(self, began: float, limit_s: float) -> None:
         """The next news, or none; waits for them no longer than that."""
-        if self._closed.is_set():
+        actor = self._actor
+        if self._closed.is_set() or actor is None:
             raise _Ended
         try:
-            events = _get(self._actor.poll.remote(_POLL_S), max(_POLL_S, began + limit_s - time.monotonic()))
+            events = _get(actor.poll.remote(_POLL_S), max(_POLL_S, began + limit_s - time.monotonic()))
         except GetTimeoutError:
             raise NodeLost(f"it has not answered for {limit_s:g} s") from None
         for event in events:

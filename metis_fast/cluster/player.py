@@ -131,7 +131,9 @@ class Player:
         handler = logging.FileHandler(logs / "node.log")
         handler.setFormatter(form)
         logging.getLogger("metis_fast").addHandler(handler)
-        logging.getLogger("metis_fast").setLevel(logging.INFO)
+        log = logging.getLogger("metis_fast")
+        log.setLevel(logging.INFO)
+        log.info("node %d opens on %s", setup.number, os.uname().nodename)
         host.prepare(config.run.threads)
         random.seed(config.run.seed)
         np.random.seed(config.run.seed % 2**32)
@@ -151,6 +153,7 @@ class Player:
             )
         )  # fmt: skip
         node.wait(lambda: None)
+        log.info("node %d is open: %d engines, %s", setup.number, node.num_replicas, ", ".join(node.toolbox.names))
         self._node = node
         return node.num_replicas
 
