@@ -22,7 +22,7 @@ import ray
 from ray.cluster_utils import Cluster
 
 from metis_fast import config as config_module
-from metis_fast.cluster.nodes import RemoteNode
+from metis_fast.cluster.nodes import RemoteNode, together_s
 from metis_fast.cluster.ranks import RankKeepers
 from metis_fast.cluster.room import Room
 from metis_fast.config import Config
@@ -303,7 +303,9 @@ def measure(asked: Asked, folder: Path) -> Found:
         stack.callback(room.close)
         nodes = []
         for number, index in enumerate(room.of("node")):
-            setup = ScriptedSetup(number, config, {}, (), Path.cwd(), {}, False, 1 + _AT_ONCE, work=asked.work)
+            setup = ScriptedSetup(
+                number, config, {}, (), Path.cwd(), {}, False, 1 + _AT_ONCE, (), together_s(asked.nodes), work=asked.work
+            )
             nodes.append(RemoteNode(setup, room.options(index), config.workers, ScriptedPlayer))
             stack.callback(nodes[-1].close)
         keepers = RankKeepers(room, folder, config.train.megatron.timeout_s)

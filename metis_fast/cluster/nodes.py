@@ -37,6 +37,7 @@ from metis_fast.types import Group
 
 _LOG = logging.getLogger(__name__)
 _POLL_S = 1.0  # of a quiet node
+_TOGETHER_S, _MOST_TOGETHER_S = 0.05, 0.5
 _NEWS_S = 15.0  # between two lines that say what is waited for
 _PAUSE_S, _LONGEST_PAUSE_S = 1.0, 30.0  # after a start that failed; twice as long after every further one
 _LEAVE_S = 10.0  # for a node to end its workers
@@ -336,6 +337,11 @@ def _get(ref: Any, timeout_s: float | None = None) -> Any:
         raise
 
 
+def together_s(nodes: int) -> float:
+    """See `Setup`: as many messages reach the run, however many nodes send them."""
+    return min(_MOST_TOGETHER_S, _TOGETHER_S * nodes)
+
+
 def open_nodes(
     config: Config,
     room: Room,
@@ -360,7 +366,18 @@ def open_nodes(
         own = share_of(config, number)
         # with ranks in its bundle the GPUs are theirs for Ray, and the engines' by turns
         gpus = tuple(room.gpus(index)) if bundle.ranks else ()
-        setup = Setup(number, own, files, tuple(sorted(styles)), Path.cwd(), environment, alone, groups, gpus)
+        setup = Setup(
+            number,
+            own,
+            files,
+            tuple(sorted(styles)),
+            Path.cwd(),
+            environment,
+            alone,
+            groups,
+            gpus,
+            together_s(config.workers.nodes),
+        )
         node = RemoteNode(setup, room.options(index), config.workers)
         nodes.append(node)
     return nodes

@@ -37,7 +37,6 @@ from metis_fast.types import Group
 from metis_fast.workers.launch import engine_gpus
 
 _LOOK_S = 0.02  # between two looks for news
-_TOGETHER_S = 0.1  # what happens within so long of the first news is told with it: a message costs the run more than a rollout
 
 Method = Literal["play", "play_one", "probe", "layer_outputs", "write", "update", "rest", "resume", "look"]
 
@@ -50,7 +49,8 @@ Asked = tuple[int, Method, tuple[Any, ...]]
 class Setup:
     """What a node is opened with. number: of the node. config: its share of the run's. folder: the run's working folder, in
     which relative paths mean something. environment: of the run, as far as it matters. alone: see `Host`. room: groups that it
-    is given at once. gpus: of its engines, where they are somebody else's for Ray."""
+    is given at once. gpus: of its engines, where they are somebody else's for Ray. together_s: what
+    happens within so long of the first news is told with it, since a message costs the run more than a rollout."""
 
     number: int
     config: Config
@@ -61,6 +61,7 @@ class Setup:
     alone: bool
     room: float
     gpus: Sequence[str] = ()
+    together_s: float = 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +100,7 @@ class Player:
 
     def __init__(self) -> None:
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._together_s = 0.0
         self._opened = ExitStack()
         self._node: Node | None = None
         self._version: int | None = None  # of the weights that its engine was given last, whole
@@ -111,7 +113,7 @@ class Player:
         Raises:
             MetisError: see `open_node`.
         """
-        self._loop = asyncio.get_running_loop()
+        self._loop, self._together_s = asyncio.get_running_loop(), setup.together_s
         os.environ.update(setup.environment)
         try:
             os.chdir(setup.folder)
@@ -225,7 +227,7 @@ class Player:
         while not self._events and time.monotonic() < deadline:
             await asyncio.sleep(_LOOK_S)
         if self._events:
-            await asyncio.sleep(_TOGETHER_S)
+            await asyncio.sleep(self._together_s)
         return [self._events.popleft() for _ in range(len(self._events))]
 
     async def close(self) -> None:
