@@ -37,7 +37,7 @@ from metis_fast.types import Group
 
 _LOG = logging.getLogger(__name__)
 _POLL_S = 1.0  # of a quiet node
-_TOGETHER_S, _MOST_TOGETHER_S = 0.05, 0.5
+_TOGETHER_S, _TOGETHER_MORE_S, _MOST_TOGETHER_S = 0.1, 0.025, 0.5
 _NEWS_S = 15.0  # between two lines that say what is waited for
 _PAUSE_S, _LONGEST_PAUSE_S = 1.0, 30.0  # after a start that failed; twice as long after every further one
 _LEAVE_S = 10.0  # for a node to end its workers
@@ -338,8 +338,8 @@ def _get(ref: Any, timeout_s: float | None = None) -> Any:
 
 
 def together_s(nodes: int) -> float:
-    """See `Setup`: as many messages reach the run, however many nodes send them."""
-    return min(_MOST_TOGETHER_S, _TOGETHER_S * nodes)
+    """See `Setup`: nearly as many messages reach the run, however many nodes send them."""
+    return min(_MOST_TOGETHER_S, _TOGETHER_S + _TOGETHER_MORE_S * nodes)
 
 
 def open_nodes(

@@ -469,4 +469,3 @@ def test_a_worker_whose_run_is_gone_while_it_loads_ends_at_once(tmp_path: Path, 
     assert not list(tmp_path.glob("metis-*"))  # its temporary files
     assert "worker probe: connection lost" in (tmp_path / "probe.log").read_text()
     launcher.close()
-
