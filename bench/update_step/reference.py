@@ -21,7 +21,7 @@ from metis_fast.config import Config
 from metis_fast.model import Policy
 from metis_fast.train.flops import FlopModel
 from metis_fast.train.optimizer import Optimizer, trainable
-from metis_fast.train.pack import Sample
+from metis_fast.train.pack import Sample, itself
 from metis_fast.types import Rollout, ScoredGroup
 
 
@@ -47,9 +47,9 @@ class ReferenceTrainer:
         with torch.no_grad():
             for micro in (micro for batch in batches for micro in self._micro_batches(batch)):
                 for sample in micro:
-                    logp, _ = self._logp(sample.rollout, entropy=True)
+                    logp, _ = self._logp(itself(sample.rollout), entropy=True)
                     old[id(sample)] = logp
-                    self._count(sample.rollout, passes=1)
+                    self._count(itself(sample.rollout), passes=1)
         for batch in batches:
             self.optimizer.start()
             n_acc = sum(sample.rollout.num_sampled for sample in batch)
@@ -58,14 +58,14 @@ class ReferenceTrainer:
                 self._loss(micro, old, n_acc, n_tool).backward()
                 self.optimizer.accumulate()
                 for sample in micro:
-                    self._count(sample.rollout, passes=3)
+                    self._count(itself(sample.rollout), passes=3)
             self.optimizer.step()
 
     def _micro_batches(self, samples: Sequence[Sample]) -> Iterator[list[Sample]]:
         micro: list[Sample] = []
         used = 0
         for sample in samples:
-            size = len(sample.rollout.tokens)
+            size = sample.rollout.num_tokens
             if micro and used + size > self._config.train.tokens_per_micro_batch:
                 yield micro
                 micro, used = [], 0
@@ -96,7 +96,7 @@ class ReferenceTrainer:
         config = self._config.loss
         loss_acc = loss_tool = torch.zeros(())
         for sample in micro:
-            logp_R, _ = self._logp(sample.rollout, entropy=False)
+            logp_R, _ = self._logp(itself(sample.rollout), entropy=False)
             log_ratio_R = (logp_R - old[id(sample)]).clamp(-20, 20)
             loss_acc = loss_acc + self._surrogate(log_ratio_R, sample.score.adv_acc).sum()
             if sample.score.in_tool_denominator:

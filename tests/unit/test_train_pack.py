@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from metis_fast.config import Config
 from metis_fast.errors import DataError
 from metis_fast.model import rope_positions
-from metis_fast.train.pack import Family, Sample, _first_fit, balance, build, cut, families, split
+from metis_fast.train.pack import Family, Sample, _first_fit, balance, build, cut, families, itself, split
 from metis_fast.types import ImageBlob, ImageSpan, Outcome, Rollout, Score, Verdict
 
 PICTURES = [ImageBlob.of(bytes([i])) for i in range(4)]
@@ -77,7 +77,7 @@ def test_every_token_of_the_loss_is_predicted_from_exactly_what_came_before_it(s
         pack.select_T, pack.targets_T, pack.sample_T, pack.sampled_T, pack.engine_logp_T, strict=True
     ):
         one = pack.samples[int(which)]
-        rollout = one.rollout
+        rollout = itself(one.rollout)
         tokens, positions = visible(pack, int(row))
         at = len(tokens)
         np.testing.assert_array_equal(tokens, rollout.tokens[:at])
@@ -204,7 +204,7 @@ def test_a_rank_gets_few_long_packs_or_many_short_ones():
 )
 def test_a_rollout_that_contradicts_itself_cannot_be_made(change, message):
     with pytest.raises(ValueError, match=rf"^rollout p#0: .*{message}"):
-        replace(GROUP[0].rollout, **change)
+        replace(itself(GROUP[0].rollout), **change)
 
 
 @pytest.mark.parametrize(
@@ -221,7 +221,7 @@ def test_a_rollout_that_contradicts_itself_cannot_be_made(change, message):
 @pytest.mark.parametrize("share", [True, False])
 def test_an_image_that_does_not_fit_its_tokens_is_named(span, message, share):
     none = {"sampled": np.zeros(11, bool), "logp": np.zeros(11, np.float32), "weight_version": np.full(11, -1, np.int32)}
-    rollout = replace(GROUP[1].rollout, image_spans=(span,), **none)
+    rollout = replace(itself(GROUP[1].rollout), image_spans=(span,), **none)
     (packed,) = split([GROUP[0], replace(GROUP[1], rollout=rollout)], 1000, share)
     with pytest.raises(DataError, match=rf"^rollout p#1: the image at tokens {message}"):
         build(packed, MERGE)
@@ -230,7 +230,7 @@ def test_an_image_that_does_not_fit_its_tokens_is_named(span, message, share):
 @pytest.mark.parametrize("prompt", [8, 19, 20, 40])
 def test_a_prompt_longer_than_the_budget_is_named_with_its_rollout(prompt):
     group = [sample(index=i, prompt=prompt, response=20 - min(prompt, 19)) for i in range(3)]
-    with pytest.raises(DataError, match=rf"^rollout p#0 has {len(group[0].rollout.tokens)} tokens, more than the 19 of a pack"):
+    with pytest.raises(DataError, match=rf"^rollout p#0 has {group[0].rollout.num_tokens} tokens, more than the 19 of a pack"):
         split(group, 19)
 
 

@@ -26,7 +26,7 @@ def run(every, kept, share_prompt=True, share_images=True, passes=PASSES, head=N
 
 def cost_alone(one, forwards):
     """Of a rollout alone, written out."""
-    size = len(one.rollout.tokens)
+    size = one.rollout.num_tokens
     pairs = sum(i + 1 for i in range(size))
     tower = sum(FLOPS.image(span.grid) for span in one.rollout.image_spans)
     return (3 + forwards) * (1000 * size + 8 * pairs + 300 * size + tower)
@@ -46,13 +46,13 @@ def test_with_every_saving_off_the_plain_step_runs():
     tokens, flops, avoided = run(every, every, False, False, replace(PASSES, owed=1))
     assert avoided == Savings()
     assert flops == pytest.approx(sum(cost_alone(one, 1) for one in every))
-    assert tokens == 2 * sum(len(one.rollout.tokens) for one in every)
+    assert tokens == 2 * sum(one.rollout.num_tokens for one in every)
 
 
 def test_each_saving_is_counted_for_what_it_leaves_out():
     every = [*GROUP, *OTHER]
     _, _, avoided = run(every, every[1:], head=(9, 0))
-    assert avoided.old_logprobs.tokens == sum(len(one.rollout.tokens) for one in every)
+    assert avoided.old_logprobs.tokens == sum(one.rollout.num_tokens for one in every)
     assert (avoided.rollouts.tokens, avoided.rollouts.flops) == (17, cost_alone(every[0], 0))
     assert avoided.prompts.tokens == 8 + 6
     # once the prompts are shared: picture 0 in the one prompt and in the other, picture 1 in one response
