@@ -13,6 +13,7 @@ import asyncio
 import io
 import math
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -34,6 +35,7 @@ from metis_kernels.patchify.api import FLOATS
 DEFAULT_CACHE_BYTES = 2 << 30
 """Of a preparer: 200 images of 2048 x 1536."""
 _STRIPES = 64
+_ROWS = 64
 _MOST_THREADS = 16  # each may hold a decoded photo
 
 
@@ -222,7 +224,7 @@ class ImagePreparer:
         size = (grid[2] * processor.patch_size, grid[1] * processor.patch_size)
         if rgb.size != size:
             rgb = rgb.resize(size, Image.Resampling(processor.resample))
-        return Picture(torch.from_numpy(np.array(rgb)), grid)
+        return Picture(torch.from_numpy(_array(rgb)), grid)
 
     # -- patches ------------------------------------------------------------------------------------------------------
 
@@ -248,3 +250,14 @@ class ImagePreparer:
         """One image in float32 on the CPU, as transformers' processor gives it. Raises ImageError as `picture` does."""
         picture = self.picture(image)
         return Patches(self.patches([picture], torch.device("cpu"), torch.float32), picture.grid)
+
+
+def _array(rgb: Image.Image) -> np.ndarray:
+    """[height, width, 3] uint8, some rows at a time: Pillow copies under the interpreter's lock, for 9 ms where an image has
+    3840 x 2160 pixels. In between other threads get it, and the event loop is among them."""
+    out = np.empty((rgb.height, rgb.width, 3), np.uint8)
+    for top in range(0, rgb.height, _ROWS):
+        bottom = min(top + _ROWS, rgb.height)
+        out[top:bottom] = np.asarray(rgb.crop((0, top, rgb.width, bottom)))
+        time.sleep(0)
+    return out

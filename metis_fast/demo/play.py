@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import tempfile
 from contextlib import ExitStack
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from metis_fast.config import Config
 from metis_fast.data.cursor import prompt_cursor
 from metis_fast.data.parquet import PromptFiles
 from metis_fast.demo.policy import ScriptedEngine, ScriptStyle
 from metis_fast.model_folder import check_model_folder, load_processor, load_tokenizer
+from metis_fast.own_folder import OwnFolder
 from metis_fast.pictures import ImagePreparer
 from metis_fast.report.progress import progress
 from metis_fast.rollout.chat import Chat
@@ -34,8 +35,10 @@ def play(config: Config, prompts: Path, style: ScriptStyle, out: Path) -> int:
     chat, files = Chat(tokenizer, images), PromptFiles([prompts])
     cursor = prompt_cursor(files, config.run.seed, shuffle=False, check=images.broken)
     store, rollout = RolloutStore(out), config.rollout.model_copy(update={"deterministic": False})
-    with Interrupts() as interrupts, TemporaryDirectory(prefix="metis-tools-") as scratch, ExitStack() as stack:
-        toolbox = open_toolbox(config.tools, Path(scratch))
+    with Interrupts() as interrupts, ExitStack() as stack:
+        scratch = OwnFolder(Path(tempfile.gettempdir()), "metis-tools-")
+        stack.callback(scratch.close)
+        toolbox = open_toolbox(config.tools, scratch.path)
         stack.callback(toolbox.close)
         bar = stack.enter_context(progress(len(files), f"playing {prompts.stem}", config.log, "trajectory"))
         for start in range(0, len(files), _PART):

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Collection, Coroutine, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from metis_fast.machine import memory_bytes
 from metis_fast.model import Policy
 from metis_fast.model_folder import read_config
 from metis_fast.node.node import Keep, Node
+from metis_fast.own_folder import OwnFolder
 from metis_fast.rollout.chat import Chat
 from metis_fast.rollout.engine import RunEngine
 from metis_fast.rollout.native import NativeEngine, check_room
@@ -114,7 +115,8 @@ def open_node(
         ConfigError, DataError, ModelError, ToolSetupError, JudgeError: whatever cannot work is found here, before a rollout.
     """
     with ExitStack() as stack:
-        scratch = Path(stack.enter_context(TemporaryDirectory(prefix="metis-tools-")))
+        scratch = OwnFolder(Path(tempfile.gettempdir()), "metis-tools-")
+        stack.callback(scratch.close)
         hub = None
         if needs_hub(config):
             launcher = LocalLauncher(logs, host.gpus)
@@ -122,7 +124,7 @@ def open_node(
             hub = stack.enter_context(Hub(config.workers, launcher))
         judge = _open_judge(config, styles, hub)
         stack.callback(judge.close)
-        toolbox = _open_toolbox(config, scratch, hub, host.check)
+        toolbox = _open_toolbox(config, scratch.path, hub, host.check)
         stack.callback(toolbox.close)
         host.run(judge.check())
         native = config.rollout.engine == "native"

@@ -13,9 +13,10 @@ from metis_fast.errors import ConfigError
 from metis_fast.plan.candidates import Candidate, candidates
 from metis_fast.plan.duration import Setting, engine_tokens
 from metis_fast.plan.gpus import GIB, GPUS, NODE
-from metis_fast.plan.host import Host, HostOptions, host
+from metis_fast.plan.host import Host, host
 from metis_fast.plan.host import to_json as host_json
 from metis_fast.plan.host import to_lines as host_lines
+from metis_fast.plan.host_load import HostOptions
 from metis_fast.plan.shape import Shape, read_model_config
 from metis_fast.plan.workload import Workload
 from metis_fast.train.flops import FlopModel
@@ -147,7 +148,7 @@ def to_text(setting: Setting, gpu: str, found: Sequence[Candidate], around: Host
         [
             _assumed(setting, gpu),
             "",
-            f"{fitting} of {len(found)} layouts fit. {_advice(setting.config, found)}",
+            " ".join(filter(None, (f"{fitting} of {len(found)} layouts fit.", _advice(setting.config, found)))),
             "",
             f"PREDICTED memory of the worst rank, GiB of {setting.gpu.memory / GIB:.1f} (* the config's layout)",
             head,

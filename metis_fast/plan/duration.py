@@ -28,6 +28,13 @@ _GATHER = 0.7e9  # ranks to a run of their machine: 0.56 to 0.85 ("Megatron-core
 _STAGE = 2.0e9  # copied into shared memory and checked: 2.2 to 2.7 for the copy on a busy machine once warm, 3.5 for CRC-32
 _LOAD = 4.6e9  # an engine: 17.5 GB in 3.8 s on an H100 (docs/rollouts.md)
 
+# Of changes (sync.mode=delta) where a tenth of the elements changed, which is assumed (docs/rollouts.md):
+DELTA_SHARE = 0.15
+"""Of the bytes: 40 of 268 MB."""
+ENCODE, DECODE = 0.3e9, 0.7e9
+"""Bytes of the weights that one thread finds changes in, or makes of them again, in a second; 0.3 and 0.7 to 0.8 were measured."""
+_ENCODERS, _DECODERS = 8, 4  # threads at each end, at most
+
 
 @dataclass(frozen=True, slots=True)
 class StepSeconds:
@@ -197,14 +204,17 @@ def _optimizer(setting: Setting, layout: MegatronConfig) -> float:
 
 def _weight_sync(setting: Setting) -> float:
     """Every engine is given the whole model in bfloat16: between GPUs, or staged in its machine's memory, which each machine
-    gets once, whatever their number: Ray passes objects on from those that have them."""
+    gets once, whatever their number: Ray passes objects on from those that have them. With `sync.mode=delta` machines pull
+    changes, found where weights are published and made into weights where they arrive."""
     size, spread, sync = 2 * setting.shape.num_parameters, setting.num_gpus > NODE, setting.config.sync
     if sync.transport != "staged":
         return size / ((setting.gpu.network if spread else setting.gpu.nvlink) * setting.reached.link)
     away = spread or (setting.engine_share == 0 and not setting.asleep)  # engines with machines of their own
     with_ray = setting.config.workers.launcher == "ray"
-    arrives = _OBJECTS if away else _STAGE if with_ray else _GATHER
-    return size / arrives + size / _STAGE + size / _LOAD
+    arrives = size / (_OBJECTS if away else _STAGE if with_ray else _GATHER)
+    if sync.mode == "delta" and (away or with_ray):
+        arrives = (arrives * DELTA_SHARE if away else arrives) + size / (_ENCODERS * ENCODE) + size / (_DECODERS * DECODE)
+    return arrives + size / _STAGE + size / _LOAD
 
 
 def engine_tokens(setting: Setting) -> float:

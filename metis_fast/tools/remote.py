@@ -9,13 +9,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from metis_fast.config import ToolsConfig
 from metis_fast.errors import InfrastructureError, ToolSetupError
+from metis_fast.own_folder import OwnFolder
 from metis_fast.tools.toolbox import LocalSession, LocalToolbox
 from metis_fast.types import ImageBlob, Observation, ToolName
 from metis_fast.workers.hub import Hub
@@ -42,8 +43,9 @@ class ToolService:
     def __init__(self, config: ToolsConfig, scratch: Path | None = None) -> None:
         self._sessions: dict[int, LocalSession] = {}
         with ExitStack() as stack:
-            folder = stack.enter_context(TemporaryDirectory(prefix="metis-tools-", dir=scratch))
-            self._toolbox = LocalToolbox.open(config, Path(folder))
+            folder = OwnFolder(scratch or Path(tempfile.gettempdir()), "metis-tools-")
+            stack.callback(folder.close)
+            self._toolbox = LocalToolbox.open(config, folder.path)
             stack.callback(self._toolbox.close)
             self._opened = stack.pop_all()
 

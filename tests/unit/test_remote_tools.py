@@ -39,8 +39,7 @@ def workers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Worker]]:
         workers = start_tool_workers(hub, CONFIG, 2, folder, FRAGILE)
         wait_ready(workers, lambda: None)
         yield workers
-    left = list(folder.glob("metis-tools-*"))  # of those that were killed; a run removes them in the end
-    assert len(left) == sum(worker.restarts for worker in workers)
+    assert not list(folder.glob("metis-tools-*"))  # those of killed ones went when they were started again
 
 
 @pytest.fixture

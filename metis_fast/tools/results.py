@@ -1,0 +1,71 @@
+"""What a tool call gives, before anybody puts it into words: `rollout.protocols` says how the agent reads it.
+
+They travel between processes; `metis_fast.types` apart, nothing is needed to read them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from metis_fast.types import ImageBlob
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """One result of a search, as its source has it. rank: its place there, from 1. link, snippet: may be empty."""
+
+    rank: int
+    title: str
+    link: str
+    snippet: str
+
+
+@dataclass(frozen=True, slots=True)
+class TextSearchResult:
+    """Of `text_search`, best first. query: as it was searched for."""
+
+    query: str
+    pages: tuple[Page, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SeenPage:
+    """One result of an image search. image: what is shown of it; None where its source has none."""
+
+    title: str
+    link: str
+    image: ImageBlob | None
+
+
+@dataclass(frozen=True, slots=True)
+class ImageSearchResult:
+    """Of `image_search`, best first."""
+
+    pages: tuple[SeenPage, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class PythonResult:
+    """Of one `python` call.
+
+    parts: what was printed, to stdout and stderr in the order of printing, and numbers of images where they were shown.
+    stdout, stderr: each by itself. images: PNG or JPEG. ok: the code ended without an error of its own. note: what the agent
+    has to know of the session ("timed out", "earlier variables are gone"), or empty.
+    """
+
+    parts: tuple[str | int, ...]
+    stdout: str
+    stderr: str
+    images: tuple[ImageBlob, ...]
+    ok: bool
+    note: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """A call that could not be made as the agent wrote it: an unknown tool, wrong arguments. text: what is wrong."""
+
+    text: str
+
+
+ToolResult = TextSearchResult | ImageSearchResult | PythonResult | Refused
