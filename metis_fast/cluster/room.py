@@ -226,6 +226,34 @@ class Room:
             ray.shutdown()
 
 
+def survey(config: WorkersConfig) -> list[Mapping[str, float]] | None:
+    """Resources of every machine of the cluster that a run would join; None where it would start one.
+
+    Raises:
+        ConfigError: `workers.ray_address` names one that does not answer.
+    """
+    if config.ray_address == "local":
+        return None
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    try:
+        ray.init(config.ray_address, log_to_driver=False, logging_level=logging.ERROR)
+    except (ConnectionError, RayError, ValueError, RuntimeError) as error:
+        if config.ray_address == "auto" and "RAY_ADDRESS" not in os.environ:
+            return None
+        raise _unreachable(config, error) from None
+    try:
+        return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    finally:
+        ray.shutdown()
+
+
+def _unreachable(config: WorkersConfig, error: Exception) -> ConfigError:
+    return ConfigError(
+        f"no Ray cluster at workers.ray_address={config.ray_address}: {one_line(error)[-300:]}; see that it runs and that "
+        "this machine is one of its nodes, or set workers.ray_address=local"
+    )
+
+
 def _join(config: WorkersConfig, slots: int) -> None:
     """slots: CPU slots that a cluster which is started here must have; they are no more than a number."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -239,10 +267,7 @@ def _join(config: WorkersConfig, slots: int) -> None:
         except ValueError:  # a cluster that runs already has as many as it has
             ray.init(address, **options)
     except (ConnectionError, RayError, ValueError, RuntimeError) as error:
-        raise ConfigError(
-            f"no Ray cluster at workers.ray_address={config.ray_address}: {one_line(error)[-300:]}; see that it runs and that "
-            "this machine is one of its nodes, or set workers.ray_address=local"
-        ) from None
+        raise _unreachable(config, error) from None
     finally:
         for number, handler in handlers.items():  # Ray's own would end the run without a checkpoint
             signal.signal(number, handler)

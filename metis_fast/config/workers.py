@@ -18,9 +18,9 @@ class WorkersConfig(Section):
     """Nodes that play rollouts; each has its share of engines, tools and judges. With Ray one a machine; without, they are all
     in the run's process, which is for rehearsals."""
     tools: NonNegative = 0
-    """Processes that run the tools; 0: the run itself does."""
+    """Processes that run the tools; 0: the nodes themselves do."""
     judges: NonNegative = 0
-    """Processes that judge; 0: the run itself does."""
+    """Processes that judge; 0: the nodes themselves do."""
     silence_s: PositiveFloat = 20.0
     """A worker that does not answer for so long is killed and started again."""
     start_s: PositiveFloat = 600.0

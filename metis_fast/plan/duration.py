@@ -32,7 +32,7 @@ _LOAD = 4.6e9  # an engine: 17.5 GB in 3.8 s on an H100 (docs/rollouts.md)
 DELTA_SHARE = 0.15
 """Of the bytes: 40 of 268 MB."""
 ENCODE, DECODE = 0.3e9, 0.7e9
-"""Bytes of the weights that one thread finds changes in, or makes of them again, in a second; 0.3 and 0.7 to 0.8 were measured."""
+"""Bytes of the weights a second that one thread finds changes in, or makes of them again; there 0.3 and 0.7 on busy cores."""
 _ENCODERS, _DECODERS = 8, 4  # threads at each end, at most
 
 

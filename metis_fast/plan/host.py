@@ -1,104 +1,40 @@
 """What the machines around the GPUs need in a step: CPU seconds and memory, part by part. All of it is predicted:
 docs/plan.md has the formulas.
 
-Machines are of three kinds: the first, on which the run itself is; the others; those of engines with GPUs of their own.
+Nodes play, judge and keep groups, each its share, on their machines. The run, on the first machine, knows summaries alone.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 
-from metis_fast.config import MegatronConfig
 from metis_fast.data.parquet import CACHE_BYTES
-from metis_fast.errors import ConfigError
 from metis_fast.plan.candidates import Candidate
 from metis_fast.plan.duration import Setting
 from metis_fast.plan.gpus import GIB, NODE
+from metis_fast.plan.host_load import ASSUMED, HostCosts, HostOptions, Load, Role, load, roles
 from metis_fast.plan.memory import ELEMENT
-from metis_fast.plan.workload import mini_batch
 from metis_fast.rollout.schedule import Rules
-from metis_fast.train.megatron.layout import place
-from metis_fast.types import ToolName
 
 _VERSIONS = 2
 """Of the weights, in shared memory and in Ray's: the one that is loaded, and the one before or after it."""
-
-
-@dataclass(frozen=True, slots=True)
-class HostCosts:
-    """CPU milliseconds, GB/s of a core and bytes. Measured ones are from bench/NOTES.md and docs/; the others are
-    assumptions, named in `ASSUMED`."""
-
-    decode_ms: float = 32.7  # a megapixel: a PNG of 2048 x 1536 takes 103 ms, a JPEG a third ("Images")
-    resize_ms: float = 1.6  # a megapixel: 5.0 ms for 2048 x 1536 ("What images cost in a step")
-    patch_ms: float = 0.088  # an image token in an engine: 294 ms for 3072 in transformers' processor, less decoding
-    crop_ms: float = 16.8  # an 800 x 600 PNG decoded and resized ("What images cost in a step")
-    crop_engine_ms: float = 44.0  # the same through transformers' processor
-    crop_made_ms: float = 20.0  # cut out and encoded, in the sandbox
-    message_ms: float = 0.64  # of the event loop ("The rollout loop")
-    rollout_ms: float = 0.57  # of the event loop: its prompt with an image ("What images cost in a step")
-    session_ms: float = 12.0  # a sandbox begun and ended (docs/tools.md)
-    python_ms: float = 100.0  # a call: what the code itself computes
-    search_ms: float = 5.0  # a call of text_search or image_search
-    judge_ms: float = 15.0  # a rollout; one comparison of math-verify takes 1 to 50
-    gather_gbs: float = 0.7  # ranks to run, both ends: 0.56 to 0.85 ("Megatron-core 0.16.1 without Transformer Engine")
-    put_gbs: float = 2.0  # ranks to Ray's store of their machine, by way of a file in its memory: two copies
-    pull_gbs: float = 1.0  # Ray's objects between machines, at each end: 0.8 to 1.0 between two Ray nodes over loopback
-    stage_gbs: float = 2.0  # copied into shared memory and checked: 3.5 for CRC-32, 5 for the copy
-    load_gbs: float = 2.2  # an engine: checksums 3.5; 3.0 s for 17.5 GB for the rest (docs/rollouts.md)
-    encode_gbs: float = 0.3  # changes found and checked, where a tenth of the elements changed: 0.31 on a busy machine
-    decode_gbs: float = 0.7  # and made into weights again, likewise
-    delta_share: float = 0.15  # of the bytes, where a tenth of the elements changed (docs/rollouts.md)
-    driving: float = 1.0  # cores that a rank or an engine keeps busy for its GPU
-    encoded_bytes: float = 1.33  # a pixel: a PNG of 2048 x 1536 has 4.0 MiB, a JPEG a seventh
-    crop_bytes: float = 640e3  # an 800 x 600 PNG at the same bytes a pixel
-    token_bytes: float = 24.0  # of a rollout: its arrays have 13, the rest is text
-    process_bytes: float = 4.0 * GIB  # a rank, an engine or the run, before it holds anything
-
-
-ASSUMED = (
-    "crop_made_ms", "python_ms", "search_ms", "judge_ms", "put_gbs", "stage_gbs", "delta_share", "driving", "token_bytes",
-    "process_bytes",
-)  # fmt: skip
-"""Costs that nothing measured stands behind."""
-
-
-@dataclass(frozen=True, slots=True)
-class HostOptions:
-    """cores, memory_gb: of a machine, GiB. image_megapixels: of an image in the data. calls: of tools, a rollout."""
-
-    cores: float = 96
-    memory_gb: float = 1024
-    image_megapixels: float = 3.1
-    calls: float = 1
-
-    def check(self, max_turns: int) -> None:
-        """Raises ConfigError for a number out of its range."""
-        for option, number, low, high in (
-            ("--cores", self.cores, 1, 4096),
-            ("--memory-gb", self.memory_gb, 1, 1 << 20),
-            ("--image-megapixels", self.image_megapixels, 0.001, 1000),
-        ):
-            if not low <= number <= high:
-                raise ConfigError(f"{option}: expected a number from {low} to {high}, got {number}; change it")
-        if not 0 <= self.calls <= max_turns - 1:
-            raise ConfigError(
-                f"--calls: expected 0 to {max_turns - 1}, one less than rollout.max_turns={max_turns}, got {self.calls}; "
-                "change one of the two"
-            )
+_AHEAD_BYTES = 1 << 30  # of a node: images of prompts that it has looked at and not played (`metis_fast.node.node`)
+_STORE_SHARE, _STORE_BYTES = 0.3, 200e9  # of a machine's memory, that Ray's store has unless it is told otherwise, and at most
 
 
 @dataclass(frozen=True, slots=True)
 class HostSeconds:
-    """CPU seconds of a machine in a step. episodes are of one thread. sending: weights from ranks to the run, or through Ray's
-    store to every machine with engines; staging: all else of them. driving: processes that wait for their GPU without
-    sleeping."""
+    """CPU seconds of a machine in a step. episodes are of one thread a node. run: what summaries of all rollouts cost it.
+    sending: weights from ranks to the run, or through Ray's store to every machine with engines; staging: all else of them.
+    driving: processes that wait for their GPU without sleeping."""
 
     images: float
     episodes: float
     tools: float
     judging: float
+    run: float
     staging: float
     sending: float
     driving: float
@@ -111,14 +47,19 @@ class HostSeconds:
 
 @dataclass(frozen=True, slots=True)
 class HostMemory:
-    """Bytes of a machine. groups: kept by the run until they are trained; rank_groups: those of a step, which every rank
-    is given. pictures: decoded, of the run and the first stage. engine_images: encoded, and as patches. weights: versions
-    in shared memory, and as Ray's objects. data: decoded rows. processes: before they hold anything."""
+    """Bytes of a machine. groups: kept by nodes in the run's process until they are trained; store: Ray's, with the groups of
+    other nodes, and weights. rank_groups: those that ranks are given of a step. summaries: what the run knows of all groups.
+    pictures: decoded, of nodes and the first stage. engine_images: encoded, and as patches. models: copies on the CPU that run
+    and nodes take tokens and shapes from. weights: versions in shared memory. data: decoded rows, and images of prompts that
+    are not played yet. processes: before they hold anything."""
 
     groups: float
+    store: float
     rank_groups: float
+    summaries: float
     pictures: float
     engine_images: float
+    models: float
     weights: float
     data: float
     processes: float
@@ -131,10 +72,11 @@ class HostMemory:
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """What `count` machines of a kind need each, the worst of them. cores: on average over a step."""
+    """What `count` machines of a kind need each, the worst of them. nodes: on it. cores: on average over a step."""
 
     name: str
     count: int
+    nodes: int
     seconds: HostSeconds
     cores: float
     memory: HostMemory
@@ -152,36 +94,6 @@ class Host:
     warnings: tuple[str, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class _Role:
-    """What stands on a machine. runs: the run itself. ranks, first_stage, engines: numbers of processes."""
-
-    name: str
-    count: int
-    runs: bool
-    ranks: int
-    first_stage: int
-    engines: int
-
-
-@dataclass(frozen=True, slots=True)
-class _Load:
-    """Of one step, in all. images: of prompts. crops: images that calls return.
-
-    rank_images, rank_crops: that one rank of the first stage prepares. hosts: machines with engines. machines: of every kind.
-    """
-
-    rollouts: int
-    images: int
-    python_calls: float
-    searches: float
-    crops: float
-    rank_images: float
-    rank_crops: float
-    hosts: int
-    machines: int
-
-
 def host(setting: Setting, one: Candidate, options: HostOptions, costs: HostCosts | None = None) -> Host:
     """Of a layout's machines.
 
@@ -190,63 +102,20 @@ def host(setting: Setting, one: Candidate, options: HostOptions, costs: HostCost
     """
     options.check(setting.config.rollout.max_turns)
     costs = costs or HostCosts()
-    roles = _roles(setting, one.layout)
-    load = _load(setting, one.layout, options, roles)
+    places = roles(setting, one.layout)
+    work = load(setting, one.layout, options.calls, places)
     step_s = one.seconds.total
     machines: list[Machine] = []
-    for role in roles:
-        seconds = _seconds(setting, load, options, costs, role, step_s)
-        memory = _memory(setting, load, options, costs, role)
-        machines.append(Machine(role.name, role.count, seconds, seconds.total / step_s, memory))
-    return Host(one, step_s, options, costs, tuple(machines), tuple(_warnings(setting, machines, options, step_s)))
+    for role in places:
+        seconds = _seconds(setting, work, options, costs, role, step_s)
+        memory = _memory(setting, work, options, costs, role)
+        machines.append(Machine(role.name, role.count, role.nodes, seconds, seconds.total / step_s, memory))
+    advice = _Advice(setting, one, work, costs)
+    warnings = _warnings(advice, list(zip(places, machines, strict=True)), options, step_s)
+    return Host(one, step_s, options, costs, tuple(machines), tuple(warnings))
 
 
-def _roles(setting: Setting, layout: MegatronConfig) -> list[_Role]:
-    """Ranks stand in their order, eight a machine; an engine for every `rollout.vllm.tensor_parallel` GPUs, with them or on
-    as many machines of their own."""
-    per, count = min(NODE, setting.num_gpus), -(-setting.num_gpus // NODE)
-    apart = not setting.asleep and setting.engine_share == 0
-    engines = max(1, per // setting.config.rollout.vllm.tensor_parallel)
-    beside = 0 if apart else engines
-    stages = [place(rank, layout).stage for rank in range(setting.num_gpus)]
-    first_stage = [stages[at * per : (at + 1) * per].count(0) for at in range(count)]
-    roles = [_Role("first", 1, True, per, first_stage[0], beside)]
-    if count > 1:
-        roles.append(_Role("other", count - 1, False, per, max(first_stage[1:]), beside))
-    if apart:
-        roles.append(_Role("engines", count, False, 0, 0, engines))
-    return roles
-
-
-def _load(setting: Setting, layout: MegatronConfig, options: HostOptions, roles: Sequence[_Role]) -> _Load:
-    config, load, replicas = setting.config, setting.load, layout.data_parallel
-    rollouts = config.rollout.prompts_per_step * config.rollout.rollouts_per_prompt
-    images = config.rollout.prompts_per_step * load.images
-    # which tool is called, nobody knows: each as often as the others
-    enabled = config.tools.enabled
-    calls = options.calls * rollouts if enabled else 0.0
-    python = calls * (ToolName.PYTHON in enabled) / max(1, len(enabled))
-    crops = python if load.images else 0.0
-    batch = mini_batch(config, load, setting.flops)
-    live = 1 - batch.uniform
-    hosts = sum(role.count for role in roles if role.engines)
-    return _Load(
-        rollouts=rollouts,
-        images=images,
-        python_calls=python,
-        searches=calls - python,
-        crops=crops,
-        # a group that is cut into parts has its images prepared by every replica that has one of them
-        rank_images=images * live * min(batch.parts, replicas) / replicas,
-        rank_crops=crops * live / replicas,
-        hosts=hosts,
-        machines=sum(role.count for role in roles),
-    )
-
-
-def _share(role: _Role, workers: int, machines: int) -> float:
-    """Of the work that the run does itself, or workers that stand anywhere."""
-    return 1 / machines if workers else float(role.runs)
+# -- CPU seconds ------------------------------------------------------------------------------------------------------------
 
 
 def _weight_bytes(setting: Setting) -> float:
@@ -255,60 +124,65 @@ def _weight_bytes(setting: Setting) -> float:
     return float(setting.shape.num_parameters * ELEMENT[setting.config.model.dtype]) if staged else 0.0
 
 
-def _images(setting: Setting, load: _Load, options: HostOptions, costs: HostCosts, role: _Role) -> float:
-    """Milliseconds. An image is prepared where it is checked, by the engine of its rollouts, and by ranks with a tower."""
+def _delta(setting: Setting, work: Load) -> bool:
+    """Whether machines pull changes; where nothing is pulled there are none."""
+    return work.by_ray and setting.config.sync.mode == "delta"
+
+
+def _images(setting: Setting, work: Load, options: HostOptions, costs: HostCosts, role: Role) -> float:
+    """Milliseconds. An image is prepared by the node that looks at it, by the engine of its rollouts, and by ranks with a
+    tower whose passes it is in."""
     prepared = options.image_megapixels * (costs.decode_ms + costs.resize_ms)
-    spent = role.first_stage * (load.rank_images * prepared + load.rank_crops * costs.crop_ms)
-    if role.runs:
-        spent += load.images * prepared + load.crops * costs.crop_ms
-    if role.engines:
-        patches = setting.load.image_tokens * costs.patch_ms
-        spent += (load.images * (prepared + patches) + load.crops * costs.crop_engine_ms) / load.hosts
-    return spent
+    patches = setting.load.image_tokens * costs.patch_ms
+    node = work.images * (2 * prepared + patches) + work.crops * (costs.crop_ms + costs.crop_engine_ms)
+    crops = work.crops * work.live / work.replicas  # each is of one rollout, and that of one pass
+    rank = work.images * work.fetched(1) * prepared + crops * costs.crop_ms
+    return work.share(role) * node + role.first_stage * rank
 
 
-def _tools(setting: Setting, load: _Load, options: HostOptions, costs: HostCosts) -> float:
-    """Milliseconds, wherever they run. A session opens the prompt's images."""
+def _tools(setting: Setting, work: Load, options: HostOptions, costs: HostCosts) -> float:
+    """Milliseconds, on all machines. A session opens the prompt's images."""
     opened = setting.load.images * options.image_megapixels * costs.decode_ms
-    sessions = min(load.rollouts, load.python_calls) * (costs.session_ms + opened)
-    sandbox = sessions + load.python_calls * costs.python_ms + load.crops * costs.crop_made_ms
-    return sandbox + load.searches * costs.search_ms
+    sessions = min(work.rollouts, work.python_calls) * (costs.session_ms + opened)
+    sandbox = sessions + work.python_calls * costs.python_ms + work.crops * costs.crop_made_ms
+    return sandbox + work.searches * costs.search_ms
 
 
-def _by_ray(setting: Setting, load: _Load) -> bool:
-    return load.machines > 1 or setting.config.workers.launcher == "ray"
-
-
-def _pulled(setting: Setting, costs: HostCosts) -> float:
+def _pulled(setting: Setting, work: Load, costs: HostCosts) -> float:
     """Bytes of a version that a machine with engines pulls, once."""
-    return _weight_bytes(setting) * (costs.delta_share if setting.config.sync.mode == "delta" else 1.0)
+    return _weight_bytes(setting) * (costs.delta_share if _delta(setting, work) else 1.0)
 
 
-def _weights(setting: Setting, load: _Load, costs: HostCosts, role: _Role) -> tuple[float, float]:
+def _weights(setting: Setting, work: Load, costs: HostCosts, role: Role) -> tuple[float, float]:
     """Seconds of staging and sending. Ranks of the first machine publish; each machine passes on at most what it has pulled."""
-    size, pulled, engines = _weight_bytes(setting) / 1e9, _pulled(setting, costs) / 1e9, bool(role.engines)
-    staging = engines * size / costs.stage_gbs + role.engines * size / costs.load_gbs
-    if not _by_ray(setting, load):
+    size, pulled = _weight_bytes(setting) / 1e9, _pulled(setting, work, costs) / 1e9
+    staging = role.nodes * size / costs.stage_gbs + role.engines * size / costs.load_gbs
+    if not work.by_ray:
         return staging, size / costs.gather_gbs
-    if setting.config.sync.mode == "delta":
-        staging += role.runs * size / costs.encode_gbs + engines * size / costs.decode_gbs
-    moves = load.machines > 1 and (role.runs or engines)
+    if _delta(setting, work):
+        staging += role.runs * size / costs.encode_gbs + role.nodes * size / costs.decode_gbs
+    moves = work.machines > 1 and (role.runs or role.nodes > 0)
     return staging, role.runs * size / costs.put_gbs + moves * pulled / costs.pull_gbs
 
 
-def _seconds(setting: Setting, load: _Load, options: HostOptions, costs: HostCosts, role: _Role, step_s: float) -> HostSeconds:
-    workers, messages = setting.config.workers, load.rollouts * (options.calls + 1)
-    staging, sending = _weights(setting, load, costs, role)
+def _seconds(setting: Setting, work: Load, options: HostOptions, costs: HostCosts, role: Role, step_s: float) -> HostSeconds:
+    share, messages = work.share(role), work.rollouts * (options.calls + 1)
+    staging, sending = _weights(setting, work, costs, role)
     processes = max(role.ranks, role.engines) if setting.asleep else role.ranks + role.engines
+    polls = work.by_ray * work.nodes * costs.poll_ms * step_s
     return HostSeconds(
-        images=_images(setting, load, options, costs, role) / 1e3,
-        episodes=role.runs * (load.rollouts * costs.rollout_ms + messages * costs.message_ms) / 1e3,
-        tools=_tools(setting, load, options, costs) / 1e3 * _share(role, workers.tools, load.machines),
-        judging=load.rollouts * costs.judge_ms / 1e3 * _share(role, workers.judges, load.machines),
+        images=_images(setting, work, options, costs, role) / 1e3,
+        episodes=share * (work.rollouts * costs.rollout_ms + messages * costs.message_ms) / 1e3,
+        tools=share * _tools(setting, work, options, costs) / 1e3,
+        judging=share * work.rollouts * costs.judge_ms / 1e3,
+        run=role.runs * (work.rollouts * costs.run_ms + polls) / 1e3,
         staging=staging,
         sending=sending,
         driving=processes * costs.driving * step_s,
     )
+
+
+# -- memory -----------------------------------------------------------------------------------------------------------------
 
 
 def _kept_steps(setting: Setting) -> float:
@@ -319,83 +193,151 @@ def _kept_steps(setting: Setting) -> float:
     return 1 + rules.ahead + trained_beside + rules.extra / rules.per_step
 
 
-def _weight_memory(setting: Setting, load: _Load, costs: HostCosts, role: _Role) -> float:
-    versions, engines = _VERSIONS * _weight_bytes(setting), bool(role.engines)
-    if not _by_ray(setting, load):
-        return engines * versions
-    return engines * versions + (versions if role.runs else engines * _pulled(setting, costs))
+def _weight_objects(setting: Setting, work: Load, costs: HostCosts, role: Role) -> float:
+    """Bytes of Ray's objects: versions where they are published, with the changes that make the newer one; what is pulled."""
+    if not work.by_ray:
+        return 0.0
+    pulled = _pulled(setting, work, costs)
+    if role.runs:
+        return _VERSIONS * _weight_bytes(setting) + _delta(setting, work) * pulled
+    return (role.nodes > 0) * pulled
 
 
-def _memory(setting: Setting, load: _Load, options: HostOptions, costs: HostCosts, role: _Role) -> HostMemory:
+def _memory(setting: Setting, work: Load, options: HostOptions, costs: HostCosts, role: Role) -> HostMemory:
     config, mean = setting.config, setting.load
-    a_step = load.images * options.image_megapixels * 1e6 * costs.encoded_bytes + load.crops * costs.crop_bytes
-    a_step += load.rollouts * (mean.prompt + mean.response) * costs.token_bytes
-    sees = setting.shape.tower is not None
+    a_step = work.images * options.image_megapixels * 1e6 * costs.encoded_bytes + work.crops * costs.crop_bytes
+    a_step += work.rollouts * (mean.prompt + mean.response) * costs.token_bytes
+    steps, version = _kept_steps(setting), setting.shape.num_parameters * ELEMENT[config.model.dtype]
+    kept = work.share(role) * a_step * steps
+    own = role.nodes if work.by_ray else 0  # nodes with a process of their own
+    sees, preparing = setting.shape.tower is not None, own if work.by_ray else int(role.nodes > 0)
     return HostMemory(
-        groups=role.runs * a_step * _kept_steps(setting),
-        rank_groups=role.ranks * 2 * a_step,  # the message, and what is read from it
-        pictures=sees * (role.runs + role.first_stage) * config.model.image_cache_gb * GIB,
+        groups=0.0 if work.by_ray else kept,
+        store=_weight_objects(setting, work, costs, role) + work.by_ray * kept,
+        rank_groups=a_step * (work.fetched(role.replicas) + role.ranks * work.fetched(1)),  # files, and what is read from them
+        summaries=role.runs * work.rollouts * steps * costs.summary_bytes,
+        pictures=sees * (preparing + role.first_stage) * config.model.image_cache_gb * GIB,
         engine_images=sees * role.engines * 2 * config.rollout.vllm.image_cache_gb * GIB,
-        weights=_weight_memory(setting, load, costs, role),
-        data=float(role.runs * CACHE_BYTES),
-        processes=(role.runs + role.ranks + role.engines) * costs.process_bytes,
+        models=float((role.runs + own) * version),
+        weights=role.nodes * _VERSIONS * _weight_bytes(setting),
+        data=float(preparing * CACHE_BYTES + role.nodes * _AHEAD_BYTES),
+        processes=(role.runs + own + role.ranks + role.engines) * costs.process_bytes,
     )
 
 
 # -- what it comes to -------------------------------------------------------------------------------------------------------
 
-_LESS = {
-    "images": "scale the images of the data down",
-    "episodes": "take fewer rollouts a step (rollout.prompts_per_step)",
-    "tools": "have workers run them on all machines (workers.tools)",
-    "judging": "have workers judge on all machines (workers.judges)",
-    "staging": "give engines GPUs of their own and set sync.transport=nccl",
-    "sending": "take more prompts a step (rollout.prompts_per_step), which publishes less often",
-    "driving": "take machines with more cores",
-    "groups": "lower rollout.max_staleness or rollout.prompts_per_step, or scale the images of the data down",
-    "rank_groups": "scale the images of the data down, or lower rollout.prompts_per_step",
-    "pictures": "lower model.image_cache_gb",
-    "engine_images": "lower rollout.vllm.image_cache_gb",
-    "weights": "give engines GPUs of their own and set sync.transport=nccl",
-    "data": "take machines with more memory",
-    "processes": "take machines with more memory",
-}
-_SHORT = {"rank_groups": "ranks' groups", "engine_images": "engines' images"}
+_CORES, _MEMORY = "take machines with more cores", "take machines with more memory"
+_OFTEN = "take more prompts a step (rollout.prompts_per_step), which publishes less often"
+_FEWER = "lower rollout.max_turns, or take fewer rollouts a step (rollout.prompts_per_step)"
+_SHORT = {"rank_groups": "ranks' groups", "engine_images": "engines' images", "store": "Ray's store"}
+_OF_NODES = ("images", "episodes", "tools", "judging", "groups", "store")
 
 
-def _less(part: str, setting: Setting) -> str:
-    """What to do about a part that is the largest."""
-    workers, sync = setting.config.workers, setting.config.sync
-    if (part == "tools" and workers.tools) or (part == "judging" and workers.judges):  # they are everywhere already
-        return "take machines with more cores"
-    if part == "sending" and sync.mode == "full" and setting.num_gpus > NODE:
-        return "pull changes only (sync.mode=delta)"
-    return _LESS[part]
+@dataclass(frozen=True, slots=True)
+class _Advice:
+    """What to change, for each part that may be the largest."""
+
+    setting: Setting
+    one: Candidate
+    work: Load
+    costs: HostCosts
+
+    def nodes(self, least: int) -> str | None:
+        """Settings for at least so many nodes, as few as Ray can place; None: so many there cannot be."""
+        setting, config, gpus = self.setting, self.setting.config, self.setting.num_gpus
+        vllm = config.rollout.vllm
+        engines = gpus // vllm.tensor_parallel
+        together = math.lcm(vllm.tensor_parallel, self.one.layout.tensor_parallel)
+        for num in range(least, engines + 1):
+            if setting.asleep and (gpus % num or gpus // num > NODE or gpus // num % together):
+                continue  # nodes have the GPUs of whole tensor-parallel groups, on one machine
+            parts = ["workers.launcher=ray"] * (config.workers.launcher != "ray") + [f"workers.nodes={num}"]
+            parts += [f"rollout.vllm.replicas={engines}"] * (config.rollout.engine == "vllm" and vllm.replicas < engines)
+            return "set " + (" and ".join(parts) if len(parts) < 3 else f"{', '.join(parts[:-1])} and {parts[-1]}")
+        return None
+
+    def seconds(self, part: str) -> str:
+        """Where cores fall short."""
+        if part in _OF_NODES and (spread := self._spread()):
+            return spread
+        if part == "staging" and _delta(self.setting, self.work):
+            return "set sync.mode=full, which pulls more and computes less"
+        return {
+            "images": "scale the images of the data down",
+            "episodes": _FEWER,
+            "tools": f"{_CORES}, or lower rollout.max_turns, which bounds the calls",
+            "judging": f"{_CORES}, or take fewer rollouts a step (rollout.prompts_per_step)",
+            "staging": _OFTEN,
+            "sending": _OFTEN,
+        }.get(part, _CORES)
+
+    def thread(self, episodes: float, step_s: float) -> str:
+        """Where the thread of a node falls short. episodes: CPU seconds on all machines."""
+        least = max(math.ceil(episodes / step_s), self.work.nodes * self.work.by_ray + 1)
+        more = self.nodes(least)
+        return f"{more}: each has a thread" if more else _FEWER
+
+    def memory(self, part: str, role: Role, memory: HostMemory) -> str:
+        """Where memory falls short."""
+        if part == "store" and 2 * _weight_objects(self.setting, self.work, self.costs, role) > memory.store:
+            return _MEMORY  # most of it is weights
+        if part in _OF_NODES and (spread := self._spread()):
+            return spread
+        stale = "rollout.max_staleness or " if self.setting.config.rollout.mode == "async" else ""
+        fewer = f"lower {stale}rollout.prompts_per_step, or scale the images of the data down"
+        apart = self.nodes(self.work.hosts) if self.work.by_ray and role.nodes > 1 else None
+        return {
+            "groups": fewer,
+            "store": fewer,
+            "rank_groups": "scale the images of the data down, or lower rollout.prompts_per_step",
+            "pictures": "lower model.image_cache_gb",
+            "engine_images": "lower rollout.vllm.image_cache_gb",
+        }.get(part, f"{apart}: fewer on a machine" if apart else _MEMORY)
+
+    def _spread(self) -> str | None:
+        """Nodes on all machines, where they are on some."""
+        return self.nodes(self.work.hosts) if self.work.nodes < self.work.hosts else None
 
 
 def _largest(parts: HostSeconds | HostMemory) -> tuple[str, float]:
     return max(asdict(parts).items(), key=lambda item: item[1])
 
 
-def _warnings(setting: Setting, machines: Sequence[Machine], options: HostOptions, step_s: float) -> Iterator[str]:
-    for machine in machines:
+def _warnings(advice: _Advice, machines: Sequence[tuple[Role, Machine]], options: HostOptions, step_s: float) -> Iterator[str]:
+    work, launcher = advice.work, advice.setting.config.workers.launcher
+    if work.machines > 1 and (work.nodes < work.hosts or launcher != "ray"):
+        yield (
+            f"the seconds of a step count engines on all GPUs, but an engine is a process of a node of its machine, and "
+            f"workers.nodes={work.nodes} with workers.launcher={launcher} does not reach {work.hosts} machines; "
+            f"{advice.nodes(work.hosts) or 'take fewer machines'}"
+        )
+    for role, machine in machines:
         where = f"machine {machine.name!r}"
         if machine.cores > options.cores:
             part, spent = _largest(machine.seconds)
             yield (
                 f"{where} needs {machine.cores:.1f} cores and has {options.cores:g} (--cores), most of it for {part} "
-                f"({spent:.0f} CPU s a step); {_less(part, setting)}"
+                f"({spent:.0f} CPU s a step); {advice.seconds(part)}"
             )
-        if machine.seconds.episodes > step_s:
+        threads = machine.nodes if work.by_ray else 1  # without Ray the nodes are all on the run's loop
+        if machine.nodes and machine.seconds.episodes > threads * step_s:
             yield (
-                f"{where}: episodes take one thread {machine.seconds.episodes:.0f} s, more than a step of {step_s:.0f} s, "
-                f"which then takes longer; {_less('episodes', setting)}"
+                f"{where}: episodes take the one thread of a node {machine.seconds.episodes / threads:.0f} s, more than a step "
+                f"of {step_s:.0f} s, which then takes longer; "
+                f"{advice.thread(machine.seconds.episodes * work.nodes / machine.nodes, step_s)}"
             )
         if machine.memory.total > options.memory_gb * GIB:
             part, held = _largest(machine.memory)
             yield (
                 f"{where} needs {machine.memory.total / GIB:.0f} GiB and has {options.memory_gb:g} (--memory-gb), "
-                f"most of it for {_SHORT.get(part, part)} ({held / GIB:.0f} GiB); {_less(part, setting)}"
+                f"most of it for {_SHORT.get(part, part)} ({held / GIB:.0f} GiB); {advice.memory(part, role, machine.memory)}"
+            )
+        room = min(_STORE_SHARE * options.memory_gb * GIB, _STORE_BYTES)
+        if machine.memory.store > room:
+            yield (
+                f"{where}: Ray's store needs {machine.memory.store / GIB:.0f} GiB, and has {room / GIB:.0f} unless Ray is told "
+                f"otherwise; start it with --object-store-memory={math.ceil(machine.memory.store / 1e9)}000000000"
             )
 
 
@@ -410,6 +352,7 @@ def to_json(found: Host) -> dict[str, object]:
             {
                 "name": machine.name,
                 "count": machine.count,
+                "nodes": machine.nodes,
                 "predicted": {
                     "cpu_seconds": {**asdict(machine.seconds), "total": machine.seconds.total},
                     "cores": machine.cores,
@@ -429,7 +372,7 @@ def to_lines(found: Host, layout: str) -> list[str]:
     parts = [part.name for part in fields(HostSeconds)]
     rooms = [part.name for part in fields(HostMemory)]
     seconds = [
-        f"{label:{width}} {machine.cores:7.1f} {machine.seconds.total:8.1f} "
+        f"{label:{width}} {machine.nodes:>5} {machine.cores:7.1f} {machine.seconds.total:8.1f} "
         + " ".join(f"{getattr(machine.seconds, name):>{_wide(name)}.1f}" for name in parts)
         for label, machine in zip(labels, found.machines, strict=True)
     ]
@@ -441,7 +384,7 @@ def to_lines(found: Host, layout: str) -> list[str]:
     options = found.options
     return [
         f"PREDICTED CPU seconds of a machine in a step of {found.step_s:.1f} s; cores of {options.cores:g}; {layout}",
-        f"{'':{width}} {'cores':>7} {'CPU s':>8} " + " ".join(f"{_SHORT.get(n, n):>{_wide(n)}}" for n in parts),
+        f"{'':{width}} {'nodes':>5} {'cores':>7} {'CPU s':>8} " + " ".join(f"{_SHORT.get(n, n):>{_wide(n)}}" for n in parts),
         *seconds,
         "",
         f"PREDICTED memory of a machine, GiB of {options.memory_gb:g}",
