@@ -7,9 +7,11 @@ then starts in a tenth of a second instead of five. `test_run_kill.py` shows tha
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import multiprocessing
 import os
+import pkgutil
 import random
 import signal
 import sys
@@ -21,12 +23,13 @@ from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
-from types import FrameType
+from types import FunctionType, ModuleType
 from typing import Any
 
 import psutil
 import torch
 
+import metis_fast
 from metis_fast.checkpoint.resume import CheckpointStore
 from metis_fast.config import SftPhase
 from metis_fast.rollout.store import read_rollouts
@@ -37,7 +40,6 @@ AGENT = HERE / "agent"
 PROGRAM = Path(sys.executable).with_name("metis-fast")
 FORK = multiprocessing.get_context("forkserver")
 FORK.set_forkserver_preload(["metis_fast.demo.command", "metis_fast.report.html", "metis_fast.score.llm", "metis_fast.cli"])
-_POLL_S = 0.0002
 _LIMIT_S = 240.0  # of a command, on a machine that does other things too
 
 
@@ -72,18 +74,6 @@ class Ended:
     scratch: tuple[str, ...]
 
 
-def _frame(stage: str, thread: int) -> FrameType | None:
-    """The call of the stage that runs in the thread."""
-    module, _, function = stage.partition(".")
-    frame = sys._current_frames().get(thread)
-    while frame is not None:
-        code = frame.f_code
-        if code.co_name == function and Path(code.co_filename).stem == module:
-            return frame
-        frame = frame.f_back
-    return None
-
-
 def rank_pid(run: int, number: int) -> int:
     """The process of one of a run's Megatron ranks."""
     ending = ["--rank", str(number)]
@@ -94,22 +84,77 @@ def rank_pid(run: int, number: int) -> int:
                     return child.pid
 
 
-def _strike(moment: Moment, thread: int, mark: Path) -> None:
-    sys.setswitchinterval(_POLL_S)  # calls may last less than the usual 5 ms
-    entries, last = 0, None
-    while True:
-        call = _frame(moment.stage, thread)
-        # a call is counted once, and apart from the next one even if no look falls between the two
-        if call is not None and call is not last:
-            entries, last = entries + 1, call
-            if entries >= moment.entry:
-                time.sleep(moment.delay_s)
-                if moment.delay_s == 0 or _frame(moment.stage, thread) is call:
-                    pid = os.getpid() if moment.rank is None else rank_pid(os.getpid(), moment.rank)
-                    mark.write_text(str(time.time()))
-                    os.kill(pid, moment.number)
-                    return
-        time.sleep(_POLL_S)
+class _Watch:
+    """Counts the calls of a stage in the main thread, and strikes when the moment comes.
+
+    Its functions get the code of a wrapper, so that whoever has imported them by name calls that, too. Looking at the frames of
+    another thread would be less work, and sometimes ends in a frame that is none (CPython issue 106883 and others).
+    """
+
+    def __init__(self, moment: Moment, mark: Path) -> None:
+        self._moment, self._mark, self._thread = moment, mark, threading.get_ident()
+        self._entries, self._struck = 0, False
+        module, _, name = moment.stage.partition(".")
+        found = [function for part in _modules(module) for function in _functions(part, name)]
+        assert found, f"no function {moment.stage}"
+        for function in found:
+            self._wrap(function)
+
+    def _wrap(self, function: FunctionType) -> None:
+        code, scope = function.__code__, function.__globals__
+        whole = FunctionType(code, scope, function.__name__, function.__defaults__)
+        whole.__kwdefaults__ = function.__kwdefaults__
+
+        def watched(*args: object, **kwargs: object) -> object:
+            if threading.get_ident() != self._thread:
+                return whole(*args, **kwargs)
+            running = threading.Event()
+            running.set()
+            self._enter(running)
+            try:
+                return whole(*args, **kwargs)
+            finally:
+                running.clear()
+
+        name = f"_watched_{id(function)}"
+        scope[name] = watched
+        made: dict[str, FunctionType] = {}
+        exec(f"def wrapper(*args, **kwargs): return {name}(*args, **kwargs)", made)
+        function.__defaults__ = function.__kwdefaults__ = None
+        function.__code__ = made["wrapper"].__code__
+
+    def _enter(self, running: threading.Event) -> None:
+        self._entries += 1
+        if self._struck or self._entries < self._moment.entry:
+            return
+        if self._moment.delay_s == 0:
+            self._strike()
+        else:
+            threading.Thread(target=self._later, args=[running], daemon=True).start()
+
+    def _later(self, running: threading.Event) -> None:
+        time.sleep(self._moment.delay_s)
+        if running.is_set() and not self._struck:
+            self._strike()
+
+    def _strike(self) -> None:
+        self._struck = True
+        pid = os.getpid() if self._moment.rank is None else rank_pid(os.getpid(), self._moment.rank)
+        self._mark.write_text(str(time.time()))
+        os.kill(pid, self._moment.number)
+
+
+def _modules(stem: str) -> list[ModuleType]:
+    """Those of the project whose files have that name."""
+    names = [found.name for found in pkgutil.walk_packages(metis_fast.__path__, "metis_fast.")]
+    return [importlib.import_module(name) for name in names if name.rpartition(".")[2] == stem]
+
+
+def _functions(module: ModuleType, name: str) -> list[FunctionType]:
+    """Of a module and of its classes."""
+    scopes = [vars(module), *(vars(kind) for kind in vars(module).values() if isinstance(kind, type))]
+    found = [getattr(scope[name], "__func__", scope[name]) for scope in scopes if name in scope]
+    return [one for one in found if isinstance(one, FunctionType) and one.__module__ == module.__name__]
 
 
 def _main(arguments: list[str], folder: str, moment: Moment | None, before: Callable[[], None] | None) -> None:
@@ -122,8 +167,7 @@ def _main(arguments: list[str], folder: str, moment: Moment | None, before: Call
         os.close(handle)
     os.environ["TMPDIR"] = tempfile.tempdir = f"{folder}/tmp"
     if moment is not None:
-        watcher = (moment, threading.get_ident(), Path(folder, "mark"))
-        threading.Thread(target=_strike, args=watcher, daemon=True).start()
+        _Watch(moment, Path(folder, "mark"))
     if before is not None:
         before()
     sys.exit(cli.main(arguments))
