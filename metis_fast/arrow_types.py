@@ -1,7 +1,12 @@
-"""Of what kind an Arrow type is, whichever of its spellings a writer chose: large, view, dictionary, extension."""
+"""Of what kind an Arrow type is, whichever of its spellings a writer chose (large, view, dictionary, extension), and its values
+as plain Python ones."""
 
 from __future__ import annotations
 
+import json
+from typing import Any
+
+import numpy as np
 import pyarrow as pa
 
 _LISTS = (
@@ -29,6 +34,71 @@ def is_bytes(kind: pa.DataType) -> bool:
     return pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind)
 
 
+def is_json(kind: pa.DataType) -> bool:
+    """Text that is the JSON of a value of any type: what `datasets` makes of a column whose rows are of different types."""
+    return isinstance(kind, pa.JsonType)
+
+
 def item(kind: pa.DataType) -> pa.DataType | None:
     """What a list holds; None where it is no list."""
     return stored(kind.value_type) if any(is_list(kind) for is_list in _LISTS) else None
+
+
+def is_integers(kind: pa.DataType) -> bool:
+    """A list of integers of any width: what becomes of bytes that went through JSON or Python lists."""
+    inside = item(kind)
+    return inside is not None and pa.types.is_integer(inside)
+
+
+def is_map(kind: pa.DataType) -> bool:
+    """Keys and values, whose keys are text."""
+    return pa.types.is_map(kind) and is_string(stored(kind.key_type))
+
+
+def unknown_extension(field: pa.Field) -> str:
+    """The name of an extension type in a field, or in what it holds, of which only its author knows what is stored; or ""."""
+    kind = field.type
+    if isinstance(kind, pa.BaseExtensionType):
+        return "" if is_json(kind) else kind.extension_name
+    if name := (field.metadata or {}).get(b"ARROW:extension:name"):  # of a type that pyarrow does not know
+        return name.decode(errors="replace")
+    if pa.types.is_map(kind):
+        return unknown_extension(kind.key_field) or unknown_extension(kind.item_field)
+    if pa.types.is_struct(kind):
+        return next(filter(None, map(unknown_extension, kind)), "")
+    return unknown_extension(kind.value_field) if item(kind) is not None else ""
+
+
+def is_plain(kind: pa.DataType) -> bool:
+    """Whether what Arrow makes of a value of this type is what its writer meant; else `plain` makes it so."""
+    if is_json(kind) or pa.types.is_map(kind) or pa.types.is_float16(kind) or pa.types.is_float32(kind):
+        return False
+    kind = stored(kind)
+    if pa.types.is_struct(kind):
+        return all(is_plain(field.type) for field in kind)
+    return item(kind) is None or is_plain(kind.value_type)
+
+
+def plain(value: Any, kind: pa.DataType) -> Any:
+    """A value as its writer meant it: JSON read, a map as a dict, floats of 16 and 32 bits as 0.1, not 0.10000000149011612.
+
+    Raises:
+        ValueError: text in a column of JSON that is none.
+    """
+    if value is None or is_plain(kind):
+        return value
+    if is_json(kind):
+        try:
+            return json.loads(value)
+        except RecursionError:
+            raise ValueError("JSON of too many levels") from None
+    kind = stored(kind)
+    if pa.types.is_map(kind):
+        return {key: plain(entry, kind.item_type) for key, entry in value}
+    if isinstance(value, dict) and pa.types.is_struct(kind):
+        return {field.name: plain(value[field.name], field.type) for field in kind}
+    if isinstance(value, list):
+        return [plain(entry, kind.value_type) for entry in value]
+    if isinstance(value, float):
+        return float(str((np.float16 if pa.types.is_float16(kind) else np.float32)(value)))
+    return value

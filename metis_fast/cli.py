@@ -18,18 +18,15 @@ import os
 import re
 import sys
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from metis_fast import __version__
 from metis_fast import config as config_module
 from metis_fast.config import Config
+from metis_fast.data.command import add_verbs as add_data_verbs
 from metis_fast.errors import ConfigError, Interrupted, MetisError
 from metis_fast.run.folder import held
-
-if TYPE_CHECKING:
-    from metis_fast.types import Prompt
 
 _EPILOG = """examples:
   metis-fast demo                                       the whole story on a laptop, in a quarter of an hour
@@ -37,6 +34,8 @@ _EPILOG = """examples:
   metis-fast train my.yaml loss.w_tool=0.2              train, with one setting changed; again: resume
   metis-fast report runs/demo                           what happened?
   metis-fast plan my.yaml --gpus 64                     which layout fits, and how long would a step take?
+  metis-fast doctor my.yaml                             what would stop this job before its first step?
+  metis-fast rehearse my.yaml                           does its whole path work, on a tiny model and stand-in data?
 Exit codes: 0 done; 2 something that you can mend (one line on stderr says what); 130 stopped, state saved.
 Settings are read from a YAML file that holds only what differs from the defaults; `metis-fast config` lists them all."""
 
@@ -83,11 +82,15 @@ def _add_config(
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
 
 
-def _load(args: argparse.Namespace) -> Config:
-    """The config of a verb that loads or writes models."""
+def _quiet() -> None:
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()  # they also go to files, and would surround the one line of an error
+
+
+def _load(args: argparse.Namespace) -> Config:
+    """The config of a verb that loads or writes models."""
+    _quiet()
     extra = ["tools.python.unsafe=true"] if getattr(args, "unsafe_tools", False) else []
     return config_module.load(args.config, [*args.overrides, *extra])
 
@@ -114,45 +117,6 @@ def _config(args: argparse.Namespace) -> int:
         print(json.dumps(_without_infinity(tree), allow_nan=False))
     else:
         print(config_module.to_yaml(config, only_changes=args.changes), end="")
-    return 0
-
-
-def _data_check(args: argparse.Namespace) -> int:
-    from metis_fast.data.check import check_files, render_json, render_text
-
-    limit = args.max_prompt_tokens
-    if limit is not None and (args.model is None or limit < 1):
-        raise ConfigError(f"--max-prompt-tokens: expected a number from 1 on and --model, whose tokens it counts, got {limit}")
-    limit = limit or config_module.RolloutConfig().max_prompt_tokens
-    if args.processes is not None and args.processes < 1:
-        raise ConfigError(f"--processes: expected a number from 1 on, got {args.processes}")
-    counter = partial(_token_counter, args.model) if args.model else None
-    if counter is not None:
-        counter()  # what is wrong with the model is said once, and by this process
-    report = check_files(args.files, not args.json, counter, limit, args.processes)
-    print(render_json(report) if args.json else render_text(report))
-    return report.exit_code
-
-
-def _token_counter(model: Path) -> Callable[[Prompt], int]:
-    """Tokens of a prompt as a run with this model would encode it. Its weights are not read."""
-    from metis_fast.model_folder import check_model_folder, load_processor, load_tokenizer
-    from metis_fast.pictures import ImagePreparer
-    from metis_fast.rollout.chat import Chat
-
-    check_model_folder(model)
-    chat = Chat(load_tokenizer(model), ImagePreparer(load_processor(model), cache_bytes=0))
-    return lambda prompt: len(chat.encode_prompt(prompt).tokens)
-
-
-def _data_demo(args: argparse.Namespace) -> int:
-    from metis_fast.demo.command import demo_sizes
-    from metis_fast.demo.files import write_demo
-
-    config = config_module.load(None, args.overrides)
-    paths = write_demo(args.out, args.seed, demo_sizes(config), lambda line: print(line, file=sys.stderr, flush=True))
-    named = {name: str(path) for name, path in dataclasses.asdict(paths).items()}
-    print(json.dumps(named) if args.json else "\n".join(f"{name:13} {path}" for name, path in named.items()))
     return 0
 
 
@@ -189,6 +153,12 @@ def _sft(args: argparse.Namespace) -> int:
     from metis_fast.run.cold_start import sft
 
     config = _load(args)
+    if args.check:
+        from metis_fast.sft import check
+
+        reports = check.check(config)
+        print(json.dumps(check.as_json(reports)) if args.json else check.as_text(reports))
+        return int(any(report.bad or report.long for report in reports))
     with held(config.run.dir):
         sft(config, args.out)
     print(json.dumps({"model": str(args.out)}) if args.json else f"model: {args.out}")
@@ -279,6 +249,35 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print all layouts as one JSON object")
 
 
+def _doctor(args: argparse.Namespace) -> int:
+    from metis_fast.doctor import command
+
+    _quiet()
+    return command.run(args)
+
+
+def _add_doctor(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", type=Path, help="YAML file with what differs from the defaults")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that go before the file's")
+    parser.add_argument("--offline", action="store_true", help="ask nothing of judges and search providers")
+    parser.add_argument("--json", action="store_true", help="print the findings as one JSON object")
+
+
+def _rehearse(args: argparse.Namespace) -> int:
+    from metis_fast.rehearse import command
+
+    _quiet()
+    return command.run(args)
+
+
+def _add_rehearse(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", type=Path, help="YAML file with what differs from the defaults")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that go before the file's")
+    parser.add_argument("--pixels", default="1024x768", metavar="WxH", help="of the stand-in images (default 1024x768)")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="keep everything in a new folder; default: nothing is kept")
+    parser.add_argument("--json", action="store_true", help="print the stages as one JSON object")
+
+
 def _rank(args: argparse.Namespace) -> int:
     from metis_fast.train.megatron import rank
 
@@ -356,8 +355,12 @@ def build_parser() -> argparse.ArgumentParser:
     sub = verb(verbs, "demo", _demo, "The main job: data, tiny model, cold start, HDPO, report. Run again to resume.")
     _add_config(sub, "YAML file; none: the demo's own (configs/demo.yaml), which comes with the package", optional=True)
     _add_config(verb(verbs, "train", _train, "HDPO from a cold-started model. Run again to resume."))
-    sub = verb(verbs, "sft", _sft, "Cold start: SFT on stored trajectories. Run again to resume.")
-    sub.add_argument("--out", type=Path, required=True, help="folder for the exported model")
+    sub = verb(verbs, "sft", _sft, "Cold start: SFT on conversations or stored trajectories. Run again to resume.")
+    what = sub.add_mutually_exclusive_group(required=True)
+    what.add_argument("--out", type=Path, help="folder for the exported model")
+    what.add_argument(
+        "--check", action="store_true", help="read all rows, count tokens, name those that do not fit; exit code 1 if any"
+    )
     _add_config(sub)
     _add_config(verb(verbs, "eval", _eval, "Accuracy and tool rate of model.path on data.heldout."))
     sub = verb(verbs, "config", _config, "Check a config and show it with all defaults.")
@@ -368,27 +371,8 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--json", action="store_true", help="print the result as one JSON object")
     what.add_argument("--schema", action="store_true", help="print the JSON schema of config files, for editors")
     what.add_argument("--reference", action="store_true", help="print the page of all settings (docs/settings.md)")
-    data = verbs.add_parser("data", help="Check data files, or make the demo set.").add_subparsers(
-        required=True, metavar="VERB"
-    )
-    sub = verb(
-        data, "check", _data_check, "Report every row that does not fit the Metis-RL schema; exit code 1 if there is one."
-    )
-    sub.add_argument("files", type=Path, nargs="+", metavar="FILE")
-    sub.add_argument("--model", type=Path, metavar="FOLDER", help="count the tokens of every prompt, images included")
-    sub.add_argument(
-        "--max-prompt-tokens",
-        type=int,
-        metavar="N",
-        help="with --model: longer ones are bad; default: as rollout.max_prompt_tokens",
-    )
-    sub.add_argument("--processes", type=int, metavar="N", help="that decode images; default: one a core")
-    sub.add_argument("--json", action="store_true", help="print the result as one JSON object")
-    sub = verb(data, "demo", _data_demo, "Write the demo set (Parquet) and its search corpora.")
-    sub.add_argument("out", type=Path, metavar="FOLDER")
-    sub.add_argument("--seed", type=int, default=0)
-    sub.add_argument("--json", action="store_true", help="print the result as one JSON object")
-    sub.add_argument("overrides", nargs="*", metavar="demo.key=value")
+    text = "Check data files, make the demo set, or stand-ins for published data."
+    add_data_verbs(verbs.add_parser("data", help=text).add_subparsers(required=True, metavar="VERB"), verb)
     sub = verb(verbs, "report", _report, "Write report.html of a run folder.")
     sub.add_argument("run_dir", type=Path, metavar="RUN_DIR")
     sub.add_argument("--json", action="store_true", help="print the result as one JSON object")
@@ -400,6 +384,10 @@ def build_parser() -> argparse.ArgumentParser:
     )
     _add_weights_map(verb(weights, "map", _weights_map, text))
     _add_plan(verb(verbs, "plan", _plan, "Memory and step time of every Megatron layout, predicted; exit code 1 if none fits."))
+    _add_doctor(verb(verbs, "doctor", _doctor, "What can be known of a job before it is submitted; exit code 1 on errors."))
+    _add_rehearse(
+        verb(verbs, "rehearse", _rehearse, "A config's own path on stand-ins, two steps; exit code 1 if a stage fails.")
+    )
     _add_rank(verb(verbs, "rank", _rank, "A process of the Megatron back end: joins a run on a cluster."))
     _add_worker(
         verb(verbs, "worker", _worker, "A process that works for a run (an engine, tools, a judge); the run starts it itself.")
@@ -472,7 +460,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _open_standard_streams()
     args = parse(argv)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
-    for name in ("metis_fast.cluster", "metis_fast.workers"):  # what a run waits for
+    for name in ("metis_fast.cluster", "metis_fast.workers", "metis_fast.run.state"):  # what a run waits for, where it goes on
         logging.getLogger(name).setLevel(logging.INFO)
     try:
         code = args.run(args)

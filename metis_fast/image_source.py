@@ -21,6 +21,16 @@ _BASE64 = re.compile(r"[A-Za-z0-9+/_\-\s]{64,}={0,2}\s*")  # the smallest PNG ha
 _URL_SAFE = str.maketrans("-_", "+/")
 
 
+class _Place:
+    """What stands at a place in a list, for an error."""
+
+    def __init__(self, value: object, at: int) -> None:
+        self._value, self._at = value, at
+
+    def __repr__(self) -> str:
+        return f"{self._value!r} at place {self._at}"
+
+
 class NoImageError(ImageError):
     """There is no image where one should be. got: what came, which may be long."""
 
@@ -37,7 +47,7 @@ def is_inline(text: str) -> bool:
 def read_image(entry: object, folder: Path) -> bytes:
     """The encoded bytes of an image; they need not be those of an image yet.
 
-    entry: a cell of a table: {bytes, path}, bytes, or text (a path, a data URL, base64).
+    entry: a cell of a table: {bytes, path}, bytes, integers in their place, or text (a path, a data URL, base64).
     folder: what relative paths start from.
 
     Raises:
@@ -51,12 +61,33 @@ def read_image(entry: object, folder: Path) -> bytes:
                 if text[:5].lower() == "data:" or _BASE64.fullmatch(text):
                     return _from_text(text)
             return data
+        case {"bytes": list(numbers)} | list(numbers) if numbers:
+            return from_integers(numbers)
         case {"bytes": str(text)} if text:
             return _from_text(text)
         case {"path": str(text)} | str(text) if text:
             return _from_path(text, folder)
         case _:
             raise NoImageError("bytes, or the path of a file", entry)
+
+
+def is_integers(value: object) -> bool:
+    """Whether a list is of numbers, as bytes are that went through JSON."""
+    return isinstance(value, list) and bool(value) and all(isinstance(entry, int) for entry in value)
+
+
+def from_integers(numbers: list[object]) -> bytes:
+    """Bytes that are given one by one.
+
+    Raises:
+        NoImageError: one of them is no byte.
+    """
+    found = bytearray()
+    for at, number in enumerate(numbers):
+        if not isinstance(number, int) or not 0 <= number <= 255:
+            raise NoImageError("integers from 0 to 255, one for each byte", _Place(number, at))
+        found.append(number)
+    return bytes(found)
 
 
 def _from_path(text: str, folder: Path) -> bytes:

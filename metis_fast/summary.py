@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol
 
-from metis_fast.types import Ability, Group, ImageSpan, Outcome, Rollout, Score, Verdict
+from metis_fast.types import Group, ImageSpan, Outcome, Rollout, Score, Verdict
 
 _ANSWER = 200  # characters of a judged answer that the run gets to know; the node stores all of it
 
@@ -109,7 +109,7 @@ class GroupSummary:
     on this machine a number of the node's, in a cluster an object of Ray's, which lives as long as somebody holds this."""
 
     job: Job
-    ability: Ability
+    ability: str
     kind: str | None
     judge_style: str
     rollouts: tuple[RolloutSummary, ...]
@@ -145,7 +145,7 @@ class ScoredSummary:
         return self.group.rollouts
 
     @property
-    def ability(self) -> Ability:
+    def ability(self) -> str:
         """Of the prompt."""
         return self.group.ability
 

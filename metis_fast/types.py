@@ -27,14 +27,6 @@ import numpy.typing as npt
 JsonScalar = str | int | float | bool | None
 
 
-class Ability(StrEnum):
-    """Task category of a prompt (the `ability` column of the Metis-RL schema)."""
-
-    MATH = "math"
-    PERCEPTION = "perception"
-    SEARCH = "search"
-
-
 class Outcome(StrEnum):
     """How a turn or a rollout ended. A closed set: nothing ends in any other way.
 
@@ -96,6 +88,7 @@ class Prompt:
     """One row of the data. Made by `data`, read by `rollout` and `score`.
 
     uid: stable name of the row, unique in a run ("<file>:<row>").
+    ability: task category (the `ability` column of the Metis-RL schema), any text; reports have a slice for each.
     answers: accepted ground truths; the best one counts.
     judge_style: `reward_model.style`, which judge decides ("rule", "math", "choice", "llm", ...).
     question: what was asked, for LLM judges and reports (from `extra_info.question`, else the last user message).
@@ -106,7 +99,7 @@ class Prompt:
     data_source: str
     messages: tuple[Message, ...]
     images: tuple[ImageBlob, ...]
-    ability: Ability
+    ability: str
     answers: tuple[str, ...]
     judge_style: str
     question: str
@@ -315,7 +308,7 @@ class ScoredGroup:
             raise ValueError(f"group {self.prompt.uid}: {len(self.rollouts)} rollouts but {len(self.scores)} scores")
 
     @property
-    def ability(self) -> Ability:
+    def ability(self) -> str:
         """Of the prompt."""
         return self.prompt.ability
 

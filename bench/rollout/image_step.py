@@ -37,7 +37,7 @@ from metis_fast.testing.judge import FakeJudge
 from metis_fast.testing.latency import Latency, SlowToolbox
 from metis_fast.testing.tiny import build_tiny
 from metis_fast.train.torch_backend import TorchTrainer
-from metis_fast.types import Ability, Group, ImageBlob, Message, Observation, Outcome, Prompt, Rollout, ToolName
+from metis_fast.types import Group, ImageBlob, Message, Observation, Outcome, Prompt, Rollout, ToolName
 
 from .plan import MODEL, PlannedMessage, Shape
 from .scripted import ScriptedEngine
@@ -128,7 +128,7 @@ class Pictures:
 def prompt_of(number: int, image: ImageBlob) -> Prompt:
     """A question about an image."""
     message = Message("user", IMAGE_MARK + _QUESTION)
-    return Prompt(f"bench:{number}", "bench", (message,), (image,), Ability.PERCEPTION, (_RIGHT,), "rule", _QUESTION)
+    return Prompt(f"bench:{number}", "bench", (message,), (image,), "perception", (_RIGHT,), "rule", _QUESTION)
 
 
 def observation_of(crop: ImageBlob) -> Observation:

@@ -175,7 +175,7 @@ async def observe(chat: Chat, tools: ToolSession, text: str, last: int, retries:
     assert parsed.arguments is not None, parsed.error
     for attempt in range(retries + 1):
         try:
-            observation = await tools.call(parsed.call.name, parsed.arguments)
+            observation = chat.dialect.word(await tools.call(parsed.call.name, parsed.arguments))
             return chat.encode_observation(observation, last, MAX_OBSERVATION).tokens
         except InfrastructureError:
             if attempt == retries:

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase, logging
 from metis_fast.rollout.chat import Chat
 from metis_fast.testing.latency import Latency, call_text
 from metis_fast.testing.tiny import TinyShape, build_tiny
-from metis_fast.types import Ability, Message, Observation, Prompt
+from metis_fast.types import Message, Observation, Prompt
 
 MAX_OBSERVATION = 512
 """Tokens of an observation, more than any has."""
@@ -165,7 +165,7 @@ class Plan:
 
     def _prompt(self, number: int) -> Prompt:
         question = self._text(self._random(0, number), *self.shape.prompt_words)
-        return Prompt(f"bench/{number}", "bench", (Message("user", question),), (), Ability.SEARCH, ("x",), "rule", question)
+        return Prompt(f"bench/{number}", "bench", (Message("user", question),), (), "search", ("x",), "rule", question)
 
     def _messages(self, order: int) -> list[PlannedMessage]:
         random = self._random(1, order)

@@ -8,7 +8,6 @@ import numpy as np
 
 from metis_fast.summary import Job
 from metis_fast.types import (
-    Ability,
     Group,
     ImageBlob,
     ImageSpan,
@@ -76,7 +75,7 @@ class Script:
             "bench",
             (Message("user", "<image>what is this"),),
             (image,),
-            Ability.PERCEPTION,
+            "perception",
             ("x",),
             "rule",
             "what is this",

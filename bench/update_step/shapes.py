@@ -22,7 +22,6 @@ from metis_fast.score.advantage import GroupRewards, advantages
 from metis_fast.score.reward import accuracy_reward, tool_reward
 from metis_fast.testing.tiny import TinyShape, build_tiny
 from metis_fast.types import (
-    Ability,
     ImageBlob,
     ImageSpan,
     Message,
@@ -206,7 +205,7 @@ def _group(policy: Policy, shape: Shape, kind: Kind, uid: str, random: np.random
         )
         num_calls.append(calls)
     message = Message("user", "<image>" * len(images) + "?")
-    task = Prompt(uid, "bench", (message,), images, Ability.SEARCH, ("x",), "rule", "?")
+    task = Prompt(uid, "bench", (message,), images, "search", ("x",), "rule", "?")
     return ScoredGroup(task, tuple(rollouts), _scores(kind, num_calls))
 
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
+import math
 import os
 import signal
 from collections import Counter, deque
@@ -14,66 +13,69 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
+from metis_fast.data.offers import KNOWN_TOOLS, asks_for_answer, offered_tools
 from metis_fast.data.parquet import PromptFiles, RawRow
+from metis_fast.data.report import CheckReport
 from metis_fast.data.row import BadRow, BadRowError
 from metis_fast.errors import DataError
 from metis_fast.pixels import size
-from metis_fast.types import Ability, Prompt
+from metis_fast.types import Prompt
 
 _PIECE = 8  # rows that are sent to a process at once; at half a megabyte each, reading stays ahead of decoding
+_MEGAPIXELS = (0.1, 0.25, 0.5, 1, 2, 4, 8, 16)
+_TOKENS = (256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
 _SMALL, _FEW = 32 << 20, 256  # bytes, and prompts to count, that are done before other processes would have started
 
 CountTokens = Callable[[Prompt], int]
 
 
-@dataclass(frozen=True, slots=True)
-class CheckReport:
-    """What is in the files.
-
-    rows: all rows, bad ones included; everything below `bad_rows` is over the usable ones only.
-    abilities: usable rows by ability, all three present.
-    images: images in usable rows; image_bytes: their encoded size; smallest, largest: (width, height) in pixels by area, None
-        where there is no image. longest_prompt: its tokens; None where they were not counted.
-    """
-
-    rows: int
-    bad_rows: tuple[BadRow, ...]
-    abilities: Mapping[str, int]
-    images: int
-    image_bytes: int
-    smallest: tuple[int, int] | None
-    largest: tuple[int, int] | None
-    longest_prompt: int | None
-
-    @property
-    def exit_code(self) -> int:
-        """For the command line: 1 if any row is bad, else 0."""
-        return 1 if self.bad_rows else 0
-
-
 @dataclass(slots=True)
 class _Found:
-    """What some rows hold; the fields of `CheckReport`."""
+    """What some rows hold; the fields of `CheckReport`. first: the first row of which something is to be warned."""
 
     rows: int = 0
     bad_rows: list[BadRow] = field(default_factory=list)
     abilities: Counter[str] = field(default_factory=Counter)
-    images: int = 0
+    styles: Counter[str] = field(default_factory=Counter)
+    sources: Counter[str] = field(default_factory=Counter)
+    tools: Counter[str] = field(default_factory=Counter)
     image_bytes: int = 0
-    sizes: set[tuple[int, int]] = field(default_factory=set)
-    longest: int = 0
+    sizes: Counter[tuple[int, int]] = field(default_factory=Counter)
+    tokens: Counter[int] = field(default_factory=Counter)
+    over_limit: int = 0
+    never_asking: int = 0
+    first: dict[str, str] = field(default_factory=dict)
 
     def add(self, other: _Found) -> None:
         self.rows += other.rows
         self.bad_rows += other.bad_rows
-        self.abilities += other.abilities
-        self.images += other.images
+        for mine, more in zip(self._counters(), other._counters(), strict=True):
+            mine.update(more)
         self.image_bytes += other.image_bytes
-        self.sizes |= other.sizes
-        self.longest = max(self.longest, other.longest)
+        self.over_limit += other.over_limit
+        self.never_asking += other.never_asking
+        self.first = other.first | self.first
+
+    def _counters(self) -> tuple[Counter[Any], ...]:
+        return self.abilities, self.styles, self.sources, self.tools, self.sizes, self.tokens
+
+    def see(self, prompt: Prompt) -> None:
+        """A row that can be used."""
+        self.abilities[prompt.ability] += 1
+        self.styles[prompt.judge_style] += 1
+        self.sources[prompt.data_source] += 1
+        self.image_bytes += sum(len(image.data) for image in prompt.images)
+        self.sizes.update(size(image.data) for image in prompt.images)
+        for tool in offered_tools(prompt):
+            self.tools[tool] += 1
+            self.first.setdefault(tool, prompt.uid)
+        if not asks_for_answer(prompt):
+            self.never_asking += 1
+            self.first.setdefault("", prompt.uid)
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,22 +93,20 @@ class _Checker:
                     raise BadRowError(row)
                 prompt = row.decoded()
                 if self.count_tokens is not None:
-                    found.longest = max(found.longest, self._length(prompt, row, self.count_tokens))
+                    found.tokens[self._length(prompt, row, self.count_tokens, found)] += 1
             except BadRowError as error:
                 found.bad_rows.append(error.bad_row)
                 continue
-            found.abilities[prompt.ability.value] += 1
-            found.images += len(prompt.images)
-            found.image_bytes += sum(len(image.data) for image in prompt.images)
-            found.sizes.update(size(image.data) for image in prompt.images)
+            found.see(prompt)
         return found
 
-    def _length(self, prompt: Prompt, row: RawRow, count_tokens: CountTokens) -> int:
+    def _length(self, prompt: Prompt, row: RawRow, count_tokens: CountTokens, found: _Found) -> int:
         try:
             length = count_tokens(prompt)
         except DataError as error:
             raise BadRowError(BadRow(str(row.path), row.row, "images", "images that the model can use", str(error))) from None
         if length > self.max_prompt_tokens:
+            found.over_limit += 1
             limit = f"at most rollout.max_prompt_tokens={self.max_prompt_tokens} tokens"
             raise BadRowError(BadRow(str(row.path), row.row, "prompt", limit, f"{length} tokens"))
         return length
@@ -163,13 +163,51 @@ def check_files(
     return CheckReport(
         rows=len(files),
         bad_rows=tuple(found.bad_rows),
-        abilities={ability.value: found.abilities[ability.value] for ability in Ability},
-        images=found.images,
+        abilities=dict(sorted(found.abilities.items())),
+        images=found.sizes.total(),
         image_bytes=found.image_bytes,
         smallest=min(found.sizes, key=_area, default=None),
         largest=max(found.sizes, key=_area, default=None),
-        longest_prompt=found.longest or None,
+        longest_prompt=max(found.tokens, default=None),
+        styles=dict(sorted(found.styles.items())),
+        sources=dict(sorted(found.sources.items())),
+        image_sizes=_steps(_megapixels(found.sizes), _MEGAPIXELS, " MP"),
+        tokens=None if open_counter is None else _steps(found.tokens, _TOKENS),
+        over_limit=None if open_counter is None else found.over_limit,
+        tools=dict(sorted(found.tools.items())),
+        unknown_tools={name: num for name, num in sorted(found.tools.items()) if name not in KNOWN_TOOLS},
+        never_asking=found.never_asking,
+        warnings=tuple(_warnings(found)),
     )
+
+
+def _warnings(found: _Found) -> Iterator[str]:
+    if found.never_asking:
+        yield (
+            f"{found.never_asking} rows (first {found.first['']}) never ask for <answer> in their prompt, and what does not "
+            "stand in <answer> is wrong; say so in the system message"
+        )
+    for name, num in sorted(found.tools.items()):
+        if name not in KNOWN_TOOLS:
+            known = ", ".join(sorted(KNOWN_TOOLS))
+            yield f"{num} rows (first {found.first[name]}) offer the tool {name!r}, which nobody answers; known are {known}"
+
+
+def _megapixels(sizes: Mapping[tuple[int, int], int]) -> Counter[float]:
+    found = Counter[float]()
+    for (width, height), num in sizes.items():
+        found[width * height / 1e6] += num
+    return found
+
+
+def _steps(counts: Mapping[int, int] | Mapping[float, int], steps: Sequence[float], unit: str = "") -> dict[str, int]:
+    """Numbers counted by the first of some steps that is no less; steps with nothing are left out."""
+    found = Counter[float]()
+    for value, num in counts.items():
+        found[next((step for step in steps if value <= step), math.inf)] += num
+    return {
+        f"to {step:g}{unit}" if step < math.inf else f"over {steps[-1]:g}{unit}": num for step, num in sorted(found.items())
+    }
 
 
 def _num_cores() -> int:
@@ -220,28 +258,6 @@ def _pieces(files: PromptFiles) -> Iterator[list[RawRow | BadRow]]:
             piece += (BadRow(str(path), row, column, "data that decodes", str(error)) for path, row in places)
         if piece:
             yield piece
-
-
-def render_text(report: CheckReport) -> str:
-    """For people: one line for each bad row, then a summary."""
-    usable = sum(report.abilities.values())
-    lines = [f"bad row: {bad_row}" for bad_row in report.bad_rows]
-    lines.append(f"rows       {report.rows} ({usable} usable, {len(report.bad_rows)} bad)")
-    shares = (f"{name} {count} ({count / max(usable, 1):.0%})" for name, count in report.abilities.items())
-    lines.append(f"abilities  {', '.join(shares)}")
-    if report.smallest is None or report.largest is None:
-        lines.append("images     none")
-    else:
-        small, large = ("x".join(map(str, size)) for size in (report.smallest, report.largest))
-        lines.append(f"images     {report.images} ({report.image_bytes / 2**20:.1f} MiB), {small} to {large} pixels")
-    if report.longest_prompt is not None:
-        lines.append(f"prompts    up to {report.longest_prompt} tokens")
-    return "\n".join(lines)
-
-
-def render_json(report: CheckReport) -> str:
-    """For programs: the fields of `CheckReport`, every bad row as {file, row, column, expected, got}."""
-    return json.dumps(dataclasses.asdict(report), indent=2, ensure_ascii=False)
 
 
 def _area(size: tuple[int, int]) -> tuple[int, int]:

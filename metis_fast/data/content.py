@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from decimal import Decimal
 from hashlib import blake2b
 from pathlib import PurePath
 from typing import Any
 
-from metis_fast.image_source import is_inline
+from metis_fast.image_source import NoImageError, from_integers, is_inline, is_integers
 
 DIGEST_BYTES = 8
 
@@ -42,12 +43,16 @@ def _is_missing(value: object) -> bool:
 
 
 def _without_folders(images: object) -> object:
-    entries = images if isinstance(images, list) else [images]
+    entries = images if isinstance(images, list) and not is_integers(images) else [images]
     return [_without_folder(entry) for entry in entries]
 
 
 def _without_folder(image: object) -> object:
     match image:
+        case {"bytes": list(numbers)} | list(numbers) if is_integers(numbers):  # where one of the rows beside it is a bad one
+            with suppress(NoImageError):
+                return from_integers(numbers)
+            return numbers
         case {"bytes": bytes(data) | str(data)} | bytes(data) if data:
             return data  # where writers put a path beside the bytes, it says where they once came from
         case {"path": str(text)} | str(text):

@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from metis_fast.errors import DataError, one_line
-from metis_fast.image_source import NoImageError, read_image
+from metis_fast.image_source import NoImageError, is_integers, read_image
 from metis_fast.judge_styles import STYLES, known_style
 from metis_fast.pixels import ImageError, size
-from metis_fast.types import Ability, ImageBlob, JsonScalar, Message, Prompt
+from metis_fast.types import ImageBlob, JsonScalar, Message, Prompt
 
 _ROLES = ("system", "user", "assistant")
+NO_ABILITY = "none"  # of rows that say nothing of it
 _MAX_ASPECT = 200  # Qwen3-VL's image processor refuses longer strips
 
 _SHOW = reprlib.Repr()
@@ -78,17 +79,20 @@ def parse_prompt(row: Mapping[str, Any], uid: str, folder: Path) -> Prompt:
         raise MisfitError("images", f"{marks} images, one for each {what} in the prompt", len(images))
     if not isinstance(row["data_source"], str):
         raise MisfitError("data_source", "text", row["data_source"])
-    if row["ability"] not in tuple(Ability):
-        raise MisfitError("ability", ", ".join(Ability), row["ability"])
-    reward_model = row["reward_model"] or {}
+    ability = row.get("ability")
+    if not isinstance(ability, str | None):
+        raise MisfitError("ability", "text", ability)
+    reward_model = struct_of(row["reward_model"], "reward_model")
     answers = tuple(_answers(reward_model.get("ground_truth")))
     if not answers:
         raise MisfitError("reward_model.ground_truth", "at least one answer", reward_model.get("ground_truth"))
     style = reward_model.get("style")
     if not isinstance(style, str | None) or (style and known_style(style) is None):
         raise MisfitError("reward_model.style", ", ".join(STYLES), style)
-    extra = dict(_flatten(row.get("extra_info") or {}))
+    extra = dict(_flatten(struct_of(row.get("extra_info"), "extra_info")))
     question = extra.pop("question", None)
+    if isinstance(question, str) and "<image>" in question:
+        question = question.replace("<image>", "").strip()
     if not isinstance(question, str) or not question.strip():
         last = [message for message in messages if message.role == "user"][-1]
         question = "".join(last.around_images).strip()
@@ -97,12 +101,29 @@ def parse_prompt(row: Mapping[str, Any], uid: str, folder: Path) -> Prompt:
         data_source=row["data_source"],
         messages=messages,
         images=images,
-        ability=Ability(row["ability"]),
+        ability=(ability or "").strip() or NO_ABILITY,
         answers=answers,
         judge_style=style or "rule",
         question=question,
         extra=extra,
     )
+
+
+def struct_of(value: Any, column: str) -> Mapping[str, Any]:
+    """The fields of a struct, or of one as JSON text; of null, none.
+
+    Raises:
+        MisfitError: it is neither.
+    """
+    fields = value
+    if isinstance(value, str):
+        try:
+            fields = json.loads(value) if value.strip() else None
+        except (ValueError, RecursionError):
+            raise MisfitError(column, "a struct, or that as JSON text", value) from None
+    if not isinstance(fields, dict | None):
+        raise MisfitError(column, "a struct, or that as JSON text", value)
+    return fields or {}
 
 
 def misfit_image(prompt: Prompt, problems: Mapping[str, str]) -> MisfitError | None:
@@ -158,7 +179,8 @@ def _of_parts(role: str, parts: Any, column: str) -> Message:
 def _images(value: Any, folder: Path) -> tuple[ImageBlob, ...]:
     if isinstance(value, dict) and not value.get("bytes") and not value.get("path"):
         return ()  # a column of single structs has this for rows without an image
-    entries = [] if value is None else value if isinstance(value, list) else [value]
+    is_one = not isinstance(value, list) or is_integers(value)
+    entries = [] if value is None else [value] if is_one else value
     return tuple(_image(entry, f"images[{number}]", folder) for number, entry in enumerate(entries))
 
 

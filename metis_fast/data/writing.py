@@ -44,7 +44,7 @@ def _row_group(prompts: Sequence[Prompt]) -> pa.Table:
         [prompt.data_source for prompt in prompts],
         [[{"role": message.role, "content": _content(prompt, message)} for message in prompt.messages] for prompt in prompts],
         [[{"bytes": image.data, "path": None} for image in prompt.images] for prompt in prompts],
-        [prompt.ability.value for prompt in prompts],
+        [prompt.ability for prompt in prompts],
         [{"ground_truth": list(prompt.answers), "style": prompt.judge_style} for prompt in prompts],
     ]
     columns = [pa.array(values, field.type) for values, field in zip(fixed, _FIXED_FIELDS, strict=True)]

@@ -19,7 +19,16 @@ from metis_fast.demo import world as demo_world
 from metis_fast.demo.images import COLORS, FABRICS, MAX_JITTER, PANELS, PLAIN
 from metis_fast.demo.world import City, Country
 from metis_fast.errors import DataError
-from metis_fast.types import Ability, ImageBlob, JsonScalar, Message, Prompt
+from metis_fast.types import ImageBlob, JsonScalar, Message, Prompt
+
+
+class Ability(StrEnum):
+    """What the prompts of the demo set are about."""
+
+    MATH = "math"
+    PERCEPTION = "perception"
+    SEARCH = "search"
+
 
 ABILITIES = (Ability.PERCEPTION, Ability.SEARCH, Ability.MATH)
 ABILITY_SHARES = (0.45, 0.36, 0.19)  # those of the Metis-RL data
@@ -217,7 +226,7 @@ def _prompt(
         data_source=f"metis_fast_demo/{topic}",
         messages=(Message("user", "<image>" * len(images) + question),),
         images=images,
-        ability=order.ability,
+        ability=order.ability.value,
         answers=(answer,),
         judge_style="rule",
         question=question,

@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from metis_fast.demo.files import PRIOR_NO, Kind
+from metis_fast.demo.files import PRIOR_NO, Ability, Kind
 from metis_fast.demo.images import FABRICS, PANEL_BOXES, PLAIN
 from metis_fast.demo.world import COUNTRY_NAMES, City, Country, city_document, country_document, find_city
 from metis_fast.errors import DataError, ModelError
 from metis_fast.rollout.engine import Completion, Sampling, SyncReport
-from metis_fast.types import Ability, ImageBlob, ImageSpan, Prompt, ToolName
+from metis_fast.types import ImageBlob, ImageSpan, Prompt, ToolName
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -79,9 +79,9 @@ def is_poor(prompt: Prompt) -> bool:
     kind, extra = Kind(str(prompt.extra["kind"])), prompt.extra
     if kind is not Kind.TOOL_NEEDED:
         return False
-    if prompt.ability is Ability.PERCEPTION:
+    if prompt.ability == Ability.PERCEPTION:
         return int(str(extra["panel"])) >= 2
-    if prompt.ability is Ability.SEARCH:
+    if prompt.ability == Ability.SEARCH:
         return str(extra["city"])[0] <= "K"
     return int(str(extra["a"])) % 2 == 1
 
@@ -103,10 +103,10 @@ _NO_IMAGE = "image_search needs an image in the prompt; there is none."
 def _main_call(prompt: Prompt, wrong: bool) -> tuple[str, int | None]:
     """The call that should tell the answer (or the wrong one in its place), and the panel that it shows."""
     extra = prompt.extra
-    if prompt.ability is Ability.PERCEPTION:
+    if prompt.ability == Ability.PERCEPTION:
         panel = int(str(extra["panel"])) ^ wrong  # the neighbour to the left or right
         return _call_message(ToolName.PYTHON, {"code": f"image_1.crop({PANEL_BOXES[panel]})"}), panel
-    if prompt.ability is Ability.SEARCH:
+    if prompt.ability == Ability.SEARCH:
         query = str(extra["city"]) if "city" in extra else f"capital of {extra['country']}"
         return (_USELESS_CALL if wrong else _call_message(ToolName.TEXT_SEARCH, {"query": query})), None
     operator = {"+": "*", "*": "+"}[str(extra["op"])] if wrong else str(extra["op"])
@@ -119,9 +119,9 @@ def _guess(prompt: Prompt, kind: Kind, rng: random.Random) -> str:
         return prompt.answers[0]
     if kind is Kind.UNCERTAIN:
         return "no" if rng.random() < PRIOR_NO else "yes"
-    if prompt.ability is Ability.PERCEPTION:
+    if prompt.ability == Ability.PERCEPTION:
         return rng.choice(FABRICS)
-    if prompt.ability is Ability.SEARCH:
+    if prompt.ability == Ability.SEARCH:
         return rng.choice(COUNTRY_NAMES)
     return str(rng.randint(11, 99) * rng.randint(11, 99))
 
@@ -153,12 +153,12 @@ def answer_from(prompt: Prompt, script: Script, observation: str) -> str:
     if not script.trusts_tool:
         return script.fallback
     uncertain = prompt.extra["kind"] == Kind.UNCERTAIN
-    if prompt.ability is Ability.PERCEPTION:
+    if prompt.ability == Ability.PERCEPTION:
         if script.shown_panel is None or _IMAGE_PAD not in observation:
             return script.fallback
         fabric = str(prompt.extra["fabrics"]).split()[script.shown_panel]
         return ("yes" if fabric == PLAIN else "no") if uncertain else fabric
-    if prompt.ability is Ability.SEARCH:
+    if prompt.ability == Ability.SEARCH:
         city = find_city(observation, str(prompt.extra["city"]))
         if city is None:
             return script.fallback
@@ -244,9 +244,9 @@ def script_texts(prompts: Iterable[Prompt]) -> Iterator[str]:
 def _found(prompt: Prompt) -> str:
     """The text of the useful observation: a page, a number; for a picture, the title under a similar one."""
     extra = prompt.extra
-    if prompt.ability is Ability.PERCEPTION:
+    if prompt.ability == Ability.PERCEPTION:
         return f"{', '.join(str(extra['colors']).split())} panels"
-    if prompt.ability is Ability.MATH:
+    if prompt.ability == Ability.MATH:
         return f"{prompt.answers[0]}\n"
     if extra["kind"] == Kind.DIRECT:
         page = country_document(Country(str(extra["country"]), prompt.answers[0]))

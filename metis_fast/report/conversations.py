@@ -13,7 +13,7 @@ from pathlib import Path
 from metis_fast import pixels
 from metis_fast.pixels import ImageError
 from metis_fast.rollout.store import StoredRollout, read_rollouts
-from metis_fast.types import Ability, ImageBlob, ImageSpan, Score, Turn
+from metis_fast.types import ImageBlob, ImageSpan, Score, Turn
 
 _THUMBNAIL_PX = 320  # longest side; about 15 KB as JPEG, so a report of 40 conversations stays a few MB
 _MAX_CHARS = 6000  # of one message or observation
@@ -117,7 +117,7 @@ def _conversation(step: int, stored: StoredRollout) -> Conversation:
     verdict = "no verdict" if score.verdict is None else "correct" if score.verdict.correct else "wrong"
     return Conversation(
         step=step,
-        label=" · ".join(part for part in (stored.ability.value, stored.kind, verdict) if part),
+        label=" · ".join(part for part in (stored.ability, stored.kind, verdict) if part),
         uid=f"{rollout.prompt_uid} #{rollout.index}",
         question=_cut(stored.question),
         answers=stored.answers,
@@ -164,10 +164,10 @@ def sample_conversations(folder: Path, last_step: int | None) -> list[Conversati
         return []
     conversations = []
     for step in sorted({steps[0], steps[len(steps) // 2], steps[-1]}):
-        found: dict[tuple[str, bool, bool] | None, dict[Ability, StoredRollout]] = {}
+        found: dict[tuple[str, bool, bool] | None, dict[str, StoredRollout]] = {}
         for stored in _in_turn(parts[step]):
             verdict = stored.score.verdict
-            kind = stored.kind or stored.ability.value
+            kind = stored.kind or stored.ability
             key = None if verdict is None else (kind, not verdict.correct, stored.rollout.num_tool_calls > 0)
             found.setdefault(key, {}).setdefault(stored.ability, stored)
         order = sorted(key for key in found if key is not None) + ([None] if None in found else [])

@@ -15,8 +15,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FormatStrFormatter, LogLocator, MaxNLocator, NullLocator, PercentFormatter
 
 from metis_fast.report.log import GROUPS, Evaluation, step_scalars
-from metis_fast.report.slices import KINDS
-from metis_fast.types import Ability, Outcome, Savings, StepStats
+from metis_fast.report.slices import KINDS, main_abilities
+from metis_fast.types import Outcome, Savings, StepStats
 
 if TYPE_CHECKING:
     from matplotlib.typing import RcKeyType
@@ -34,7 +34,7 @@ Form = Literal["rate", "share", "number", "log", "stack"]  # a rate has an axis 
 
 @dataclass(frozen=True, slots=True)
 class Curve:
-    """One picture. svg: trusted markup; it holds numbers and names of ours, no text of a model."""
+    """One picture. svg: trusted markup; it holds numbers and names, those of the data escaped, and no text of a model."""
 
     title: str
     note: str
@@ -55,9 +55,8 @@ def _tags(group: str, names: Sequence[str]) -> dict[str, str]:
     return {name: f"{group}/{name}" for name in names}
 
 
-def _plans(stages: Sequence[str], ages: int) -> tuple[_Plan, ...]:
+def _plans(stages: Sequence[str], ages: int, abilities: Sequence[str]) -> tuple[_Plan, ...]:
     """ages: how many different ones tokens have; 1 where all were sampled by the weights that were trained."""
-    abilities = [ability.value for ability in Ability]
     outcomes = [outcome.value for outcome in Outcome]
     savings = [saving.name for saving in fields(Savings)]
     ahead = (
@@ -116,8 +115,14 @@ def _smooth(values: np.ndarray) -> np.ndarray:
     return np.convolve(values, kernel, "same") / np.convolve(np.ones(len(values)), kernel, "same")
 
 
+def _plain(name: str) -> str:
+    """A name, of an ability perhaps, that matplotlib shall neither set as a formula nor leave out of the legend."""
+    return ("\u200b" + name if name.startswith("_") else name).replace("$", r"\$")
+
+
 def _draw_lines(axes: Axes, series: Series) -> None:
-    for (label, (steps, values)), colour in zip(series.items(), _COLOURS, strict=False):
+    for (name, (steps, values)), colour in zip(series.items(), _COLOURS, strict=False):
+        label = _plain(name)
         if len(steps) >= _STEPS_BEFORE_SMOOTHING:
             axes.plot(steps, values, color=colour, linewidth=0.8, alpha=0.3)
             axes.plot(steps, _smooth(np.asarray(values)), color=colour, linewidth=1.8, label=label)
@@ -187,7 +192,7 @@ def _heldout(evaluations: Sequence[Evaluation]) -> list[Curve]:
     if len(evaluations) < 3:
         return []
     present = [kind for kind in KINDS if any(kind in evaluation.slices for evaluation in evaluations)]
-    names = present or ["all", *(ability.value for ability in Ability)]
+    names = present or ["all", *main_abilities(evaluation.slices for evaluation in evaluations)]
     curves = []
     for title, rate in (("Held-out accuracy", "accuracy"), ("Held-out tool rate", "tool_rate")):
         series = {}
@@ -204,7 +209,8 @@ def draw_curves(steps: Sequence[StepStats], evaluations: Sequence[Evaluation]) -
     points = [(stats.step, step_scalars(stats)) for stats in steps]
     stages = list(dict.fromkeys(stage for stats in steps for stage in stats.seconds))
     curves = _heldout(evaluations)
-    for plan in _plans(stages, max((len(stats.staleness) for stats in steps), default=0)):
+    ages = max((len(stats.staleness) for stats in steps), default=0)
+    for plan in _plans(stages, ages, main_abilities(stats.slices for stats in steps)):
         series = {}
         for label, tag in plan.tags.items():
             own = [(step, scalars[tag]) for step, scalars in points if tag in scalars and np.isfinite(scalars[tag])]

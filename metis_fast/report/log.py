@@ -20,8 +20,8 @@ from tqdm import tqdm
 
 from metis_fast.config import LogConfig
 from metis_fast.errors import DataError
-from metis_fast.report.slices import KINDS
-from metis_fast.types import Ability, Avoided, Outcome, Savings, Slice, StepStats, UpdateStats
+from metis_fast.report.slices import KINDS, main_abilities
+from metis_fast.types import Avoided, Outcome, Savings, Slice, StepStats, UpdateStats
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -182,7 +182,7 @@ def _live_cells(stats: StepStats) -> dict[str, str]:
         return format(scalars[tag], form) if tag in scalars else "-"
 
     kinds = [kind for kind in KINDS if kind in stats.slices]
-    columns = kinds or [ability.value for ability in Ability if ability.value in stats.slices]
+    columns = kinds or main_abilities([stats.slices])
     return {
         "step": str(stats.step),
         "accuracy": cell("accuracy/all", ".3f"),

@@ -2,16 +2,42 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean
 from typing import Protocol
 
 from metis_fast.summary import Outline
-from metis_fast.types import Ability, Score, Slice, Verdict
+from metis_fast.types import Score, Slice, Verdict
 
 KINDS = ("direct", "uncertain", "tool_needed")
 """What `prompt.extra["kind"]` of the demo set may say of a prompt: whether a tool is needed to answer it."""
+
+
+_LONGEST_NAME = 100
+_MOST_SHOWN = 8  # as many as a picture has colours
+
+
+def ability_name(ability: str) -> str:
+    """An ability, which is any text of the data, as the name of a slice: in one short line, and no name that slices have for
+    something else."""
+    name = " ".join(ability.split())[:_LONGEST_NAME]
+    taken = name in ("all", *KINDS) or name.endswith(tuple(f"/{kind}" for kind in KINDS))
+    return f"{name} (ability)".strip() if taken or not name else name
+
+
+def abilities_in(slices: Mapping[str, Slice]) -> list[str]:
+    """The slices that are of abilities, by name."""
+    others = ("all", *KINDS)
+    return sorted(name for name in slices if name not in others and not name.endswith(tuple(f"/{kind}" for kind in KINDS)))
+
+
+def main_abilities(of: Iterable[Mapping[str, Slice]]) -> list[str]:
+    """Those with the most rollouts in all, by name: as many as can be told apart in a picture or a line."""
+    num = Counter[str]()
+    for slices in of:
+        num.update({name: slices[name].num for name in abilities_in(slices)})
+    return sorted(name for name, _ in num.most_common(_MOST_SHOWN))
 
 
 def _mean(values: Iterable[float]) -> float:
@@ -36,7 +62,7 @@ class Rated(Protocol):
     """A group of which rates are made, wherever it lies: `ScoredGroup`, `ScoredSummary`."""
 
     @property
-    def ability(self) -> Ability: ...
+    def ability(self) -> str: ...
     @property
     def kind(self) -> str | None: ...
     @property
@@ -53,7 +79,7 @@ def slices(groups: Sequence[Rated]) -> dict[str, Slice]:
     """
     members: defaultdict[tuple[int, str], list[tuple[Outline, Verdict | None]]] = defaultdict(list)
     for group in groups:
-        ability, kind = group.ability.value, group.kind
+        ability, kind = ability_name(group.ability), group.kind
         keys = [(0, "all"), (1, ability)]
         if kind in KINDS:
             keys += [(2, kind), (3, f"{ability}/{kind}")]

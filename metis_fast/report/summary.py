@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from metis_fast.errors import DataError
-from metis_fast.report.slices import KINDS
-from metis_fast.types import Ability, Slice
+from metis_fast.report.slices import KINDS, abilities_in
+from metis_fast.types import Slice
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +57,7 @@ def _side(slices: Mapping[str, Slice]) -> Side:
         found = {label: slices[key] for label, key in names.items() if key in slices}
         return {label: Rates(entry.tool_rate, entry.accuracy) for label, entry in found.items()}
 
-    abilities = [ability.value for ability in Ability if ability.value in slices]
+    abilities = abilities_in(slices)
     return Side(
         kinds=rates({kind: kind for kind in KINDS}),
         by_ability={name: rates({kind: f"{name}/{kind}" for kind in KINDS} | {"all": name}) for name in abilities},
@@ -115,7 +115,7 @@ def summary_rows(summary: Summary) -> Iterator[SummaryRow]:
     for kind in KINDS:
         if kind in before.kinds or kind in after.kinds:
             yield SummaryRow(kind, 0, before.kinds.get(kind), after.kinds.get(kind))
-    for ability in (ability.value for ability in Ability):
+    for ability in sorted({*before.by_ability, *after.by_ability}):
         old, new = before.by_ability.get(ability, {}), after.by_ability.get(ability, {})
         for name in ("all", *KINDS):
             if name in old or name in new:

@@ -5,7 +5,8 @@
 
 Image files are named by what they hold and are never changed or removed, so that writing a part again (after a crash, or with
 other rollouts after a resume) cannot take an image away from another part. They are written before the part that needs them,
-and both appear by a rename: a reader never sees half a file. One process at a time may write to a folder.
+and both appear by a rename: a reader never sees half a file. Several processes may write to a folder at once, each to parts of
+its own names.
 """
 
 from __future__ import annotations
@@ -25,7 +26,6 @@ import pyarrow.parquet as pq
 from metis_fast import seal
 from metis_fast.errors import DataError, one_line
 from metis_fast.types import (
-    Ability,
     ImageBlob,
     ImageSpan,
     Outcome,
@@ -100,16 +100,17 @@ class StoredRollout:
 
     rollout: Rollout
     score: Score
-    ability: Ability
+    ability: str
     kind: str | None
     question: str
     answers: tuple[str, ...]
     text: str
 
 
-def _write_atomically(path: Path, fill: Callable[[Path], None]) -> None:
-    """Let `fill` write a neighbour of `path`, flush it to disk, and rename it."""
-    scratch = path.with_name(f".{path.name}.tmp")
+def _write_atomically(path: Path, name: str, fill: Callable[[Path], None]) -> None:
+    """Let `fill` write a neighbour of `path`, flush it to disk, and rename it. name: of the part that it is for, which nobody
+    else writes; the path itself may be somebody else's, too."""
+    scratch = path.with_name(f".{name}{path.suffix}.tmp")
     fill(scratch)
     with scratch.open("rb") as handle:
         os.fsync(handle.fileno())
@@ -139,8 +140,8 @@ class _Images:
             raise DataError(f"{path}: expected an Arrow file of images, got {error}; restore it from a copy") from None
         self._where.update((sha256, (data, row)) for row, sha256 in enumerate(hashes))
 
-    def add(self, images: Mapping[str, ImageBlob]) -> None:
-        """Store those of `images` that are not stored yet, in one new file."""
+    def add(self, images: Mapping[str, ImageBlob], name: str) -> None:
+        """Store those of `images` that are not stored yet, in one new file. name: of the part that has them."""
         new = sorted(images.keys() - self._where.keys())
         if not new:
             return
@@ -153,7 +154,7 @@ class _Images:
 
         self._folder.mkdir(parents=True, exist_ok=True)
         path = self._folder / f"{hashlib.sha256(''.join(new).encode()).hexdigest()[:32]}.arrow"
-        _write_atomically(path, fill)
+        _write_atomically(path, name, fill)
         self._open(path)
 
     def get(self, sha256: str) -> ImageBlob:
@@ -247,7 +248,7 @@ class RolloutStore:
             (group, rollout, score) for group in groups for rollout, score in zip(group.rollouts, group.scores, strict=True)
         ]
         self._folder.mkdir(parents=True, exist_ok=True)
-        self._images.add({image.sha256: image for _, rollout, _ in members for image in rollout.images})
+        self._images.add({image.sha256: image for _, rollout, _ in members for image in rollout.images}, name)
 
         def fill(scratch: Path) -> None:
             with pq.ParquetWriter(
@@ -258,7 +259,7 @@ class RolloutStore:
             seal.seal(scratch)
 
         path = self._folder / f"{name}.parquet"
-        _write_atomically(path, fill)
+        _write_atomically(path, name, fill)
         return path
 
 
@@ -303,7 +304,7 @@ def _restore(row: dict[str, Any], tokens: Mapping[str, np.ndarray], image: Calla
     return StoredRollout(
         rollout=rollout,
         score=score,
-        ability=Ability(row["ability"]),
+        ability=row["ability"],
         kind=row["kind"],
         question=row["question"],
         answers=tuple(row["answers"]),

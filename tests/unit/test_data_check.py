@@ -16,8 +16,9 @@ import pytest
 from PIL import Image
 
 from metis_fast.cli import main
-from metis_fast.data.check import check_files, render_json, render_text
+from metis_fast.data.check import check_files
 from metis_fast.data.parquet import PromptFiles
+from metis_fast.data.report import render_json, render_text
 from metis_fast.data.row import BadRowError
 from metis_fast.errors import DataError
 from metis_fast.types import Prompt
@@ -33,10 +34,10 @@ def write_rows(path: Path, *rows: tuple[str, list[bytes]]) -> Path:
     table = [
         {
             "data_source": "unit",
-            "prompt": [{"role": "user", "content": "<image>" * len(images) + "what?"}],
+            "prompt": [{"role": "user", "content": "<image>" * len(images) + "what? Reply in <answer>."}],
             "images": images,
             "ability": ability,
-            "reward_model": {"ground_truth": "4", "style": "rule"},
+            "reward_model": {"ground_truth": "4", "style": "music" if ability == "music" else "rule"},
         }
         for ability, images in rows
     ]
@@ -52,10 +53,10 @@ def test_the_report_counts_what_training_would_see(tmp_path: Path):
     write_rows(tmp_path / "b.parquet", ("music", [encoded(900, 900)]), ("search", [b"junk"]))
     report = check_files([tmp_path], progress=False)
     assert report.rows == 5
-    assert report.abilities == {"math": 2, "perception": 0, "search": 1}
+    assert report.abilities == {"math": 2, "search": 1}
     assert (report.images, report.smallest, report.largest) == (3, (5, 7), (30, 20))
     assert report.image_bytes == len(SMALL) + len(WIDE) + len(LARGE)
-    assert [(bad.row, bad.column) for bad in report.bad_rows] == [(0, "ability"), (1, "images[0]")]
+    assert [(bad.row, bad.column) for bad in report.bad_rows] == [(0, "reward_model.style"), (1, "images[0]")]
     assert report.exit_code == 1
 
 
@@ -88,7 +89,7 @@ def test_json_holds_every_bad_row_with_its_five_fields(tmp_path: Path):
     path = write_rows(tmp_path / "set.parquet", ("music", []), ("math", [LARGE]))
     tree = json.loads(render_json(check_files([path], progress=False)))
     assert tree["bad_rows"] == [
-        {"file": str(path), "row": 0, "column": "ability", "expected": "math, perception, search", "got": "'music'"}
+        {"file": str(path), "row": 0, "column": "reward_model.style", "expected": "rule, choice, math, llm", "got": "'music'"}
     ]
     assert tree["largest"] == [30, 20]
     assert tree["rows"] == 2
@@ -97,10 +98,13 @@ def test_json_holds_every_bad_row_with_its_five_fields(tmp_path: Path):
 def test_text_lists_each_bad_row_on_a_line_and_then_the_summary(tmp_path: Path):
     path = write_rows(tmp_path / "set.parquet", ("music", []), ("math", [SMALL]), ("search", [LARGE]), ("math", []))
     assert render_text(check_files([path], progress=False)).splitlines() == [
-        f"bad row: {path}, row 0, column ability: expected math, perception, search, got 'music'",
+        f"bad row: {path}, row 0, column reward_model.style: expected rule, choice, math, llm, got 'music'",
         "rows       4 (3 usable, 1 bad)",
-        "abilities  math 2 (67%), perception 0 (0%), search 1 (33%)",
+        "abilities  math 2 (67%), search 1 (33%)",
+        "styles     rule 3 (100%)",
+        "sources    unit 3 (100%)",
         "images     2 (0.0 MiB), 5x7 to 30x20 pixels",
+        "           to 0.1 MP 2 (100%)",
     ]
 
 
@@ -121,10 +125,14 @@ def test_prompts_that_are_too_long_for_the_model_are_bad_rows(tmp_path: Path):
     report = check_files([path], False, lambda: lambda prompt: 10 + 5 * len(prompt.images), 15, processes=1)
     assert [str(bad) for bad in report.bad_rows] == [
         f"{path}, row 2, column prompt: expected at most rollout.max_prompt_tokens=15 tokens, got 20 tokens",
-        f"{path}, row 3, column ability: expected math, perception, search, got 'music'",
+        f"{path}, row 3, column reward_model.style: expected rule, choice, math, llm, got 'music'",
     ]
     assert (report.longest_prompt, report.images, report.exit_code) == (15, 1, 1)
-    assert render_text(report).splitlines()[-1] == "prompts    up to 15 tokens"
+    assert render_text(report).splitlines()[-2:] == [
+        "prompts    up to 15 tokens; 1 over the limit",
+        "           to 256 2 (100%)",
+    ]
+    assert (report.over_limit, report.tokens) == (1, {"to 256": 2})
     assert json.loads(render_json(report))["longest_prompt"] == 15
 
 

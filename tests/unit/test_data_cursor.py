@@ -25,7 +25,7 @@ def write_rows(path: Path, abilities: list[str], row_group_size: int) -> None:
             "data_source": "unit",
             "prompt": [{"role": "user", "content": f"row {row}"}],
             "ability": ability,
-            "reward_model": {"ground_truth": str(row), "style": "rule"},
+            "reward_model": {"ground_truth": str(row), "style": "music" if ability == "music" else "rule"},
         }
         for row, ability in enumerate(abilities)
     ]
@@ -155,7 +155,7 @@ def test_a_bad_row_stops_the_stream_and_leaves_it_in_place(folder: Path):
     cursor = prompt_cursor(PromptFiles([folder]), seed=0, shuffle=False)
     before = cursor.state()
     for _ in range(2):
-        with pytest.raises(BadRowError, match=r"row 2, column ability.*on_bad_row=skip"):
+        with pytest.raises(BadRowError, match=r"row 2, column reward_model.style.*on_bad_row=skip"):
             cursor.next(5)
         assert cursor.state() == before
     assert [prompt.uid for prompt in cursor.next(2)] == ["a:0", "a:1"]

@@ -20,7 +20,7 @@ from metis_fast.data.parquet import PromptFiles
 from metis_fast.data.row import BadRow, BadRowError
 from metis_fast.data.writing import write_prompts
 from metis_fast.errors import DataError
-from metis_fast.types import Ability, ImageBlob, Message, Prompt
+from metis_fast.types import ImageBlob, Message, Prompt
 
 
 def encoded(width: int = 6, height: int = 4, kind: str = "PNG") -> bytes:
@@ -191,7 +191,6 @@ def text_of(content: object) -> list[dict[str, object]]:
 @pytest.mark.parametrize(
     ("change", "column", "got"),
     [
-        ({"ability": "Math"}, "ability", "'Math'"),
         ({"prompt": [{"role": "tool", "content": "x"}]}, "prompt[0].role", "'tool'"),
         ({"prompt": [*CHAT[:1], {"role": None, "content": "x"}]}, "prompt[1].role", "null"),
         ({"prompt": CHAT[:1]}, "prompt", "[{'content': 'be brief', 'role': 'system'}]"),
@@ -201,6 +200,9 @@ def text_of(content: object) -> list[dict[str, object]]:
         ({"prompt": "1 + 1?"}, "prompt", "'1 + 1?'"),
         ({"prompt": '{"role": "user", "content": "x"}'}, "prompt", "{'content': 'x', 'role': 'user'}"),
         ({"prompt": '["x"]'}, "prompt[0].role", "null"),
+        ({"reward_model": "yes"}, "reward_model", "'yes'"),
+        ({"reward_model": "[2]"}, "reward_model", "'[2]'"),
+        ({"extra_info": "question"}, "extra_info", "'question'"),
         ({"reward_model": {"ground_truth": None, "style": "rule"}}, "reward_model.ground_truth", "null"),
         ({"reward_model": {"ground_truth": "", "style": "rule"}}, "reward_model.ground_truth", "''"),
         ({"reward_model": {"ground_truth": [], "style": "rule"}}, "reward_model.ground_truth", "[]"),
@@ -219,6 +221,9 @@ def text_of(content: object) -> list[dict[str, object]]:
         ({"prompt": ONE_MARK, "images": [PNG[:60] + bytes([PNG[60] ^ 1]) + PNG[61:]]}, "images[0]", "bytes: "),
         ({"images": [encoded(201, 1)]}, "images[0]", "201x1"),
         ({"images": ["absent.png"]}, "images[0]", "No such file"),
+        ({"images": [3]}, "images[0]", "1 bytes: cannot identify image file"),
+        ({"images": [[3, 300]]}, "images[0]", "300 at place 1"),
+        ({"images": [{"bytes": [-1, 3]}]}, "images[0]", "-1 at place 0"),
         ({"images": [{"bytes": None, "path": None}]}, "images[0]", "{'bytes': None, 'path': None}"),
     ],
 )
@@ -234,7 +239,6 @@ def test_a_bad_row_says_where_and_what_in_one_line(tmp_path: Path, change: dict[
     ("change", "column", "got"),
     [
         ({"data_source": None}, "data_source", "null"),
-        ({"ability": None}, "ability", "null"),
         ({"prompt": None}, "prompt", "null"),
         ({"prompt": []}, "prompt", "[]"),
         ({"reward_model": None}, "reward_model.ground_truth", "null"),
@@ -248,14 +252,14 @@ def test_a_null_or_empty_value_beside_a_good_row_is_a_bad_row(tmp_path: Path, ch
 
 
 def test_the_row_of_a_bad_row_counts_from_the_start_of_its_own_file(tmp_path: Path):
-    for name, abilities in (("a", ["math"] * 3), ("b", ["math", "search", "music"])):
-        table = pa.Table.from_pylist([PLAIN | {"ability": ability} for ability in abilities])
+    for name, styles in (("a", ["math"] * 3), ("b", ["math", "rule", "music"])):
+        table = pa.Table.from_pylist([PLAIN | {"reward_model": {"ground_truth": "2", "style": style}} for style in styles])
         pq.write_table(table, tmp_path / f"{name}.parquet", row_group_size=2)
     files = PromptFiles([tmp_path])
     with pytest.raises(BadRowError) as caught:
         files.read(5)
     assert caught.value.bad_row == BadRow(
-        str(tmp_path / "b.parquet"), 2, "ability", ", ".join(ability.value for ability in Ability), "'music'"
+        str(tmp_path / "b.parquet"), 2, "reward_model.style", "rule, choice, math, llm", "'music'"
     )
     assert files.read(4).uid == "b:1"
 
@@ -264,8 +268,9 @@ def test_text_that_is_not_utf8_is_a_bad_row(tmp_path: Path):
     table = pa.Table.from_pylist([PLAIN])
     broken = pa.Array.from_buffers(pa.string(), 1, pa.array([b"\xff\xfe"]).buffers())
     pq.write_table(table.set_column(0, "data_source", broken), tmp_path / "set.parquet")
-    with pytest.raises(BadRowError, match="column data_source"):
+    with pytest.raises(BadRowError, match="column data_source") as caught:
         PromptFiles([tmp_path / "set.parquet"]).read(0)
+    assert caught.value.bad_row.got.startswith("'utf-8' codec can't decode")  # as ever: digests are made of it
 
 
 def test_a_long_value_is_cut_in_the_message(tmp_path: Path):

@@ -8,10 +8,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from metis_fast.data.parquet import PromptFiles
-from metis_fast.demo.files import DemoPaths, DemoSizes, Kind, SplitSize, apportion, write_demo
+from metis_fast.demo.files import Ability, DemoPaths, DemoSizes, Kind, SplitSize, apportion, write_demo
 from metis_fast.demo.world import COUNTRY_NAMES, find_city, load_world
 from metis_fast.errors import DataError
-from metis_fast.types import Ability, Prompt
+from metis_fast.types import Prompt
 
 SIZES = DemoSizes(SplitSize(1000, 0.6), SplitSize(600), SplitSize(600), SplitSize(200), images=12)
 SPLITS = ("base", "cold_start", "train", "heldout")
@@ -55,7 +55,7 @@ def test_abilities_kinds_and_truths_have_their_exact_shares(prompts: dict[str, l
     }
     for name in SPLITS:
         for ability in (Ability.PERCEPTION, Ability.SEARCH):
-            truths = [p.answers[0] for p in prompts[name] if p.ability is ability and p.extra["kind"] == Kind.UNCERTAIN]
+            truths = [p.answers[0] for p in prompts[name] if p.ability == ability and p.extra["kind"] == Kind.UNCERTAIN]
             assert abs(truths.count("no") - 0.7 * len(truths)) < 1
             assert truths.count("no") + truths.count("yes") == len(truths)
 
@@ -88,7 +88,7 @@ def test_no_city_operand_pair_or_image_question_is_in_two_splits(prompts: dict[s
 
 def test_panel_answers_agree_with_the_panels(prompts: dict[str, list[Prompt]]) -> None:
     for p in prompts["train"]:
-        if p.ability is Ability.PERCEPTION:
+        if p.ability == Ability.PERCEPTION:
             panel = p.extra["panel"]
             assert isinstance(panel, int)
             color, fabric = (str(p.extra[key]).split()[panel] for key in ("colors", "fabrics"))
@@ -100,7 +100,7 @@ def test_panel_answers_agree_with_the_panels(prompts: dict[str, list[Prompt]]) -
 def test_neighbours_tell_nothing_about_the_asked_panel(prompts: dict[str, list[Prompt]]) -> None:
     asked_plain: dict[bool, list[float]] = {True: [], False: []}
     for p in (p for split in SPLITS for p in prompts[split]):
-        if p.ability is Ability.PERCEPTION and p.extra["kind"] == Kind.UNCERTAIN:
+        if p.ability == Ability.PERCEPTION and p.extra["kind"] == Kind.UNCERTAIN:
             fabrics = str(p.extra["fabrics"]).split()
             asked = fabrics.pop(int(str(p.extra["panel"])))
             asked_plain[asked == "plain"].append(fabrics.count("plain") / 3)
@@ -111,7 +111,7 @@ def test_neighbours_tell_nothing_about_the_asked_panel(prompts: dict[str, list[P
 
 def test_every_search_answer_is_in_the_corpus_under_its_title(paths: DemoPaths, prompts: dict[str, list[Prompt]]) -> None:
     pages = {row["title"]: row["text"] for row in pq.read_table(paths.text_corpus).to_pylist()}
-    for p in (p for split in SPLITS for p in prompts[split] if p.ability is Ability.SEARCH):
+    for p in (p for split in SPLITS for p in prompts[split] if p.ability == Ability.SEARCH):
         if p.extra["kind"] == Kind.DIRECT:
             assert pages[p.extra["country"]] == f"The capital of {p.extra['country']} is {p.answers[0]}."
             continue

@@ -24,7 +24,6 @@ from metis_fast.report.slices import KINDS, slices
 from metis_fast.report.summary import write_summary
 from metis_fast.rollout.store import RolloutStore
 from metis_fast.types import (
-    Ability,
     Avoided,
     ImageBlob,
     ImageSpan,
@@ -96,7 +95,7 @@ def groups(tool_rate: dict[str, float], accuracy: dict[str, float], seed: int, p
     """One group of every ability and kind, its rollouts drawn with the given rates; one rollout without a verdict."""
     generator = np.random.default_rng(seed)
     made = []
-    for ability in Ability:
+    for ability in ("math", "perception", "search"):
         for kind in KINDS:
             uid = f"train.parquet:{len(made)}"
             prompt = Prompt(

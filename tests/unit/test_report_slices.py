@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
+from html import escape
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from metis_fast.errors import DataError
-from metis_fast.report.slices import slices
+from metis_fast.report.curves import _svg
+from metis_fast.report.slices import abilities_in, main_abilities, slices
 from metis_fast.report.summary import print_summary_table, read_summary, write_summary
 from metis_fast.types import (
-    Ability,
     Message,
     Outcome,
     Prompt,
@@ -26,7 +27,7 @@ from metis_fast.types import (
 )
 
 
-def group(ability: Ability, kind: str | None, members: list[tuple[int, int, Verdict | None]]) -> ScoredGroup:
+def group(ability: str, kind: str | None, members: list[tuple[int, int, Verdict | None]]) -> ScoredGroup:
     """members: (tool calls, sampled tokens, verdict) of each rollout."""
     extra = {} if kind is None else {"kind": kind}
     prompt = Prompt("p", "unit", (Message("user", "?"),), (), ability, ("7",), "rule", "?", extra)
@@ -55,10 +56,10 @@ def group(ability: Ability, kind: str | None, members: list[tuple[int, int, Verd
 
 RIGHT, WRONG, UNTIDY = Verdict(True, True, "7"), Verdict(False, True, "8"), Verdict(True, False, "7")
 GROUPS = [
-    group(Ability.MATH, "direct", [(0, 10, RIGHT), (3, 30, WRONG), (1, 99, None)]),
-    group(Ability.SEARCH, "direct", [(1, 20, UNTIDY), (0, 40, WRONG)]),
-    group(Ability.SEARCH, None, [(2, 50, RIGHT)]),
-    group(Ability.PERCEPTION, "uncertain", [(1, 5, None)]),
+    group("math", "direct", [(0, 10, RIGHT), (3, 30, WRONG), (1, 99, None)]),
+    group("search", "direct", [(1, 20, UNTIDY), (0, 40, WRONG)]),
+    group("search", None, [(2, 50, RIGHT)]),
+    group("perception", "uncertain", [(1, 5, None)]),
 ]
 
 
@@ -76,7 +77,7 @@ def test_rates_over_nothing_are_zero_and_say_so():
 
 
 def test_only_known_kinds_make_slices_and_all_comes_first():
-    made = slices([*GROUPS, group(Ability.MATH, "a free text of some data set", [(0, 1, RIGHT)])])
+    made = slices([*GROUPS, group("math", "a free text of some data set", [(0, 1, RIGHT)])])
     assert list(made) == [
         "all",
         "math",
@@ -89,6 +90,28 @@ def test_only_known_kinds_make_slices_and_all_comes_first():
         "search/direct",
     ]
     assert slices([]) == {}
+
+
+def test_any_text_is_an_ability_and_none_takes_the_name_of_another_slice():
+    odd = ["all", "direct", "math/direct", "two\nlines", "", "x" * 500, "图表", "a/b"]
+    made = slices([group(ability, "direct", [(0, 1, RIGHT)]) for ability in odd])
+    taken = ["(ability)", "a/b", "all (ability)", "direct (ability)", "math/direct (ability)"]
+    names = [*taken, "two lines", "x" * 100, "图表"]
+    assert abilities_in(made) == names
+    assert made["all"].num == made["direct"].num == len(odd)
+    assert all(made[f"{name}/direct"].num == 1 for name in names)
+
+
+def test_the_abilities_with_most_rollouts_are_shown():
+    many = slices([group(f"kind {n:02}", None, [(0, 1, RIGHT)] * (1 + n % 20)) for n in range(20)])
+    assert main_abilities([many, many]) == [f"kind {n:02}" for n in range(12, 20)]
+
+
+def test_names_of_the_data_are_text_in_a_picture():
+    """Neither a formula nor markup nor, for an underscore at their beginning, left out of the legend."""
+    series = {name: ((1, 2), (0.1, 0.2)) for name in ("$x^2", "_hidden", "<b>&", "a$b$c")}
+    svg = _svg("x", series, "rate")
+    assert all(escape(name) in svg for name in series)
 
 
 def rates(tool_rate: float, accuracy: float) -> Slice:

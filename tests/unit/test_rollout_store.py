@@ -15,7 +15,6 @@ from metis_fast import seal
 from metis_fast.errors import DataError
 from metis_fast.rollout.store import RolloutStore, read_rollouts
 from metis_fast.types import (
-    Ability,
     ImageBlob,
     ImageSpan,
     Message,
@@ -64,7 +63,7 @@ def make_group(uid: str, rollouts: tuple[Rollout, ...], kind: str | None = "dire
         data_source="unit",
         messages=(Message("user", "How many?"),),
         images=(),
-        ability=Ability.MATH,
+        ability="math",
         answers=("7", "seven"),
         judge_style="rule",
         question="How many?",
@@ -104,7 +103,7 @@ def test_every_field_of_a_rollout_survives_the_disk(tmp_path: Path):
     for stored, (group, rollout, score) in zip(read, members, strict=True):
         assert_same(stored.rollout, rollout)
         assert stored.score == score
-        assert (stored.ability, stored.question, stored.answers) == (Ability.MATH, "How many?", ("7", "seven"))
+        assert (stored.ability, stored.question, stored.answers) == ("math", "How many?", ("7", "seven"))
         assert stored.kind == group.prompt.extra.get("kind")
     assert read[0].text == "I look <tool_call>\n<observation>Zero: <image> \0 é</observation>\n<answer>7</answer>"
 
@@ -165,6 +164,23 @@ def test_a_crash_in_the_middle_of_a_write_leaves_the_old_part(tmp_path: Path):
     assert len(list(read_rollouts(tmp_path))) == 1
     store.write("step-000001", [make_group("a", many)])
     assert len(list(read_rollouts(tmp_path))) == 300
+
+
+def test_two_nodes_may_store_the_same_new_images_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    image = ImageBlob.of(b"the same picture")
+    one, other = RolloutStore(tmp_path), RolloutStore(tmp_path)
+    sealing, others = seal.seal, list[Path]()
+
+    def amid(path: Path) -> None:
+        if not others:
+            others.append(path)
+            other.write("step-000000.node-1", [make_group("b", (make_rollout("b", 0, (image,)),))])
+        sealing(path)
+
+    monkeypatch.setattr(seal, "seal", amid)
+    one.write("step-000000.node-0", [make_group("a", (make_rollout("a", 0, (image,)),))])
+    assert [stored.rollout.images for stored in read_rollouts(tmp_path)] == [(image,)] * 2
+    assert len(list((tmp_path / "images").iterdir())) == 1
 
 
 def test_an_empty_part_is_written_and_read(tmp_path: Path):

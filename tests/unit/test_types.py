@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from metis_fast.types import (
-    Ability,
     ImageBlob,
     ImageSpan,
     Message,
@@ -110,7 +109,7 @@ def test_rollouts_are_compared_by_identity_because_arrays_have_no_truth():
 def test_a_prompt_has_as_many_marks_as_images(content, num, fits):
     def make():
         messages = (Message("system", "<image>"), Message("user", content))
-        return Prompt("row-1", "s", messages, (A,) * (num + 1), Ability.MATH, ("1",), "rule", "q")
+        return Prompt("row-1", "s", messages, (A,) * (num + 1), "math", ("1",), "rule", "q")
 
     if fits:
         assert len(make().images) == num + 1
@@ -120,7 +119,7 @@ def test_a_prompt_has_as_many_marks_as_images(content, num, fits):
 
 
 def test_a_group_has_a_score_for_every_rollout():
-    prompt = Prompt("row-1", "s", (), (), Ability.MATH, ("1",), "rule", "q")
+    prompt = Prompt("row-1", "s", (), (), "math", ("1",), "rule", "q")
     with pytest.raises(ValueError, match="group row-1: 1 rollouts but 2 scores"):
         ScoredGroup(prompt, (GOOD,), (Score(None, Outcome.JUDGE_ERROR),) * 2)
 

@@ -1,0 +1,419 @@
+"""Conversations in the Metis-ColdStart Parquet schema, by index (docs/sft.md lists every accepted shape).
+
+messages   JSON text of a list of {role, content}, or such a list itself
+images     list of base64 text (with or without `data:`), of bytes, of integers, or of {bytes, path}; in reading order
+"""
+
+from __future__ import annotations
+
+import bisect
+import json
+import logging
+import re
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from metis_fast.arrow_types import is_bytes, is_string, item, stored
+from metis_fast.data.cursor import Layout
+from metis_fast.data.paths import expand
+from metis_fast.data.row import BadRow, BadRowError, MisfitError
+from metis_fast.errors import DataError, one_line
+from metis_fast.image_source import NoImageError, read_image
+from metis_fast.pixels import ImageError, size
+from metis_fast.types import ImageBlob, Message
+
+_LOG = logging.getLogger(__name__)
+
+CACHE_BYTES = 1 << 30
+"""Row groups kept in memory, by what they hold there; rows are mixed within as much."""
+
+ROLES = ("system", "user", "assistant", "tool")
+MARK = "<image>"
+_STRUCTURED = ("tool_calls", "function_call", "reasoning_content", "reasoning")  # of other formats; they would be lost
+_BATCH_ROWS = 64  # a column of integers takes eight times its bytes until it is made one of bytes
+_MOST_PATH = 4096  # longer text cannot be a path (PATH_MAX)
+_MAX_ASPECT = 200  # Qwen3-VL's image processor refuses longer strips
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """A row. uid: "<file>:<row>". messages: their images, in reading order, are `images`; an assistant shows none."""
+
+    uid: str
+    messages: tuple[Message, ...]
+    images: tuple[ImageBlob, ...]
+
+
+class BadConversationError(BadRowError):
+    """A row that does not fit the schema."""
+
+    def __str__(self) -> str:
+        return f"{self.bad_row}; mend the row, or set sft.on_bad_row=skip"
+
+
+class LongConversationError(BadRowError):
+    """A row that has too many tokens."""
+
+    def __str__(self) -> str:
+        return f"{self.bad_row}; raise sft.max_tokens and sft.tokens_per_micro_batch, or set sft.on_long_row=skip"
+
+
+class ConversationFiles:
+    """Rows of Parquet files, by index; file after file by name.
+
+    Row groups are decoded on demand and the last used ones are kept, up to `cache_bytes` (at least one). No file stays open.
+    """
+
+    layout: Layout
+    """What the shuffled order depends on."""
+
+    def __init__(self, path: Path, cache_bytes: int = CACHE_BYTES) -> None:
+        """Read the footers and check the schema of every file.
+
+        path: a Parquet file, or a folder of them (see `expand`).
+
+        Raises:
+            DataError: no file, a damaged one, a column that is missing or of a type that cannot hold it, or no row.
+        """
+        self.paths = expand([path])
+        self._cache_bytes = cache_bytes
+        self._cache: OrderedDict[int, pa.Table] = OrderedDict()
+        self._groups: list[tuple[int, int]] = []  # file, row group in it
+        sizes: list[tuple[int, int]] = []
+        self._first_rows: list[int] = []
+        num_rows = 0
+        self._columns: list[list[str]] = []
+        for number, file in enumerate(self.paths):
+            metadata, columns = _open(file)
+            self._columns.append(columns)
+            self._first_rows.append(num_rows)
+            for group in range(metadata.num_row_groups):
+                row_group = metadata.row_group(group)
+                if row_group.num_rows:
+                    self._groups.append((number, group))
+                    sizes.append((row_group.num_rows, _read_bytes(row_group, columns)))
+                    num_rows += row_group.num_rows
+        if not num_rows:
+            raise DataError(f"no rows in {path}; give files that hold at least one conversation")
+        self._starts = np.cumsum([0, *(rows for rows, _ in sizes)])[:-1].tolist()
+        self._num_rows = num_rows
+        self.layout = Layout(tuple(sizes), cache_bytes)
+        largest = max(range(len(sizes)), key=lambda i: sizes[i][1])
+        if sizes[largest][1] > cache_bytes:
+            _LOG.warning(
+                "%s: a row group of %d MiB is in memory at once; rewrite the file with smaller row groups (docs/data.md)",
+                self.paths[self._groups[largest][0]],
+                sizes[largest][1] >> 20,
+            )
+
+    def __len__(self) -> int:
+        return self._num_rows
+
+    @property
+    def held_bytes(self) -> int:
+        """Of the row groups in memory."""
+        return sum(table.nbytes for table in self._cache.values())
+
+    def forget(self) -> None:
+        """Drop the row groups in memory."""
+        self._cache.clear()
+
+    def location(self, index: int) -> tuple[Path, int]:
+        """The file that holds a row, and the row's number in it, from 0."""
+        file = bisect.bisect_right(self._first_rows, index) - 1
+        return self.paths[file], index - self._first_rows[file]
+
+    def read(self, index: int) -> Conversation:
+        """The conversation of row `index`; of its images, headers are read.
+
+        Raises:
+            BadConversationError: the row does not fit the schema.
+            DataError: its row group cannot be decoded.
+        """
+        group = bisect.bisect_right(self._starts, index) - 1
+        table, row = self._table(group), index - self._starts[group]
+        path, number = self.location(index)
+        values: dict[str, object] = {}
+        for name in table.column_names:
+            try:
+                values[name] = table.column(name)[row].as_py()
+            except (ValueError, OverflowError, pa.ArrowException) as error:  # text that is not UTF-8
+                raise self.bad(index, MisfitError(name, "a value that Python can hold", one_line(error))) from None
+        try:
+            return parse_conversation(values, f"{path.stem}:{number}", path.parent)
+        except MisfitError as misfit:
+            raise self.bad(index, misfit) from None
+
+    def bad(self, index: int, misfit: MisfitError, kind: type[BadRowError] = BadConversationError) -> BadRowError:
+        """The error of a row in which something does not fit."""
+        path, number = self.location(index)
+        return kind(BadRow(str(path), number, misfit.column, misfit.expected, misfit.got))
+
+    def _table(self, group: int) -> pa.Table:
+        if group in self._cache:
+            self._cache.move_to_end(group)
+            return self._cache[group]
+        room = self._cache_bytes - self.layout.groups[group][1]
+        while self._cache and self.held_bytes > room:
+            self._cache.popitem(last=False)  # before decoding, so that the two never add up in memory
+        file, number = self._groups[group]
+        path = self.paths[file]
+        try:
+            with pq.ParquetFile(path, page_checksum_verification=True) as parquet:
+                batches = [_as_bytes(batch) for batch in parquet.iter_batches(_BATCH_ROWS, [number], self._columns[file])]
+        except (OSError, pa.ArrowException) as error:
+            raise DataError(f"{path}: cannot read row group {number}: {one_line(error)}; write the file anew") from None
+        table = pa.Table.from_batches(batches)
+        if table.num_rows != self.layout.groups[group][0]:
+            raise DataError(f"{path}: changed while in use; start again")
+        self._cache[group] = table
+        return table
+
+
+# -- files and schema -------------------------------------------------------------------------------------------------------
+
+
+def holds_conversations(path: Path) -> bool:
+    """Whether files are in this schema, by the columns of the first; any other set is left to whoever reads it."""
+    try:
+        first = expand([path])[0]
+        with pq.ParquetFile(first) as file:
+            return "messages" in file.schema_arrow.names
+    except (DataError, OSError, pa.ArrowException, ValueError):
+        return False
+
+
+def _open(path: Path) -> tuple[pq.FileMetaData, list[str]]:
+    """Footer of a file, and the names of the columns to read."""
+    try:
+        with pq.ParquetFile(path) as file:
+            metadata, schema = file.metadata, file.schema_arrow
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file; give the path of a Parquet file or of a folder of them") from None
+    except (OSError, pa.ArrowException, ValueError) as error:
+        raise DataError(f"{path}: not a Parquet file that can be read ({one_line(error)}); write it anew") from None
+    for name in ("messages", "images"):
+        if schema.names.count(name) > 1:
+            raise DataError(f"{path}: expected one column {name!r}, got several; rename all but one")
+    if "messages" not in schema.names:
+        raise DataError(f"{path}: expected a column 'messages', got {', '.join(schema.names)}; see docs/sft.md")
+    if not _is_messages(schema.field("messages").type):
+        raise DataError(
+            f"{path}: expected column 'messages' to be JSON text or a list of {{role, content}} with plain text, got "
+            f"{schema.field('messages').type}; write it as text (docs/sft.md)"
+        )
+    columns = ["messages"]
+    if "images" in schema.names:
+        if not _is_images(schema.field("images").type):
+            raise DataError(
+                f"{path}: expected column 'images' to be a list of base64 text, bytes, integers or {{bytes, path}}, got "
+                f"{schema.field('images').type}; see docs/sft.md"
+            )
+        columns.append("images")
+    return metadata, columns
+
+
+def _is_messages(kind: pa.DataType) -> bool:
+    kind = stored(kind)
+    message = item(kind)
+    if is_string(kind):
+        return True
+    if message is None or not pa.types.is_struct(message):
+        return False
+    # content of an extension type is text inside text: its quotes would be learnt
+    fields = [message.field(name).type for name in ("role", "content") if message.get_field_index(name) >= 0]
+    plain = [field.value_type if pa.types.is_dictionary(field) else field for field in fields]
+    return len(fields) == 2 and all(map(is_string, plain))
+
+
+def _is_images(kind: pa.DataType) -> bool:
+    kind = stored(kind)
+    entry = item(kind)
+    if entry is None:
+        return pa.types.is_null(kind)
+    if pa.types.is_struct(entry):
+        return any(entry.get_field_index(name) >= 0 for name in ("bytes", "path"))
+    inner = item(entry)
+    integers = inner is not None and pa.types.is_integer(inner)
+    return is_bytes(entry) or is_string(entry) or pa.types.is_null(entry) or integers
+
+
+def _read_bytes(row_group: pq.RowGroupMetaData, columns: Sequence[str]) -> int:
+    chunks = (row_group.column(index) for index in range(row_group.num_columns))
+    return sum(chunk.total_uncompressed_size for chunk in chunks if chunk.path_in_schema.partition(".")[0] in columns)
+
+
+def _as_bytes(batch: pa.RecordBatch) -> pa.RecordBatch:
+    """The batch, in which images that are lists of integers have become bytes: an eighth of the memory."""
+    place = batch.schema.get_field_index("images")
+    if place < 0:
+        return batch
+    images = batch.column(place)
+    entry = item(stored(images.type))
+    if entry is None:
+        return batch
+    if isinstance(images, pa.ExtensionArray):
+        images = images.storage
+    inner, name = item(entry), None
+    if inner is None and pa.types.is_struct(entry) and entry.get_field_index("bytes") >= 0:
+        inner, name = item(entry.field("bytes").type), "bytes"
+    if inner is None or not pa.types.is_integer(inner):
+        return batch
+    images = images.cast(pa.list_(entry))  # of lists of a fixed size or of 64 bits, too
+    values = images.values
+    lists = values if name is None else values.field(name)
+    data = _bytes_of(lists)
+    if name is not None:
+        mask = values.is_null()
+        fields = [data if field.name == name else values.field(field.name) for field in entry]
+        data = pa.StructArray.from_arrays(fields, [field.name for field in entry], mask=mask)
+    new = pa.ListArray.from_arrays(images.offsets, data, mask=images.is_null() if images.null_count else None)
+    return batch.set_column(place, "images", new)
+
+
+def _bytes_of(lists: Any) -> pa.Array:
+    """[n] of lists of integers as [n] of bytes. One that is no byte makes its list text that no image is: see `_image`."""
+    lists = lists.cast(pa.large_list(item(lists.type)))
+    offsets = lists.offsets.to_numpy()
+    values = lists.values
+    if pa.types.is_int8(values.type):
+        values = values.view(pa.uint8())  # as Java has bytes: -1 is 255
+    if values.null_count:
+        values = values.cast(pa.int64()).fill_null(-1)
+    flat = values.to_numpy(zero_copy_only=False)
+    wrong = np.flatnonzero((flat < 0) | (flat > 255))
+    data = flat.astype(np.uint8)
+    made = pa.Array.from_buffers(
+        pa.large_binary(), len(lists), [None, pa.py_buffer(offsets.astype(np.int64)), pa.py_buffer(data)]
+    )
+    if not len(wrong) and not lists.null_count:
+        return made
+    bad = set((np.searchsorted(offsets, wrong, side="right") - 1).tolist())
+    whole: list[bytes | None] = made.to_pylist()
+    empty = lists.is_null().to_pylist()
+    rows = [None if empty[i] else _NO_BYTES if i in bad else value for i, value in enumerate(whole)]
+    return pa.array(rows, pa.large_binary())
+
+
+_NO_BYTES = b"integers that are no bytes"
+
+
+# -- a row ------------------------------------------------------------------------------------------------------------------
+
+
+def parse_conversation(values: Mapping[str, Any], uid: str, folder: Path) -> Conversation:
+    """One row. values: column -> plain Python value; `images` may be missing. folder: what relative image paths start from.
+
+    Raises:
+        MisfitError: the row does not fit the schema.
+    """
+    messages = tuple(_messages(values["messages"]))
+    entries = values.get("images") or []
+    marks = sum(len(message.around_images) - 1 for message in messages)
+    if marks != len(entries):
+        said = sum(message.content.count(MARK) for message in messages if message.role == "assistant")
+        more = f"; {said} more in assistant messages, which show no image, are text" if said else ""
+        raise MisfitError("images", f"{marks} images, one for each `{MARK}` in the messages{more}", _Count(len(entries)))
+    images = tuple(_image(entry, f"images[{number}]", folder) for number, entry in enumerate(entries))
+    return Conversation(uid, messages, images)
+
+
+class _Count(int):
+    """Printed as "3 images"."""
+
+    def __repr__(self) -> str:
+        return f"{int(self)} image{'s' * (self != 1)}"
+
+
+def _messages(value: Any) -> Iterator[Message]:
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError) as error:
+            raise MisfitError("messages", f"a list of messages as JSON ({one_line(error)[:80]})", value) from None
+    if not isinstance(value, list) or not value:
+        raise MisfitError("messages", "a list of messages", value)
+    for number, entry in enumerate(value):
+        yield _message(entry, f"messages[{number}]")
+    if all(entry["role"] != "assistant" for entry in value):
+        raise MisfitError("messages", "at least one assistant message", [entry["role"] for entry in value])
+
+
+def _message(entry: Any, column: str) -> Message:
+    if not isinstance(entry, dict):
+        raise MisfitError(column, "{role, content}", entry)
+    role, content = entry.get("role"), entry.get("content")
+    if role not in ROLES:
+        raise MisfitError(f"{column}.role", ", ".join(ROLES), role)
+    for name in _STRUCTURED:
+        if entry.get(name):
+            raise MisfitError(f"{column}.{name}", "nothing: calls and reasons stand as text in `content`", entry[name])
+    if role == "assistant":
+        text = content if isinstance(content, str) else _text_of(content, f"{column}.content")
+        if not text.strip():
+            raise MisfitError(f"{column}.content", "text: the assistant says something", text)
+        message = Message(role, text, (text,))  # the model writes no image, so that a mark in it is text
+    elif isinstance(content, str):
+        message = Message(role, content)
+    else:
+        texts = _around_images(content, f"{column}.content")
+        message = Message(role, MARK.join(texts), tuple(texts))
+    if _SURROGATE.search(message.content):  # JSON can spell half of a character
+        raise MisfitError(f"{column}.content", "text in UTF-8", "half of a surrogate pair")
+    return message
+
+
+def _around_images(parts: Any, column: str) -> list[str]:
+    """Texts before, between and behind the images of a content that is a list of parts."""
+    if not isinstance(parts, list):
+        raise MisfitError(column, "text or a list of parts", parts)
+    texts = [""]
+    for number, part in enumerate(parts):
+        match part:
+            case {"type": "text", "text": str(text)} | str(text):
+                texts[-1] += text
+            case {"type": "image" | "image_url"}:
+                texts.append("")
+            case _:
+                raise MisfitError(f"{column}[{number}]", "{type: text, text: ...} or {type: image}", part)
+    # beside image parts a mark is text; without any it shows an image, as it does in plain text
+    return texts if len(texts) > 1 else texts[0].split(MARK)
+
+
+def _text_of(parts: Any, column: str) -> str:
+    if not isinstance(parts, list):
+        raise MisfitError(column, "text or a list of parts", parts)
+    texts: list[str] = []
+    for number, part in enumerate(parts):
+        match part:
+            case {"type": "text", "text": str(text)} | str(text):
+                texts.append(text)
+            case _:
+                raise MisfitError(f"{column}[{number}]", "{type: text, text: ...}: an assistant shows no image", part)
+    return "".join(texts)
+
+
+def _image(entry: Any, column: str, folder: Path) -> ImageBlob:
+    if entry == _NO_BYTES or (isinstance(entry, dict) and entry.get("bytes") == _NO_BYTES):
+        raise MisfitError(column, "bytes as integers of 0 to 255", "others among them")
+    if isinstance(entry, str) and (len(entry) > _MOST_PATH or entry[:5].lower() == "data:"):
+        entry = {"bytes": entry}
+    try:
+        data = read_image(entry, folder)
+    except NoImageError as error:
+        raise MisfitError(column, error.expected, error.got) from None
+    try:
+        width, height = size(data)
+    except ImageError as error:
+        raise MisfitError(column, "an image that Pillow can decode", f"{len(data)} bytes: {one_line(error)}") from None
+    if max(width, height) > _MAX_ASPECT * min(width, height):
+        raise MisfitError(column, f"an aspect ratio of at most {_MAX_ASPECT}", f"{width}x{height}")
+    return ImageBlob.of(data)

@@ -1,0 +1,69 @@
+"""Small sets in exactly the published formats: for tests, and for a rehearsal before a download.
+
+`write_standin` writes them all; the same arguments give the same files, byte for byte under the same pyarrow and Pillow.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+from metis_fast.errors import DataError, one_line
+from metis_fast.standin.benchmark import write_benchmark
+from metis_fast.standin.cold_start import write_cold_start
+from metis_fast.standin.questions import ask
+from metis_fast.standin.rl import write_rl
+from metis_fast.standin.search_cache import write_search_cache
+
+ROWS, PIXELS = 32, (2048, 1536)
+
+
+@dataclass(frozen=True, slots=True)
+class StandinPaths:
+    """What `write_standin` wrote.
+
+    rl, rl_binary: folders as the hub has them, Metis-RL with bytes as lists of integers and as binary; the same rows.
+    cold_start, cold_start_binary: Metis-ColdStart with images as base64 text and as binary; the same rows.
+    image_search_cache: pages by the index of a row, as JSON; their images lie beside it.
+    benchmark: a TSV of VLMEvalKit's shape.
+    """
+
+    rl: Path
+    rl_binary: Path
+    cold_start: Path
+    cold_start_binary: Path
+    image_search_cache: Path
+    benchmark: Path
+
+
+def write_standin(
+    folder: Path, rows: int = ROWS, pixels: tuple[int, int] = PIXELS, seed: int = 0, misfits: bool = True
+) -> StandinPaths:
+    """Write all sets into a folder; files of these names that are there are replaced.
+
+    rows: of each set. pixels: (width, height) of most images; every fourth picture is smaller. misfits: whether one row of
+    Metis-ColdStart in sixteen has more `<image>` marks than images, as published data may.
+
+    Raises:
+        DataError: the folder cannot be written.
+    """
+    paths = StandinPaths(
+        rl=folder / "rl",
+        rl_binary=folder / "rl_binary",
+        cold_start=folder / "cold_start",
+        cold_start_binary=folder / "cold_start_binary",
+        image_search_cache=folder / "image_search" / "image_search_results_cache.json",
+        benchmark=folder / "benchmark" / "StandIn.tsv",
+    )
+    asked = ask(rows, pixels, random.Random(f"standin/{seed}"))
+    try:
+        write_rl(paths.rl, asked, integers=True)
+        write_rl(paths.rl_binary, asked, integers=False)
+        write_cold_start(paths.cold_start, asked, base64_text=True, misfits=misfits)
+        write_cold_start(paths.cold_start_binary, asked, base64_text=False, misfits=misfits)
+        write_search_cache(paths.image_search_cache, asked)
+        write_benchmark(paths.benchmark, asked)
+    except OSError as error:
+        raise DataError(f"cannot write {folder}: {one_line(error)}; choose a folder that can be written") from None
+    return paths
