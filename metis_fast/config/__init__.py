@@ -15,7 +15,14 @@ from metis_fast.config.rollout import RolloutConfig
 from metis_fast.config.score import LlmJudgeConfig, ScoreConfig
 from metis_fast.config.sft import SftPhase
 from metis_fast.config.sync import SyncConfig
-from metis_fast.config.tools import CallSyntax, ImageSearchConfig, PythonToolConfig, TextSearchConfig, ToolsConfig
+from metis_fast.config.tools import (
+    CallSyntax,
+    HttpSearchConfig,
+    ImageSearchConfig,
+    PythonToolConfig,
+    TextSearchConfig,
+    ToolsConfig,
+)
 from metis_fast.config.train import MegatronConfig, OptimConfig
 from metis_fast.config.tree import Config, by_content, deciding, known_keys
 from metis_fast.config.workers import WorkersConfig
@@ -24,6 +31,7 @@ __all__ = [
     "CallSyntax",
     "Config",
     "DemoConfig",
+    "HttpSearchConfig",
     "ImageSearchConfig",
     "LlmJudgeConfig",
     "LogConfig",

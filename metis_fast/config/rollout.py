@@ -60,6 +60,11 @@ class VllmConfig(Section):
 class RolloutConfig(Section):
     """How rollouts are sampled (paper's values)."""
 
+    protocol: Literal["compact", "metis"] = "compact"
+    """How the agent reads its tools (docs/protocols.md). `compact`: the demo's. `metis`: as the published checkpoints were
+    trained."""
+    strict: bool = False
+    """`metis`: do as the reference does where it is broken, too; for comparisons."""
     engine: Literal["native", "vllm"] = "native"
     """`native`: the trainer's own model in process. `vllm`: vLLM engines."""
     vllm: Annotated[VllmConfig, MAY_CHANGE] = VllmConfig()
@@ -90,9 +95,10 @@ class RolloutConfig(Section):
     max_response_tokens: Positive = 16384
     """Sampled tokens and observations of one rollout, together."""
     max_observation_tokens: Positive = 8192
-    """Longer observations are cut at a part border (text or whole image)."""
+    """Longer observations are cut, images never in two. `compact` keeps the beginning; `metis` keeps the end of a text, and the
+    beginning where there are images."""
     max_turns: Positive = 10
-    """Assistant messages in a rollout."""
+    """`compact`: assistant messages in a rollout. `metis`: tool calls, which one more message follows."""
     max_turn_tokens: NonNegative = 0
     """Sampled tokens in one message; 0 means only `max_response_tokens` limits it."""
     max_concurrent: Annotated[Positive, MAY_CHANGE] = 512
@@ -107,6 +113,8 @@ class RolloutConfig(Section):
     def _check(self) -> Self:
         if self.rollouts_per_prompt == 1:
             raise ValueError("rollout.rollouts_per_prompt=1 gives every advantage 0; use 2 or more (paper: 16)")
+        if self.strict and self.protocol != "metis":
+            raise ValueError(f"rollout.strict is for rollout.protocol=metis, got {self.protocol}; set the one, or strict=false")
         if self.max_turn_tokens > self.max_response_tokens:
             raise ValueError("rollout.max_turn_tokens is larger than rollout.max_response_tokens; lower it or set 0")
         if self.top_p < 1 or self.top_k:

@@ -7,6 +7,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, JsonValue, field_validator, model_validator
 
 from metis_fast.config.section import (
+    BY_CONTENT,
     MAY_CHANGE,
     FilePath,
     Fraction,
@@ -25,10 +26,13 @@ class LlmJudgeConfig(Section):
     """LLM judge: any endpoint that speaks the OpenAI chat-completions protocol."""
 
     base_url: Annotated[Text, MAY_CHANGE] = ""
-    """For example http://127.0.0.1:8000/v1; also without `/v1`, or with the whole path. Empty: rows of style `llm` are an error
-    at start."""
+    """For example http://127.0.0.1:8000/v1; also without `/v1`, or with the whole path. Empty: rows that a model is to judge
+    are an error at start."""
     model: Text = ""
-    """Model name to ask for."""
+    """Model name to ask for. Empty: the one that the endpoint serves; several are an error at start."""
+    prompt: Annotated[OrNone[FilePath], BY_CONTENT] = None
+    """Text file of a prompt of your own, which names {question}, {truth} and {answer} (docs/scoring.md); none: the packaged
+    one."""
     api_key_env: Annotated[Text, MAY_CHANGE] = "METIS_JUDGE_API_KEY"
     """Environment variable that holds the key, if the endpoint wants one."""
     timeout_s: Annotated[PositiveFloat, MAY_CHANGE] = 60.0
@@ -56,6 +60,15 @@ class LlmJudgeConfig(Section):
 class ScoreConfig(Section):
     """Rewards and advantages (ALGORITHM sections 2 to 4)."""
 
+    judge: Literal["by_row", "llm", "rule", "math", "choice"] = "by_row"
+    """Who judges. `by_row`: what each row asks for (`reward_model.style`). Any other: that judge, for every row, whatever it
+    asks for; Metis-RL says `rule` in every row, and the paper's recipe has a model judge them all (`llm`)."""
+    answer: Literal["last", "first"] = "last"
+    """Which `<answer>` counts. `last`: of what the policy itself wrote. `first`: as the reference reads it, of the whole
+    response, observations included; without question or ground truth it is wrong, and no judge is asked."""
+    format: Literal["ours", "reference"] = "ours"
+    """What r_fmt asks for. `ours`: tags that open and close in order, and an answer behind the last `</reason>`, which there
+    must be. `reference`: tags of the whole response, counted; docs/scoring.md has both rules."""
     w_ans: NonNegativeFloat = 0.9
     """Weight of the answer in r_acc."""
     w_fmt: NonNegativeFloat = 0.1

@@ -2,9 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+import re
+from typing import Annotated, Literal, Self
 
-from metis_fast.config.section import BY_CONTENT, FilePath, OrNone, Positive, PositiveFloat, Section, Several
+from pydantic import Field, model_validator
+
+from metis_fast.config.section import (
+    BY_CONTENT,
+    MAY_CHANGE,
+    FilePath,
+    JsonObject,
+    Named,
+    NonNegative,
+    OrNone,
+    Positive,
+    PositiveFloat,
+    Section,
+    Several,
+    Text,
+)
 from metis_fast.types import ToolName
 
 CallSyntax = Literal["strict", "lenient"]
@@ -21,31 +37,117 @@ class PythonToolConfig(Section):
     """Size of the session's private scratch folder."""
     max_output_chars: Positive = 20000
     """Longer output is cut in the middle."""
+    images: Literal["original", "seen"] = "original"
+    """`image_1`, `image_2`, ...: the prompt's images as they are in the data, or at the size in which the model sees them, so
+    that coordinates agree. Both upright and in RGB."""
+    max_image_pixels: Positive = 5_242_880
+    """Larger images that code shows are scaled down to this (the recipe: 5,120 tokens of 32 x 32 pixels)."""
     unsafe: bool = False
     """Run model-written code without a sandbox. Only for machines that you can throw away."""
 
 
-class TextSearchConfig(Section):
-    """The `text_search` tool over a local corpus."""
+class HttpSearchConfig(Section):
+    """Any search endpoint that answers with JSON, for `provider: http`. In values and in `tools.text_search.url` these names in
+    braces stand for something: {query}, {count} (`max_results`), {key}, {hl} and {gl} (language and country of the query)."""
 
+    method: Literal["GET", "POST"] = "GET"
+    """POST sends `body`."""
+    params: Annotated[dict[str, Text], Named] = Field(default={})
+    """Parameters behind the address, for example {q: "{query}", num: "{count}"}."""
+    headers: Annotated[dict[str, Text], Named] = Field(default={})
+    """More headers, for example {Authorization: "Bearer {key}"}."""
+    body: JsonObject = Field(default={})
+    """JSON of a POST, for example {q: "{query}", num: "{count}"}; "{count}" by itself becomes a number."""
+    results: Text = "results"
+    """Where the list of results stands in the reply: names and positions with dots between, like `data.items`; empty: the reply
+    is the list."""
+    title: Text = "title"
+    """Where a result has its title."""
+    link: Text = "link"
+    """Where a result has its address."""
+    snippet: Text = "snippet"
+    """Where a result has its text."""
+
+
+class TextSearchConfig(Section):
+    """The `text_search` tool, over a local corpus or a provider on the web (docs/search.md)."""
+
+    provider: Literal["local", "serper", "brightdata", "serpapi", "http"] = "local"
+    """Who answers: `local` is the corpus."""
     corpus: Annotated[OrNone[FilePath], BY_CONTENT] = None
     """Parquet file, or folder of them, with columns `title`, `link`, `text`; indexed when a run starts."""
     max_results: Positive = 3
     """Results in an observation."""
     snippet_chars: Positive = 300
-    """Length of a snippet."""
+    """Length of a snippet of the corpus."""
+    api_key_env: Annotated[Text, MAY_CHANGE] = ""
+    """Environment variable that holds the provider's key. Empty: SERPER_API_KEY, BRIGHTDATA_API_TOKEN, SERPAPI_API_KEY; none
+    for `http`."""
+    zone_env: Annotated[Text, MAY_CHANGE] = "BRIGHTDATA_ZONE"
+    """Environment variable that holds the zone of Bright Data."""
+    url: Annotated[Text, MAY_CHANGE] = ""
+    """Where requests go. Empty: the provider's own address; `http` has none."""
+    requests_per_s: Annotated[PositiveFloat, MAY_CHANGE] = 10.0
+    """Most requests a second, of each process that searches."""
+    concurrency: Annotated[Positive, MAY_CHANGE] = 16
+    """Most requests in flight, of each process that searches."""
+    connect_s: Annotated[PositiveFloat, MAY_CHANGE] = 10.0
+    """Seconds for a connection."""
+    timeout_s: Annotated[PositiveFloat, MAY_CHANGE] = 20.0
+    """Seconds for one request, its connection included."""
+    retries: Annotated[NonNegative, MAY_CHANGE] = 4
+    """Tries after the first, with exponential back-off or as long as Retry-After says; then the rollout is repeated."""
+    deadline_s: Annotated[PositiveFloat, MAY_CHANGE] = 300.0
+    """Seconds for one search: all its tries, and the wait for its turn."""
+    cache: Annotated[OrNone[FilePath], MAY_CHANGE] = None
+    """SQLite file of past results, on a local disk; processes and runs may share it. None: each process remembers its own."""
+    reference_cache: Annotated[OrNone[FilePath], BY_CONTENT] = None
+    """Cache of the reference (JSON lines of `query`, `result`, `timestamp`), which is asked behind `cache`; only read."""
+    offline: bool = False
+    """Answer from the caches alone. A query that they do not have is a failure of ours, never `No results`."""
+    http: HttpSearchConfig = HttpSearchConfig()
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        for name, value in (("api_key_env", self.api_key_env), ("zone_env", self.zone_env)):
+            if value and not re.fullmatch(r"[A-Z_][A-Z0-9_]*", value):  # a key that was put here is not shown
+                raise ValueError(
+                    f"tools.text_search.{name}: expected the name of an environment variable, in capitals, like "
+                    "SERPER_API_KEY, got something else; a key itself does not belong into a config"
+                )
+        if self.provider == "http" and not self.api_key_env and "{key}" in f"{self.url} {self.http}":
+            raise ValueError(
+                "tools.text_search.http asks for {key}, and no variable holds one; set tools.text_search.api_key_env"
+            )
+        if self.provider == "http" and not self.url:
+            raise ValueError("tools.text_search.provider=http needs an address; set tools.text_search.url")
+        if self.provider == "local":
+            for name in ("url", "cache", "reference_cache", "offline"):
+                if getattr(self, name):
+                    raise ValueError(
+                        f"tools.text_search.{name} is for a provider on the web, got provider=local; set "
+                        f"tools.text_search.provider, or remove {name}"
+                    )
+        elif self.offline and self.cache is None and self.reference_cache is None:
+            raise ValueError("tools.text_search.offline=true has nothing to answer from; set tools.text_search.cache")
+        return self
 
 
 class ImageSearchConfig(Section):
-    """The `image_search` tool over a local set of images."""
+    """The `image_search` tool: over a local set of images, by looks; or in a published cache, by the row's index."""
 
     corpus: Annotated[OrNone[FilePath], BY_CONTENT] = None
     """Parquet file, or folder of them, with columns `title`, `link`, `image` (bytes or paths); indexed when a run
     starts."""
     max_results: Positive = 2
-    """Results in an observation, each with a thumbnail."""
+    """Results of the corpus in an observation, each with a thumbnail."""
     thumbnail_px: Positive = 256
     """Longest side of a thumbnail."""
+    cache: Annotated[OrNone[FilePath], BY_CONTENT] = None
+    """JSON file, {index: {tool_returned_web_title: [...], cached_images_path: [...]}}, looked up by `extra_info.index` of the
+    row. With `corpus` as well, that is asked where the cache has nothing."""
+    cache_images: Annotated[OrNone[FilePath], MAY_CHANGE] = None
+    """Folder that the paths of `cache` start from; none: the one in which it lies."""
 
 
 class ToolsConfig(Section):

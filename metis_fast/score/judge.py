@@ -10,7 +10,7 @@ from metis_fast.judge_styles import STYLES, SYNONYMS, known_style
 from metis_fast.score.choice import ChoiceMatcher
 from metis_fast.score.mathematics import MathMatcher
 from metis_fast.score.protocol import Judge, JudgeUnavailable, Matcher
-from metis_fast.score.response import format_ok, last_answer
+from metis_fast.score.response import first_answer, format_ok, last_answer, reference_format_ok, whole_response
 from metis_fast.score.rule import RuleMatcher
 from metis_fast.types import Prompt, Rollout, Verdict
 
@@ -44,13 +44,16 @@ def _known_style(style: str) -> str:
 class StyleJudge:
     """Judges by `prompt.judge_style`. Made by `open_judge`."""
 
-    def __init__(self, matchers: Mapping[str, Matcher]) -> None:
-        """matchers: style, as prompts spell it -> what compares; styles may share one."""
+    def __init__(self, matchers: Mapping[str, Matcher], config: ScoreConfig | None = None) -> None:
+        """matchers: style, as prompts spell it -> what compares; styles may share one. config: says how a response is read."""
+        config = config or ScoreConfig()
         self._matchers = dict(matchers)
+        self._first, self._reference_format = config.answer == "first", config.format == "reference"
         self._distinct = list({id(matcher): matcher for matcher in matchers.values()}.values())
 
     async def judge(self, prompt: Prompt, rollout: Rollout) -> Verdict:
-        """Judge what the policy itself wrote; observations do not count. However the rollout ended, the same rules hold.
+        """Judge what the policy itself wrote; observations do not count, unless `score.answer` or `score.format` asks for what
+        the reference does. However the rollout ended, the same rules hold.
 
         Raises:
             JudgeUnavailable: there is no verdict.
@@ -62,10 +65,12 @@ class StyleJudge:
                 f"prompt {prompt.uid} has judge style {prompt.judge_style!r}, but this judge was opened for "
                 f"{', '.join(sorted(self._matchers)) or 'none'}; give open_judge every style of the data"
             )
-        text = rollout.response_text
-        answer = last_answer(text)
-        correct = bool(answer) and await matcher.matches(prompt, answer)
-        return Verdict(correct=correct, format_ok=format_ok(text), answer=answer)
+        own, whole = rollout.response_text, whole_response(rollout.turns)
+        answer = first_answer(whole) if self._first else last_answer(own)
+        well_formed = reference_format_ok(whole) if self._reference_format else format_ok(own)
+        asked = bool(answer) and not (self._first and _lacks_what_is_asked(prompt))
+        correct = asked and await matcher.matches(prompt, answer)
+        return Verdict(correct=correct, format_ok=well_formed, answer=answer)
 
     async def check(self) -> None:
         """Probe what can be missing (an LLM endpoint), before any rollout depends on it.
@@ -82,13 +87,19 @@ class StyleJudge:
             matcher.close()
 
 
+def _lacks_what_is_asked(prompt: Prompt) -> bool:
+    """Whether the reference would give 0 without asking its judge, whatever the answer."""
+    return not prompt.question.strip() or not any(truth.strip() for truth in prompt.answers)
+
+
 def open_judge(config: ScoreConfig, styles: Collection[str]) -> StyleJudge:
-    """The judge for prompts of the given styles (`Prompt.judge_style`, as in the data; synonyms are understood).
+    """The judge for prompts of the given styles (`Prompt.judge_style`, as in the data; synonyms are understood). Where
+    `score.judge` names one, it judges them all.
 
     Raises:
-        ConfigError: a style that is not known.
+        ConfigError: a style that is not known, unless `score.judge` overrides it.
         JudgeError: a style that needs configuration which is not there.
     """
-    names = {style: _known_style(style) for style in styles}
+    names = {style: _known_style(style) if config.judge == "by_row" else config.judge for style in styles}
     opened = {name: _MATCHERS[name](config) for name in sorted(set(names.values()))}
-    return StyleJudge({style: opened[name] for style, name in names.items()})
+    return StyleJudge({style: opened[name] for style, name in names.items()}, config)

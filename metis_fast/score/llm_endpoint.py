@@ -22,16 +22,16 @@ from pydantic import BaseModel, ValidationError
 
 from metis_fast.config import LlmJudgeConfig
 from metis_fast.errors import JudgeError
+from metis_fast.score.llm_prompt import Message
 from metis_fast.score.llm_reply import described, one_line
 from metis_fast.score.protocol import JudgeUnavailable, TryAgain
-
-Message = Mapping[str, str]
 
 MAX_WAIT_S = 60.0
 """Longest pause that an endpoint can ask for with Retry-After."""
 _RETRIED_STATUS = frozenset({408, 409, 425, 429})  # and every 5xx
 _MAX_PORT = 65535
 _MAX_REDIRECTS = 5
+_MAX_NAMES = 10  # of models, in a message
 _SET_URL = "set score.llm.base_url to the API itself"
 _MAX_BODY_BYTES = 8 * 2**20
 """Far more than a chat completion has, thinking and log-probs included; else one reply could take all memory."""
@@ -138,12 +138,15 @@ def _is_here(host: str) -> bool:
 class Endpoint:
     """Asks for chat completions. What it learns about the endpoint holds for all later requests.
 
+    model: what is asked; "" until `find_model` has found it, where `score.llm.model` is empty.
+
     Raises:
         JudgeError: the address or the key cannot be one.
     """
 
     def __init__(self, config: LlmJudgeConfig) -> None:
         self._config = config
+        self.model = config.model
         self._url = parse_address(config.base_url)
         path, mark, query = self._url.raw_path.partition(b"?")
         path = path.rstrip(b"/")
@@ -191,6 +194,33 @@ class Endpoint:
             ) from None
         return httpx2.AsyncClient(transport=transport, headers=headers, timeout=None)
 
+    async def find_model(self, client: httpx2.AsyncClient) -> None:
+        """Take the one model that is served.
+
+        Raises:
+            TryAgain, JudgeUnavailable: there is none, or several, or the endpoint does not tell.
+        """
+        reply = first = await self._send(client, "GET", self._paths[0] + b"/models")
+        for path in self._paths[1:]:
+            if reply.status not in (404, 405):
+                break
+            reply = await self._send(client, "GET", path + b"/models")
+        if reply.status in (404, 405):
+            reason = f"score.llm.model is empty and there is no list of models (HTTP status {first.status}{self.way})"
+            raise JudgeUnavailable(reason, _said(first.body), "set score.llm.model, or mend score.llm.base_url")
+        if not 200 <= reply.status < 300:
+            raise await self._failure(client, reply)
+        names = _names(reply.body)
+        if names is None:
+            reason = f"score.llm.model is empty and {described(reply.body)} came instead of a list of models"
+            raise TryAgain(reason, _said(reply.body), "set score.llm.model, or mend score.llm.base_url")
+        if len(names) != 1:
+            told = ", ".join([*map(one_line, names[:_MAX_NAMES]), *(["..."] if len(names) > _MAX_NAMES else [])])
+            reason = f"score.llm.model is empty and {len(names) or 'no'} models are served"
+            advice = "set score.llm.model to one of them" if names else "serve one, or set score.llm.model"
+            raise JudgeUnavailable(reason, told, advice)
+        self.model = names[0]
+
     async def complete(self, client: httpx2.AsyncClient, messages: Sequence[Message]) -> bytes:
         """The body of a chat completion.
 
@@ -217,7 +247,7 @@ class Endpoint:
         if "max_tokens" in refused:
             optional["max_completion_tokens"] = optional.pop("max_tokens")
         kept = {name: value for name, value in optional.items() if name not in refused}
-        return {"model": self._config.model, "messages": messages} | kept | self._config.extra_body
+        return {"model": self.model, "messages": messages} | kept | self._config.extra_body
 
     def _refused_in(self, reply: _Reply, body: Mapping[str, Any]) -> frozenset[str]:
         """What of a request's optional parts a reply refuses, at most one of them; what the settings ask for stays."""
@@ -300,12 +330,12 @@ class Endpoint:
         return JudgeUnavailable(reason, said, "see score.llm.model, score.llm.max_tokens and score.llm.extra_body")
 
     async def _served(self, client: httpx2.AsyncClient) -> list[str]:
-        """Names of models, at most 10; none where the endpoint does not tell."""
+        """Names of models, at most _MAX_NAMES; none where the endpoint does not tell."""
         try:
             reply = await self._send(client, "GET", self._paths[0] + b"/models")
-            return [one_line(model.id) for model in _Models.model_validate_json(reply.body).data[:10]]
-        except (TryAgain, ValidationError):
+        except TryAgain:
             return []
+        return [one_line(name) for name in (_names(reply.body) or ())[:_MAX_NAMES]]
 
     def _no_connection(self, error: httpx2.RequestError) -> TryAgain:
         causes: list[BaseException] = [error]
@@ -358,6 +388,14 @@ async def _read(response: httpx2.Response) -> bytes:
     if gzip and not gzip.eof and body:
         raise TryAgain(f"HTTP status {status} with a gzip body that is cut off")
     return bytes(body)
+
+
+def _names(body: bytes) -> list[str] | None:
+    """The names in a list of models; None: the body is no such list."""
+    try:
+        return [model.id for model in _Models.model_validate_json(body).data if model.id]
+    except ValidationError:
+        return None
 
 
 def _said(body: bytes) -> str:

@@ -10,7 +10,7 @@ from pydantic import BaseModel
 
 from metis_fast.score.protocol import TryAgain
 
-READING = 3
+READING = 4
 """Goes up when a reply is read otherwise than before: verdicts in caches are of one way to read."""
 _ENDS = frozenset({"", "stop", "eos", "eos_token", "end_turn", "stop_sequence", "complete"})
 """What servers call the end of a whole reply."""
@@ -153,10 +153,10 @@ def verdict_in(text: str) -> bool | None:
     if thoughtless is None:
         return None
     reply = _WRAPPERS.sub(" ", thoughtless).strip(_BLANKS)
-    if len(reply) > _MAX_VERDICT_CHARS:
-        return None
     fenced = _FENCE.fullmatch(reply)
     reply = _json_verdict(fenced[1].strip(_BLANKS) if fenced else reply)
+    if len(reply) > _MAX_VERDICT_CHARS:
+        return None
     for line in (reply, _undressed(reply)):  # **Verdict:** **CORRECT**, and **Verdict: CORRECT**
         word = _undressed(_LEAD.sub("", line)).lower()
         if word in ("correct", "incorrect"):
@@ -200,17 +200,22 @@ def without_thoughts(text: str) -> str | None:
 
 
 def _json_verdict(reply: str) -> str:
-    """The word of {"verdict": "CORRECT"}, "" where an object says more or less; what is no object, as it is."""
+    """The word of {"verdict": "CORRECT"}, which may stand behind {"reasoning": "...", as behind any other thinking; "" where an
+    object says more or less; what is no object, as it is."""
+    if not reply.startswith("{"):
+        return reply
     try:
         value = json.loads(reply, object_pairs_hook=list)
     except (ValueError, RecursionError):
         return reply
-    if not reply.startswith("{"):
-        return reply
     match value:
-        case [(str(name), str(said))] if _NAME.fullmatch(name.replace("_", " ").strip()):
-            return said
+        case [*before, (str(name), str(said))] if _NAME.fullmatch(name.replace("_", " ").strip()):
+            return said if all(_is_thought(*pair) for pair in before) else ""
     return ""
+
+
+def _is_thought(name: str, value: object) -> bool:
+    return name.strip().lower() in _TAGS and isinstance(value, str)
 
 
 def described(body: bytes) -> str:

@@ -50,8 +50,9 @@ def start_judge_workers(
     """Workers judge-0, judge-1, ...; they start in the background. service: one of another kind, for tests."""
     llm = config.llm
     # a worker's working folder is another; and `concurrency` is that of the whole run
-    cache = None if llm.cache is None else llm.cache.resolve()
-    llm = llm.model_copy(update={"cache": cache, "concurrency": _share(llm, num)})
+    files = {"cache": llm.cache, "prompt": llm.prompt}
+    paths = {name: None if path is None else path.resolve() for name, path in files.items()}
+    llm = llm.model_copy(update={**paths, "concurrency": _share(llm, num)})
     config = config.model_copy(update={"llm": llm})
     secret = {llm.api_key_env: os.environ[llm.api_key_env]} if llm.api_key_env in os.environ else {}
     return [
@@ -87,7 +88,8 @@ class RemoteJudge:
         """workers: from `start_judge_workers`; they end with their hub."""
         self._workers = list(workers)
         self._in_flight = _share(config.llm, len(workers))
-        self._judge_s = _MATH_S + (config.llm.retries + 1) * (config.llm.timeout_s + _REQUEST_SLACK_S)
+        self._request_s = (config.llm.retries + 1) * (config.llm.timeout_s + _REQUEST_SLACK_S)
+        self._names_model = not config.llm.model  # a worker looks for it first, also after it was started again
         self._lane: _Lane | None = None
 
     async def judge(self, prompt: Prompt, rollout: Rollout) -> Verdict:
@@ -109,7 +111,10 @@ class RemoteJudge:
             raise JudgeUnavailable("no verdict from two workers", f"{first}; {error}") from None
 
     async def _ask(self, worker: Worker, prompt: Prompt, rollout: Rollout) -> Verdict:
-        verdict = await worker.call("judge", prompt, rollout, deadline_s=self._judge_s)
+        # a model is asked about each ground truth; as many rollouts as have places at once share those of its requests
+        requests = max(1, len(prompt.answers)) + self._names_model
+        deadline_s = _MATH_S + requests * self._request_s
+        verdict = await worker.call("judge", prompt, rollout, deadline_s=deadline_s)
         if not isinstance(verdict, Verdict):
             await worker.lose(f"it answered {type(verdict).__name__}, which is no verdict")
             raise WorkerError(f"worker {worker.name}: its answer is no verdict")
@@ -122,7 +127,8 @@ class RemoteJudge:
             ConfigError, JudgeError: it does not; the message says what to set.
         """
         try:
-            await asyncio.gather(*(worker.call("check", deadline_s=self._judge_s) for worker in self._workers))
+            deadline_s = _MATH_S + (2 + self._names_model) * self._request_s  # two verdicts
+            await asyncio.gather(*(worker.call("check", deadline_s=deadline_s) for worker in self._workers))
         except InfrastructureError as error:
             raise JudgeError(f"a judge worker could not be tried: {error}; see its log in run.dir/workers") from None
 

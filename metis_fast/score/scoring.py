@@ -61,7 +61,7 @@ def score(groups: Sequence[Scored], config: Config) -> list[tuple[Score, ...]]:
         JudgeError: a judge is dead, or more than `score.max_missing_share` of its verdicts are missing. It has to stop the run,
             which would otherwise train on next to nothing.
     """
-    _tell_missing(groups, config.score.max_missing_share)
+    _tell_missing(groups, config.score)
     rewards = [_rewards(group, config.score) for group in groups]
     computed = advantages(rewards, config.score, reference_noise=config.loss.normalization == "reference")
     return [
@@ -102,7 +102,7 @@ async def score_groups(groups: Sequence[Group], judge: Judge, config: Config) ->
     return [ScoredGroup(group.prompt, group.rollouts, own) for group, own in zip(groups, scores, strict=True)]
 
 
-def _tell_missing(groups: Sequence[Scored], max_share: float) -> None:
+def _tell_missing(groups: Sequence[Scored], config: ScoreConfig) -> None:
     """Of every judge style separately: a warning where verdicts are missing, a stop where too many are, or all.
 
     A rollout without an answer is wrong without a judge, so its verdict is no sign of life. Failures on a single prompt may be
@@ -110,7 +110,8 @@ def _tell_missing(groups: Sequence[Scored], max_share: float) -> None:
     """
     by_style: dict[str, list[Sequence[Judged]]] = {}
     for group in groups:
-        by_style.setdefault(group.judge_style, []).append(group.verdicts)
+        style = group.judge_style if config.judge == "by_row" else config.judge
+        by_style.setdefault(style, []).append(group.verdicts)
     alone = not any(isinstance(verdict, Verdict) for group in groups for verdict in group.verdicts)
     for style, parts in by_style.items():
         failed = [[verdict for verdict in found if isinstance(verdict, NoVerdict)] for found in parts]
@@ -124,8 +125,8 @@ def _tell_missing(groups: Sequence[Scored], max_share: float) -> None:
         several = alone or sum(map(bool, failed)) > 1
         if several and not given:
             raise JudgeError(f"{problem}; see that it runs, then resume")
-        if several and len(failures) > max_share * asked:
-            limit = f"more than score.max_missing_share={max_share:g}"
+        if several and len(failures) > config.max_missing_share * asked:
+            limit = f"more than score.max_missing_share={config.max_missing_share:g}"
             raise JudgeError(f"{problem}, {limit}; mend the judge or raise that setting, then resume")
         log.warning("%s", problem)
 

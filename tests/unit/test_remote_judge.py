@@ -19,7 +19,7 @@ from metis_fast.score.protocol import JudgeUnavailable
 from metis_fast.score.remote import RemoteJudge, start_judge_workers
 from metis_fast.score.scoring import score_groups
 from metis_fast.testing.judge import text_rollout
-from metis_fast.types import Ability, Group, ImageBlob, ImageSpan, Message, Outcome, Prompt, Rollout
+from metis_fast.types import Group, ImageBlob, ImageSpan, Message, Outcome, Prompt, Rollout
 from metis_fast.workers.hub import Hub
 from metis_fast.workers.launch import LocalLauncher
 from metis_fast.workers.worker import Worker, wait_ready
@@ -31,7 +31,7 @@ STYLES = ("rule", "choice")
 def a_prompt(number: int, question: str = "1 + 1?", style: str = "rule", images: int = 0) -> Prompt:
     pictures = tuple(ImageBlob.of(bytes([i])) for i in range(images))
     messages = (Message("user", "<image>" * images + question),)
-    return Prompt(f"p{number}", "test", messages, pictures, Ability.MATH, ("2",), style, question)
+    return Prompt(f"p{number}", "test", messages, pictures, "math", ("2",), style, question)
 
 
 def an_answer(prompt: Prompt, text: str = "2") -> Rollout:

@@ -20,7 +20,7 @@ from metis_fast.config import ScoreConfig
 from metis_fast.score import rule
 from metis_fast.score.judge import StyleJudge, open_judge
 from metis_fast.testing.judge import text_rollout
-from metis_fast.types import Ability, Prompt
+from metis_fast.types import Prompt
 
 TOLERANCE = ScoreConfig().number_tolerance
 
@@ -466,7 +466,7 @@ APPLES = "How many apples?\n" + "\n".join(f"{chr(65 + i)}. {word} apples" for i,
 
 @pytest.mark.parametrize("row", ROWS, ids=[f"{row['style']}-{row['answer']}-{row['ground_truth']}" for row in ROWS])
 def test_answers_as_users_met_them(judge: StyleJudge, row: dict[str, str]) -> None:
-    prompt = Prompt("p", "test", (), (), Ability.MATH, (row["ground_truth"],), row["style"], APPLES)
+    prompt = Prompt("p", "test", (), (), "math", (row["ground_truth"],), row["style"], APPLES)
     verdict = asyncio.run(judge.judge(prompt, text_rollout("p", [f"<reason>r</reason><answer>{row['answer']}</answer>"])))
     assert verdict.correct == (row["equal"] == "true")
 

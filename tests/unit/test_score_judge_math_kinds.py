@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from metis_fast.config import ScoreConfig
 from metis_fast.score.mathematics import MathMatcher
-from metis_fast.types import Ability, Prompt
+from metis_fast.types import Prompt
 
 TOLERANCE = ScoreConfig().number_tolerance
 PAIRS = settings(max_examples=2000)
@@ -70,7 +70,7 @@ def matches() -> Iterator[Callable[[str, str], bool]]:
     matcher = MathMatcher(TOLERANCE)
 
     def run(answer: str, gold: str) -> bool:
-        return asyncio.run(matcher.matches(Prompt("p", "test", (), (), Ability.MATH, (gold,), "math", ""), answer))
+        return asyncio.run(matcher.matches(Prompt("p", "test", (), (), "math", (gold,), "math", ""), answer))
 
     yield run
     matcher.close()

@@ -9,20 +9,20 @@ import threading
 import time
 
 import pytest
-from judge_endpoint import JudgeServer, Reply, a_matcher, a_prompt, completion, error, serving
+from judge_endpoint import a_matcher, a_prompt, error
 
 from metis_fast.config import LlmJudgeConfig, ScoreConfig
 from metis_fast.errors import JudgeError
 from metis_fast.score.judge import JudgeUnavailable, open_judge
 from metis_fast.score.llm import LlmMatcher
 from metis_fast.score.verdict_cache import VerdictCache
-from metis_fast.testing.judge import text_rollout
+from metis_fast.testing.judge import JudgeServer, Reply, completion, serving, text_rollout
 from metis_fast.types import Prompt
 
 
 def ask(matcher: LlmMatcher, *answers: str, prompt: Prompt | None = None) -> list[bool]:
     async def run() -> list[bool]:
-        return await asyncio.gather(*(matcher.matches(prompt or a_prompt("Paris", "Lutetia"), answer) for answer in answers))
+        return await asyncio.gather(*(matcher.matches(prompt or a_prompt("Paris"), answer) for answer in answers))
 
     try:
         return asyncio.run(run())
@@ -35,11 +35,11 @@ def closed_port() -> int:
         return held.getsockname()[1]
 
 
-def test_the_models_word_is_the_verdict_and_it_sees_question_ground_truths_and_answer():
+def test_the_models_word_is_the_verdict_and_it_sees_question_ground_truth_and_answer():
     endpoint = JudgeServer()
     with serving(endpoint) as url:
-        assert ask(a_matcher(url), "Lutetia", "Rome") == [True, False]
-    assert {"question": "Which city?", "accepted_answers": ["Paris", "Lutetia"], "candidate_answer": "Rome"} in endpoint.tasks
+        assert ask(a_matcher(url), "Paris", "Rome") == [True, False]
+    assert {"question": "Which city?", "accepted_answer": "Paris", "candidate_answer": "Rome"} in endpoint.tasks
     assert {body["model"] for body in endpoint.bodies} == {"grader"}
 
 
@@ -125,7 +125,7 @@ def test_a_cache_file_outlives_the_judge_and_tells_questions_ground_truths_model
         assert ask(a_matcher(url, cache=cache), "Rome", "Paris") == [False, True]
         assert len(endpoint.tasks) == 2
         assert ask(a_matcher(url, cache=cache), "Rome", prompt=a_prompt("Rome")) == [True]
-        ask(a_matcher(url, cache=cache), "Paris", prompt=a_prompt("Paris", "Lutetia", question="Which prince?"))
+        ask(a_matcher(url, cache=cache), "Paris", prompt=a_prompt("Paris", question="Which prince?"))
         ask(a_matcher(url, cache=cache, model="other"), "Paris")
         ask(a_matcher(url, cache=cache, extra_body={"chat_template_kwargs": {"enable_thinking": False}}), "Paris")
         assert len(endpoint.tasks) == 6

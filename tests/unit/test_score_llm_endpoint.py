@@ -16,7 +16,7 @@ import httpx2
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from judge_endpoint import BOMB, JudgeServer, Reply, a_matcher, a_prompt, by_equality, completion, error, serving
+from judge_endpoint import BOMB, a_matcher, a_prompt, error
 
 from metis_fast.config import Config, LlmJudgeConfig, ScoreConfig
 from metis_fast.errors import JudgeError
@@ -25,7 +25,7 @@ from metis_fast.score.llm import LlmMatcher
 from metis_fast.score.llm_endpoint import Endpoint, parse_address, proxy_of
 from metis_fast.score.protocol import JudgeUnavailable, TryAgain
 from metis_fast.score.scoring import score_groups
-from metis_fast.testing.judge import text_rollout
+from metis_fast.testing.judge import JudgeServer, Reply, completion, serving, text_rollout
 from metis_fast.types import Group, Outcome, Score, ScoredGroup
 
 PROXIES = [scheme + "_proxy" for scheme in ("http", "https", "all", "no")]
@@ -390,7 +390,7 @@ def batch(num_groups: int = 2, size: int = 8) -> list[Group]:
     """Of a group the even answers are right, the odd ones wrong; all differ."""
     groups = []
     for i in range(num_groups):
-        prompt = a_prompt(*(f"city {i} {j}" for j in range(0, size, 2)), uid=f"p{i}", question=f"Question {i}?")
+        prompt = a_prompt("one with an even number", uid=f"p{i}", question=f"Question {i}?")
         texts = [f"<reason>r</reason><answer>city {i} {j}</answer>" for j in range(size)]
         groups.append(Group(prompt, tuple(text_rollout(prompt.uid, [text], index=j) for j, text in enumerate(texts))))
     return groups
@@ -398,6 +398,10 @@ def batch(num_groups: int = 2, size: int = 8) -> list[Group]:
 
 def number(task: dict[str, Any]) -> int:
     return int(task["candidate_answer"].split()[-1])
+
+
+def by_parity(task: dict[str, Any]) -> Reply:
+    return completion("INCORRECT" if number(task) % 2 else "CORRECT")
 
 
 def score(url: str, max_missing_share: float = 0.5, **changes: object) -> list[ScoredGroup]:
@@ -412,7 +416,7 @@ def score(url: str, max_missing_share: float = 0.5, **changes: object) -> list[S
 @pytest.mark.parametrize("kind", KINDS)
 def test_half_of_the_verdicts_lost_are_a_line_and_never_a_reward(kind, caplog):
     reply, reason = KINDS[kind]
-    with serving(JudgeServer(lambda task: reply if number(task) % 4 < 2 else by_equality(task))) as url:
+    with serving(JudgeServer(lambda task: reply if number(task) % 4 < 2 else by_parity(task))) as url:
         scored = score(url, retries=0)
     for group in scored:
         for j, score_ in enumerate(group.scores):
@@ -431,7 +435,7 @@ def test_a_judge_that_stalls_half_of_the_time(caplog):
     def default(task: dict[str, Any]) -> Reply:
         if number(task) % 4 < 2:
             stalls.wait(20)
-        return by_equality(task)
+        return by_parity(task)
 
     with serving(JudgeServer(default)) as url:
         scored = score(url, retries=0, timeout_s=2.0)
@@ -447,7 +451,7 @@ def test_what_fails_once_is_asked_again(kind, caplog):
     def once(task: dict[str, Any]) -> Reply:
         answer = task["candidate_answer"]
         if answer in seen or number(task) % 2:
-            return by_equality(task)
+            return by_parity(task)
         seen.add(answer)
         return KINDS[kind][0]
 
@@ -461,7 +465,7 @@ def test_above_the_stated_share_the_run_stops(caplog):
     replies = [reply for reply, _ in KINDS.values()]
 
     def default(task: dict[str, Any]) -> Reply:
-        return replies[number(task)] if number(task) < 5 else by_equality(task)
+        return replies[number(task)] if number(task) < 5 else by_parity(task)
 
     with serving(JudgeServer(default)) as url:
         says = (

@@ -9,10 +9,11 @@ from dataclasses import replace
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from judge_endpoint import BOMB, JudgeServer, Reply, a_matcher, a_prompt, completion, serving
+from judge_endpoint import BOMB, a_matcher, a_prompt
 
 from metis_fast.score.llm import LlmMatcher
 from metis_fast.score.protocol import JudgeUnavailable
+from metis_fast.testing.judge import JudgeServer, Reply, completion, serving
 
 
 def ask(matcher: LlmMatcher) -> bool:

@@ -24,7 +24,12 @@ LABELS = [
     "{}", "Verdict: {}", "**Verdict:** {}", "**Verdict**: {}", "Final answer: {}", "Judgement: {}", "judgment：{}",
     "Answer = {}", "## Verdict\n\n{}", "The final verdict:\n{}",
 ]  # fmt: skip
-OBJECTS = ['{{"verdict": "{}"}}', '```json\n{{"verdict": "{}"}}\n```', '{{"final_answer": "{}."}}']
+OBJECTS = [
+    '{{"verdict": "{}"}}', '```json\n{{"verdict": "{}"}}\n```', '{{"final_answer": "{}."}}', '{{"Final Verdict": "{}"}}',
+    # thinking in front of the verdict, as servers that hold a model to a schema have it think
+    '{{"reasoning": "INCORRECT, is it? \\"CORRECT\\"", "verdict": "{}"}}',
+    '{{"analysis": "", "Reasoning": "", "verdict": "{}"}}',
+]  # fmt: skip
 THOUGHTS = [
     "{0}", "<think>{1}</think>{0}", "<think>\n\n</think>\n\n{0}", "{1}</think>\n{0}", "<thinking>{1}</thinking> {0}",
     "<seed:think>{1}</seed:think>{0}", "[THINK]{1}[/THINK]{0}", "◁think▷{1}◁/think▷{0}", "<|channel>thought\n{1}<channel|>{0}",
@@ -61,6 +66,9 @@ NONE = [
     "CORRECT'", '"CORRECT', "(CORRECT", "ıNCORRECT", "INCORREC\u0422", "<|INCORRECT|>CORRECT", "<|not|>CORRECT",
     "```\nCORRECT\n```\nThat is what they wrote.", "Verdict:\nIN\nCORRECT", "Not the verdict: CORRECT", "verdict != CORRECT",
     '{"verdict": "CORRECT", "is_wrong": true}', '{"verdict": "CORRECT", "why": "not the same city"}',
+    '{"verdict": "CORRECT", "reasoning": "Both name the city."}', '{"sure": "no", "verdict": "CORRECT"}',
+    '{"reasoning": false, "verdict": "CORRECT"}', '{"reasoning": "", "verdict": "not CORRECT"}', '{"reasoning": "CORRECT"}',
+    '[["verdict", "CORRECT"]]', '{"reasoning": {"verdict": "INCORRECT"}, "verdict": "CORRECT"}', '{"reasoning": "a"} CORRECT',
     '{"verdict": "no", "verdict": "CORRECT"}', '{"verdict": {"verdict": "CORRECT"}}', '{"candidate_answer": "CORRECT"}',
 ]  # fmt: skip
 PROSE = [
@@ -127,8 +135,10 @@ def test_other_characters_around_the_word_never_make_it_right(before, after):
         "<|" * 60_000 + "correct",
         "analysis" * 30_000,
         "Verdict:" + "* " * 90_000 + "x correct",
+        '{"reasoning": "' + "a" * 200_000 + '", "verdict": "' + "*" * 200_000 + 'correct x"}',
+        '{"reasoning": ' * 60_000,
     ],
-    ids=range(8),
+    ids=range(10),
 )
 def test_a_reply_that_runs_wild_is_read_in_linear_time(reply):
     start = time.process_time()

@@ -13,7 +13,7 @@ from metis_fast.score.judge import open_judge
 from metis_fast.score.reward import accuracy_reward, tool_reward
 from metis_fast.score.scoring import score_groups
 from metis_fast.testing.judge import FakeJudge, text_rollout
-from metis_fast.types import Ability, Group, Outcome, Prompt, Score, Verdict
+from metis_fast.types import Group, Outcome, Prompt, Score, Verdict
 
 CALL = "<reason>look</reason><tool_call>{}</tool_call>"
 
@@ -23,7 +23,7 @@ def answers(text: str, calls: int = 0) -> list[str]:
 
 
 def a_group(uid: str, *trajectories: list[str], broken: frozenset[int] = frozenset()) -> Group:
-    prompt = Prompt(uid, "test", (), (), Ability.MATH, ("4",), "rule", "2 + 2?")
+    prompt = Prompt(uid, "test", (), (), "math", ("4",), "rule", "2 + 2?")
     rollouts = tuple(
         text_rollout(uid, texts, index=i, outcome=Outcome.INFRASTRUCTURE_ERROR if i in broken else Outcome.ANSWERED)
         for i, texts in enumerate(trajectories)
