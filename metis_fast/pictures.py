@@ -88,6 +88,11 @@ class ImagePreparer:
         t, h, w = self.grid(image)
         return t * h * w // self.merge**2
 
+    def seen(self, image: ImageBlob) -> tuple[int, int]:
+        """Width and height in which the model sees an image. Raises ImageError as `grid` does."""
+        height, width = self._resized(image)
+        return width, height
+
     def _need(self) -> Qwen2VLImageProcessorPil:
         if self._processor is None:
             raise ImageError("the model reads text only; use a Qwen3-VL")

@@ -23,6 +23,7 @@ from metis_fast.own_folder import OwnFolder
 from metis_fast.rollout.chat import Chat
 from metis_fast.rollout.engine import RunEngine
 from metis_fast.rollout.native import NativeEngine, check_room
+from metis_fast.rollout.protocols import open_dialect
 from metis_fast.rollout.vllm.engine import VllmEngine
 from metis_fast.score.judge import StyleJudge, open_judge
 from metis_fast.score.remote import RemoteJudge, start_judge_workers
@@ -30,6 +31,7 @@ from metis_fast.summary import Data
 from metis_fast.tools import open_toolbox
 from metis_fast.tools.protocol import Toolbox
 from metis_fast.tools.remote import RemoteToolbox, start_tool_workers
+from metis_fast.tools.search import keys
 from metis_fast.workers.hub import Hub
 from metis_fast.workers.launch import LocalLauncher
 from metis_fast.workers.worker import WorkerError, wait_ready
@@ -119,7 +121,8 @@ def open_node(
         stack.callback(scratch.close)
         hub = None
         if needs_hub(config):
-            launcher = LocalLauncher(logs, host.gpus)
+            secret = (*keys.variables(config.tools.text_search), config.score.llm.api_key_env)
+            launcher = LocalLauncher(logs, host.gpus, withheld=secret)
             stack.callback(launcher.close)
             hub = stack.enter_context(Hub(config.workers, launcher))
         judge = _open_judge(config, styles, hub)
@@ -141,7 +144,7 @@ def open_node(
             assert hub is not None
             engine = VllmEngine(config, sampler, hub)
         stack.callback(engine.close)
-        chat = Chat(sampler.tokenizer, sampler.images, config.tools.call_syntax)
+        chat = Chat(sampler.tokenizer, sampler.images, open_dialect(config))
         # a model that reads text only says so of the first image that it meets; none is a bad one for that
         check = sampler.images.broken if sampler.reads_images else decode_all
         yield Node(number, config, chat, engine, toolbox, judge, files, check, keep, room)

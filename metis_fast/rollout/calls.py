@@ -44,12 +44,13 @@ class ParsedTurn:
     """One assistant message, parsed.
 
     call: what was asked for; None where the message calls no tool. arguments: parsed, None where the call is malformed, and
-    then `error` says what is wrong with it.
+    then `error` says what is wrong with it. ends: the rollout ends with what the agent reads of that (some protocols).
     """
 
     call: ToolCall | None = None
     arguments: dict[str, object] | None = None
     error: str = ""
+    ends: bool = False
 
 
 def parse_turn(text: str, syntax: CallSyntax = "strict") -> ParsedTurn:

@@ -6,21 +6,24 @@ from outside can never spell a control token or an image placeholder.
 
 from __future__ import annotations
 
+import asyncio
+import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+from PIL import Image
 from transformers import PreTrainedTokenizerBase
 
-from metis_fast.config import CallSyntax
+from metis_fast import pixels
 from metis_fast.errors import DataError
 from metis_fast.model_folder import IMAGE_PAD, VISION_END, VISION_START
 from metis_fast.pictures import ImagePreparer
 from metis_fast.pixels import ImageError
-from metis_fast.rollout.calls import ParsedTurn, parse_turn
-from metis_fast.types import ImageBlob, ImageSpan, Observation, Outcome, Prompt
+from metis_fast.rollout.protocols import Block, Compact, Dialect
+from metis_fast.types import ImageBlob, ImageSpan, Observation, Prompt
 
 IMAGE_MARK = "<image>"
-CUT_MARK = "\n[cut]"
+_LONGEST_SHAPE = 200  # times as long as wide, at most, may be what the model's processor takes
 
 
 @dataclass(slots=True)
@@ -33,30 +36,51 @@ class TokenPiece:
 
 
 class Chat:
-    """The Qwen chat format over one tokenizer and image processor."""
+    """The Qwen chat format over one tokenizer and image processor.
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, images: ImagePreparer, call_syntax: CallSyntax = "strict") -> None:
+    dialect: how tools are spoken with in it (`rollout.protocol`). stop_ids, stop: what ends a message, see `Sampling`.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, images: ImagePreparer, dialect: Dialect | None = None) -> None:
+        """dialect: None is `compact`."""
         self._tokenizer = tokenizer
-        self._call_syntax: CallSyntax = call_syntax
         self._images = images
+        self.dialect: Dialect = dialect if dialect is not None else Compact()
         vocab = tokenizer.get_vocab()
         ids = {token: vocab[token] for token in _CONTROL if token in vocab}  # a text-only model may have none for images
         self._ids = ids
-        self._fixed = {text: self._ask_tokenizer(text) for text in _TEMPLATE}
+        fixed = ("\n", self.dialect.opening, self.dialect.closing, "assistant\n", self.dialect.cut_mark)
+        self._fixed = {text: self._ask_tokenizer(text) for text in fixed if text}
         self.im_end = ids["<|im_end|>"]
-        self.stop_ids = (ids["</tool_call>"], self.im_end)
+        self._ends = tuple(ids[token] for token in self.dialect.end_tokens if token in ids)
+        self.stop_ids = (ids["</tool_call>"], *self._ends)
+        self.stop = self.dialect.stop
 
     async def unusable(self, images: Sequence[ImageBlob]) -> dict[str, str]:
         """What is wrong with images that are damaged behind their header, by SHA-256; the others are prepared, in threads."""
         return await self._images.ready(images)
 
     async def fit(self, observation: Observation, max_tokens: int) -> Observation:
-        """An observation whose images, which would not fit into `max_tokens` beside its text, are scaled down until they do."""
-        if not observation.images:
+        """An observation whose images have a shape and a size that can be shown, as far as the protocol asks for that.
+
+        Where they share the room: images that would not fit into `max_tokens` beside the text are scaled down until they do.
+        """
+        images = observation.images
+        if not images:
             return observation
-        text = sum(len(self._encode(part)) for part in observation.text.split(IMAGE_MARK))
-        images = await self._images.scaled(observation.images, max_tokens - text - 2 * len(observation.images))
-        return replace(observation, images=images)
+        if self.dialect.squeezes:
+            images = await asyncio.gather(*(_squeezed(image) for image in images))
+        if self.dialect.shares_room:
+            text = sum(len(self._encode(part)) for part in observation.text.split(IMAGE_MARK))
+            images = await self._images.scaled(images, max_tokens - text - 2 * len(images))
+        else:
+            alone = await asyncio.gather(*(self._images.scaled([image], max_tokens - 2) for image in images))
+            images = tuple(image for (image,) in alone)
+        return replace(observation, images=tuple(images))
+
+    def seen(self, images: Sequence[ImageBlob]) -> tuple[tuple[int, int], ...]:
+        """(width, height) in which the model sees images of a prompt that was encoded."""
+        return tuple(self._images.seen(image) for image in images)
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Text of sampled tokens, control tokens left in."""
@@ -64,11 +88,7 @@ class Chat:
 
     def message_text(self, tokens: Sequence[int]) -> str:
         """Text of a sampled message, without the control token that ends it."""
-        return self.decode(tokens[:-1] if tokens and tokens[-1] == self.im_end else tokens)
-
-    def parse(self, text: str) -> ParsedTurn:
-        """Find the tool call of an assistant message, in this chat's syntax."""
-        return parse_turn(text, self._call_syntax)
+        return self.decode(tokens[:-1] if tokens and tokens[-1] in self._ends else tokens)
 
     def _ask_tokenizer(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
@@ -116,52 +136,68 @@ class Chat:
         """An observation with the template around it, to be appended behind a message.
 
         after: last token of the message; its `<|im_end|>` is added unless it is there. max_tokens limits the observation
-        itself: text is cut at a token with a mark, images are kept or dropped whole, and nothing follows a cut. An image that
-        cannot be shown is replaced by a line that says so; unusable: what is known of them (see `unusable`).
+        itself: how it is cut is up to the protocol, but images are kept or dropped whole. An image that cannot be shown is
+        replaced by a line that says so; unusable: what is known of them (see `unusable`).
         """
         out = TokenPiece()
         if after != self.im_end:
             out.tokens.append(self.im_end)
-        out.tokens += [*self._encode("\n"), self._ids["<|im_start|>"], *self._encode("user\n<tool_response>")]
-        end = len(out.tokens) + max_tokens
+        out.tokens += [*self._encode("\n"), self._ids["<|im_start|>"], *self._encode(self.dialect.opening)]
+        blocks = self._blocks(observation, unusable or {})
+        if sum(len(block.tokens) for block in blocks) > max_tokens:
+            blocks = self.dialect.cut(blocks, max_tokens, self._encode(self.dialect.cut_mark))
+        for block in blocks:
+            if block.image is not None:
+                start = len(out.tokens) + 1
+                out.images.append(block.image)
+                out.spans.append(ImageSpan(block.image.sha256, start, start + len(block.tokens) - 2, block.grid))
+            out.tokens += block.tokens
+        out.tokens += [*self._encode(self.dialect.closing), self.im_end, *self._encode("\n"), self._ids["<|im_start|>"]]
+        out.tokens += self._encode("assistant\n")
+        return out
+
+    def _blocks(self, observation: Observation, unusable: Mapping[str, str]) -> list[Block]:
         texts = observation.text.split(IMAGE_MARK)
         # marks without an image are plain text; images without a mark stand at the end
         num_marked = min(len(texts) - 1, len(observation.images))
         texts = [*texts[:num_marked], IMAGE_MARK.join(texts[num_marked:])]
         texts += [""] * (len(observation.images) - num_marked)
-        cut = self._encode(CUT_MARK)
+        blocks: list[Block] = []
         for text, image in zip(texts, [*observation.images, None], strict=True):
-            tokens = self._encode(text)
-            if len(out.tokens) + len(tokens) > end:
-                out.tokens += tokens[: max(0, end - len(out.tokens) - len(cut))]
-                out.tokens += cut[: end - len(out.tokens)]
-                break
-            out.tokens += tokens
+            blocks.append(Block(self._encode(text)))
             if image is None:
                 continue
-            problem = (unusable or {}).get(image.sha256)
             try:
-                if problem is not None:
-                    raise ImageError(problem)
-                tokens, span = self._image_piece(image, len(out.tokens))
+                if image.sha256 in unusable:
+                    raise ImageError(unusable[image.sha256])
+                tokens, span = self._image_piece(image, 0)
+                blocks.append(Block(tokens, image, span.grid, whole=True))
             except ImageError as error:
-                tokens, span = self._encode(f"[{error}]"), None
-            if len(out.tokens) + len(tokens) > end:
-                out.tokens += cut[: end - len(out.tokens)]
-                break
-            out.tokens += tokens
-            if span is not None:
-                out.images.append(image)
-                out.spans.append(span)
-        out.tokens += [*self._encode("</tool_response>"), self.im_end, *self._encode("\n"), self._ids["<|im_start|>"]]
-        out.tokens += self._encode("assistant\n")
-        return out
+                blocks.append(Block(self._encode(f"[{error}]"), whole=True))
+        return blocks
 
 
-_CONTROL = ("<|im_start|>", "<|im_end|>", VISION_START, VISION_END, IMAGE_PAD, "</tool_call>")
-_TEMPLATE = ("\n", "user\n<tool_response>", "</tool_response>", "assistant\n", CUT_MARK)
+_CONTROL = ("<|im_start|>", "<|im_end|>", "<|endoftext|>", VISION_START, VISION_END, IMAGE_PAD, "</tool_call>")
 
 
-def error_observation(text: str) -> Observation:
-    """What the agent reads of its own mistake."""
-    return Observation(text=f"Error: {text}", outcome=Outcome.TOOL_ERROR)
+async def _squeezed(image: ImageBlob) -> ImageBlob:
+    """The image, its longer side cut down to what can be shown, where it is much longer than the other; as it is where it is
+    damaged."""
+    try:
+        width, height = pixels.size(image.data)
+    except ImageError:
+        return image
+    if max(width, height) <= _LONGEST_SHAPE * min(width, height):
+        return image
+    size = (min(width, _LONGEST_SHAPE * height), min(height, _LONGEST_SHAPE * width))
+    return await asyncio.to_thread(_resized, image, size)
+
+
+def _resized(image: ImageBlob, size: tuple[int, int]) -> ImageBlob:
+    try:
+        picture = pixels.decode(image.data)
+    except ImageError:
+        return image
+    out = io.BytesIO()
+    picture.resize(size, Image.Resampling.LANCZOS).save(out, "PNG", compress_level=1)
+    return ImageBlob.of(out.getvalue())

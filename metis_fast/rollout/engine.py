@@ -29,8 +29,9 @@ _LOG = logging.getLogger(__name__)
 class Sampling:
     """How one message is sampled.
 
-    temperature 0 is greedy (log-probs then are those at temperature 1). stop_ids end the message and are kept. seed makes the
-    noise of one message a function of (seed, position) alone, whatever else is in the batch.
+    temperature 0 is greedy (log-probs then are those at temperature 1). stop_ids end the message and are kept. So do the tokens
+    that complete one of the strings `stop` (ASCII), however it is cut into tokens; the last of them is kept whole, with what
+    else it says. seed makes the noise of one message a function of (seed, position) alone, whatever else is in the batch.
     """
 
     max_tokens: int
@@ -39,6 +40,7 @@ class Sampling:
     top_p: float = 1.0
     top_k: int = 0
     seed: int = 0
+    stop: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -46,8 +48,8 @@ class Completion:
     """One sampled message.
 
     tokens [n] int32, logp [n] float32 of the full distribution at the sampling temperature (before top-p and top-k, and before
-    placeholders are excluded), weight_version [n] int32. stopped: the last token is one of `stop_ids`; otherwise the token
-    limit was reached.
+    placeholders are excluded), weight_version [n] int32. stopped: the last token is one of `stop_ids`, or completes one of
+    `stop`; otherwise the token limit was reached.
     """
 
     tokens: npt.NDArray[np.int32]

@@ -16,7 +16,7 @@ import numpy as np
 
 from metis_fast.config import RolloutConfig
 from metis_fast.errors import DataError, EngineFailure, InfrastructureError
-from metis_fast.rollout.chat import Chat, TokenPiece, error_observation
+from metis_fast.rollout.chat import Chat, TokenPiece
 from metis_fast.rollout.engine import Completion, Engine, EngineSession, Sampling
 from metis_fast.tools.protocol import Toolbox, ToolSession
 from metis_fast.types import Group, ImageBlob, ImageSpan, Outcome, Prompt, Rollout, ToolCall, Turn
@@ -119,8 +119,11 @@ class _Seat:
         self._session.close()
 
 
-async def _play(trace: Trace, chat: Chat, engine: _Seat, tools: ToolSession, config: RolloutConfig, key: SampleKey) -> Outcome:
+async def _play(
+    trace: Trace, chat: Chat, engine: _Seat, tools: ToolSession, config: RolloutConfig, key: SampleKey, last_try: bool
+) -> Outcome:
     limit = trace.prompt_len + config.max_response_tokens
+    dialect = chat.dialect
     while True:
         room = limit - len(trace.tokens)
         sampling = Sampling(
@@ -130,6 +133,7 @@ async def _play(trace: Trace, chat: Chat, engine: _Seat, tools: ToolSession, con
             top_p=config.top_p,
             top_k=config.top_k,
             seed=key.turn_seed(len(trace.turns)),
+            stop=chat.stop,
         )
         message = await engine.generate(trace, sampling)
         start = len(trace.tokens)
@@ -137,7 +141,8 @@ async def _play(trace: Trace, chat: Chat, engine: _Seat, tools: ToolSession, con
         trace.sampled.append((start, message))
         stop = len(trace.tokens)
         text = chat.message_text(trace.tokens[start:stop])
-        parsed = chat.parse(text)
+        parsed = dialect.parse(text)
+        unrun = parsed.call if dialect.counts_unrun else None
 
         def turn(
             outcome: Outcome,
@@ -150,20 +155,28 @@ async def _play(trace: Trace, chat: Chat, engine: _Seat, tools: ToolSession, con
             return Turn(text, *span, len(trace.tokens), outcome, call, observation, seconds)
 
         if not message.stopped:
-            # an unfinished message ran no tool; an opened call in it is still an invocation, a malformed one
-            trace.turns.append(turn(Outcome.LENGTH, parsed.call))
+            # an unfinished message ran no tool; in some protocols a call that it opened is still one, a malformed one
+            trace.turns.append(turn(Outcome.LENGTH, unrun))
             return Outcome.LENGTH
         if parsed.call is None:
             trace.turns.append(turn(Outcome.ANSWERED, None))
             return Outcome.ANSWERED
-        if len(trace.turns) + 1 == config.max_turns:
-            trace.turns.append(turn(Outcome.TURN_LIMIT, parsed.call))
+        if len(trace.turns) + 1 == dialect.num_messages(config.max_turns):
+            trace.turns.append(turn(Outcome.TURN_LIMIT, unrun))
             return Outcome.TURN_LIMIT
         began = time.perf_counter()
+        ends = parsed.ends
         if parsed.arguments is None:
-            observation = error_observation(parsed.error)
+            observation = dialect.malformed(parsed)
         else:
-            observation = await tools.call(parsed.call.name, parsed.arguments)
+            try:
+                result = await tools.call(parsed.call.name, dialect.arguments(parsed.call.name, parsed.arguments))
+            except InfrastructureError as failure:
+                read = dialect.unreachable(failure) if last_try else None
+                if read is None:
+                    raise
+                result, ends = read, True
+            observation = dialect.word(result)
         seconds = time.perf_counter() - began
         observation = await chat.fit(observation, config.max_observation_tokens)
         unusable = await chat.unusable(observation.images) if observation.images else None
@@ -173,6 +186,8 @@ async def _play(trace: Trace, chat: Chat, engine: _Seat, tools: ToolSession, con
             return Outcome.LENGTH
         trace.append(piece)
         trace.turns.append(turn(observation.outcome, parsed.call, observation=observation.text, seconds=seconds))
+        if ends:
+            return Outcome.TURN_LIMIT
 
 
 async def encode_prompts(prompts: Sequence[Prompt], chat: Chat, config: RolloutConfig) -> list[TokenPiece]:
@@ -232,9 +247,9 @@ async def run_episode(
     for attempt in range(config.retries + 1):
         trace = Trace(len(encoded.tokens), list(encoded.tokens), list(encoded.images), list(encoded.spans))
         seat, first = _Seat(engine, key, prompt, index, config.retries, first), None
-        tools = toolbox.session(prompt.images)
+        tools = toolbox.session(prompt.images, prompt.extra, chat.seen(prompt.images))
         try:
-            outcome = await _play(trace, chat, seat, tools, config, key)
+            outcome = await _play(trace, chat, seat, tools, config, key, last_try=attempt == config.retries)
             return trace.finish(prompt, index, outcome)
         except EngineFailure as failure:
             error = str(failure)

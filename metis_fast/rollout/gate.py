@@ -111,6 +111,7 @@ async def _probe(prompts: Sequence[Prompt], chat: Chat, engine: RunEngine, confi
             stop_ids=chat.stop_ids,
             temperature=config.rollout.temperature,
             seed=SampleKey(config.run.seed, _STREAM, order).turn_seed(0),
+            stop=chat.stop,
         )
         try:
             message: Completion = await session.generate(trace.tokens, trace.images, trace.spans, sampling)

@@ -32,6 +32,7 @@ from metis_fast.errors import ConfigError, EngineError
 from metis_fast.model import Policy, rope_positions
 from metis_fast.rollout.engine import Completion, Sampling, SyncReport
 from metis_fast.rollout.sampling import sample
+from metis_fast.rollout.stops import StopStrings, Watch
 from metis_fast.tower import ImageFeatures
 from metis_fast.types import ImageBlob, ImageSpan, Rollout
 
@@ -124,6 +125,7 @@ class _Request:
     spans: Sequence[ImageSpan]
     sampling: Sampling
     future: asyncio.Future[Completion]
+    watch: Watch  # for stop strings
     out_tokens: list[int] = field(default_factory=list)
     out_logp: list[float] = field(default_factory=list)
     out_version: list[int] = field(default_factory=list)
@@ -158,7 +160,7 @@ class _Session:
         if not self.open:
             raise asyncio.CancelledError
         future: asyncio.Future[Completion] = asyncio.get_running_loop().create_future()
-        self.request = _Request(tokens, images, spans, sampling, future)
+        self.request = _Request(tokens, images, spans, sampling, future, self._engine.watch(sampling))
         self._engine.wake()
         return await future
 
@@ -187,6 +189,7 @@ class NativeEngine:
         self._runner: asyncio.Task[None] | None = None
         self._wide: Tensor | None = None  # the head in float32
         self._wide_of = (0, 0)
+        self._stops = StopStrings.of(policy.tokenizer)
         self._banned = torch.tensor(policy.placeholder_ids, dtype=torch.long, device=device)
         # state of the live rows, in row order
         self._logits = torch.zeros(0, policy.vocab_size, device=device)
@@ -225,6 +228,10 @@ class NativeEngine:
         session = _Session(self, order, len(self._rows))
         self._rows.append(session)
         return session
+
+    def watch(self, sampling: Sampling) -> Watch:
+        """For the stop strings of a message."""
+        return self._stops.watch(sampling.stop)
 
     async def ready(self, images: Sequence[ImageBlob]) -> None:
         """Have the pixels of images at hand, without holding up the event loop."""
@@ -443,7 +450,7 @@ class NativeEngine:
             request.out_tokens.append(token)
             request.out_logp.append(value)
             request.out_version.append(self.weight_version)
-            stopped = token in request.sampling.stop_ids
+            stopped = request.watch.ends(token) or token in request.sampling.stop_ids
             if stopped or len(request.out_tokens) >= request.sampling.max_tokens:
                 done.append(row)
                 session.request = None

@@ -86,7 +86,7 @@ class Cursor(Protocol[R_co]):
         ...
 
     def read(self, row: int) -> R_co:
-        """One that was drawn before."""
+        """One that was drawn before. Called from threads."""
         ...
 
 
@@ -120,11 +120,14 @@ class _Running(Generic[R, G]):
 class Schedule(Generic[R, G]):
     """Groups that are being sampled, finished ones that wait for their step, and dropped prompts that wait to be begun again.
 
-    cursor: is drawn from as prompts are begun. play: samples the group of a prompt.
+    cursor: is drawn from as prompts are begun. play: samples the group of a prompt. discard: told of groups that were finished
+    and will not be trained.
     """
 
-    def __init__(self, rules: Rules, cursor: Cursor[R], play: Play[R, G]) -> None:
-        self._rules, self._cursor, self._play = rules, cursor, play
+    def __init__(
+        self, rules: Rules, cursor: Cursor[R], play: Play[R, G], discard: Callable[[G], object] = lambda group: None
+    ) -> None:
+        self._rules, self._cursor, self._play, self._discard = rules, cursor, play, discard
         self._running: list[_Running[R, G]] = []
         self._finished: list[_Running[R, G]] = []  # of those, in the order in which they ended, well or not
         self._line: list[tuple[Pending, R | None]] = []  # to be begun before anything is drawn
@@ -188,19 +191,23 @@ class Schedule(Generic[R, G]):
             room = rules.per_step + rules.extra - len(self._running)
         if rules.ahead and self._choice(self._taken // rules.per_step) is not None:
             room = 0  # the next batch is there; what would be begun now would only grow old
-        again, self._line = self._line[: max(0, room)], self._line[max(0, room) :]
+        line, self._line = self._line[: max(0, room)], self._line[max(0, room) :]
+        again = await asyncio.gather(*(self._known(*entry) for entry in line))
         new = max(0, min(room - len(again), rules.steps * rules.per_step + rules.extra - self._drawn))
         rows = await self._cursor.begin(new) if new else []
         drawn = [(Pending(self._drawn + i, row), prompt) for i, (row, prompt) in enumerate(rows)]
         self._drawn += new
         for place, prompt in [*again, *drawn]:
-            prompt = prompt if prompt is not None else self._cursor.read(place.row)
             one: _Running[R, G] = _Running(place, prompt)
             if not rules.ahead:
                 self._started(one)
             one.task = asyncio.create_task(self._play(prompt, place, lambda one=one: self._started(one)))
             self._running.append(one)
             one.task.add_done_callback(lambda _, one=one: self._ended(one))
+
+    async def _known(self, place: Pending, prompt: R | None) -> tuple[Pending, R]:
+        """With its prompt, which a checkpoint does not keep."""
+        return place, prompt if prompt is not None else await asyncio.to_thread(self._cursor.read, place.row)
 
     def _started(self, one: _Running[R, G]) -> None:
         if one.last is None:
@@ -257,9 +264,12 @@ class Schedule(Generic[R, G]):
             one.task.cancel()
         if gone:
             done, left = await asyncio.wait([one.task for one in gone], timeout=_CLEANUP_S)
-            failed = [task.exception() for task in done if not task.cancelled()]
-            for error in failed:  # of nothing that is trained; a defect will come up again
-                if error is not None:
+            for task in done:
+                if task.cancelled():
+                    continue
+                if (error := task.exception()) is None:  # it had ended before
+                    self._discard(task.result())
+                else:  # of nothing that is trained; a defect will come up again
                     log.warning("a cancelled group ended with %r", error)
             if left:
                 log.warning("%d cancelled groups have not ended after %.0f s", len(left), _CLEANUP_S)

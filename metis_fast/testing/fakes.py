@@ -12,16 +12,20 @@ from transformers import PreTrainedTokenizerBase
 
 from metis_fast.errors import EngineFailure, InfrastructureError
 from metis_fast.rollout.engine import Completion, Sampling, SyncReport
-from metis_fast.types import ImageBlob, ImageSpan, Observation, Outcome, ToolName
+from metis_fast.rollout.stops import StopStrings
+from metis_fast.tools.protocol import NO_EXTRA
+from metis_fast.tools.results import Refusal, Refused, ToolResult
+from metis_fast.types import ImageBlob, ImageSpan, Observation, ToolName
 
 
 class FakeEngine:
     """An `Engine` whose session `order` plays `scripts[order]`, one message a call.
 
     tokenizer: encodes the messages; control tokens in them (`<|im_end|>`) become control tokens.
-    scripts: messages of each rollout. A message is cut at its first stop token, which is kept, and at `max_tokens`. An
-        InfrastructureError in a script is raised when it is reached and then used up: the next session of that order starts
-        from the first message and passes it by; after an EngineFailure, it goes on where the failed one stood.
+    scripts: messages of each rollout, as text or as token ids. One is cut at its first stop token, or where it completes a stop
+        string, and at `max_tokens`; the last token is kept. An InfrastructureError in a script is raised when it is reached and
+        then used up: the next session of that order starts from the first message and passes it by; after an EngineFailure, it
+        goes on where the failed one stood.
     logp: log-probability of every token.
     num_open: sessions that were opened and not closed.
     asked: the tokens of every request, in order.
@@ -30,12 +34,13 @@ class FakeEngine:
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerBase,
-        scripts: Sequence[Sequence[str | InfrastructureError]],
+        scripts: Sequence[Sequence[str | list[int] | InfrastructureError]],
         *,
         logp: float = -1.0,
         weight_version: int = 0,
     ) -> None:
         self.tokenizer = tokenizer
+        self.stops = StopStrings.of(tokenizer)
         self.scripts = [list(script) for script in scripts]
         self.logp, self.weight_version = logp, weight_version
         self.num_open = 0
@@ -76,14 +81,16 @@ class _FakeEngineSession:
                 engine.failed_at[self._order] = self._next
             raise message
         self._next += 1
-        ids = engine.tokenizer.encode(message, add_special_tokens=False)
-        stop = next((i + 1 for i, token in enumerate(ids) if token in sampling.stop_ids), len(ids))
-        ids = ids[: min(stop, sampling.max_tokens)]
+        ids = message if isinstance(message, list) else engine.tokenizer.encode(message, add_special_tokens=False)
+        watch = engine.stops.watch(sampling.stop)
+        ends = [watch.ends(token) or token in sampling.stop_ids for token in ids]
+        stop = min(ends.index(True) + 1 if True in ends else len(ids), sampling.max_tokens)
+        ids = ids[:stop]
         return Completion(
             tokens=np.asarray(ids, np.int32),
             logp=np.full(len(ids), engine.logp, np.float32),
             weight_version=np.full(len(ids), engine.weight_version, np.int32),
-            stopped=ids[-1] in sampling.stop_ids,
+            stopped=ends[stop - 1],
         )
 
     def close(self) -> None:
@@ -96,14 +103,15 @@ class _FakeEngineSession:
 class FakeToolbox:
     """A `Toolbox` whose sessions return `observations` one after the other, the last one again and again.
 
-    observations: an InfrastructureError among them is raised when it is reached and then used up, for all sessions.
-    names: the enabled tools; a call of another name is a TOOL_ERROR, as the protocol asks, and uses no observation.
+    observations: results, or what the agent reads as it stands. An InfrastructureError among them is raised when it is reached
+    and then used up, for all sessions.
+    names: the enabled tools; a call of another name is `Refused`, as the protocol asks, and uses no observation.
     num_open: sessions that were opened and not closed. calls: name and arguments of every call.
     """
 
     def __init__(
         self,
-        observations: Sequence[Observation | InfrastructureError] = (Observation("ok"),),
+        observations: Sequence[ToolResult | Observation | InfrastructureError] = (Observation("ok"),),
         names: Sequence[ToolName] = tuple(ToolName),
     ) -> None:
         self.observations = list(observations)
@@ -116,7 +124,9 @@ class FakeToolbox:
         """The enabled tools."""
         return self._names
 
-    def session(self, images: Sequence[ImageBlob]) -> _FakeToolSession:
+    def session(
+        self, images: Sequence[ImageBlob], extra: Mapping[str, object] = NO_EXTRA, seen: Sequence[tuple[int, int]] = ()
+    ) -> _FakeToolSession:
         """Tools for one rollout."""
         self.num_open += 1
         return _FakeToolSession(self)
@@ -129,12 +139,12 @@ class _FakeToolSession:
     def __init__(self, toolbox: FakeToolbox) -> None:
         self._toolbox, self._next, self._open = toolbox, 0, True
 
-    async def call(self, name: str, arguments: Mapping[str, object]) -> Observation:
+    async def call(self, name: str, arguments: Mapping[str, object]) -> ToolResult | Observation:
         """The next observation."""
         toolbox = self._toolbox
         toolbox.calls.append((name, dict(arguments)))
         if name not in toolbox.names:
-            return Observation(f"There is no tool {name!r}.", outcome=Outcome.TOOL_ERROR)
+            return Refused(f"There is no tool {name!r}.", Refusal.NO_TOOL, name)
         at = min(self._next, len(toolbox.observations) - 1)
         observation = toolbox.observations[at]
         if isinstance(observation, InfrastructureError):

@@ -13,17 +13,18 @@ from typing import cast
 from metis_fast.score.protocol import JudgeUnavailable
 from metis_fast.score.remote import JudgeService
 from metis_fast.tools.remote import ToolService
-from metis_fast.types import Observation, Prompt, Rollout, Verdict
+from metis_fast.tools.results import Refused, ToolResult
+from metis_fast.types import Prompt, Rollout, Verdict
 
 
 class FragileTools(ToolService):
     """A tool worker that breaks where the code of a call asks for it: "# kill", "# bug", ...; other code is run."""
 
-    async def call(self, session: int, name: str, arguments: Mapping[str, object]) -> Observation:
+    async def call(self, session: int, name: str, arguments: Mapping[str, object]) -> ToolResult:
         """See `ToolService.call`."""
         match str(arguments.get("code")).split():
             case ["#", "pid"]:
-                return Observation(str(os.getpid()))
+                return Refused(str(os.getpid()))
             case ["#", "kill"]:
                 os.kill(os.getpid(), signal.SIGKILL)
             case ["#", "kill", "once", mark] if not Path(mark).exists():
@@ -35,11 +36,11 @@ class FragileTools(ToolService):
                 raise RuntimeError("as asked")
             case ["#", "memory"]:
                 resource.setrlimit(resource.RLIMIT_AS, (1 << 30, 1 << 30))
-                return Observation("x" * (2 << 30))
+                return Refused("x" * (2 << 30))
             case ["#", "hang"]:
                 await asyncio.sleep(3600)
             case ["#", "garbage"]:
-                return cast(Observation, "no observation")
+                return cast(Refused, "no result")
         return await super().call(session, name, arguments)
 
     async def open_sessions(self) -> int:

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from metis_fast.errors import InfrastructureError
+from metis_fast.tools.protocol import NO_EXTRA
 from metis_fast.types import ImageBlob, Observation, Outcome, ToolName
 
 _Z99 = 2.3263478740408408
@@ -85,7 +86,9 @@ class SlowToolbox:
         """The enabled tools."""
         return self._names
 
-    def session(self, images: Sequence[ImageBlob]) -> _SlowSession:
+    def session(
+        self, images: Sequence[ImageBlob], extra: Mapping[str, object] = NO_EXTRA, seen: Sequence[tuple[int, int]] = ()
+    ) -> _SlowSession:
         """Tools for one rollout."""
         self.num_open += 1
         return _SlowSession(self)

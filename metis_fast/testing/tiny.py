@@ -64,11 +64,11 @@ def build_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
 class TinyShape:
     """Shape of a tiny Qwen3-VL.
 
-    image_px: pixel count of every image's view. text_config, vision_config: what `Qwen3VLConfig` takes, without token ids.
+    image_px: pixel count of every image's view, or the least and the most of them. text_config, vision_config: what `Qwen3VLConfig` takes, without token ids.
     """
 
     vocab_size: int
-    image_px: int
+    image_px: int | list[int]
     text_config: dict[str, Any]
     vision_config: dict[str, Any]
 
@@ -95,11 +95,12 @@ def build_tiny(folder: Path, shape: TinyShape, texts: Iterable[str], seed: int) 
             if weight.ndim >= 2 and "pos_embed" not in name:
                 weight.normal_(0.0, weight[0].numel() ** -0.5)
     model.generation_config = GenerationConfig(eos_token_id=ids["<|im_end|>"], pad_token_id=ids["<|endoftext|>"])
+    pixels = shape.image_px if isinstance(shape.image_px, list) else [shape.image_px]
     processor = Qwen2VLImageProcessorPil(
         patch_size=vision["patch_size"],
         merge_size=vision["spatial_merge_size"],
         temporal_patch_size=vision.get("temporal_patch_size", 2),
-        size={"shortest_edge": shape.image_px, "longest_edge": shape.image_px},
+        size={"shortest_edge": pixels[0], "longest_edge": pixels[-1]},
         image_mean=[0.5] * 3,
         image_std=[0.5] * 3,
     )

@@ -1,4 +1,4 @@
-"""The `image_search` tool: pages whose image looks like the prompt's, by a small hand-made descriptor.
+"""The `image_search` tool over a local corpus: pages whose image looks like the prompt's, by a small hand-made descriptor.
 
 No learnt model: the tool must run anywhere, give the same answer everywhere, and find near-copies (resized, re-encoded, lightly
 changed), which is what the corpora of the recipe hold.
@@ -23,7 +23,8 @@ from metis_fast.image_source import read_image
 from metis_fast.pixels import ImageError
 from metis_fast.tools.corpus import IMAGE, TEXT, Corpus, page_text
 from metis_fast.tools.derived import derived_folder
-from metis_fast.types import ImageBlob, Observation, Outcome, ToolName
+from metis_fast.tools.results import ImageSearchResult, Refused, SeenPage
+from metis_fast.types import ImageBlob, ToolName
 
 _LAYOUT = "3"  # raise when the descriptor changes
 _LOG = logging.getLogger(__name__)
@@ -96,8 +97,8 @@ class ImageSearch:
         self._corpus = corpus
         self._names = list(corpus.texts("title", "link"))
 
-    def search(self, image: ImageBlob) -> Observation:
-        """The pages whose images look most like `image`: title, link if there is one, thumbnail.
+    def search(self, image: ImageBlob) -> ImageSearchResult | Refused:
+        """The pages whose images look most like `image`, with thumbnails. Refused: it cannot be read.
 
         Raises:
             InfrastructureError: the corpus can no longer be read.
@@ -105,16 +106,14 @@ class ImageSearch:
         try:
             query = pixels.decode(image.data)
         except ImageError:
-            return Observation("image_search cannot read the image of the prompt.", outcome=Outcome.TOOL_ERROR)
+            return Refused("image_search cannot read the image of the prompt.")
         likeness = self._descriptors @ describe(query)
         best = np.argsort(-likeness, kind="stable")[: self._config.max_results]
-        texts, images = [], []
-        for number, row in enumerate((int(row) for row in best if likeness[row] > 0), start=1):
+        pages = []
+        for row in (int(row) for row in best if likeness[row] > 0):
             title, link = map(page_text, self._names[row])
-            head = f"{number}. " if self._config.max_results > 1 else ""
-            texts.append("\n".join(line for line in (head + title, link, "<image>") if line))
-            images.append(self._thumbnail(row))
-        return Observation("\n\n".join(texts) or "No results.", tuple(images))
+            pages.append(SeenPage(title, link, self._thumbnail(row)))
+        return ImageSearchResult(tuple(pages))
 
     def _thumbnail(self, row: int) -> ImageBlob:
         try:

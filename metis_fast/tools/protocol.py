@@ -1,17 +1,21 @@
-"""What a tool is to the rest of the system: an async call from arguments to an `Observation`, in a session of one rollout.
+"""What a tool is to the rest of the system: an async call from arguments to a result, in a session of one rollout.
 
-A tool answers the agent's own mistakes (bad code, an unknown argument, a time-out of the agent's program) with an
-`Observation` whose outcome is TOOL_ERROR. A failure of our machinery raises `InfrastructureError`, which the episode
-retries; it never becomes an observation.
+A tool answers the agent's own mistakes (bad code, an unknown argument, a time-out of the agent's program) with a result that
+says so. A failure of our machinery raises `InfrastructureError`, which the episode retries. How the agent reads a result is up
+to the protocol of the run (`rollout.protocols`); a tool of your own may return an `Observation`, which is read as it stands.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Protocol
 
+from metis_fast.tools.results import ToolResult
 from metis_fast.tools.sandbox.wire import MAX_IMAGES
 from metis_fast.types import ImageBlob, Observation, ToolName
+
+NO_EXTRA: Mapping[str, object] = MappingProxyType({})
 
 MAX_CALL_IMAGES = MAX_IMAGES
 """Most images of an observation."""
@@ -20,10 +24,10 @@ MAX_CALL_IMAGES = MAX_IMAGES
 class ToolSession(Protocol):
     """The tools of one rollout; whatever state they keep (a Python session, a count of calls) lives and dies with it."""
 
-    async def call(self, name: str, arguments: Mapping[str, object]) -> Observation:
+    async def call(self, name: str, arguments: Mapping[str, object]) -> ToolResult | Observation:
         """Run one tool.
 
-        name: as the agent wrote it; an unknown or disabled name is a TOOL_ERROR that lists the tools there are.
+        name: as the agent wrote it; an unknown or disabled one is `Refused`.
 
         Raises:
             InfrastructureError: our machinery failed. The session may be used again; state of the failed tool is lost.
@@ -43,9 +47,14 @@ class Toolbox(Protocol):
         """The enabled tools."""
         ...
 
-    def session(self, images: Sequence[ImageBlob]) -> ToolSession:
-        """Tools for one rollout whose prompt holds `images` (`image_1`, `image_2`, ... in Python). Cheap: costly parts
-        start with the first call that needs them."""
+    def session(
+        self, images: Sequence[ImageBlob], extra: Mapping[str, object] = NO_EXTRA, seen: Sequence[tuple[int, int]] = ()
+    ) -> ToolSession:
+        """Tools for one rollout. Cheap: costly parts start with the first call that needs them.
+
+        images, extra: those of its prompt; the images are `image_1`, `image_2`, ... in Python. seen: (width, height) in which
+        the model sees each of them; empty where that is not known.
+        """
         ...
 
     def close(self) -> None:

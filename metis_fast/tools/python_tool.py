@@ -1,4 +1,4 @@
-"""The `python` tool, seen from the trainer: starts the warm server, opens sessions in it, turns replies into observations.
+"""The `python` tool, seen from the trainer: starts the warm server, opens sessions in it, turns replies into results.
 
 Everything here is free of the running event loop, so that one toolbox serves several `asyncio.run` calls; what belongs to a
 loop lives inside one call.
@@ -29,7 +29,8 @@ from metis_fast.config import PythonToolConfig
 from metis_fast.errors import InfrastructureError, ToolSetupError
 from metis_fast.open_files import allow_files
 from metis_fast.pixels import ImageError
-from metis_fast.tools.sandbox.transcript import Transcript, open_output, transcript_size
+from metis_fast.tools.results import PythonResult
+from metis_fast.tools.sandbox.transcript import Output, open_output, output_size
 from metis_fast.tools.sandbox.wire import (
     LENGTH,
     MAX_FRAME,
@@ -44,7 +45,7 @@ from metis_fast.tools.sandbox.wire import (
     decode_message,
     encode_call,
 )
-from metis_fast.types import ImageBlob, Observation, Outcome
+from metis_fast.types import ImageBlob
 
 _NOTES = 200  # characters of the lines that say what was left out, at most
 _START_S = 60.0  # a cold import of numpy and Pillow on a loaded machine, with room
@@ -92,17 +93,17 @@ class _SessionEndedError(Exception):
 @dataclass(frozen=True, slots=True)
 class _End:
     """How a session ended. status: exit status of its first process (negative: the signal that killed it); None if the server
-    died instead. parts: what the running call had written until then, as in a `Reply`."""
+    died instead. left: what the running call had written until then, as far as a `Reply` of it would say so."""
 
     status: int | None
-    parts: tuple[str | int, ...] = ()
+    left: Reply
 
 
 class SandboxProcess:
     """One running session of the server. Belongs to the event loop that uses it."""
 
     def __init__(self, data: socket.socket, life: socket.socket, output: int, max_output_chars: int) -> None:
-        """output: the file that `Transcript` describes; the session has it, too. All three are closed here."""
+        """output: the file that `Output` describes; the session has it, too. All three are closed here."""
         self._data = data
         self._life = life
         self._output = output
@@ -139,12 +140,13 @@ class SandboxProcess:
             raise WireError("message belongs to another call")
         return message
 
-    async def exchange(self, code: str, images: tuple[bytes, ...]) -> Reply:
+    async def exchange(self, code: str, images: tuple[bytes, ...], sizes: tuple[tuple[int, int], ...]) -> Reply:
         """Send a call and wait for its reply; `self.images` are those that it shows. Raises as `read_message`."""
         self._calls += 1
         self.images = []
+        call = encode_call(Call(self._calls, code, images, sizes))
         try:
-            await asyncio.get_running_loop().sock_sendall(self._data, encode_call(Call(self._calls, code, images)))
+            await asyncio.get_running_loop().sock_sendall(self._data, call)
         except ConnectionError:
             raise _SessionEndedError from None
         while isinstance(message := await self.read_message(), Shown):
@@ -157,7 +159,7 @@ class SandboxProcess:
         """Kill the session and wait until all its processes are gone."""
         loop = asyncio.get_running_loop()
         text = b""
-        parts: tuple[str | int, ...] = ()
+        left = Reply(self._calls, False)
         try:
             with contextlib.suppress(OSError):
                 self._life.shutdown(socket.SHUT_WR)
@@ -165,18 +167,18 @@ class SandboxProcess:
                 while chunk := await loop.sock_recv(self._life, 32):
                     text += chunk
             if self._calls:
-                parts = self._left_behind()
+                left = self._left_behind()
         finally:
             self.discard()
-        return _End(int(text) if text else None, parts)
+        return _End(int(text) if text else None, left)
 
-    def _left_behind(self) -> tuple[str | int, ...]:
-        memory = os.pread(self._output, transcript_size(self._max_output_chars), 0)
-        transcript = Transcript(bytearray(memory), self._max_output_chars)
-        if transcript.call != self._calls:
-            return ()  # of the call before
-        transcript.take(self._output)
-        return transcript.parts()
+    def _left_behind(self) -> Reply:
+        memory = os.pread(self._output, output_size(self._max_output_chars), 0)
+        output = Output(bytearray(memory), self._max_output_chars)
+        if output.call != self._calls:
+            return Reply(self._calls, False)  # of the call before
+        output.take(self._output)
+        return Reply(self._calls, False, output.all.parts(), output.stream(1), output.stream(2))
 
     def discard(self) -> None:
         """Close what is ours without waiting; the server kills the session."""
@@ -201,6 +203,7 @@ class PythonServer:
             scratch_mb=config.scratch_mb,
             cpu_s=math.ceil(config.timeout_s * _CPU_CALLS),
             max_output_chars=config.max_output_chars,
+            max_image_pixels=config.max_image_pixels,
             unsafe=config.unsafe,
         )
         allow_files(1 << 15)  # a session takes three here
@@ -369,15 +372,24 @@ def _describe(status: int) -> str:
 class PythonTool:
     """The `python` tool of one rollout. Its process starts with the first call."""
 
-    def __init__(self, server: PythonServer, images: Sequence[ImageBlob], timeout_s: float, max_output_chars: int) -> None:
+    def __init__(
+        self,
+        server: PythonServer,
+        images: Sequence[ImageBlob],
+        timeout_s: float,
+        max_output_chars: int,
+        sizes: Sequence[tuple[int, int]] = (),
+    ) -> None:
+        """sizes: (width, height) that the code sees each of `images` in; empty: their own."""
         self._server = server
         self._images = images
+        self._sizes = tuple(sizes)
         self._timeout_s = timeout_s
         self._max_chars = max_output_chars
         self._process: SandboxProcess | None = None
         self._has_history = False  # a call of the agent has run
 
-    async def call(self, code: str) -> Observation:
+    async def call(self, code: str) -> PythonResult:
         """Run `code` in this rollout's session.
 
         Raises:
@@ -387,12 +399,12 @@ class PythonTool:
         if process is None:
             process = self._process = await self._server.open()
             images = tuple(image.data for image in self._images)
-            note = "[new Python session: earlier variables are gone]\n" if self._has_history else ""
+            note = "[new Python session: earlier variables are gone]" if self._has_history else ""
         reply: Reply | None = None
-        end, text = _End(None), ""
+        end, text = _End(None, Reply(0, False)), ""
         try:
             async with asyncio.timeout(self._timeout_s):
-                reply = await process.exchange(code, images)
+                reply = await process.exchange(code, images, self._sizes if images else ())
         except TimeoutError:
             text = f"Timed out after {self._timeout_s:g} s. The Python session was stopped"
             end = await self._end(process)
@@ -408,11 +420,8 @@ class PythonTool:
                 self._process = None
         self._has_history = True
         if reply is not None:
-            return await self._observation((note, *self._bounded(reply.parts)), process.images, reply.ok)
-        parts = (note, *self._bounded(end.parts))
-        last = parts[-1]
-        gap = "\n" if isinstance(last, str) and last and not last.endswith("\n") else ""
-        return await self._observation((*parts, f"{gap}{text}; the next call starts a new one."), process.images, ok=False)
+            return await self._result(reply, process.images, note)
+        return await self._result(end.left, process.images, note, f"{text}; the next call starts a new one.")
 
     def _bounded(self, parts: tuple[str | int, ...]) -> list[str | int]:
         """What the agent wrote; it may have forged it."""
@@ -425,21 +434,24 @@ class PythonTool:
             bounded.append(part)
         return bounded
 
-    async def _observation(self, parts: tuple[str | int, ...], images: list[bytes], ok: bool) -> Observation:
-        texts, shown = [""], []  # texts[k] stands before shown[k]
-        for part in parts:
+    async def _result(self, reply: Reply, images: list[bytes], begin: str, end: str = "") -> PythonResult:
+        """begin, end: lines of ours before and behind what the code wrote."""
+        parts: list[str | int] = [f"{begin}\n"] if begin else []
+        shown: list[ImageBlob] = []
+        for part in self._bounded(reply.parts):
             if isinstance(part, str):
-                texts[-1] += part
+                parts.append(part)
                 continue
             image = await asyncio.to_thread(_image, images[part]) if 0 <= part < len(images) else None
             if image is not None and len(shown) < MAX_IMAGES:
+                parts.append(len(shown))
                 shown.append(image)
-                texts.append("")
-        # Whole texts, so that no mark hides in two parts; an image stands on a line of its own.
-        lines = [text.replace("<image>", "< image >").removesuffix("\n") for text in texts]
-        text = "\n<image>\n".join(lines).replace("\n\n<image>", "\n<image>").strip("\n")
-        outcome = Outcome.TOOL_RESULT if ok else Outcome.TOOL_ERROR
-        return Observation(text or "(no output)", tuple(shown), outcome)
+        if end:
+            last = parts[-1] if parts else ""
+            parts.append(f"\n{end}" if isinstance(last, str) and last and not last.endswith("\n") else end)
+        stdout, stderr = (text[: self._max_chars + _NOTES] for text in (reply.stdout, reply.stderr))
+        note = "\n".join(line for line in (begin, end and f"[{end}]") if line)
+        return PythonResult(tuple(parts), stdout, stderr, tuple(shown), reply.ok, note)
 
     async def _end(self, process: SandboxProcess) -> _End:
         self._process = None

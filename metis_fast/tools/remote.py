@@ -13,12 +13,16 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from typing import get_args
 
-from metis_fast.config import ToolsConfig
+from metis_fast.config import ImageSearchConfig, TextSearchConfig, ToolsConfig
 from metis_fast.errors import InfrastructureError, ToolSetupError
 from metis_fast.own_folder import OwnFolder
+from metis_fast.tools.protocol import NO_EXTRA
+from metis_fast.tools.results import ToolResult
+from metis_fast.tools.search import keys
 from metis_fast.tools.toolbox import LocalSession, LocalToolbox
-from metis_fast.types import ImageBlob, Observation, ToolName
+from metis_fast.types import ImageBlob, ToolName
 from metis_fast.workers.hub import Hub
 from metis_fast.workers.worker import Worker, WorkerError
 
@@ -49,12 +53,14 @@ class ToolService:
             stack.callback(self._toolbox.close)
             self._opened = stack.pop_all()
 
-    async def open(self, session: int, images: Sequence[ImageBlob]) -> int:
-        """Make a session of that number; returns how many calls of all sessions run at once here."""
-        self._sessions[session] = self._toolbox.session(images)
+    async def open(
+        self, session: int, images: Sequence[ImageBlob], extra: Mapping[str, object], seen: Sequence[tuple[int, int]]
+    ) -> int:
+        """Make a session of that number; returns how many calls of `python` of all sessions run at once here."""
+        self._sessions[session] = self._toolbox.session(images, extra, seen)
         return self._toolbox.num_slots
 
-    async def call(self, session: int, name: str, arguments: Mapping[str, object]) -> Observation:
+    async def call(self, session: int, name: str, arguments: Mapping[str, object]) -> ToolResult:
         """See `ToolSession.call`.
 
         Raises:
@@ -84,13 +90,17 @@ def start_tool_workers(
     scratch: see `ToolService`. service: one of another kind, for tests.
     """
 
-    def absolute(corpus: Path | None) -> Path | None:  # a worker's working folder is another
-        return None if corpus is None else corpus.resolve()
+    def absolute(section: TextSearchConfig | ImageSearchConfig) -> dict[str, Path]:  # a worker's working folder is another
+        return {name: value.resolve() for name, value in section if isinstance(value, Path)}
 
-    text = config.text_search.model_copy(update={"corpus": absolute(config.text_search.corpus)})
-    image = config.image_search.model_copy(update={"corpus": absolute(config.image_search.corpus)})
+    text = config.text_search.model_copy(update=absolute(config.text_search))
+    image = config.image_search.model_copy(update=absolute(config.image_search))
     config = config.model_copy(update={"text_search": text, "image_search": image})
-    return [hub.worker(f"tools-{i}", "tools", service, config, scratch, max_restarts=max_restarts) for i in range(num)]
+    secret = dict(keys.environment(text)) if ToolName.TEXT_SEARCH in config.enabled else {}
+    return [
+        hub.worker(f"tools-{i}", "tools", service, config, scratch, max_restarts=max_restarts, environment=secret)
+        for i in range(num)
+    ]
 
 
 class _Place:
@@ -102,7 +112,8 @@ class _Place:
         self._slots: tuple[asyncio.AbstractEventLoop, int, asyncio.Semaphore] | None = None
 
     def set_slots(self, num: int) -> None:
-        """Calls that the worker runs at once; those beyond wait on our side, so that a deadline counts a call's own time."""
+        """Calls of `python` that the worker runs at once; those beyond wait on our side, so that a deadline counts a call's own
+        time. A search has its own deadline, which counts its waiting."""
         loop = asyncio.get_running_loop()
         if self._slots is None or self._slots[:2] != (loop, num):
             self._slots = (loop, num, asyncio.Semaphore(num))
@@ -123,7 +134,7 @@ class RemoteToolbox:
         self._places = [_Place(worker) for worker in workers]
         self._numbers = itertools.count()
         self._closed = False
-        self.call_s = config.python.timeout_s + _SLACK_S
+        self.call_s = max(config.python.timeout_s, config.text_search.deadline_s) + _SLACK_S
 
     @property
     def names(self) -> Sequence[ToolName]:
@@ -135,9 +146,11 @@ class RemoteToolbox:
         """Open sessions of each worker."""
         return [place.num_sessions for place in self._places]
 
-    def session(self, images: Sequence[ImageBlob]) -> RemoteSession:
+    def session(
+        self, images: Sequence[ImageBlob], extra: Mapping[str, object] = NO_EXTRA, seen: Sequence[tuple[int, int]] = ()
+    ) -> RemoteSession:
         """Tools for one rollout; it gets its worker with its first call."""
-        return RemoteSession(self, next(self._numbers), tuple(images))
+        return RemoteSession(self, next(self._numbers), (tuple(images), dict(extra), tuple(seen)))
 
     def place(self) -> _Place:
         """Where the next session goes: a living worker, or at least one that is being started, with the fewest sessions.
@@ -161,26 +174,27 @@ class RemoteToolbox:
 class RemoteSession:
     """The tools of one rollout. See `ToolSession` for the contract."""
 
-    def __init__(self, toolbox: RemoteToolbox, number: int, images: tuple[ImageBlob, ...]) -> None:
-        self._toolbox, self._number, self._images = toolbox, number, images
+    def __init__(self, toolbox: RemoteToolbox, number: int, prompt: tuple[object, ...]) -> None:
+        """prompt: further arguments of `ToolService.open`."""
+        self._toolbox, self._number, self._prompt = toolbox, number, prompt
         self._place: _Place | None = None
 
-    async def call(self, name: str, arguments: Mapping[str, object]) -> Observation:
+    async def call(self, name: str, arguments: Mapping[str, object]) -> ToolResult:
         """Run one tool; see `ToolSession.call`. After a lost worker the session's next call opens it anew, on another."""
         try:
             if self._place is None:
                 self._place = self._toolbox.place()
                 self._place.num_sessions += 1
                 worker = self._place.worker
-                self._place.set_slots(await worker.call("open", self._number, self._images, deadline_s=_SHORT_S))
+                self._place.set_slots(await worker.call("open", self._number, *self._prompt, deadline_s=_SHORT_S))
             worker = self._place.worker
-            async with self._place.slots:
+            async with self._place.slots if name == ToolName.PYTHON else contextlib.nullcontext():
                 answer = await worker.call(
                     "call", self._number, name, dict(arguments), deadline_s=self._toolbox.call_s, wait=False
                 )
-            if not isinstance(answer, Observation):
-                await worker.lose(f"a tool call was answered with {type(answer).__name__}, which is no observation")
-                raise WorkerError(f"worker {worker.name}: its answer is no observation")
+            if not isinstance(answer, get_args(ToolResult)):
+                await worker.lose(f"a tool call was answered with {type(answer).__name__}, which is no result")
+                raise WorkerError(f"worker {worker.name}: its answer is no result")
             return answer
         except (WorkerError, SessionLost):
             await self.close()  # the rollout's state is gone, or not to be trusted

@@ -6,6 +6,7 @@ They travel between processes; `metis_fast.types` apart, nothing is needed to re
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import StrEnum
 
 from metis_fast.types import ImageBlob
 
@@ -48,9 +49,10 @@ class ImageSearchResult:
 class PythonResult:
     """Of one `python` call.
 
-    parts: what was printed, to stdout and stderr in the order of printing, and numbers of images where they were shown.
-    stdout, stderr: each by itself. images: PNG or JPEG. ok: the code ended without an error of its own. note: what the agent
-    has to know of the session ("timed out", "earlier variables are gone"), or empty.
+    parts: what was printed, to stdout and stderr in the order of printing, numbers of images (from 0) where they were shown,
+    and what `note` says where it belongs. stdout, stderr: each by itself, without the note; tracebacks stand in stderr. images:
+    PNG. ok: the code ended without an error of its own. note: what the agent has to know of the session ("timed out", "earlier
+    variables are gone"), lines in brackets; or empty.
     """
 
     parts: tuple[str | int, ...]
@@ -61,11 +63,22 @@ class PythonResult:
     note: str = ""
 
 
+class Refusal(StrEnum):
+    """Why a call was not made; a protocol may have words of its own for each."""
+
+    NO_TOOL = "no tool"  # of that name
+    ARGUMENTS = "arguments"  # none that the tool takes
+    REPEATED = "repeated"  # it would give what it gave before
+    OTHER = "other"
+
+
 @dataclass(frozen=True, slots=True)
 class Refused:
-    """A call that could not be made as the agent wrote it: an unknown tool, wrong arguments. text: what is wrong."""
+    """A call that could not be made as the agent wrote it. text: what is wrong. tool: the name that the agent wrote."""
 
     text: str
+    why: Refusal = Refusal.OTHER
+    tool: str = ""
 
 
 ToolResult = TextSearchResult | ImageSearchResult | PythonResult | Refused

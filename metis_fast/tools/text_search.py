@@ -1,8 +1,4 @@
-"""The `text_search` tool: BM25 over a local corpus, with tantivy.
-
-A result is `title`, `link` and `snippet`, one a line; the link's line is left out where it is empty. Results are numbered if
-the tool may return more than one.
-"""
+"""The `text_search` tool over a local corpus: BM25, with tantivy."""
 
 from __future__ import annotations
 
@@ -18,8 +14,9 @@ from metis_fast.config import TextSearchConfig
 from metis_fast.errors import ToolSetupError
 from metis_fast.tools.corpus import TEXT, Corpus, page_text
 from metis_fast.tools.derived import derived_folder
+from metis_fast.tools.results import Page, TextSearchResult
 from metis_fast.tools.words import analyzer, prepared, query_units
-from metis_fast.types import Observation, ToolName
+from metis_fast.types import ToolName
 
 _LAYOUT = f"3 {version('tantivy')}"  # raise the number when the schema below, its meaning or `words` changes
 _TOKENIZER = "words"
@@ -85,25 +82,23 @@ class TextSearch:
         index.register_tokenizer(_TOKENIZER, self._words)
         self._searcher, self._schema = index.searcher(), index.schema
 
-    def search(self, query: str) -> Observation:
+    def search(self, query: str) -> TextSearchResult:
         """The best pages for the words of `query`; what is not a word does not count, and nothing in it is syntax."""
         query = query.encode("utf-8", "replace").decode()  # JSON may hold half a pair of surrogates
         units = query_units(self._words, query)
-        pages = self._best(self._query(units, _same_title(self._exact, query))) if units else []
-        if not pages:
-            return Observation("No results.")
+        found = self._best(self._query(units, _same_title(self._exact, query))) if units else []
+        if not found:
+            return TextSearchResult(query, ())
         snippets = tantivy.SnippetGenerator.create(self._searcher, self._query(units, None), self._schema, "text")
         snippets.set_max_num_chars(self._config.snippet_chars)
-        results = []
-        for number, (title, link, text) in enumerate(pages, start=1):
+        pages = []
+        for rank, (title, link, text) in enumerate(found, start=1):
             # tantivy's fragments begin with a word, but know nothing of signs that follow each other, nor of folded text.
             words_only = all(len(unit) == 1 for unit in units)
             fragment = snippets.snippet_from_doc(tantivy.Document(text=text)).fragment() if words_only else ""
             snippet = (fragment or self._window(text, units))[: self._config.snippet_chars]
-            head = f"{number}. " if self._config.max_results > 1 else ""
-            lines = [page_text(title), page_text(link), page_text(snippet)]
-            results.append(head + "\n".join(line for line in lines if line))
-        return Observation("\n\n".join(results))
+            pages.append(Page(rank, page_text(title), page_text(link), page_text(snippet)))
+        return TextSearchResult(query, tuple(pages))
 
     def _window(self, text: str, units: _Units) -> str:
         """The part of a snippet's length in which most of `units` stand; the first among equals."""

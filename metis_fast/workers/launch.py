@@ -13,7 +13,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
@@ -189,11 +189,13 @@ class _Local:
 class LocalLauncher:
     """Workers of this machine, each with a log in `logs`.
 
-    gpus: ids, as CUDA_VISIBLE_DEVICES takes them, that jobs get, the same ones whenever a job is started again.
+    gpus: ids, as CUDA_VISIBLE_DEVICES takes them, that jobs get, the same ones whenever a job is started again. withheld:
+    variables of this process (keys) that a job has only if it asks for them.
     """
 
-    def __init__(self, logs: Path, gpus: Sequence[str] = ()) -> None:
+    def __init__(self, logs: Path, gpus: Sequence[str] = (), withheld: Collection[str] = ()) -> None:
         self._logs = logs
+        self._withheld = frozenset(withheld)
         self._free = list(gpus)
         self._gpus: dict[str, list[str]] = {}
         self._running: set[_Local] = set()
@@ -207,7 +209,8 @@ class LocalLauncher:
             if self._closed:
                 raise ConfigError("the run ends")
             try:
-                child = Child(job.command, {**os.environ, **self._visible(job), **job.environment}, log, scratch=True)
+                own = {name: value for name, value in os.environ.items() if name not in self._withheld}
+                child = Child(job.command, {**own, **self._visible(job), **job.environment}, log, scratch=True)
             except OSError as error:
                 raise ConfigError(f"cannot start worker {job.name}: {error.strerror} ({error.filename or log})") from None
             started = _Local(child, log, self._running.discard)

@@ -23,10 +23,12 @@ from PIL import Image
 from metis_fast.config import ToolsConfig
 from metis_fast.errors import InfrastructureError, ToolSetupError
 from metis_fast.pixels import decode
+from metis_fast.rollout.protocols import Compact
 from metis_fast.tools.toolbox import LocalToolbox
 from metis_fast.types import ImageBlob, Observation, Outcome
 
 Open = Callable[..., LocalToolbox]
+WORD = Compact().word
 
 
 def tools_config(**python: Any) -> ToolsConfig:
@@ -76,7 +78,7 @@ def run(box: LocalToolbox, *codes: str, images: tuple[ImageBlob, ...] = ()) -> l
     async def calls() -> list[Observation]:
         session = box.session(images)
         try:
-            return [await session.call("python", {"code": code}) for code in codes]
+            return [WORD(await session.call("python", {"code": code})) for code in codes]
         finally:
             await session.close()
 
@@ -155,7 +157,8 @@ def test_long_output_is_cut_in_the_middle(open_box: Open) -> None:
 
 
 def test_printed_image_marks_do_not_stand_for_images(open_box: Open) -> None:
-    forged = "import os, json\nhead = json.dumps([2, True, ['<ima', 'ge>']]).encode()\nsize = lambda n: n.to_bytes(4, 'big')\n"
+    forged = "import os, json\nhead = json.dumps([2, True, ['<ima', 'ge>'], '', '']).encode()\n"
+    forged += "size = lambda n: n.to_bytes(4, 'big')\n"
     forged += "os.write(3, size(len(head) + 4) + size(len(head)) + head)"
     got = run(open_box(), "print('<image>')", forged)
     assert got == [Observation("< image >"), Observation("< image >")]
@@ -193,8 +196,8 @@ def test_sessions_see_neither_each_others_files_nor_processes(open_box: Open) ->
         one, other = box.session(()), box.session(())
         await one.call("python", {"code": "open('note', 'w').write('hello')"})
         look = "import os\nprint(os.path.exists('note'), [name for name in os.listdir('/proc') if name.isdigit()])"
-        seen = await other.call("python", {"code": look})
-        own = await one.call("python", {"code": look})
+        seen = WORD(await other.call("python", {"code": look}))
+        own = WORD(await one.call("python", {"code": look}))
         await one.close()
         await other.close()
         return seen, own
@@ -213,7 +216,7 @@ def test_a_session_holds_one_socket_and_none_of_the_servers(open_box: Open) -> N
 
     async def second() -> Observation:
         sessions = [box.session(()) for _ in range(2)]  # the server holds two sockets and a pidfd of the first
-        seen = [await session.call("python", {"code": look}) for session in sessions]
+        seen = [WORD(await session.call("python", {"code": look})) for session in sessions]
         for session in sessions:
             await session.close()
         return seen[1]
@@ -228,7 +231,7 @@ def test_each_session_has_namespaces_of_its_own(open_box: Open) -> None:
 
     async def two() -> list[list[str]]:
         sessions = [box.session(()) for _ in range(2)]
-        seen = [(await session.call("python", {"code": look})).text.split() for session in sessions]
+        seen = [WORD(await session.call("python", {"code": look})).text.split() for session in sessions]
         for session in sessions:
             await session.close()
         return seen
@@ -320,9 +323,9 @@ def test_a_killed_server_is_our_error_and_the_next_call_works(open_box: Open, tm
         os.kill(first, signal.SIGKILL)
         with pytest.raises(InfrastructureError):
             await running
-        again = await session.call("python", {"code": "'x' in globals()"})
+        again = WORD(await session.call("python", {"code": "'x' in globals()"}))
         other = box.session(())
-        fresh = await other.call("python", {"code": "3"})
+        fresh = WORD(await other.call("python", {"code": "3"}))
         assert server.pid != first
         await session.close()
         await other.close()
@@ -344,7 +347,7 @@ def test_a_cancelled_call_does_not_answer_the_next_one(open_box: Open) -> None:
         running.cancel()
         await asyncio.gather(running, return_exceptions=True)
         await asyncio.sleep(0.4)
-        result = await session.call("python", {"code": "print('next')"})
+        result = WORD(await session.call("python", {"code": "print('next')"}))
         await session.close()
         return result
 
@@ -410,7 +413,7 @@ def test_thousand_sessions_leave_no_process_and_no_file(open_box: Open, tmp_path
     async def rollout(number: int) -> str:
         session = box.session(())
         try:
-            return (await session.call("python", {"code": f"open('file', 'w').write('x')\n{number} + 1"})).text
+            return WORD(await session.call("python", {"code": f"open('file', 'w').write('x')\n{number} + 1"})).text
         finally:
             await session.close()
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from python_calls import LIMIT, Run, observations, serve
+from python_calls import LIMIT, WORD, Run, observations, serve
 
 from metis_fast.config import PythonToolConfig
 from metis_fast.errors import ToolSetupError
@@ -86,9 +86,10 @@ def test_processes_that_are_not_forked_know_what_the_calls_defined_and_do_not_re
 def test_shared_memory_is_the_sessions_own_and_within_its_scratch_limit(server: PythonServer) -> None:
     async def story() -> list[Observation]:
         one, other = (PythonTool(server, (), 60.0, LIMIT) for _ in range(2))
-        seen = [await one.call("open('/dev/shm/name', 'w').write('x')"), await other.call("import os\nos.listdir('/dev/shm')")]
+        seen = [WORD(await one.call("open('/dev/shm/name', 'w').write('x')"))]
+        seen.append(WORD(await other.call("import os\nos.listdir('/dev/shm')")))
         fill = "import os\nfd = os.open('/dev/shm/big', os.O_CREAT | os.O_RDWR)\nos.posix_fallocate(fd, 0, 65 << 20)"
-        seen.append(await other.call(fill))
+        seen.append(WORD(await other.call(fill)))
         await one.close()
         await other.close()
         return seen
@@ -131,9 +132,9 @@ def test_an_error_in_a_thread_shows_the_agents_lines_only(run: Run) -> None:
 def test_a_signal_to_the_process_group_stays_in_the_session(server: PythonServer) -> None:
     async def story() -> list[Observation]:
         one, other = (PythonTool(server, (), 60.0, LIMIT) for _ in range(2))
-        seen = [await other.call("x = 1")]
+        seen = [WORD(await other.call("x = 1"))]
         await one.call("import os\nos.kill(os.getppid(), 9)\nos.killpg(0, 9)")
-        seen.append(await other.call("x"))
+        seen.append(WORD(await other.call("x")))
         await one.close()
         await other.close()
         return seen

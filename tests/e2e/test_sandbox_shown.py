@@ -152,14 +152,14 @@ def expected(items: list[str | int], limit: int) -> str:
 @settings(max_examples=200)
 def test_a_transcript_keeps_the_ends_of_the_text_and_the_place_of_every_image(limit: int, items: list[str | int]) -> None:
     memory = bytearray(transcript_size(limit))
-    transcript, images = Transcript(memory, limit), 0
+    transcript, images = Transcript(memoryview(memory), limit), 0
     transcript.begin(1)
     for item in items:
         if isinstance(item, str):
             transcript.write(item.encode())
         else:
             images += transcript.add_image()
-    for reader in (transcript, Transcript(memory, limit)):  # the writer, and whoever finds the memory
+    for reader in (transcript, Transcript(memoryview(memory), limit)):  # the writer, and whoever finds the memory
         parts = reader.parts()
         text = "".join(part for part in parts if isinstance(part, str))
         more = items.count(0) - images
@@ -184,6 +184,6 @@ def test_a_transcript_keeps_the_ends_of_the_text_and_the_place_of_every_image(li
 @given(st.binary(min_size=transcript_size(20), max_size=transcript_size(20)), st.binary(max_size=50))
 @settings(max_examples=100)
 def test_a_forged_transcript_is_read_without_an_error(memory: bytes, more: bytes) -> None:
-    transcript = Transcript(bytearray(memory), 20)
+    transcript = Transcript(memoryview(bytearray(memory)), 20)
     transcript.write(more)
     assert sum(len(part) for part in transcript.parts() if isinstance(part, str)) < 20 + 120

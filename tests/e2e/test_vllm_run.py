@@ -7,11 +7,13 @@ import json
 import os
 import signal
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from importlib.util import find_spec
 from io import BytesIO
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -120,14 +122,18 @@ class Sampler:
         trace.tokens += message.tokens.tolist()
         return trace.finish(prompt, 0, Outcome.LENGTH), message
 
-    async def ask(self, prompts: Sequence[Prompt], num: int, max_tokens: int, stop_ids: Sequence[int] = ()) -> list[Any]:
+    async def ask(
+        self, prompts: Sequence[Prompt], num: int, max_tokens: int, stop_ids: Sequence[int] = (), stop: Sequence[str] = ()
+    ) -> list[Any]:
         """`num` messages of every prompt, all at once."""
-        sampling = Sampling(max_tokens, tuple(stop_ids))
+        sampling = Sampling(max_tokens, tuple(stop_ids), stop=tuple(stop))
         orders = [(prompt, i) for prompt in prompts for i in range(num)]
         return await asyncio.gather(*(self._one(prompt, i, sampling) for prompt, i in orders))
 
-    def __call__(self, prompts: Sequence[Prompt], num: int, max_tokens: int, stop_ids: Sequence[int] = ()) -> list[Any]:
-        return self.parts.interrupts.run(self.ask(prompts, num, max_tokens, stop_ids))
+    def __call__(
+        self, prompts: Sequence[Prompt], num: int, max_tokens: int, stop_ids: Sequence[int] = (), stop: Sequence[str] = ()
+    ) -> list[Any]:
+        return self.parts.interrupts.run(self.ask(prompts, num, max_tokens, stop_ids, stop))
 
     @property
     def limit(self) -> float:
@@ -258,6 +264,26 @@ def test_a_message_ends_at_its_limit_or_its_stop_token_and_holds_no_placeholder(
     expected = sum(lengths) * len(parts.policy.placeholder_ids) / len(ids)
     assert expected > 10  # that many would have come if they were allowed
     assert any(message.stopped for _, message in sampled)
+
+
+def test_a_message_ends_with_the_token_that_completes_a_stop_string(sampler: Sampler, prompts: list[Prompt]) -> None:
+    """With the weights of the test before: tokens that come as they like."""
+    tokenizer = sampler.parts.policy.tokenizer
+
+    def texts(message: Completion) -> list[str]:
+        return [str(tokenizer.decode([token])) for token in message.tokens.tolist()]
+
+    free = [texts(message) for _, message in sampler(prompts, 16, 100)]
+    pairs = Counter(left[-1:] + right[:1] for one in free for left, right in pairwise(one))
+    stop = next(pair for pair, _ in pairs.most_common() if len(pair) == 2 and pair.isascii() and pair.isalpha())
+    crossing = 0
+    for _, message in sampler(prompts, 16, 100, stop=[stop]):
+        pieces = texts(message)
+        assert message.stopped == (stop in "".join(pieces)) and (message.stopped or len(pieces) == 100)
+        assert stop not in "".join(pieces[:-1])
+        assert len(message.logp) == len(message.weight_version) == len(pieces)
+        crossing += message.stopped and stop not in pieces[-1]
+    assert crossing  # cut into two tokens
 
 
 def test_an_engine_that_is_asked_for_its_layers_fails_what_is_under_way_and_goes_on(

@@ -6,6 +6,7 @@ import asyncio
 from collections import Counter
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any, TypeVar
 
 import pytest
@@ -18,7 +19,7 @@ from metis_fast.rollout.engine import SyncReport
 from metis_fast.run.fleet import Fleet, shares
 from metis_fast.summary import Data, GroupSummary, Job, ScoredSummary
 from metis_fast.train.protocol import GroupsLost
-from metis_fast.types import Ability, Group, Prompt
+from metis_fast.types import Group, Prompt
 
 T = TypeVar("T")
 G = 4
@@ -55,7 +56,7 @@ class FakeNode:
         key = (self.number, len(self.played))
         self.played.append(job)
         self.kept.add(key)
-        return GroupSummary(job, Ability.MATH, None, "rule", (), (), self.number, key)
+        return GroupSummary(job, "math", None, "rule", (), (), self.number, key)
 
     async def _one(self, job: Job) -> GroupSummary:
         self.at_once += 1
@@ -93,7 +94,7 @@ class FakeNode:
     def fetch(self, groups: Sequence[GroupSummary]) -> list[Group]:
         if not all(self.holds(group) for group in groups):
             raise NodeLost("gone")
-        prompt = Prompt("p", "s", (), (), Ability.MATH, (), "rule", "")
+        prompt = Prompt("p", "s", (), (), "math", (), "rule", "")
         return [Group(prompt, ()) for _ in groups]
 
     def drop(self, groups: Sequence[GroupSummary]) -> None:
@@ -102,7 +103,12 @@ class FakeNode:
     async def write(self, folder: str, name: str, scored: Sequence[ScoredSummary]) -> None:
         if not self.alive:
             raise NodeLost("not there")
+        assert all(self.holds(one.group) for one in scored), "nobody has them any more"
         self.written.append(name)
+
+    async def layer_outputs(self, order: int, group: GroupSummary) -> None:
+        if not self.alive:
+            raise NodeLost("not there")
 
     async def update(self, weights: Weights) -> SyncReport:
         if not self.alive:
@@ -266,5 +272,52 @@ def test_weights_go_to_all_who_are_there_and_parts_are_written_by_who_keeps_them
         assert not stale.exists()  # of a try before
         fleet.drop(groups)
         assert not any(node.kept for node in nodes)
+
+    run(go())
+
+
+@pytest.mark.parametrize("back", [True, False])
+def test_of_a_node_that_was_lost_before_it_wrote_nothing_is_asked_and_no_older_part_stays(tmp_path: Any, back: bool) -> None:
+    async def go() -> None:
+        nodes: list[Any] = [FakeNode(0), FakeNode(1)]
+        fleet = Fleet(nodes, config().model_copy(update={"run": config().run.model_copy(update={"dir": tmp_path})}))
+        groups = await fleet.play_all(jobs(4))
+        (tmp_path / "rollouts").mkdir()
+        parts = [tmp_path / "rollouts" / f"step-000001.node-{number}.parquet" for number in (0, 1)]
+        for part in parts:
+            part.touch()  # of a try before
+        if back:
+            nodes[1].kept.clear()
+        else:
+            nodes[1].alive = False
+        await fleet.write("rollouts", "step-000001", [ScoredSummary(group, ()) for group in groups])
+        assert nodes[0].written and not nodes[1].written
+        assert [part.exists() for part in parts] == [True, False]
+
+    run(go())
+
+
+@pytest.mark.parametrize("back", [True, False])
+def test_layers_of_a_message_that_went_with_its_node_are_lost_as_groups_are(back: bool) -> None:
+    async def go() -> None:
+        nodes = [FakeNode(0), FakeNode(1)]
+        fleet = fleet_of(*nodes)
+        groups = await fleet.play_all(jobs(2))
+        assert await fleet.layer_outputs(0, groups[1]) is None
+        if back:
+            nodes[1].kept.clear()
+        else:
+            nodes[1].alive = False
+        with pytest.raises(GroupsLost):
+            await fleet.layer_outputs(0, groups[1])
+
+    run(go())
+
+
+def test_weights_wait_for_no_node_since_only_playing_can_be_broken_off() -> None:
+    async def go() -> None:
+        sent: Any = SimpleNamespace(version=5)
+        report = await asyncio.wait_for(fleet_of(FakeNode(0, alive=False)).update(sent), 2)
+        assert report == SyncReport(5, "full")
 
     run(go())

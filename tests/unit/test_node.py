@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import pickle
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -28,7 +29,7 @@ from metis_fast.score.protocol import JudgeUnavailable
 from metis_fast.score.scoring import score
 from metis_fast.summary import Data, GroupSummary, Job, NoVerdict, RolloutSummary, ScoredSummary
 from metis_fast.testing.fakes import FakeToolbox
-from metis_fast.types import Ability, ImageBlob, ImageSpan, Outcome, Prompt, Rollout, Verdict
+from metis_fast.types import ImageBlob, ImageSpan, Outcome, Prompt, Rollout, Verdict
 
 G = 3
 
@@ -82,7 +83,7 @@ def test_what_is_told_of_a_group_is_what_it_is(open_node: Callable[..., Node]) -
     told = asyncio.run(node.play(jobs([0, 3]), done.append))
     assert [one.job.row for one in told] == [0, 3] and sum(done) == 2 * G
     for one, group in zip(told, node.fetch(told), strict=True):
-        assert (one.node, one.ability, one.kind, one.judge_style) == (0, Ability.MATH, "direct", "rule")
+        assert (one.node, one.ability, one.kind, one.judge_style) == (0, "math", "direct", "rule")
         assert one.rollouts == tuple(map(RolloutSummary.of, group.rollouts))
         for summary, rollout in zip(one.rollouts, group.rollouts, strict=True):
             assert (summary.num_tokens, summary.num_sampled) == (len(rollout.tokens), int(rollout.sampled.sum()))
@@ -142,6 +143,24 @@ def test_rows_are_looked_at_before_they_are_played_and_bad_ones_named(
     assert asyncio.run(node.play(jobs([4])))[0].job.row == 4
 
 
+def test_rows_are_looked_at_while_others_begin(open_node: Callable[..., Node], monkeypatch: pytest.MonkeyPatch) -> None:
+    node, size = open_node(), node_module._size
+    node.look("train", [0, 1])
+    playing: list[threading.Thread] = []
+
+    def amid(prompt: Prompt) -> int:
+        if not playing:
+            playing.append(threading.Thread(target=node._prompts, args=(jobs([0]),)))
+            playing[0].start()
+            playing[0].join(0.3)  # it may have to wait
+        return size(prompt)
+
+    monkeypatch.setattr(node_module, "_size", amid)
+    node.look("train", [3, 4])
+    playing[0].join()
+    assert sorted(row for _, row in node._ahead) == [1, 3, 4]
+
+
 def test_stored_groups_have_the_scores_of_the_run_and_the_answers_of_the_node(
     open_node: Callable[..., Node], tmp_path: Path
 ) -> None:
@@ -163,6 +182,6 @@ def test_a_rollout_costs_the_run_a_few_kilobytes_whatever_its_size() -> None:
     )
     rollouts = tuple(replace(one, index=i, prompt_key=bytes([i] * 32)) for i in range(16))
     verdicts = tuple(Verdict(True, True, "y" * 200) for _ in range(16))
-    group = GroupSummary(jobs([1])[0], Ability.SEARCH, None, "llm", rollouts, verdicts, 0, 1)
+    group = GroupSummary(jobs([1])[0], "search", None, "llm", rollouts, verdicts, 0, 1)
     assert len(pickle.dumps(group)) < 16 * 1024
     assert json.dumps(group.job.stream)

@@ -15,6 +15,7 @@ import pytest
 from metis_fast.config import RolloutConfig, ToolsConfig, WorkersConfig
 from metis_fast.errors import InfrastructureError, ToolSetupError
 from metis_fast.rollout.episode import SampleKey, run_episode
+from metis_fast.rollout.protocols import Compact
 from metis_fast.testing.fakes import FakeEngine
 from metis_fast.tools import open_toolbox
 from metis_fast.tools.remote import RemoteToolbox, SessionLost, start_tool_workers
@@ -24,6 +25,7 @@ from metis_fast.workers.launch import LocalLauncher
 from metis_fast.workers.worker import Worker, WorkerError, wait_ready
 
 CONFIG = ToolsConfig.model_validate({"enabled": ["python"], "python": {"timeout_s": 1.5}})
+WORD = Compact().word
 FRAGILE = "metis_fast.testing.fragile:FragileTools"
 
 
@@ -54,7 +56,7 @@ def toolbox(workers: list[Worker]) -> Iterator[RemoteToolbox]:
 
 
 async def ask(session: object, code: str) -> Observation:
-    return await session.call("python", {"code": code})  # pyright: ignore[reportAttributeAccessIssue]
+    return WORD(await session.call("python", {"code": code}))  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def test_sessions_keep_their_state_on_one_of_the_workers(toolbox: RemoteToolbox, picture: Callable) -> None:
@@ -68,7 +70,7 @@ def test_sessions_keep_their_state_on_one_of_the_workers(toolbox: RemoteToolbox,
             assert [one.text for one in got] == [f"{i} (32, 32)" for i in range(4)]
             wrong = await ask(sessions[0], "1 / 0")
             assert wrong.outcome is Outcome.TOOL_ERROR and "ZeroDivisionError" in wrong.text
-            unknown = await sessions[0].call("shell", {})
+            unknown = WORD(await sessions[0].call("shell", {}))
             assert unknown.outcome is Outcome.TOOL_ERROR and "no tool" in unknown.text
             slow = await ask(sessions[0], "while True: pass")
             assert slow.outcome is Outcome.TOOL_ERROR and "Timed out after 1.5 s" in slow.text

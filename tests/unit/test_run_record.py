@@ -322,7 +322,10 @@ def test_every_single_path_that_decides_is_found() -> None:
     assert dict(by_content(config)) == {
         "model.path": config.model.path,
         "tools.text_search.corpus": None,
+        "tools.text_search.reference_cache": None,
         "tools.image_search.corpus": None,
+        "tools.image_search.cache": None,
         "sft.phases.0.trajectories": Path("a"),
         "sft.phases.1.trajectories": Path("b"),
+        "sft.heldout": None,
     }

@@ -148,6 +148,31 @@ def test_a_run_that_is_killed_and_resumed_again_and_again_loses_no_prompt(make_p
     assert max(ages) <= bound
 
 
+def test_prompts_of_a_checkpoint_are_read_beside_the_loop_which_may_have_to_bring_them(make_prompt):
+    class Far(Rows):
+        def read(self, row):
+            return asyncio.run_coroutine_threadsafe(self.begin(1), loop).result(10)[0][1] and self.make(uid=f"p{row}")
+
+        async def begin(self, n):
+            return [(row, self.make(uid=f"p{row}")) for row in range(self.next, self.next + n)]
+
+    async def play(prompt, place, started):
+        started()
+        return Group(prompt, ())
+
+    async def run():
+        nonlocal loop
+        loop = asyncio.get_running_loop()
+        schedule = Schedule(Rules.of(config("one_step_off"), STEPS), Far(make_prompt), play)
+        schedule.restore(1, [Pending(3, 8), Pending(4, 7), Pending(5, 9)])
+        taken = await asyncio.wait_for(schedule.batch(1), 20)
+        await schedule.close()
+        return rows_of(taken)
+
+    loop = None
+    assert asyncio.run(run()) == [8, 7, 9]
+
+
 def test_one_step_off_without_extra_prompts_trains_them_in_order_each_one_update_old(make_prompt):
     run, noise = make_run(config("one_step_off"), "one_step_off", 3, make_prompt)
     asyncio.run(steps(run, noise, STEPS))
@@ -159,8 +184,8 @@ class Gated:
     """Groups that end when the test says so."""
 
     def __init__(self, make_prompt, rules, steps=STEPS):
-        self.gates, self.tries = {}, {}
-        self.schedule = Schedule(Rules.of(rules, steps), Rows(make_prompt), self.play)
+        self.gates, self.tries, self.discarded = {}, {}, []
+        self.schedule = Schedule(Rules.of(rules, steps), Rows(make_prompt), self.play, self.discarded.append)
 
     async def play(self, prompt, place, started):
         started()
@@ -201,6 +226,7 @@ def test_what_is_too_slow_is_dropped_counted_and_begun_again_before_new_prompts_
         await gated.end(1)
         taken = await batch
         assert rows_of(taken) == [1, 4, 5] and taken.dropped == 1  # of the others those that came first
+        assert [group.prompt.uid for group in gated.discarded] == ["p6"]  # it had ended; whoever keeps it is told
         await gated.schedule.close()
 
     asyncio.run(run())

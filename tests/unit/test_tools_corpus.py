@@ -21,6 +21,7 @@ from metis_fast.config import ImageSearchConfig, TextSearchConfig
 from metis_fast.errors import ToolSetupError
 from metis_fast.tools.corpus import TEXT, Corpus
 from metis_fast.tools.image_search import ImageSearch
+from metis_fast.tools.results import ImageSearchResult, Page
 from metis_fast.tools.text_search import TextSearch
 from metis_fast.types import ImageBlob, ToolName
 
@@ -42,6 +43,12 @@ def png(seed: int) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(blocks).resize((60, 40), Image.Resampling.BICUBIC).save(buffer, "PNG")
     return buffer.getvalue()
+
+
+def first_title(tool: ImageSearch, image: bytes) -> str:
+    found = tool.search(ImageBlob.of(image))
+    assert isinstance(found, ImageSearchResult) and found.pages[0].image is not None
+    return found.pages[0].title
 
 
 @pytest.mark.parametrize(
@@ -117,9 +124,9 @@ def test_a_corpus_as_datasets_writes_it_is_searched(tmp_path: Path) -> None:
         ).replace_schema_metadata({"huggingface": json.dumps(features)})
         pq.write_table(table, folder / f"train-{shard:05d}-of-00003.parquet", row_group_size=3)
     text = TextSearch(TextSearchConfig(corpus=folder, max_results=1))
-    assert text.search("page 7").text == "7\npage 7 second paragraph"
+    assert text.search("page 7").pages == (Page(1, "7", "", "page 7 second paragraph"),)
     image = ImageSearch(ImageSearchConfig(corpus=folder, max_results=1))
-    assert [image.search(ImageBlob.of(png(row))).text for row in range(12)] == [f"{row}\n<image>" for row in range(12)]
+    assert [first_title(image, png(row)) for row in range(12)] == [str(row) for row in range(12)]
 
 
 @pytest.mark.parametrize("kind", [pa.binary(), pa.large_binary(), pa.binary_view()], ids=str)
@@ -141,7 +148,7 @@ def test_an_image_column_may_hold_bytes_or_paths(tmp_path: Path, kind: pa.DataTy
     }[shape]
     corpus = write(tmp_path / "corpus.parquet", title=["0", "1", "2"], link=[""] * 3, image=column)
     tool = ImageSearch(ImageSearchConfig(corpus=corpus, max_results=1))
-    assert [tool.search(ImageBlob.of(png(row))).text for row in range(3)] == ["0\n<image>", "1\n<image>", "2\n<image>"]
+    assert [first_title(tool, png(row)) for row in range(3)] == ["0", "1", "2"]
 
 
 @pytest.mark.parametrize(
@@ -165,7 +172,7 @@ def test_images_that_cannot_be_read_are_counted_and_found_once_they_are_mended(
     ImageSearch(config)
     assert re.search(r"2 of 3 images cannot be read .* first: \S+corpus\.parquet, row 1: .*No such file", caplog.text)
     (tmp_path / "1.png").write_bytes(png(1))
-    assert ImageSearch(config).search(ImageBlob.of(png(1))).text == "1\n<image>"
+    assert first_title(ImageSearch(config), png(1)) == "1"
 
 
 def test_a_corpus_of_which_no_image_can_be_read_is_refused(tmp_path: Path) -> None:
@@ -230,7 +237,7 @@ def test_only_regular_files_of_a_sensible_size_are_read_as_images(
     (tmp_path / "good.png").write_bytes(png(0))
     corpus = write(tmp_path / "corpus.parquet", title=["0", "1"], link=["", ""], image=["bad.png", "good.png"])
     tool = ImageSearch(ImageSearchConfig(corpus=corpus, max_results=1))
-    assert reason in caplog.text and tool.search(ImageBlob.of(png(0))).text == "1\n<image>"
+    assert reason in caplog.text and first_title(tool, png(0)) == "1"
 
 
 def test_two_columns_of_one_name_are_refused(tmp_path: Path) -> None:

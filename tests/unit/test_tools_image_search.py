@@ -14,7 +14,9 @@ from PIL import Image, ImageEnhance
 from metis_fast.config import ImageSearchConfig
 from metis_fast.errors import ToolSetupError
 from metis_fast.tools.image_search import DESCRIPTOR_SIZE, ImageSearch, describe
-from metis_fast.types import ImageBlob, Outcome
+from metis_fast.tools.results import ImageSearchResult, Refused, SeenPage
+from metis_fast.tools.search.wording import compact_images
+from metis_fast.types import ImageBlob
 
 
 def picture(seed: int) -> Image.Image:
@@ -49,34 +51,49 @@ def tool(corpus: Path, **changes: int) -> ImageSearch:
     return ImageSearch(ImageSearchConfig.model_validate({"corpus": corpus, **changes}))
 
 
+def pages(result: ImageSearchResult | Refused) -> tuple[SeenPage, ...]:
+    assert isinstance(result, ImageSearchResult)
+    return result.pages
+
+
 @pytest.mark.parametrize("seed", [0, 7, 13, 29])
 @pytest.mark.parametrize("size", [(210, 150), (97, 61), (640, 480)])
 def test_the_same_image_resized_and_recompressed_is_found_first(corpus: Path, seed: int, size: tuple[int, int]) -> None:
     query = ImageBlob.of(encode(picture(seed).resize(size), "JPEG", quality=60))
-    got = tool(corpus, max_results=1).search(query)
-    assert got.text.split("\n")[0] == f"Page {seed}" and got.text.endswith("<image>")
+    (page,) = pages(tool(corpus, max_results=1).search(query))
+    assert page.title == f"Page {seed}" and page.image is not None
 
 
 def test_a_darker_copy_is_found_first(corpus: Path) -> None:
     query = ImageEnhance.Brightness(picture(9)).enhance(0.7)
-    assert tool(corpus, max_results=1).search(ImageBlob.of(encode(query))).text.startswith("Page 9\n")
+    assert pages(tool(corpus, max_results=1).search(ImageBlob.of(encode(query))))[0].title == "Page 9"
 
 
 def test_results_hold_title_link_and_a_small_copy_of_the_image(corpus: Path) -> None:
     got = tool(corpus, max_results=2, thumbnail_px=64).search(ImageBlob.of(encode(picture(3))))
-    first, second = got.text.split("\n\n")
+    assert isinstance(got, ImageSearchResult)
+    text, images = compact_images(got, numbered=True)
+    first, second = text.split("\n\n")
     assert first == "1. Page 3\nhttps://example.org/3\n<image>" and second.startswith("2. Page ")
-    thumbnail = Image.open(io.BytesIO(got.images[0].data))
+    thumbnail = Image.open(io.BytesIO(images[0].data))
     assert max(thumbnail.size) == 64 and float(describe(thumbnail) @ describe(picture(3))) > 0.95
 
 
+def test_pages_without_title_link_or_image_have_no_line_for_it() -> None:
+    image = ImageBlob.of(b"x")
+    found = ImageSearchResult((SeenPage("A", "", None), SeenPage("", "https://example.org", image)))
+    assert compact_images(found, numbered=False) == ("A\n\nhttps://example.org\n<image>", (image,))
+    assert compact_images(found, numbered=True) == ("1. A\n\n2. \nhttps://example.org\n<image>", (image,))
+    assert compact_images(ImageSearchResult(()), numbered=True) == ("No results.", ())
+
+
 def test_an_unreadable_corpus_image_is_never_found(corpus: Path) -> None:
-    titles = tool(corpus, max_results=30).search(ImageBlob.of(encode(picture(4)))).text
-    assert "Page 5\n" in titles and "Page 4\n" not in titles
+    titles = [page.title for page in pages(tool(corpus, max_results=30).search(ImageBlob.of(encode(picture(4)))))]
+    assert "Page 5" in titles and "Page 4" not in titles
 
 
 def test_an_unreadable_prompt_image_is_answered(corpus: Path) -> None:
-    assert tool(corpus).search(ImageBlob.of(b"nothing")).outcome is Outcome.TOOL_ERROR
+    assert tool(corpus).search(ImageBlob.of(b"nothing")) == Refused("image_search cannot read the image of the prompt.")
 
 
 def test_descriptors_are_kept_beside_the_corpus(corpus: Path) -> None:

@@ -17,9 +17,10 @@ from hypothesis import strategies as st
 
 from metis_fast.config import TextSearchConfig
 from metis_fast.errors import ToolSetupError
+from metis_fast.tools.results import Page, TextSearchResult
+from metis_fast.tools.search.wording import compact_text
 from metis_fast.tools.text_search import TextSearch
 from metis_fast.tools.words import analyzer, prepared, query_units
-from metis_fast.types import Observation, Outcome
 
 Row = tuple[str, str, str]
 PAGES: Sequence[Row] = (
@@ -41,8 +42,8 @@ def tool(path: Path, **changes: int) -> TextSearch:
     return TextSearch(TextSearchConfig.model_validate({"corpus": path, **changes}))
 
 
-def titles(observation: Observation) -> list[str]:
-    return [result.split("\n")[0].split(". ", 1)[1] for result in observation.text.split("\n\n")]
+def titles(result: TextSearchResult) -> list[str]:
+    return [page.title for page in result.pages]
 
 
 @pytest.fixture(scope="module")
@@ -57,11 +58,15 @@ def search(pages: Path) -> TextSearch:
 
 def test_a_single_result_is_title_link_snippet(pages: Path) -> None:
     got = tool(pages, max_results=1).search("burkina faso")
-    assert got == Observation("Burkina Faso\nhttps://example.org/bf\nA country in West Africa.")
+    page = Page(1, "Burkina Faso", "https://example.org/bf", "A country in West Africa.")
+    assert got == TextSearchResult("burkina faso", (page,))
+    assert compact_text(got, numbered=False) == "Burkina Faso\nhttps://example.org/bf\nA country in West Africa."
 
 
 def test_several_results_are_numbered_and_an_empty_link_leaves_no_line(search: TextSearch) -> None:
-    first, second, third = search.search("ouagadougou africa").text.split("\n\n")
+    result = search.search("ouagadougou africa")
+    assert [page.rank for page in result.pages] == [1, 2, 3]
+    first, second, third = compact_text(result, numbered=True).split("\n\n")
     lines = [result.split("\n") for result in (first, second, third)]
     assert [line[0].split(". ")[0] for line in lines] == ["1", "2", "3"]
     unlinked = next(line for line in lines if line[0].endswith("Capitals of Africa"))
@@ -70,7 +75,7 @@ def test_several_results_are_numbered_and_an_empty_link_leaves_no_line(search: T
 
 def test_an_empty_title_leaves_no_line(tmp_path: Path) -> None:
     path = write(tmp_path / "pages.parquet", [("", "https://example.org", "A lake."), ("", "", "A lake, too.")])
-    assert tool(path).search("lake").text == "1. https://example.org\nA lake\n\n2. A lake, too"
+    assert compact_text(tool(path).search("lake"), numbered=True) == "1. https://example.org\nA lake\n\n2. A lake, too"
 
 
 @pytest.mark.parametrize("title", [page[0] for page in PAGES])
@@ -99,13 +104,14 @@ def test_word_forms_and_accents_match(search: TextSearch) -> None:
 def test_snippet_is_short_and_holds_the_words_searched_for(tmp_path: Path) -> None:
     text = "filler words here. " * 200 + "The okapi lives in the Congo. " + "more filler text. " * 200
     corpus = write(tmp_path / "corpus.parquet", [("Animal", "", text)])
-    title, snippet = tool(corpus, max_results=1, snippet_chars=80).search("okapi").text.split("\n")
-    assert title == "Animal" and "okapi" in snippet and len(snippet) <= 80
+    (page,) = tool(corpus, max_results=1, snippet_chars=80).search("okapi").pages
+    assert page.title == "Animal" and "okapi" in page.snippet and len(page.snippet) <= 80
 
 
 @pytest.mark.parametrize("query", ["", "  ", "?!", "xylophone"])
 def test_nothing_found_is_a_result(search: TextSearch, query: str) -> None:
-    assert search.search(query) == Observation("No results.", outcome=Outcome.TOOL_RESULT)
+    result = search.search(query)
+    assert result == TextSearchResult(query, ()) and compact_text(result, numbered=True) == "No results."
 
 
 @given(
@@ -115,22 +121,24 @@ def test_nothing_found_is_a_result(search: TextSearch, query: str) -> None:
 )
 @settings(max_examples=150)
 def test_no_query_breaks_the_search(search: TextSearch, query: str) -> None:
-    assert search.search(query).outcome is Outcome.TOOL_RESULT
+    assert all(page.title or page.snippet for page in search.search(query).pages)
 
 
 @pytest.mark.parametrize("query", ["\ud83d burkina", "burkina\udc00"])
 def test_half_a_pair_of_surrogates_is_no_word(search: TextSearch, query: str) -> None:
-    assert search.search(query) == search.search("burkina")
+    assert search.search(query).pages == search.search("burkina").pages
 
 
 def test_query_syntax_has_no_meaning(search: TextSearch) -> None:
-    assert search.search("title:zürich -lake AND NOT station*").text == search.search("title zürich lake and not station").text
+    assert (
+        search.search("title:zürich -lake AND NOT station*").pages == search.search("title zürich lake and not station").pages
+    )
 
 
 def test_equals_come_in_the_order_of_the_corpus(tmp_path: Path) -> None:
     corpus = write(tmp_path / "corpus.parquet", [("Same page", f"link{number}", "equal text") for number in range(300)])
-    results = tool(corpus, max_results=5).search("equal").text.split("\n\n")
-    assert [result.split("\n")[1] for result in results] == [f"link{number}" for number in range(5)]
+    pages = tool(corpus, max_results=5).search("equal").pages
+    assert [page.link for page in pages] == [f"link{number}" for number in range(5)]
 
 
 def test_the_index_is_kept_and_a_changed_corpus_is_indexed_anew(tmp_path: Path) -> None:
@@ -157,7 +165,7 @@ def test_a_corpus_that_was_touched_renamed_or_moved_with_its_index_keeps_it(tmp_
 def test_builds_at_the_same_time_leave_one_index_and_no_rest(tmp_path: Path) -> None:
     corpus = write(tmp_path / "corpus.parquet", PAGES)
     got: list[str] = []
-    threads = [threading.Thread(target=lambda: got.append(tool(corpus).search("lake").text)) for _ in range(4)]
+    threads = [threading.Thread(target=lambda: got.append(str(tool(corpus).search("lake").pages))) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -244,9 +252,9 @@ def scripts(tmp_path_factory: pytest.TempPathFactory) -> TextSearch:
     ],
 )
 def test_every_script_is_found_and_its_place_shown(scripts: TextSearch, query: str, title: str, shown: str) -> None:
-    first = scripts.search(query).text.split("\n\n")[0].split("\n")
-    assert first[0] == f"1. {title}"
-    assert shown in first[-1] and len(first[-1]) <= 60
+    first = scripts.search(query).pages[0]
+    assert (first.rank, first.title) == (1, title)
+    assert shown in first.snippet and len(first.snippet) <= 60
 
 
 @pytest.mark.parametrize("title", [page[0] for page in SCRIPTS])
@@ -258,7 +266,7 @@ def test_an_equal_title_of_any_script_comes_first(tmp_path: Path, title: str) ->
 
 @pytest.mark.parametrize("query", ["火星", "飛行機", "비행기", "สนามบิน", "😀", "❤️ ☃", "，。！？", "→ ≠ +"])
 def test_what_is_not_there_is_not_found_in_any_script(scripts: TextSearch, query: str) -> None:
-    assert scripts.search(query).text == "No results."
+    assert scripts.search(query).pages == ()
 
 
 _SIGNS = st.text(alphabet="东京大学图书馆データ경복궁กรุงเทพဗမာខ្មែរພາສາ", min_size=2, max_size=12)

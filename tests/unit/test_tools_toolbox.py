@@ -14,9 +14,14 @@ from PIL import Image
 
 from metis_fast.config import ToolsConfig
 from metis_fast.errors import ToolSetupError
+from metis_fast.rollout.protocols import Compact, Metis
 from metis_fast.tools import open_toolbox
 from metis_fast.tools.protocol import Toolbox
+from metis_fast.tools.results import ImageSearchResult, Refusal, Refused
+from metis_fast.tools.toolbox import LocalToolbox
 from metis_fast.types import ImageBlob, Observation, Outcome, ToolName
+
+WORD = Compact(ToolsConfig.model_validate({"text_search": {"max_results": 1}, "image_search": {"max_results": 1}})).word
 
 
 def png() -> bytes:
@@ -42,7 +47,7 @@ def search_box(tmp_path: Path) -> Iterator[Toolbox]:
 def call(box: Toolbox, *calls: tuple[str, Mapping[str, object]], images: tuple[ImageBlob, ...] = ()) -> list[Observation]:
     async def run() -> list[Observation]:
         session = box.session(images)
-        results = [await session.call(name, arguments) for name, arguments in calls]
+        results = [WORD(await session.call(name, arguments)) for name, arguments in calls]
         await session.close()
         await session.close()
         return results
@@ -96,3 +101,53 @@ def test_names_are_the_enabled_tools(search_box: Toolbox) -> None:
 def test_a_search_tool_without_a_corpus_is_refused(tmp_path: Path, tool: str) -> None:
     with pytest.raises(ToolSetupError, match=rf"set tools\.{tool}\.corpus or remove {tool} from tools\.enabled"):
         open_toolbox(ToolsConfig.model_validate({"enabled": [tool]}), tmp_path)
+
+
+class Source:
+    """A search that says what it was asked, and waits until it may answer."""
+
+    def __init__(self, results: list[ImageSearchResult | Refused]) -> None:
+        self.results, self.asked, self.closed, self.go = results, [], 0, asyncio.Event()
+
+    async def search(self, images: object, extra: object) -> ImageSearchResult | Refused:
+        self.asked.append((images, extra))
+        await self.go.wait()
+        return self.results.pop(0)
+
+    def close(self) -> None:
+        self.closed += 1
+
+
+def test_a_search_gets_the_whole_prompt_and_holds_no_place_of_python() -> None:
+    async def story() -> None:
+        source = Source([Refused("no image"), ImageSearchResult(())])
+        box = LocalToolbox(ToolsConfig.model_validate({"enabled": ["image_search"]}), None, None, source)
+        image, extra = ImageBlob.of(png()), {"index": "source_index_7", "pass8": 0}
+        session = box.session((image,), extra, ((64, 64),))
+        first = asyncio.create_task(session.call("image_search", {}))
+        await asyncio.sleep(0.01)
+        assert not box.gate().locked() and source.asked == [((image,), extra)]
+        source.go.set()
+        assert await first == Refused("no image")
+        assert await session.call("image_search", {}) == ImageSearchResult(())  # what was refused was not the one call
+        again = await session.call("image_search", {})
+        assert isinstance(again, Refused) and again.why is Refusal.REPEATED
+        await session.close()
+        box.close()
+        assert source.closed == 1 and len(source.asked) == 2
+
+    asyncio.run(story())
+
+
+def test_words_of_compact_and_of_metis_for_the_same_call(search_box: Toolbox) -> None:
+    async def asked() -> list[str]:
+        session = search_box.session(())
+        result = await session.call("search", Metis().arguments("search", {"query": ["herons", "x"]}))
+        return [dialect.word(result).text for dialect in (Compact(), Metis())]
+
+    compact, metis = asyncio.run(asked())
+    assert compact == "1. A < image > page\nabout herons"
+    assert metis == (
+        "A Google search for 'herons' found 1 results:\n\n## Web Results\n"
+        "Page 1. [Title: A < image > page](Link: )\nSnippet: about herons\n"
+    )

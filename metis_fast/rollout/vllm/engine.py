@@ -21,6 +21,7 @@ from metis_fast.model import Policy
 from metis_fast.model_folder import IMAGE_PAD, VISION_END, VISION_START
 from metis_fast.rollout.engine import Completion, Sampling, SyncReport
 from metis_fast.rollout.layers import Layers, unpack
+from metis_fast.rollout.stops import StopStrings
 from metis_fast.rollout.vllm.direct import DirectWeights
 from metis_fast.rollout.vllm.replica import LOAD_S, Replica
 from metis_fast.rollout.vllm.settings import (
@@ -86,6 +87,7 @@ class VllmEngine:
         self.num_replicas = vllm.replicas
         self._rests = False
         self._banned = np.asarray(policy.placeholder_ids, np.int64)
+        self._stops = StopStrings.of(policy.tokenizer)
         self.replicas: list[Replica] = []
         self.weights = (
             StagedWeights(config.sync, policy, self.replicas)
@@ -221,6 +223,7 @@ class VllmEngine:
             sampling.top_p,
             sampling.top_k,
             sampling.seed,
+            sampling.stop,
         )
         worker = replica.worker
         life, alive = worker.restarts, worker.alive
@@ -254,9 +257,12 @@ class VllmEngine:
             return f"a token of weight version {int(reply.version.max())}, the newest is {self.weights.newest}"
         if not np.isfinite(reply.logp).all() or (reply.logp > 1e-3).any():
             return "a log-prob that is none"
-        if (reply.finish == STOPPED) != (int(reply.tokens[-1]) in sampling.stop_ids):
+        if (reply.finish == STOPPED) != self._ends(reply.tokens.tolist(), sampling):
             return f"it ended with {reply.finish!r} at token {int(reply.tokens[-1])}"
         return ""
+
+    def _ends(self, tokens: list[int], sampling: Sampling) -> bool:
+        return tokens[-1] in sampling.stop_ids or self._stops.completes(tokens, sampling.stop)
 
     async def layer_outputs(self, order: int, rollout: Rollout) -> Layers:
         """What the layers of an engine make of a rollout's tokens but the last. order: of the session (`probe_session`).

@@ -20,18 +20,21 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from multiprocessing.process import BaseProcess
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import numpy as np
 
 from metis_fast.errors import EngineError, EngineFailure, SyncError
+from metis_fast.model_folder import load_tokenizer
+from metis_fast.rollout.stops import StopStrings, Watch
 from metis_fast.rollout.vllm.images import Images
 from metis_fast.rollout.vllm.opening import explained, open_engine
-from metis_fast.rollout.vllm.settings import EngineSettings, EngineStats, GenerateReply, GenerateRequest
+from metis_fast.rollout.vllm.settings import STOPPED, EngineSettings, EngineStats, GenerateReply, GenerateRequest
 
 if TYPE_CHECKING:
     from vllm import LLMEngine, SamplingParams
@@ -49,10 +52,15 @@ T = TypeVar("T")
 
 @dataclass(slots=True, eq=False)
 class _Running:
-    """A request. prompt: what must have come of it. followers wait until the prompt is computed, and then share it."""
+    """A request. prompt: what must have come of it. followers wait until the prompt is computed, and then share it.
+
+    watch: for its stop strings; it has seen `num_seen` sampled tokens.
+    """
 
     future: asyncio.Future[GenerateReply]
     prompt: np.ndarray
+    watch: Watch | None = None
+    num_seen: int = 0
     followers: list[Callable[[], None]] = field(default_factory=list)
 
 
@@ -88,6 +96,7 @@ class VllmService:
         self._preparing = ThreadPoolExecutor(1, "prepare")
         self._renderer: BaseRenderer[Any] | None = None
         self._number = 0
+        self._stops: StopStrings | None = None  # with the first request that has any
         self._busy_s, self._steps, self._tokens = 0.0, 0, 0
         self._stepping_since: float | None = None
         self._paused = False  # a step of a paused engine that is a process of its own waits for ever
@@ -174,11 +183,14 @@ class VllmService:
             followers, running.followers = running.followers, []
             for follow in followers:
                 follow()
-        if not output.finished:
-            return
-        self._forget(output.request_id)
         sampled = output.outputs[0]
-        tokens = np.asarray(sampled.token_ids, np.int32)
+        end = self._stop_string(running, sampled.token_ids)
+        if not output.finished and end is None:
+            return
+        if not output.finished:
+            self._engine.abort_request([output.request_id])
+        self._forget(output.request_id)
+        tokens = np.asarray(sampled.token_ids[:end], np.int32)  # a step may have sampled more than one
         self._tokens += len(tokens)
         prompt = np.asarray(output.prompt_token_ids, np.int32)
         if not np.array_equal(prompt, running.prompt):
@@ -188,13 +200,33 @@ class VllmService:
             )
             self._resolve(running.future, error)
             return
-        entries: Any = sampled.logprobs or ()
+        entries: Any = (sampled.logprobs or ())[:end]
         logp = np.array([entry[token].logprob for entry, token in zip(entries, tokens.tolist(), strict=True)])
         version = np.zeros(len(tokens), np.int32)
         for span in sampled.weight_versions or ():
             version[span.start : span.end] = int(span.version)
-        reply = GenerateReply(tokens, logp.astype(np.float32), version, sampled.finish_reason or "")
-        self._resolve(running.future, reply)
+        finish = STOPPED if end is not None else sampled.finish_reason or ""
+        self._resolve(running.future, GenerateReply(tokens, logp.astype(np.float32), version, finish))
+
+    @staticmethod
+    def _stop_string(running: _Running, tokens: Sequence[int]) -> int | None:
+        """How many tokens there are to the end of a stop string, where one is complete.
+
+        Not vLLM's own search: that makes text of every message, and keeps what a step sampled behind the string.
+        """
+        if running.watch is not None:
+            for number in range(running.num_seen, len(tokens)):
+                if running.watch.ends(tokens[number]):
+                    return number + 1
+            running.num_seen = len(tokens)
+        return None
+
+    def _watch_for(self, strings: tuple[str, ...]) -> Watch | None:
+        if not strings:
+            return None
+        if self._stops is None:
+            self._stops = StopStrings.of(load_tokenizer(Path(self._settings.model)))
+        return self._stops.watch(strings)
 
     def _forget(self, request_id: str) -> None:
         self._leave(self._running.pop(request_id))
@@ -221,7 +253,7 @@ class VllmService:
 
     def _add(self, request_id: str, request: GenerateRequest, future: asyncio.Future[GenerateReply]) -> None:
         """Hand a request to vLLM; after the one that computes the same prompt, if there is one."""
-        running = _Running(future, request.tokens)
+        running = _Running(future, request.tokens, self._watch_for(request.stop))
         leader = self._leaders.setdefault(request.tokens.tobytes(), running)
         if leader is running:
             self._start(request_id, request, running)

@@ -52,7 +52,7 @@ class GenerateRequest:
     """One message to sample.
 
     tokens [S] int32, images as placeholders in full. spans: (start, stop, sha256) of every image in it, in order. images: the
-    encoded images that this engine may not have yet.
+    encoded images that this engine may not have yet. stop_ids, stop: see `Sampling`.
     """
 
     tokens: npt.NDArray[np.int32]
@@ -64,6 +64,7 @@ class GenerateRequest:
     top_p: float
     top_k: int
     seed: int
+    stop: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -5,11 +5,14 @@ from __future__ import annotations
 import _signal  # pyright: ignore[reportMissingImports]  # `signal` makes an enumeration of every answer: 65 us a call
 import ast
 import importlib
+import importlib.util
 import io
 import linecache
+import math
 import mmap
 import os
 import random
+import re
 import resource
 import signal
 import socket
@@ -18,7 +21,7 @@ import threading
 import traceback
 import types
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TextIO
 
 import numpy as np
@@ -27,7 +30,7 @@ from PIL import Image, ImageShow
 
 from metis_fast.pixels import ImageError, decode, to_rgb
 from metis_fast.tools.sandbox import kernel
-from metis_fast.tools.sandbox.transcript import Transcript, transcript_size
+from metis_fast.tools.sandbox.transcript import Output, output_size
 from metis_fast.tools.sandbox.wire import LENGTH, MAX_SIDE, Limits, Reply, Shown, decode_call, encode_message
 
 if TYPE_CHECKING:
@@ -39,6 +42,18 @@ _ORIENTATION = 0x0112  # of EXIF
 _TIMERS = (signal.ITIMER_REAL, signal.ITIMER_VIRTUAL, signal.ITIMER_PROF)
 _SIGNALS = sorted(int(number) for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP})
 _DEPTH = 1000  # of calls, that ours may need: Python's own limit
+_READY = """
+import base64, math, os
+from io import BytesIO
+from math import cos, sin
+import numpy as np
+from PIL import Image
+"""  # names that agents of the published protocol count on, with `plt`
+_READY_TREE = ast.parse(_READY)
+_READY_CODE = compile(_READY_TREE, "<ready>", "exec")
+_PLOTTING = "import matplotlib.pyplot as plt"  # costs half a second, so only where a call says "plt"
+_PLT = re.compile(r"\bplt\b")
+_HAS_PLT = importlib.util.find_spec("matplotlib") is not None
 
 
 class _Stream(io.RawIOBase):
@@ -57,7 +72,7 @@ class _Stream(io.RawIOBase):
 
     def write(self, data: ReadableBuffer, /) -> int:
         text = bytes(data)
-        self._interpreter.write(text)
+        self._interpreter.write(text, self._fd)
         return len(text)
 
 
@@ -143,11 +158,14 @@ def _ignore(number: int, frame: types.FrameType | None) -> None:
     """Stands for a signal handler of the agent's while none of its code runs."""
 
 
-def _png(image: Image.Image) -> bytes:
+def _png(image: Image.Image, max_pixels: int) -> bytes:
     image = to_rgb(image)
     if max(image.size) > MAX_SIDE:
         image = image.copy()
         image.thumbnail((MAX_SIDE, MAX_SIDE))
+    shrink = math.sqrt(image.width * image.height / max_pixels)
+    if shrink > 1:
+        image = image.resize((max(1, int(image.width / shrink)), max(1, int(image.height / shrink))))
     buffer = io.BytesIO()
     image.save(buffer, "PNG", compress_level=1)
     return buffer.getvalue()
@@ -160,15 +178,17 @@ class Interpreter:
     stack or blamed by a warning.
     """
 
-    def __init__(self, connection: socket.socket, output: int, max_output_chars: int) -> None:
-        """output: the file that `Transcript` describes; the descriptors 1 and 2 append to it."""
+    def __init__(self, connection: socket.socket, output: int, limits: Limits) -> None:
+        """output: the file that `Output` describes; the descriptors 1 and 2 append to it."""
         self._connection = connection
         self._output = output
         self._inode = os.fstat(output).st_ino
         self._pid = os.getpid()
         self._lock = threading.RLock()  # threads of the agent may write and show at any time, its signal handlers too
-        self._transcript = Transcript(mmap.mmap(output, transcript_size(max_output_chars)), max_output_chars)
+        self._transcript = Output(mmap.mmap(output, output_size(limits.max_output_chars)), limits.max_output_chars)
         self._transcript.begin(1)
+        self._max_pixels = limits.max_image_pixels
+        self._plotting = not _HAS_PLT  # whether `plt` is there, or never will be
         self._code = ""
         self._ok = True
         self._replaced: list[object] = []  # streams
@@ -178,7 +198,10 @@ class Interpreter:
         self._folder = os.getcwd()  # scratch; the agent may leave it
         self._main = _Main(self._folder)
         self.scope = self._main.__dict__
+        exec(_READY_CODE, self.scope)  # ours; the modules are loaded already
+        self._main.add(_READY_TREE)
         self.scope["show"] = self.show
+        self.scope["display"] = self.display
         sys.modules["__main__"] = self._main
         sys.argv, sys.orig_argv = [""], [sys.executable]  # as those of a plain interpreter; ours hold paths
         sys.path.insert(0, "")
@@ -191,15 +214,15 @@ class Interpreter:
         random.seed(0)
         np.random.seed(0)
 
-    def write(self, data: bytes) -> None:
-        """Add to the output of the call; between calls, of the next one."""
+    def write(self, data: bytes, fd: int, alone: bytes | None = None) -> None:
+        """Add to the output of the call; between calls, of the next one. fd, alone: see `Output.write`."""
         if os.getpid() != self._pid:  # forked by the agent: its memory is no longer ours, and nor is the lock
             while data:
                 data = data[os.write(_STDOUT, data) :]
             return
         with self._lock:
             self._take_output()
-            self._transcript.write(data)
+            self._transcript.write(data, fd, alone)
 
     def _has_output(self) -> bool:
         """Whether the descriptor is still what it was; the agent may have closed it, and opened another file."""
@@ -220,17 +243,35 @@ class Interpreter:
         """
         if os.getpid() != self._pid:
             raise RuntimeError("a child process cannot show images; return the image, and show it in the main process")
-        png = _png(image if isinstance(image, Image.Image) else Image.fromarray(np.asarray(image)))
+        png = _png(image if isinstance(image, Image.Image) else Image.fromarray(np.asarray(image)), self._max_pixels)
         with self._lock:
             self._take_output()
-            if self._transcript.add_image():
+            if self._transcript.all.add_image():
                 self._connection.sendall(encode_message(Shown(self._transcript.call, png)))
 
-    def _display(self, value: object) -> None:
+    def display(self, *values: object) -> None:
+        """Show images, and matplotlib's figures; print what everything else looks like."""
+        for value in values:
+            if not self._shows(value):
+                print(repr(value))
+
+    def _shows(self, value: object) -> bool:
+        """Whether it can be shown; then it is."""
         if isinstance(value, Image.Image):
             self.show(value)
-        elif value is not None:
-            self.write(f"{value!r}\n".encode("utf-8", "replace"))
+            return True
+        if isinstance(value, getattr(sys.modules.get("matplotlib.figure"), "Figure", ())):
+            buffer = io.BytesIO()
+            figure: Any = value
+            figure.savefig(buffer, format="png")
+            self.show(Image.open(buffer))
+            return True
+        return False
+
+    def _display(self, value: object) -> None:
+        if value is not None and not self._shows(value):
+            text = repr(value).encode("utf-8", "replace")
+            self.write(text + b"\n", _STDOUT, text)  # a notebook's value has no line break
 
     def _warn(
         self,
@@ -256,13 +297,20 @@ class Interpreter:
     def _thread_failed(self, args: threading.ExceptHookArgs) -> None:
         if args.exc_value is not None and not isinstance(args.exc_value, SystemExit):
             name = args.thread.name if args.thread is not None else "?"
-            self.write(f"Exception in thread {name}:\n{_describe(args.exc_value)}".encode("utf-8", "replace"))
+            text = f"Exception in thread {name}:\n{_describe(args.exc_value)}"
+            self.write(text.encode("utf-8", "replace"), _STDERR)
 
-    def add_images(self, images: Iterable[bytes]) -> None:
-        """Define image_1, image_2, ... as the model sees them; one that Pillow cannot open is left undefined."""
+    def add_images(self, images: Iterable[bytes], sizes: Sequence[tuple[int, int]]) -> None:
+        """Define image_1, image_2, ..., in RGB and upright; one that Pillow cannot open is left undefined.
+
+        sizes: (width, height) of each, where they are to be scaled.
+        """
         for number, data in enumerate(images, start=1):
             try:
-                self.scope[f"image_{number}"] = _upright(data)
+                image = _upright(data)
+                if sizes and image.size != sizes[number - 1]:
+                    image = image.resize(sizes[number - 1], Image.Resampling.BICUBIC)  # as the model's processor does
+                self.scope[f"image_{number}"] = image
             except (OSError, ImageError):
                 continue
 
@@ -309,6 +357,12 @@ class Interpreter:
         name = f"{_CELL}{self._transcript.call}>"
         linecache.cache[name] = (len(self._code), None, self._code.splitlines(keepends=True), name)
         tree = ast.parse(self._code, name)
+        if not self._plotting and _PLT.search(self._code):
+            self._plotting = True
+            plotting = ast.parse(_PLOTTING)
+            _Main.add(self._main, plotting)
+            if "plt" not in self.scope:
+                yield compile(plotting, f"{_CELL}plt>", "exec")
         _Main.add(self._main, tree)  # the agent may have an `add` of its own in this module
         last = tree.body.pop() if tree.body and isinstance(tree.body[-1], ast.Expr) else None
         yield compile(tree, name, "exec")
@@ -327,7 +381,7 @@ class Interpreter:
         self._put_aside()
         if error is not None and (text := _describe(error)):
             self._ok = False
-            self.write(text.encode("utf-8", "replace"))
+            self.write(text.encode("utf-8", "replace"), _STDERR)
         if os.getpid() != self._pid:  # a child that the agent forked and did not end must not answer in our place
             os._exit(not self._ok)
         return True
@@ -336,10 +390,12 @@ class Interpreter:
         """Send the end of the call. What is written from now on belongs to the next one."""
         with self._lock:
             self._take_output()
-            reply = Reply(self._transcript.call, self._ok, self._transcript.parts())
+            output = self._transcript
+            parts = output.all.parts()
+            reply = Reply(output.call, self._ok, parts, output.stream(_STDOUT), output.stream(_STDERR))
             self._connection.sendall(encode_message(reply))  # if this fails, the trainer still finds the text
             self._transcript.begin(self._transcript.call + 1)
-            start, size = self._transcript.spent()
+            start, size = self._transcript.all.spent()
             if size and self._has_output():
                 kernel.punch_hole(self._output, start, size)
 
@@ -356,7 +412,7 @@ def _receive(connection: socket.socket, size: int) -> bytes:
 
 def serve(connection: socket.socket, output: int, limits: Limits) -> Iterator[Interpreter]:
     """Take calls until the trainer hangs up; whoever iterates runs them. A reply of number 0 says that the session is ready."""
-    interpreter = Interpreter(connection, output, limits.max_output_chars)
+    interpreter = Interpreter(connection, output, limits)
     _interpreters.append(interpreter)
     connection.sendall(encode_message(Reply(0, True)))
     while True:
@@ -365,7 +421,7 @@ def serve(connection: socket.socket, output: int, limits: Limits) -> Iterator[In
             call = decode_call(_receive(connection, size))
         except EOFError:
             return
-        interpreter.add_images(call.images)
+        interpreter.add_images(call.images, call.sizes)
         interpreter.begin(call.code)
         yield interpreter
         interpreter.answer()

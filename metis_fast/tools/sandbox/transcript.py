@@ -1,7 +1,9 @@
 """What a call has written so far, in memory that outlives the session, so that a call that is killed still shows it.
 
-The memory is the beginning of a file without a name, which the trainer makes for each session: the first output, a ring with
-the latest, and where images stood. Behind it child processes and C code append, through the descriptors 1 and 2.
+The memory is the beginning of a file without a name, which the trainer makes for each session. It holds three transcripts: all
+in the order of writing, stdout by itself, stderr by itself. Each is the first output and a ring with the latest; the first one
+also knows where images stood. Behind them child processes and C code append, through the descriptors 1 and 2; which of the two
+they used cannot be told, so it counts as stdout.
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ from __future__ import annotations
 import fcntl
 import os
 import struct
+from collections.abc import Iterator
 from mmap import mmap
 
 from metis_fast.tools.sandbox.wire import MAX_IMAGES
@@ -23,13 +26,18 @@ def transcript_size(limit: int) -> int:
     return _HEADER.size + 2 * _BYTES_A_CHARACTER * ((limit + 1) // 2)
 
 
+def output_size(limit: int) -> int:
+    """Bytes of the memory of an `Output`."""
+    return 3 * transcript_size(limit)
+
+
 def open_output(limit: int) -> int:
-    """A descriptor of a new file for a session: memory for a transcript of `limit` characters, then what is appended.
+    """A descriptor of a new file for a session: memory for transcripts of `limit` characters, then what is appended.
 
     Nothing makes it shorter: opening /dev/stdout to write would, and the next access to the memory would kill the session.
     """
     output = os.memfd_create("output", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-    os.ftruncate(output, transcript_size(limit))
+    os.ftruncate(output, output_size(limit))
     fcntl.fcntl(output, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL)
     fcntl.fcntl(output, fcntl.F_SETFL, os.O_APPEND)
     return output
@@ -38,9 +46,13 @@ def open_output(limit: int) -> int:
 class Transcript:
     """Text and images in the order written. Text beyond `limit` characters is cut in the middle; memory is of fixed size."""
 
-    def __init__(self, memory: mmap | bytearray, limit: int) -> None:
-        """memory: `transcript_size(limit)` bytes, zeros at first. Takes over what stands there, whoever wrote it."""
+    def __init__(self, memory: memoryview, limit: int, behind: int = 0) -> None:
+        """memory: `transcript_size(limit)` bytes, zeros at first. Takes over what stands there, whoever wrote it.
+
+        behind: where in the file that begins what is appended.
+        """
         self._memory = memory
+        self._behind = behind
         self._limit = limit
         self._room = _BYTES_A_CHARACTER * ((limit + 1) // 2)  # of the head, and of the ring
         values = [min(value, 1 << 62) for value in _HEADER.unpack_from(memory)]  # the agent's code can write here, too
@@ -81,15 +93,16 @@ class Transcript:
         self._save()
         return fits
 
-    def take(self, fd: int) -> None:
-        """Add what child processes and C code have appended to the file since the last time."""
-        while chunk := os.pread(fd, _CHUNK, len(self._memory) + self._taken):
+    def take(self, fd: int) -> Iterator[bytes]:
+        """Add what child processes and C code have appended to the file since the last time; gives it, too."""
+        while chunk := os.pread(fd, _CHUNK, self._behind + self._taken):
             self._taken += len(chunk)
             self.write(chunk)
+            yield chunk
 
     def spent(self) -> tuple[int, int]:
         """Start and size of what was taken and not yet named here, once it is a lot: the file need not hold it any longer."""
-        start, size = len(self._memory) + self._num_spent, self._taken - self._num_spent
+        start, size = self._behind + self._num_spent, self._taken - self._num_spent
         if size <= _CHUNK:
             return start, 0
         self._num_spent = self._taken
@@ -120,13 +133,60 @@ class Transcript:
         if max(self._chars, sum(len(item) for item in items if isinstance(item, str))) > self._limit:
             items = self._without_middle(items)
         if self._images > MAX_IMAGES:
-            items.append(f"\n... {self._images - MAX_IMAGES} more images not shown ...\n")
+            items.append(f"\n{self.unshown}\n")
         return tuple(items)
+
+    @property
+    def text(self) -> str:
+        """All text, where there are no images."""
+        return "".join(part for part in self.parts() if isinstance(part, str))
+
+    @property
+    def unshown(self) -> str:
+        """Says how many images were left out, or nothing."""
+        left = self._images - MAX_IMAGES
+        return f"... {left} more images not shown ..." if left > 0 else ""
 
     def _without_middle(self, items: list[str | int]) -> list[str | int]:
         head, tail = _take_text(items, (self._limit + 1) // 2, 1)
         tail, _ = _take_text(tail[::-1], self._limit // 2, -1)
         return [*head, f"\n... {max(0, self._chars - self._limit)} characters left out ...\n", *tail[::-1]]
+
+
+class Output:
+    """The three transcripts of a session."""
+
+    def __init__(self, memory: mmap | bytearray, limit: int) -> None:
+        """memory: `output_size(limit)` bytes, as `Transcript` takes them."""
+        view, size = memoryview(memory), transcript_size(limit)
+        self.all = Transcript(view[:size], limit, behind=len(view))
+        self._streams = {1: Transcript(view[size : 2 * size], limit), 2: Transcript(view[2 * size :], limit)}
+
+    @property
+    def call(self) -> int:
+        """Which one this is the output of."""
+        return self.all.call
+
+    def begin(self, call: int) -> None:
+        """Forget all; what comes now belongs to this call."""
+        for transcript in (self.all, *self._streams.values()):
+            transcript.begin(call)
+
+    def write(self, data: bytes, fd: int, alone: bytes | None = None) -> None:
+        """Add text, in UTF-8. fd: 1 or 2. alone: what stands in the stream by itself, where that is something else."""
+        self.all.write(data)
+        self._streams[fd].write(data if alone is None else alone)
+
+    def take(self, fd: int) -> None:
+        """Add what was appended to the file since the last time."""
+        for chunk in self.all.take(fd):
+            self._streams[1].write(chunk)
+
+    def stream(self, fd: int) -> str:
+        """What was written to stdout (1) or stderr (2). Images that were left out are told of in stdout."""
+        text = self._streams[fd].text
+        unshown = self.all.unshown if fd == 1 else ""
+        return f"{text}\n{unshown}".lstrip("\n") if unshown else text
 
 
 def _take_text(items: list[str | int], room: int, step: int) -> tuple[list[str | int], list[str | int]]:

@@ -26,12 +26,17 @@ class WireError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What a session may use. memory_mb and cpu_s hold for each of its processes, scratch_mb for all together."""
+    """What a session may use. memory_mb and cpu_s hold for each of its processes, scratch_mb for all together.
+
+    max_output_chars: of stdout, of stderr, and of both together. max_image_pixels: of an image that is shown; larger ones are
+    scaled down.
+    """
 
     memory_mb: int
     scratch_mb: int
     cpu_s: int
     max_output_chars: int
+    max_image_pixels: int
     unsafe: bool
 
     def to_json(self) -> str:
@@ -44,11 +49,15 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """Trainer -> session. number: counts a session's calls, from 1. images: encoded prompt images, with the first call only."""
+    """Trainer -> session. number: counts a session's calls, from 1. images: encoded prompt images, with the first call only.
+
+    sizes: (width, height) that they are given there, one for each; empty: their own.
+    """
 
     number: int
     code: str
     images: tuple[bytes, ...] = ()
+    sizes: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,12 +72,14 @@ class Shown:
 class Reply:
     """Session -> trainer, the end of a call. parts: text, and numbers of images that were sent before, in the order written.
 
-    call: its number; 0 says that the session is ready. ok: the code ran to its end.
+    call: its number; 0 says that the session is ready. ok: the code ran to its end. stdout, stderr: each by itself.
     """
 
     call: int
     ok: bool
     parts: tuple[str | int, ...] = ()
+    stdout: str = ""
+    stderr: str = ""
 
 
 def _frame(header: object, blobs: Sequence[bytes]) -> bytes:
@@ -96,6 +107,10 @@ def _is_number(value: object) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
+def _clean(text: str) -> str:
+    return text.encode("utf-8", "replace").decode("utf-8")  # without half pairs of surrogates
+
+
 def _take(view: memoryview, size: object) -> tuple[bytes, memoryview]:
     if not _is_number(size) or not 0 <= size <= len(view):
         raise WireError("blob is longer than its frame")
@@ -104,19 +119,19 @@ def _take(view: memoryview, size: object) -> tuple[bytes, memoryview]:
 
 def encode_call(call: Call) -> bytes:
     """The frame of a call, length included."""
-    return _frame([call.number, call.code, [len(image) for image in call.images]], call.images)
+    return _frame([call.number, call.code, [len(image) for image in call.images], call.sizes], call.images)
 
 
 def decode_call(body: bytes) -> Call:
     """Inverse of `encode_call`, without the length."""
     header, view = _split(body)
     match header:
-        case [int() as number, str() as code, list() as sizes]:
+        case [int() as number, str() as code, list() as lengths, list() as sizes]:
             images: list[bytes] = []
-            for size in sizes:
-                blob, view = _take(view, size)
+            for length in lengths:
+                blob, view = _take(view, length)
                 images.append(blob)
-            return Call(number, code, tuple(images))
+            return Call(number, code, tuple(images), tuple((int(width), int(height)) for width, height in sizes))
     raise WireError("not a call")
 
 
@@ -124,7 +139,7 @@ def encode_message(message: Reply | Shown) -> bytes:
     """The frame of what a session says, length included."""
     if isinstance(message, Shown):
         return _frame([message.call, len(message.png)], [message.png])
-    return _frame([message.call, message.ok, message.parts], [])
+    return _frame([message.call, message.ok, message.parts, message.stdout, message.stderr], [])
 
 
 def decode_message(body: bytes) -> Reply | Shown:
@@ -135,9 +150,11 @@ def decode_message(body: bytes) -> Reply | Shown:
     """
     header, view = _split(body)
     match header:
-        case [int() as call, bool() as ok, list() as items] if all(isinstance(item, str) or _is_number(item) for item in items):
-            texts = (item.encode("utf-8", "replace").decode("utf-8") if isinstance(item, str) else item for item in items)
-            return Reply(call, ok, tuple(texts))
+        case [int() as call, bool() as ok, list() as items, str() as stdout, str() as stderr] if all(
+            isinstance(item, str) or _is_number(item) for item in items
+        ):
+            texts = tuple(_clean(item) if isinstance(item, str) else item for item in items)
+            return Reply(call, ok, texts, _clean(stdout), _clean(stderr))
         case [int() as call, size]:
             return Shown(call, _take(view, size)[0])
     raise WireError("neither a reply nor an image")

@@ -1,0 +1,84 @@
+"""Keys of providers: which variables of the environment hold them, and texts without them.
+
+A key is read where searches are made, and nowhere else. It is in no setting, so that no record of a run has it, and no text of
+a provider passes without `Key.hide`.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from metis_fast.config import TextSearchConfig
+from metis_fast.errors import ToolSetupError
+
+_PUBLISHED = {"serper": "SERPER_API_KEY", "brightdata": "BRIGHTDATA_API_TOKEN", "serpapi": "SERPAPI_API_KEY"}
+_SHORTEST = 8  # characters; hiding a shorter text would spoil pages
+_HIDDEN = "[key]"
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """A provider's key. variable: where it came from; both empty where there is none. zone: of Bright Data, else empty."""
+
+    variable: str = ""
+    value: str = field(default="", repr=False)
+    zone: str = field(default="", repr=False)
+
+    def hide(self, text: str) -> str:
+        """`text` without the key, however it is spelt there: as it is, or as addresses, JSON and HTML spell its signs."""
+        return re.sub("".join(map(_spelt, self.value)), _HIDDEN, text, flags=re.IGNORECASE) if self.value else text
+
+
+def _spelt(sign: str) -> str:
+    if sign.isalnum():
+        return sign
+    code = ord(sign)
+    return rf"(?:\\?{re.escape(sign)}|%{code:02x}|\\u{code:04x}|&#{code};|&#x{code:02x};)"
+
+
+NO_KEY = Key()
+
+
+def variables(config: TextSearchConfig) -> tuple[str, ...]:
+    """Environment variables that a process needs which searches, and no other: the key's and, for Bright Data, the zone's."""
+    key = config.api_key_env or _PUBLISHED.get(config.provider, "")
+    zone = config.zone_env if config.provider == "brightdata" else ""
+    return tuple(name for name in (key, zone) if name and config.provider != "local")
+
+
+def environment(config: TextSearchConfig) -> Mapping[str, str]:
+    """Those of `variables` that are set, for a worker that runs `text_search`."""
+    return {name: os.environ[name] for name in variables(config) if name in os.environ}
+
+
+def read_key(config: TextSearchConfig) -> Key:
+    """The key of the provider; none for a local corpus, or an endpoint for which no variable is named.
+
+    Raises:
+        ToolSetupError: its variable, or that of the zone, is not set, or holds what is no key.
+    """
+    name = config.api_key_env or _PUBLISHED.get(config.provider, "")
+    if not name or config.provider == "local":
+        return NO_KEY
+    value = _variable(config, name, "the key", "api_key_env")
+    if len(value) < _SHORTEST or not re.fullmatch(r"[!-~]+", value):
+        raise ToolSetupError(
+            f"the environment variable {name} holds no key for provider {config.provider}: expected at least {_SHORTEST} "
+            "printable ASCII characters without blanks; set it anew"
+        )
+    return Key(
+        name, value, _variable(config, config.zone_env, "the zone", "zone_env") if config.provider == "brightdata" else ""
+    )
+
+
+def _variable(config: TextSearchConfig, name: str, what: str, setting: str) -> str:
+    value = os.environ.get(name, "").strip()
+    if not value:
+        raise ToolSetupError(
+            f"text_search with provider {config.provider} needs {what} in the environment variable {name}, which is not set; "
+            f"set it, or name another one in tools.text_search.{setting}"
+        )
+    return value
