@@ -33,6 +33,7 @@ from metis_fast.node.protocol import Head, NodeLost, Weights
 from metis_fast.rollout.engine import SyncReport
 from metis_fast.rollout.layers import Layers
 from metis_fast.summary import Data, GroupSummary, Job, ScoredSummary
+from metis_fast.tools.search import keys
 from metis_fast.types import Group
 
 _LOG = logging.getLogger(__name__)
@@ -55,17 +56,20 @@ class _Ticket:
         self.future: Future[Any] = Future()
         self._on, self._loop = on, asyncio.get_running_loop() if on is not None else None
 
-    def tell(self, event: Event) -> None:
-        """From any thread."""
+    def tell(self, event: Event) -> bool:
+        """From any thread. False: it is over, and nobody waits for it any more."""
         if event.kind in ("finished", "failed"):
-            with contextlib.suppress(InvalidStateError):  # nobody waits for it any more
+            try:
                 if event.kind == "finished":
                     self.future.set_result(event.value)
                 else:
                     self.future.set_exception(event.value)
+            except InvalidStateError:
+                return False
         elif self._on is not None and self._loop is not None:
             with contextlib.suppress(RuntimeError):  # the loop is closed
                 self._loop.call_soon_threadsafe(self._on, event)
+        return True
 
 
 class RemoteNode:
@@ -101,10 +105,11 @@ class RemoteNode:
         """See `NodeClient`."""
         while not self._up.wait(0.1):
             check()
+            gone = self.gone  # set after `_failed`, where there is that
             if self._failed is not None:
                 raise self._failed
-            if not self._thread.is_alive():
-                raise EngineError(f"node {self.number} cannot be started: {self.gone or 'the run ends'}")
+            if gone:
+                raise EngineError(f"node {self.number} cannot be started: {gone}")
 
     def holds(self, group: GroupSummary) -> bool:
         """See `NodeClient`."""
@@ -112,7 +117,9 @@ class RemoteNode:
 
     def look(self, data: Data, rows: Sequence[int]) -> Sequence[Head | BadRowError]:
         """See `NodeClient`."""
-        return self._ask("look", data, list(rows)).future.result()
+        ticket = self._ask("look", data, list(rows))
+        self._send()  # now, with what a loop has left to its next turn: it may stand still until this is answered
+        return ticket.future.result()
 
     async def play(self, jobs: Sequence[Job], on_done: Callable[[int], object]) -> list[GroupSummary]:
         """See `NodeClient`."""
@@ -139,10 +146,10 @@ class RemoteNode:
 
     def drop(self, groups: Sequence[GroupSummary]) -> None:
         """See `NodeClient`."""
-        keys = [group.key for group in groups]
         with self._lock:
+            keys = [group.key for group in groups if group.key in self._kept]
             self._kept.difference_update(keys)
-            if self._actor is not None:
+            if keys and self._actor is not None:
                 self._actor.drop.remote(keys)
 
     async def write(self, folder: str, name: str, scored: Sequence[ScoredSummary]) -> None:
@@ -157,14 +164,16 @@ class RemoteNode:
         return await self._answer("update", refs, weights.version)
 
     async def rest(self) -> None:
-        """See `NodeClient`. Nothing is started meanwhile."""
-        self._awake.clear()
-        await self._answer("rest")
+        """See `NodeClient`. An engine that gives its memory away is not started meanwhile; any other need not be told."""
+        if self._setup.config.rollout.vllm.sleep:
+            self._awake.clear()
+            await self._answer("rest")
 
     async def resume(self) -> None:
         """See `NodeClient`."""
-        self._awake.set()
-        await self._answer("resume")
+        if self._setup.config.rollout.vllm.sleep:
+            self._awake.set()
+            await self._answer("resume")
 
     def close(self) -> None:
         """End it, and what it has started."""
@@ -180,12 +189,6 @@ class RemoteNode:
                 raise NodeLost(f"node {self.number} is being started again")
             self._tickets[number] = ticket
             self._asked.append((number, method, arguments))
-            first = len(self._asked) == 1
-        if first:  # a call costs more than what is in it: what is asked for in one turn of the loop goes together
-            try:
-                asyncio.get_running_loop().call_soon(self._send)
-            except RuntimeError:  # a thread's
-                self._send()
         ticket.future.add_done_callback(lambda future: self._over(number, future.cancelled()))
         return ticket
 
@@ -202,7 +205,15 @@ class RemoteNode:
                 self._actor.cancel.remote(number)
 
     async def _answer(self, method: Method, *arguments: object, on: Callable[[Event], Any] | None = None) -> Any:
-        return await asyncio.wrap_future(self._ask(method, *arguments, on=on).future)
+        future = self._ask(method, *arguments, on=on).future
+        # a call costs more than what is in it: what is asked for in one turn of the loop goes together
+        asyncio.get_running_loop().call_soon(self._send)
+        try:
+            return await asyncio.wrap_future(future)
+        except asyncio.CancelledError:
+            if not future.cancel() and future.exception() is None:  # it came at that very moment
+                self.drop(_groups(future.result()))
+            raise
 
     # -- in its thread ------------------------------------------------------------------------------------------------
 
@@ -219,7 +230,9 @@ class RemoteNode:
         """Start it, hear it, and start it again."""
         failures, down = 0, time.monotonic()
         while not self._closed.is_set():
-            if not self._awake.wait(_POLL_S):
+            if not self._awake.is_set():
+                self._awake.wait(_POLL_S)
+                down = time.monotonic()  # it could not be started before
                 continue
             try:
                 self._start()
@@ -231,10 +244,14 @@ class RemoteNode:
                 if isinstance(error, MetisError) and not self._was_up:
                     self._failed = error
                     return
-                why = one_line(error)[:300]
-                down = time.monotonic() if self.alive else down
+                cause = f"{type(error.cause).__name__}: {error.cause}" if isinstance(error, RayTaskError) else error
+                why, was_up = one_line(cause)[:300], self.alive
+                down = time.monotonic() if was_up else down
+                if not self._closed.is_set():
+                    what = "was lost" if was_up else "did not start"
+                    _LOG.warning("node %d %s: %s; starting it again", self.number, what, why)
                 self._lose(why)
-                if time.monotonic() > down + self._config.wait_s:
+                if self._awake.is_set() and time.monotonic() > down + self._config.wait_s:
                     self.gone = why
             failures += 1
             self._closed.wait(min(_LONGEST_PAUSE_S, _PAUSE_S * 2.0 ** (failures - 1)))
@@ -250,26 +267,35 @@ class RemoteNode:
         actor = made(self._player).remote()
         self._actor = actor
         self.num_replicas = self._result(actor.open.remote(self._setup), began)
-        weights = self._weights
+        opened, weights = time.monotonic(), self._weights
         if weights is not None:
-            self._tickets[number := next(self._numbers)] = ticket = _Ticket()
+            number, ticket = next(self._numbers), _Ticket()
+            self._tickets[number] = ticket
             actor.submit.remote([(number, "update", (weights.objects(), weights.version))])
             while not ticket.future.done():
-                self._hear(began, self._config.start_s)
+                self._may_start()
+                self._hear(opened, self._config.start_s)
             ticket.future.result()
+            self._over(number, cancelled=False)
         with self._lock:
+            self._may_start()  # who is told to rest from here on is asked to
             if self._weights is not weights:  # newer ones came meanwhile, and were not sent here
                 raise NodeLost(f"node {self.number} was started with weights that are no longer current")
             self._was_up, self.gone = True, ""
             self._up.set()
         _LOG.info("node %d is ready after %.1f s", self.number, time.monotonic() - began)
 
+    def _may_start(self) -> None:
+        if self._closed.is_set():
+            raise _Ended
+        if not self._awake.is_set():
+            raise NodeLost("its GPUs are the trainer's until the next weights")
+
     def _result(self, ref: Any, began: float) -> Any:
         """Of a call that may have to wait for room in the cluster."""
         news = began
         while not ray.wait([ref], timeout=0.2)[0]:
-            if self._closed.is_set():
-                raise _Ended
+            self._may_start()
             now = time.monotonic()
             if now > news + _NEWS_S:
                 news = now
@@ -293,27 +319,20 @@ class RemoteNode:
             raise NodeLost(f"it has not answered for {limit_s:g} s") from None
         for event in events:
             ticket = self._tickets.get(event.ticket)
-            if event.kind == "finished":
-                self._remember(event.value)
-            if ticket is not None:
-                ticket.tell(event)
-
-    def _remember(self, value: object) -> None:
-        groups = value if isinstance(value, list) else [value]
-        with self._lock:
-            self._kept.update(one.key for one in groups if isinstance(one, GroupSummary) and one.key is not None)
+            groups = _groups(event.value) if event.kind == "finished" else []
+            with self._lock:
+                self._kept.update(group.key for group in groups)
+            if ticket is None or not ticket.tell(event):  # cancelled while this was on its way
+                self.drop(groups)
 
     def _lose(self, why: str, leave_s: float = 0.0) -> None:
         """Give the actor up, and all that was asked of it."""
         with self._lock:
-            was_up, actor = self._up.is_set(), self._actor
+            actor, self._actor = self._actor, None
             self._up.clear()
-            self._actor = None
             self._kept.clear()
             tickets, self._tickets = list(self._tickets.values()), {}
             self._asked = []
-        if was_up and not self._closed.is_set():
-            _LOG.warning("node %d was lost: %s; starting it again", self.number, why)
         for ticket in tickets:
             ticket.tell(Event(0, "failed", NodeLost(f"node {self.number} was lost: {why}")))
         if actor is not None:
@@ -321,6 +340,12 @@ class RemoteNode:
                 if leave_s:
                     ray.wait([actor.close.remote()], timeout=leave_s)
                 ray.kill(actor)
+
+
+def _groups(value: object) -> list[GroupSummary]:
+    """Those in what a node was asked for that it keeps."""
+    found = value if isinstance(value, list) else [value]
+    return [one for one in found if isinstance(one, GroupSummary) and one.key is not None]
 
 
 def _get(ref: Any, timeout_s: float | None = None) -> Any:
@@ -360,6 +385,7 @@ def open_nodes(
     key = config.score.llm.api_key_env
     if key in os.environ:
         environment[key] = os.environ[key]
+    environment |= keys.environment(config.tools.text_search)
     groups = 1 + -(-config.rollout.max_concurrent // (config.rollout.rollouts_per_prompt * config.workers.nodes))
     for number, index in enumerate(room.of("node")):
         bundle = room.bundles[index]

@@ -11,7 +11,7 @@ import logging
 import os
 import random
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -104,6 +104,7 @@ class Player:
         self._opened = ExitStack()
         self._node: Node | None = None
         self._version: int | None = None  # of the weights that its engine was given last, whole
+        self._played: Counter[str] = Counter()  # groups by stream, since it was given weights
         self._tasks: dict[int, asyncio.Task[None]] = {}
         self._events: deque[Event] = deque()  # filled by one thread, emptied by another
 
@@ -200,9 +201,13 @@ class Player:
 
         match method:
             case "play":
-                return await node.play(arguments[0], done)
+                groups = await node.play(arguments[0], done)
+                self._played[groups[0].job.stream] += len(groups)
+                return groups
             case "play_one":
-                return await node.play_one(arguments[0], lambda: self._tell(Event(ticket, "started")))
+                group = await node.play_one(arguments[0], lambda: self._tell(Event(ticket, "started")))
+                self._played[group.job.stream] += 1
+                return group
             case "update":
                 return await self._update(node, *arguments)
             case "look":
@@ -213,9 +218,12 @@ class Player:
     async def _update(self, node: Node, published: Published, version: int) -> SyncReport:
         coming = Arriving(published, version, self._version, lambda: node.engine.held())
         self._version = None
-        report = await node.update(coming)
+        report = coming.told(await node.update(coming))
         self._version = version
-        return coming.told(report)
+        played, self._played = dict(self._played), Counter()
+        said = "weights %d came in %.1f s; groups played since those before: %s"
+        logging.getLogger("metis_fast").info(said, version, report.seconds, played or "none")
+        return report
 
     def _tell(self, event: Event) -> None:
         self._events.append(event)

@@ -13,6 +13,7 @@ import logging
 import math
 import os
 import signal
+import socket
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -33,6 +34,7 @@ _LOG = logging.getLogger(__name__)
 NEWS_S = 15.0
 """Between two lines that say what is waited for."""
 _POLL_S = 0.1
+_CONNECT_S = 10.0
 
 Role = Literal["node", "ranks"]
 
@@ -235,6 +237,7 @@ def survey(config: WorkersConfig) -> list[Mapping[str, float]] | None:
     if config.ray_address == "local":
         return None
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    _check_address(config)
     try:
         ray.init(config.ray_address, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, RayError, ValueError, RuntimeError) as error:
@@ -247,6 +250,22 @@ def survey(config: WorkersConfig) -> list[Mapping[str, float]] | None:
         ray.shutdown()
 
 
+def _check_address(config: WorkersConfig) -> None:
+    """Ray itself would try an address at which nobody listens for minutes.
+
+    Raises:
+        ConfigError: nobody does.
+    """
+    address = os.environ.get("RAY_ADDRESS", "") if config.ray_address == "auto" else config.ray_address
+    host, colon, port = address.rpartition(":")
+    if not (colon and port.isdigit()) or "//" in address:  # "local", or a client's address
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_S).close()
+    except OSError as error:
+        raise _unreachable(config, error) from None
+
+
 def _unreachable(config: WorkersConfig, error: Exception) -> ConfigError:
     return ConfigError(
         f"no Ray cluster at workers.ray_address={config.ray_address}: {one_line(error)[-300:]}; see that it runs and that "
@@ -257,6 +276,7 @@ def _unreachable(config: WorkersConfig, error: Exception) -> ConfigError:
 def _join(config: WorkersConfig, slots: int) -> None:
     """slots: CPU slots that a cluster which is started here must have; they are no more than a number."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    _check_address(config)
     address = None if config.ray_address == "auto" else config.ray_address
     options: dict[str, Any] = {"log_to_driver": False, "include_dashboard": False, "logging_level": logging.WARNING}
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}

@@ -7,12 +7,14 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, fields
 
+from transformers import PretrainedConfig
+
 from metis_fast import config as config_module
 from metis_fast.config import Config, MegatronConfig
 from metis_fast.errors import ConfigError
-from metis_fast.plan.candidates import Candidate, candidates
+from metis_fast.plan.candidates import Candidate, candidates, evaluate
 from metis_fast.plan.duration import Setting, engine_tokens
-from metis_fast.plan.gpus import GIB, GPUS, NODE
+from metis_fast.plan.gpus import GIB, GPUS, NODE, Gpu
 from metis_fast.plan.host import Host, host
 from metis_fast.plan.host import to_json as host_json
 from metis_fast.plan.host import to_lines as host_lines
@@ -77,6 +79,21 @@ def run(args: argparse.Namespace) -> int:
     said = json.dumps(to_json(setting, args.gpu, found, around)) if args.json else to_text(setting, args.gpu, found, around)
     print(said)
     return exit_code(found)
+
+
+def own_layout(config: Config, model_config: PretrainedConfig, gpu: Gpu) -> Candidate:
+    """The config's own layout on such GPUs, with the command's assumptions.
+
+    Raises:
+        ConfigError: the model cannot be cut so.
+    """
+    check(config.train.megatron, model_config)
+    images = int(getattr(model_config, "vision_config", None) is not None)
+    load = Workload.of(config, None, None, sampled=0.5, images=images, image_tokens=1024, uniform=0.2)
+    share = 0.0 if config.rollout.vllm.sleep else _ENGINE_SHARE
+    num = config.train.megatron.num_ranks
+    setting = Setting(config, Shape.of(model_config), FlopModel.of(model_config), load, gpu, num, share)
+    return evaluate(setting, config.train.megatron, own=True)
 
 
 def recommended(found: Sequence[Candidate]) -> Candidate:

@@ -147,13 +147,13 @@ def open_parts(config: Config, interrupts: Interrupts, training: bool = True) ->
     record = None
     if training:
         record = open_record(
-            config, {"data.train": train, "data.heldout": heldout}, ("model", "tools"), interrupts.check
+            config, {"data.train": train, "data.heldout": heldout}, ("model", "tools", "score"), interrupts.check
         )  # fmt: skip
     source = check_export(config.model.path, config.run.dir / "trained", config.model.dtype) if training else None
     named: dict[Data, PromptFiles | None] = {"train": train, "heldout": heldout}
     files: dict[Data, PromptFiles] = {data: part for data, part in named.items() if part is not None}
     styles = {style for part in files.values() for style in part.styles()}
-    if config.data.on_bad_row == "skip":
+    if config.data.on_bad_row == "skip" and config.score.judge == "by_row":
         styles = {style for style in styles if known_style(style)}  # rows of others are bad ones
     with ExitStack() as stack:
         device = _device(config, training)

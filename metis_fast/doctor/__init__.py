@@ -1,0 +1,1 @@
+"""What can be known of a job before it is submitted: `metis-fast doctor`."""

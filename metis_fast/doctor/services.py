@@ -1,0 +1,130 @@
+"""What the job talks to: tools, judges, Ray. With `offline` nothing outside of this machine is asked."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import tempfile
+from collections import Counter
+from collections.abc import Collection, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+from metis_fast.config import Config
+from metis_fast.doctor.finding import Finding
+from metis_fast.errors import ConfigError, InfrastructureError, JudgeError, one_line
+from metis_fast.own_folder import OwnFolder
+from metis_fast.score.judge import open_judge
+from metis_fast.tools import open_toolbox
+from metis_fast.tools.protocol import Toolbox
+from metis_fast.tools.results import PythonResult, TextSearchResult, ToolResult
+from metis_fast.types import Observation, ToolName
+
+_QUERY = "capital of France"
+
+
+def tool(config: Config, name: ToolName, offline: bool) -> Iterator[Finding]:
+    """It is opened as the job opens it; then a line of Python is run, or something is searched for."""
+    what, alone = str(name), config.tools.model_copy(update={"enabled": (name,)})
+    with ExitStack() as stack:
+        scratch = OwnFolder(Path(tempfile.gettempdir()), "metis-tools-")
+        stack.callback(scratch.close)
+        toolbox = open_toolbox(alone, scratch.path)
+        stack.callback(toolbox.close)
+        if name is ToolName.PYTHON:
+            yield _python(what, asyncio.run(_call(toolbox, name, {"code": "print(6 * 7)"})), config)
+        elif name is ToolName.TEXT_SEARCH and (not offline or config.tools.text_search.provider == "local"):
+            yield _search(what, toolbox)
+        else:
+            yield Finding(what, "ok", "opens; nothing was asked of it")
+
+
+async def _call(toolbox: Toolbox, name: ToolName, arguments: dict[str, object]) -> ToolResult | Observation:
+    session = toolbox.session(())
+    try:
+        return await session.call(name, arguments)
+    finally:
+        await session.close()
+
+
+def _python(what: str, result: ToolResult | Observation, config: Config) -> Finding:
+    if not (isinstance(result, PythonResult) and result.ok and result.stdout.strip() == "42"):
+        return Finding(
+            what, "error", f"6 * 7 gave {one_line(result)[:200]}", "see docs/tools.md, and that numpy can be imported"
+        )
+    if config.tools.python.unsafe:
+        return Finding(
+            what, "warning", "runs code without a sandbox (tools.python.unsafe)", "only on machines that you can throw away"
+        )
+    return Finding(what, "ok", "runs code in its sandbox")
+
+
+def _search(what: str, toolbox: Toolbox) -> Finding:
+    try:
+        result = asyncio.run(_call(toolbox, ToolName.TEXT_SEARCH, {"query": _QUERY}))
+    except InfrastructureError as error:
+        return Finding(what, "error", one_line(error), "see the key, the address and the provider's status (docs/search.md)")
+    assert isinstance(result, TextSearchResult)
+    return Finding(what, "ok", f"answers: {len(result.pages)} pages for {_QUERY!r}")
+
+
+def judges(config: Config, styles: Collection[str], offline: bool) -> Iterator[Finding]:
+    """Those of the data's styles are opened; one that asks a model is asked for a right and for a wrong verdict."""
+    if config.score.judge != "by_row":
+        styles = {config.score.judge}
+    for style in sorted(styles):
+        judge = open_judge(config.score, [style])
+        try:
+            if not offline:
+                asyncio.run(judge.check())
+        except JudgeError as error:
+            found, _, advice = str(error).rpartition("; ")
+            yield Finding(f"judge {style}", "error", found or advice, advice if found else "")
+            continue
+        finally:
+            judge.close()
+        yield Finding(f"judge {style}", "ok", "opens; it was not asked" if offline else "opens and judges")
+    key = config.score.llm.api_key_env
+    if "llm" in styles and not os.environ.get(key):
+        yield Finding("judge key", "ok", f"{key} is not set: requests go without a key")
+
+
+def ray(config: Config) -> Iterator[Finding]:
+    """What the cluster has, beside what the job reserves."""
+    try:
+        from metis_fast.cluster import room
+    except ModuleNotFoundError as error:
+        if error.name != "ray":
+            raise
+        raise ConfigError(
+            "workers.launcher=ray needs Ray; pip install 'metis-fast[ray]', or set workers.launcher=local"
+        ) from None
+    ranks = config.train.backend == "megatron" and config.train.megatron.launch == "local"
+    machines = room.survey(config.workers)
+    if machines is None:
+        yield Finding(
+            "cluster", "warning", "no Ray cluster runs here: the job would make this machine one",
+            "on a cluster start Ray first, as configs/launch/ray.sbatch does",
+        )  # fmt: skip
+        return
+    has = Counter[str]()
+    for machine in machines:
+        has.update({name: int(number) for name, number in machine.items() if name in ("CPU", "GPU")})
+    bundles = room.plan(config, ranks, on_gpus=has["GPU"] > 0)
+    need = {"CPU": sum(bundle.cpus for bundle in bundles), "GPU": sum(bundle.gpus for bundle in bundles)}
+    short = [f"{number} {name}s of {has[name]}" for name, number in need.items() if number > has[name]]
+    yield Finding(
+        "cluster",
+        "error" if short else "ok",
+        f"{len(machines)} machines with {has['CPU']} CPU slots and {has['GPU']} GPUs; the job reserves {need['CPU']} and "
+        f"{need['GPU']}",
+        "add machines, or ask for less (workers, rollout.vllm, train.megatron)" if short else "",
+    )
+    largest = max(bundles, key=lambda bundle: (bundle.gpus, bundle.cpus))
+    if not any(m.get("CPU", 0) >= largest.cpus and m.get("GPU", 0) >= largest.gpus for m in machines):
+        yield Finding(
+            "cluster", "error", f"no machine has the {largest.cpus} CPU slots and {largest.gpus} GPUs that a node takes",
+            "raise workers.nodes, so that each has less",
+        )  # fmt: skip
+    if len(machines) < config.workers.nodes:
+        yield Finding("cluster", "warning", f"workers.nodes={config.workers.nodes} share {len(machines)} machines", "lower it")
