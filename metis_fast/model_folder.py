@@ -124,8 +124,15 @@ def check_model_folder(folder: Path) -> str:
     Raises:
         ModelError: not a folder, another architecture, a part is missing or unreadable, or the weights are quantised.
     """
+    if folder.suffix == ".gguf" or (folder.is_dir() and not (folder / "config.json").exists() and any(folder.glob("*.gguf"))):
+        raise ModelError(
+            f"model.path {folder} is a GGUF file, quantised for another program; download the repository that it was made from"
+        )
     if not folder.is_dir():
-        raise ModelError(f"model.path {folder} is not a folder; give one that holds a Qwen3-VL (config.json, *.safetensors)")
+        raise ModelError(
+            f"model.path {folder} is not a folder; give one that holds a Qwen3-VL (config.json, *.safetensors), and download "
+            "one of the Hugging Face hub first (hf download NAME --local-dir FOLDER)"
+        )
     if (folder / "adapter_config.json").exists():
         raise ModelError(f"{folder} holds a LoRA adapter; merge it into its model (merge_and_unload), save that and give it")
     for path in sorted(folder.glob("*")):  # whichever it is, the folder was copied without what it points to

@@ -20,7 +20,7 @@ from metis_fast.rollout.chat import Chat
 from metis_fast.rollout.episode import SampleKey, run_episode
 from metis_fast.testing.fakes import FakeEngine, FakeToolbox
 from metis_fast.testing.tiny import build_tiny
-from metis_fast.types import Ability, ImageBlob, Message, Observation, Prompt, Rollout
+from metis_fast.types import ImageBlob, Message, Observation, Prompt, Rollout
 
 # their asserts say what was compared, as those of test files do
 pytest.register_assert_rewrite("trainer_cases", "faulty_engines")
@@ -91,7 +91,7 @@ def make_prompt() -> Callable[..., Prompt]:
 
     def make(user: str = "Which city?", images: Sequence[ImageBlob] = (), uid: str = "p", system: str = "Be brief.") -> Prompt:
         messages = (Message("system", system), Message("user", user))
-        return Prompt(uid, "test", messages, tuple(images), Ability.SEARCH, ("Paris",), "rule", user)
+        return Prompt(uid, "test", messages, tuple(images), "search", ("Paris",), "rule", user)
 
     return make
 

@@ -15,7 +15,7 @@ from functools import partial
 from metis_fast import config as config_module
 from metis_fast.config import Config
 from metis_fast.data.parquet import PromptFiles
-from metis_fast.doctor import inputs, machine, services
+from metis_fast.doctor import conversations, inputs, machine, services
 from metis_fast.doctor.finding import Check, Finding, refused
 from metis_fast.errors import MetisError
 from metis_fast.plan.shape import read_model_config
@@ -76,12 +76,17 @@ def checks(config: Config, offline: bool) -> Iterator[Check]:
     yield Check("model", partial(inputs.model, config))
     if config.train.backend == "megatron":
         yield Check("layout", partial(inputs.layout, config))
+    if config.sft.phases:
+        yield Check("sft", partial(conversations.sft, config))
+    if not config.data.train and not config.sft.phases:
+        yield Check("data.train", lambda: [Finding("data.train", "error", "names no prompts", "set data.train, or sft.phases")])
     for key, paths in (("data.train", config.data.train), ("data.heldout", config.data.heldout)):
         if paths:
             yield Check(key, partial(inputs.prompts, config, key, paths))
-    for name in config.tools.enabled:
-        yield Check("tools", partial(services.tool, config, name, offline), what=str(name))
-    yield Check("judges", partial(services.judges, config, _styles(config), offline))
+    if config.data.train:  # a cold start plays nothing
+        for name in config.tools.enabled:
+            yield Check("tools", partial(services.tool, config, name, offline), what=str(name))
+        yield Check("judges", partial(services.judges, config, _styles(config), offline))
     if config.workers.launcher == "ray":
         yield Check("Ray", partial(services.ray, config))
 

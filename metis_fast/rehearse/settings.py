@@ -15,7 +15,7 @@ from metis_fast.rehearse.endpoints import FIND, MODEL
 STEPS = 2
 PROMPTS, ROLLOUTS = 2, 4
 """Of a step."""
-KEY, KEY_VALUE = "METIS_REHEARSAL_KEY", "rehearsal"
+KEY, KEY_VALUE = "METIS_REHEARSAL_KEY", "stand-in-key-5e1f3a9c"
 """Environment variable with the key for the stand-ins, and what it is."""
 _TEXT_TOKENS = 4096  # of a prompt, beside its images: the system messages are long, and the tokenizer is small
 _RESPONSE, _TURN, _OBSERVATION = 2048, 48, 1024

@@ -144,18 +144,18 @@ def open_parts(config: Config, interrupts: Interrupts, training: bool = True) ->
     torch.manual_seed(config.run.seed)
     train = PromptFiles(config.data.train) if training else None
     heldout = PromptFiles(config.data.heldout) if config.data.heldout else None
-    record = None
-    if training:
-        record = open_record(
-            config, {"data.train": train, "data.heldout": heldout}, ("model", "tools", "score"), interrupts.check
-        )  # fmt: skip
-    source = check_export(config.model.path, config.run.dir / "trained", config.model.dtype) if training else None
     named: dict[Data, PromptFiles | None] = {"train": train, "heldout": heldout}
     files: dict[Data, PromptFiles] = {data: part for data, part in named.items() if part is not None}
     styles = {style for part in files.values() for style in part.styles()}
     if config.data.on_bad_row == "skip" and config.score.judge == "by_row":
         styles = {style for style in styles if known_style(style)}  # rows of others are bad ones
     with ExitStack() as stack:
+        record = None
+        if training:
+            data = {"data.train": train, "data.heldout": heldout}
+            record = open_record(config, data, ("model", "tools", "score"), interrupts.check)
+            stack.callback(record.close)
+        source = check_export(config.model.path, config.run.dir / "trained", config.model.dtype) if training else None
         device = _device(config, training)
         room = _open_room(config, stack, interrupts.check, training)
         # whether nothing is being sampled while the trainer steps

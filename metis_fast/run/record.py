@@ -10,8 +10,11 @@ from __future__ import annotations
 import difflib
 import json
 import logging
+import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from concurrent.futures import Future
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from hashlib import sha256
 from pathlib import Path
@@ -21,7 +24,7 @@ from tqdm import tqdm
 
 from metis_fast import config as config_module
 from metis_fast.checkpoint.export import COPIED
-from metis_fast.config import Config, by_content, deciding, known_keys
+from metis_fast.config import Config, LogConfig, by_content, deciding, known_keys
 from metis_fast.data.content import DataRecord
 from metis_fast.data.parquet import PromptFiles
 from metis_fast.errors import ConfigError
@@ -33,6 +36,8 @@ _WEIGHTS = (".safetensors", ".parquet", ".arrow")  # of a folder, these and what
 _BLOCK, _BLOCKS = 1 << 16, 64  # of large files so many bytes in so many places are read: weights of 17 GB are not read twice
 
 MODEL_FILES = frozenset({"config.json", "model.safetensors.index.json", *COPIED})
+
+_WAIT_S = 0.2
 
 _FIXED = frozenset(("run.seed", "data.shuffle", "model.dtype"))
 """What a checkpoint is made for; another value cannot read it."""
@@ -54,13 +59,55 @@ class Change:
     can_be_accepted: bool = True
 
 
+class _Digests:
+    """Of the rows of a new run, which nothing is compared with yet: they are made while engines and trainer load."""
+
+    def __init__(self, files: PromptFiles) -> None:
+        self._stopped, self._rows, self._num_rows = False, 0, len(files)
+        self._made: Future[DataRecord] = Future()
+        threading.Thread(target=self._make, args=[files], name="digests", daemon=True).start()
+
+    def _make(self, files: PromptFiles) -> None:
+        try:
+            self._made.set_result(files.record(None, self._tick))
+        except BaseException as error:  # whoever takes the digests hears of it
+            self._made.set_exception(error)
+
+    def _tick(self, rows: int) -> None:
+        self._rows += rows
+        if self._stopped:
+            raise InterruptedError("nobody needs them any more")
+
+    def take(self, key: str, log: LogConfig, check: Callable[[], None]) -> DataRecord:
+        """Once they are made. key: of the data. check: called meanwhile. Raises what `PromptFiles.record` does."""
+        with progress(self._num_rows, f"reading {key}", log, "row") as bar:
+            while True:
+                check()
+                bar.update(self._rows - bar.n)
+                with suppress(TimeoutError):
+                    return self._made.result(_WAIT_S)
+
+    def stop(self) -> None:
+        """Soon, and wait for it."""
+        self._stopped = True
+        self._made.exception()
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class RunRecord:
-    """Made by `open_record`. inputs: by dotted key. changes: what differs from the record in the folder, all of it allowed."""
+    """Made by `open_record`; close it. inputs: by dotted key. changes: what differs from the record in the folder, all of it
+    allowed. later: digests that are still being made. check: called while they are waited for."""
 
     config: Config
     inputs: Inputs
     changes: tuple[Change, ...] = ()
+    later: Mapping[str, _Digests] = field(default_factory=dict)
+    check: Callable[[], None] = lambda: None
+
+    def close(self) -> None:
+        """End what still reads."""
+        for digests in self.later.values():
+            digests.stop()
 
     def save(self, step: int) -> None:
         """Write settings and inputs into the folder, and what changed. step: the last one before that.
@@ -69,8 +116,10 @@ class RunRecord:
 
         Raises:
             ConfigError: the folder cannot be made.
+            DataError: a row group of a new run cannot be decoded.
         """
         folder = self.config.run.dir
+        inputs = self.inputs | {key: digests.take(key, self.config.log, self.check) for key, digests in self.later.items()}
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -87,7 +136,7 @@ class RunRecord:
                 file.write("\n".join(lines) + "\n")
         tree = {
             "settings": dict(_leaves(deciding(self.config))),
-            "inputs": {key: one.to_json() if isinstance(one, DataRecord) else one for key, one in self.inputs.items()},
+            "inputs": {key: one.to_json() if isinstance(one, DataRecord) else one for key, one in inputs.items()},
         }
         _write(folder / _INPUTS, json.dumps({"sha256": _checksum(tree), **tree}) + "\n")
         _write(folder / _CONFIG, config_module.to_yaml(self.config))
@@ -98,8 +147,9 @@ def open_record(
 ) -> RunRecord:
     """Compare settings and files with what `config.run.dir` began with; rows keep the names and the order that they had.
 
-    data: opened files of prompts by dotted key, None where there are none. They are read whole in a new run, and where they
-    changed. sections: of the config, whose other files are compared, too. check: called meanwhile; what it raises goes on.
+    data: opened files of prompts by dotted key, None where there are none. They are read whole in a new run, meanwhile, and
+    where they changed. sections: of the config, whose other files are compared, too. check: called while something is read
+    here; what it raises goes on.
 
     Raises:
         ConfigError: the folder holds a run with other settings or other files, or what it keeps of them is gone or damaged.
@@ -111,8 +161,9 @@ def open_record(
     settings, old = ({}, {}) if known is None else known
     changes = [] if known is None else _setting_changes(settings, config)
     inputs: Inputs = {}
-    for key, files in data.items():
-        if files is not None:
+    opened = {key: files for key, files in data.items() if files is not None}
+    for key, files in opened.items():
+        if known is not None:
             before = old.get(key)
             before = before if isinstance(before, DataRecord) else None
             with progress(len(files), f"reading {key}", config.log, "row") as bar:
@@ -135,13 +186,15 @@ def open_record(
     for change in changes:
         _LOG.warning("%s is not what %s had: %s; the run goes on with it", change.key, folder, _words(change))
     kept = {key: one for key, one in old.items() if key not in data and key not in paths}
-    return RunRecord(config, kept | inputs, tuple(changes))
+    later = {key: _Digests(files) for key, files in opened.items()} if known is None else {}
+    return RunRecord(config, kept | inputs, tuple(changes), later, check)
 
 
 def files_digest(path: Path) -> str:
     """What a file, or the model, corpus or trajectories of a folder, are known by: names, sizes, and bytes from all over."""
     digest = sha256()
-    found = [path] if path.is_file() else sorted([*path.glob("*"), *path.glob("images/*")])
+    inside = ("*", "images/*", "data/*.parquet")  # the last: as the hub has data sets
+    found = [path] if path.is_file() else sorted(file for pattern in inside for file in path.glob(pattern))
     for file in found:
         if file != path and not (file.is_file() and (file.suffix in _WEIGHTS or file.name in MODEL_FILES)):
             continue

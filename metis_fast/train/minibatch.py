@@ -8,6 +8,7 @@ Shape letters: T tokens of the loss of a pack, H hidden size, V vocabulary (of a
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -18,9 +19,10 @@ import torch
 from torch import Tensor
 
 from metis_fast.config import Config
+from metis_fast.errors import NonFiniteError
 from metis_fast.summary import Outline
 from metis_fast.train.flops import FlopModel
-from metis_fast.train.pack import Family, Pack, Sample, itself, split
+from metis_fast.train.pack import UNSCORED, Family, Pack, Sample, itself, split
 from metis_fast.train.savings import Passes, account
 from metis_fast.types import Rollout, Savings, Score, UpdateStats
 from metis_kernels import hdpo_loss, linear_logprob
@@ -238,6 +240,68 @@ def pack_logprobs(
         impl=config.loss.impl,
     )
     return found.logp_T.float(), found.lse_T.float()
+
+
+def imitation_packs(rollouts: Sequence[Outline], config: Config) -> list[list[Family]]:
+    """The packs of an SFT step.
+
+    Raises:
+        DataError: a rollout does not fit into one; it is named.
+    """
+    train = config.train
+    samples = [Sample(rollout, UNSCORED) for rollout in rollouts]
+    return split(samples, config.sft.tokens_per_micro_batch, train.share_prompt, train.share_packs)
+
+
+def imitation_loss(
+    hidden_TH: Tensor,
+    head_VH: Tensor,
+    pack: Pack,
+    config: Config,
+    count: int,
+    shard: VocabShard | None = None,
+    reduce_hidden: bool = True,
+    main_grad: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """A loss with the gradient of the mean negative log-likelihood of `count` tokens, those of the pack among them, and the sum
+    of the pack's log-likelihoods, float64 on the device.
+
+    It is the loss of RL with advantage 1: on policy the ratio is 1, and the gradient of the surrogate that of the likelihood.
+    shard, reduce_hidden, main_grad: see `metis_kernels.hdpo_loss`.
+    """
+    device = hidden_TH.device
+    ones = torch.ones(len(hidden_TH), device=device)
+    out = hdpo_loss(
+        hidden_TH,
+        head_VH,
+        pack.targets_T.to(device),
+        None,
+        ones,
+        ones,
+        pack.sampled_T.to(device),
+        count,
+        0,
+        w_tool=0.0,
+        temperature=config.rollout.temperature,
+        main_grad=main_grad,
+        shard=shard,
+        reduce_hidden=reduce_hidden,
+        chunk=config.loss.token_chunk or None,
+        impl=config.loss.impl,
+    )
+    return out.loss, out.logp_L.double().sum()
+
+
+def imitation_result(total: float, count: int, norm: float) -> tuple[float, float]:
+    """Mean negative log-likelihood and gradient norm of a step that was applied. total: the sum of log-likelihoods.
+
+    Raises:
+        NonFiniteError: one of them is none.
+    """
+    loss = -total / count
+    if not (math.isfinite(loss) and math.isfinite(norm)):
+        raise NonFiniteError(f"SFT loss is {loss} with gradient norm {norm}; lower sft.optim.lr or check the trajectories")
+    return loss, norm
 
 
 def spread(

@@ -28,6 +28,9 @@ from metis_fast.train.minibatch import (
     Trained,
     denominators,
     engine_gaps,
+    imitation_loss,
+    imitation_packs,
+    imitation_result,
     names,
     pack_logprobs,
     pack_loss,
@@ -42,7 +45,6 @@ from metis_fast.train.protocol import TrainerState
 from metis_fast.train.savings import deal
 from metis_fast.train.sharding import gather, gather_objects, shard, split_like, whole
 from metis_fast.types import ImageBlob, Rollout, ScoredGroup, UpdateStats
-from metis_kernels import hdpo_loss
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -295,7 +297,7 @@ class TorchTrainer:
             NonFiniteError: loss or gradient is NaN or Inf; the step was not applied.
         """
         count = sum(rollout.num_sampled for rollout in rollouts)
-        passes = self._passes(self._split([Sample(r, UNSCORED) for r in rollouts], self._config.sft.tokens_per_micro_batch))
+        passes = self._passes(imitation_packs(rollouts, self._config))
         self.optimizer.start()
         sums: list[Tensor] = []
         for one in passes:
@@ -305,35 +307,13 @@ class TorchTrainer:
             sums.append(total)
         self._forward.forget()
         own = float(torch.stack(sums).sum())
-        total = -sum(gather_objects(own, self._group)) / count
-        norm = self.optimizer.step() if math.isfinite(total) else math.nan
-        if not (math.isfinite(total) and math.isfinite(norm)):
-            raise NonFiniteError(f"SFT loss is {total} with gradient norm {norm}; lower sft.optim.lr or check the trajectories")
-        return total, norm
+        total = sum(gather_objects(own, self._group))
+        return imitation_result(total, count, self.optimizer.step() if math.isfinite(total) else math.nan)
 
     def _likelihood(self, one: _Pass, count: int) -> tuple[Tensor, Tensor]:
-        """A loss with the gradient of the mean negative log-likelihood, and the sum of the pack's log-likelihoods."""
-        pack = one.pack
+        """See `imitation_loss`."""
 
         def run(hidden_TH: Tensor, head_VH: Tensor) -> tuple[Tensor, Tensor]:
-            device = hidden_TH.device
-            # with advantage 1 and ratio 1 the gradient of the surrogate is that of the log-likelihood
-            ones = torch.ones(len(hidden_TH), device=device)
-            out = hdpo_loss(
-                hidden_TH,
-                head_VH,
-                pack.targets_T.to(device),
-                None,
-                ones,
-                ones,
-                pack.sampled_T.to(device),
-                count,
-                0,
-                w_tool=0.0,
-                temperature=self._config.rollout.temperature,
-                chunk=self._config.loss.token_chunk or None,
-                impl=self._config.loss.impl,
-            )
-            return out.loss, out.logp_L.double().sum()
+            return imitation_loss(hidden_TH, head_VH, one.pack, self._config, count)
 
-        return self._forward(pack, one.tower, run)
+        return self._forward(one.pack, one.tower, run)

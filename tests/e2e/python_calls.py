@@ -10,10 +10,12 @@ import pytest
 
 from metis_fast.config import PythonToolConfig
 from metis_fast.errors import ToolSetupError
+from metis_fast.rollout.protocols import Compact
 from metis_fast.tools.python_tool import PythonServer, PythonTool
 from metis_fast.types import Observation
 
 LIMIT = 2000
+WORD = Compact().word
 Run = Callable[..., list[Observation]]
 
 
@@ -21,7 +23,7 @@ def observations(server: PythonServer, *codes: str, timeout_s: float = 60.0) -> 
     async def story() -> list[Observation]:
         tool = PythonTool(server, (), timeout_s, LIMIT)
         try:
-            return [await tool.call(code) for code in codes]
+            return [WORD(await tool.call(code)) for code in codes]
         finally:
             await tool.close()
 

@@ -10,7 +10,7 @@ import pytest
 from metis_fast import cli
 from metis_fast.config import HttpSearchConfig, load
 from metis_fast.rehearse import endpoints
-from metis_fast.rehearse.settings import Places, small
+from metis_fast.rehearse.settings import KEY_VALUE, Places, small
 from metis_fast.score.llm_prompt import read_prompt
 
 _CONFIGS = Path(__file__).parents[2] / "configs"
@@ -37,6 +37,9 @@ def test_the_papers_hdpo_config_rehearses_with_vllm_and_two_ranks(capsys: pytest
     steps = [json.loads(line) for line in (out / "run" / "metrics.jsonl").read_text().splitlines()]
     norms = [update["grad_norm"] for step in steps for update in step.get("updates", [])]
     assert len(norms) == 4 and all(norm > 0 for norm in norms)  # a rehearsal without gradients would show nothing
+    # nothing that a run writes has a key: logs, rollouts, records, checkpoints, report
+    files = [path for path in out.rglob("*") if path.is_file()]
+    assert len(files) > 50 and not [path for path in files if KEY_VALUE.encode() in path.read_bytes()]
 
 
 def test_the_papers_sft_config_rehearses_on_two_ranks(capsys: pytest.CaptureFixture[str]) -> None:

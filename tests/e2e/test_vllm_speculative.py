@@ -37,7 +37,7 @@ from metis_fast.rollout.vllm.settings import GenerateReply, GenerateRequest
 from metis_fast.sync.staging import Staging
 from metis_fast.testing.tiny import build_tiny, read_shape
 from metis_fast.train.torch_backend import TorchTrainer
-from metis_fast.types import Ability, ImageBlob, Message, Outcome, Prompt, Rollout
+from metis_fast.types import ImageBlob, Message, Outcome, Prompt, Rollout
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(find_spec("vllm") is None, reason="vllm is not installed")]
 
@@ -203,7 +203,7 @@ class _Run:
         Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)).save(data, "PNG")
         chat = Chat(self.policy.tokenizer, self.policy.images)
         self.pieces = [
-            chat.encode_prompt(Prompt("p", "test", (Message("user", text),), seen, Ability.SEARCH, ("x",), "rule", text))
+            chat.encode_prompt(Prompt("p", "test", (Message("user", text),), seen, "search", ("x",), "rule", text))
             for text, seen in (("<image> abcdabcdabcd", (ImageBlob.of(data.getvalue()),)), ("abcdabcdefgh", ()))
         ]
         self.settings = engine_settings(config, self.policy)

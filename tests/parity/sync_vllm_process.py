@@ -31,7 +31,7 @@ from metis_fast.sync.segment import FOLDER, HEADER
 from metis_fast.sync.staging import Staging
 from metis_fast.testing.tiny import build_tiny
 from metis_fast.train.torch_backend import TorchTrainer
-from metis_fast.types import Ability, ImageBlob, Message, Outcome, Prompt, Rollout
+from metis_fast.types import ImageBlob, Message, Outcome, Prompt, Rollout
 
 TOKENS = 6
 Logp = list[list[float]]
@@ -70,7 +70,7 @@ class Run:
         chat = Chat(self.policy.tokenizer, self.policy.images)
         images = (picture(0, 32, 32), picture(1, 96, 32))
         self.pieces = [
-            chat.encode_prompt(Prompt("p", "test", (Message("user", text),), seen, Ability.SEARCH, ("x",), "rule", text))
+            chat.encode_prompt(Prompt("p", "test", (Message("user", text),), seen, "search", ("x",), "rule", text))
             for text, seen in (("Which city lies in France?", ()), ("<image> or <image>?", images))
         ]
         self.engine = LLMEngine.from_engine_args(

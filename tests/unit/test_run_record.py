@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+import threading
 from collections.abc import Callable
 from hashlib import sha256
 from pathlib import Path
@@ -16,7 +17,7 @@ import pytest
 
 from metis_fast.config import Config, build, by_content, load
 from metis_fast.data.parquet import PromptFiles
-from metis_fast.errors import ConfigError
+from metis_fast.errors import ConfigError, DataError
 from metis_fast.run.record import RunRecord, files_digest, open_record
 
 
@@ -297,8 +298,25 @@ def test_what_reads_the_files_can_be_stopped(config: Config, tmp_path: Path) -> 
     def stop() -> None:
         raise KeyboardInterrupt
 
+    new = open_record(config, opened(config), (), stop)
     with pytest.raises(KeyboardInterrupt):
-        open_record(config, opened(config), (), stop)
+        new.save(0)
+    new.close()
+    assert not (tmp_path / "run" / "inputs.json").exists()
+    assert "digests" not in {thread.name for thread in threading.enumerate()}
+
+
+def test_a_row_group_of_a_new_run_that_cannot_be_read_is_an_error_before_its_first_step(config: Config, tmp_path: Path) -> None:
+    shutil.rmtree(tmp_path / "run")
+    files = opened(config)
+    path = tmp_path / "data" / "train.parquet"
+    data = bytearray(path.read_bytes())
+    data[100:200] = bytes(100)
+    path.write_bytes(data)
+    new = record(config, files)
+    with pytest.raises(DataError, match="cannot read row group 0"):
+        new.save(0)
+    new.close()
 
 
 def test_what_lies_beside_the_weights_is_not_the_model(tmp_path: Path) -> None:
@@ -325,6 +343,7 @@ def test_every_single_path_that_decides_is_found() -> None:
         "tools.text_search.reference_cache": None,
         "tools.image_search.corpus": None,
         "tools.image_search.cache": None,
+        "score.llm.prompt": None,
         "sft.phases.0.trajectories": Path("a"),
         "sft.phases.1.trajectories": Path("b"),
         "sft.heldout": None,

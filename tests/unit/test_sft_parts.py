@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from coldstart import CALL, FOUND, conversations, png, say, write
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from metis_fast.config import load
 from metis_fast.config.sft import SftConfig, SftPhase
@@ -247,6 +248,11 @@ def test_the_log_keeps_what_came_before_the_checkpoint_and_drops_a_line_that_was
     log.resume(2)
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [0, 1]
     assert log.measured(2) and not log.measured(3)
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(CheckpointError, match=r"metrics.jsonl: cannot be written \(Is a directory\); free some"):
+        log.step({"step": 2, "loss": 1.0})
+    path.rmdir()
     path.write_text("no json\n")
     with pytest.raises(DataError, match="expected a JSON object a line"):
         log.resume(2)
@@ -268,6 +274,12 @@ def test_images_are_shown_within_the_limit_and_the_processor_of_rl_is_as_it_was(
     assert (own.num_tokens(image), small.num_tokens(image)) == (4, 1)
     assert limited(processor, 0) is limited(processor, 4096) is processor
     assert limited(None, 512) is None
+    # the published processor, and its relative's limit
+    sizes = {"shortest_edge": 65536, "longest_edge": 16777216}
+    published = Qwen2VLImageProcessorPil(patch_size=16, merge_size=2, temporal_patch_size=2, size=sizes)
+    photo = picture(0, 2048, 1536)
+    tokens = [ImagePreparer(limited(published, most)).num_tokens(photo) for most in (0, 262_144)]
+    assert tokens == [64 * 48, 18 * 13]
 
 
 def test_the_shipped_config_reads_as_its_relative_does():

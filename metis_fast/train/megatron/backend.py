@@ -20,9 +20,9 @@ from metis_fast.train.flops import FlopModel
 from metis_fast.train.megatron import layout, names
 from metis_fast.train.megatron.door import loopback
 from metis_fast.train.megatron.launch import Ranks
-from metis_fast.train.megatron.shared import Shared, no_room
+from metis_fast.train.megatron.shared import Kept, Shared, Ungrouped, no_room
 from metis_fast.train.megatron.task import Outlined, StepResult, Task
-from metis_fast.train.minibatch import Trained, plans, prunes, update_stats
+from metis_fast.train.minibatch import Trained, imitation_packs, imitation_result, plans, prunes, update_stats
 from metis_fast.train.pack import UNSCORED, Family, Sample, split
 from metis_fast.train.protocol import TrainerState
 from metis_fast.train.savings import deal
@@ -63,6 +63,7 @@ class MegatronTrainer:
 
     model: transformers' config of `folder`. total_steps: optimizer steps of the whole run, for the schedule. check: called
     while the ranks start; what it raises goes on. room: in which Ray places the ranks; None: on this machine.
+    image_max_pixels: see `limited`.
 
     Raises:
         ConfigError: a layout or an option that cannot work; nothing was started.
@@ -78,6 +79,7 @@ class MegatronTrainer:
         model: PretrainedConfig,
         check: Callable[[], None] = _nothing,
         room: Room | None = None,
+        image_max_pixels: int = 0,
     ) -> None:
         check_settings(config, model)
         self._config = config
@@ -96,7 +98,7 @@ class MegatronTrainer:
             self._ranks = Ranks(
                 config.train.megatron,
                 "metis_fast.train.megatron.step:Worker",
-                Task(config, folder.resolve(), optim, total_steps),
+                Task(config, folder.resolve(), optim, total_steps, image_max_pixels),
                 logs,
                 check,
                 self._keepers,
@@ -174,13 +176,34 @@ class MegatronTrainer:
             with self._keepers.fetched([_key(group) for group in groups], needed, check) as found:
                 yield found
             return
+        with self._written([_whole(group) for group in groups], needed) as written:
+            yield written
+
+    @contextmanager
+    def _written(self, groups: Sequence[Kept], needed: Sequence[set[int]]) -> Iterator[Sequence[Mapping[int, str]]]:
+        """As `_brought`, of groups that are here."""
         with ExitStack() as stack:
             try:
                 shared = stack.enter_context(closing(Shared()))
-                files = {number: str(shared.write(number, _whole(groups[number]))) for number in sorted(set().union(*needed))}
+                files = {number: str(shared.write(number, groups[number])) for number in sorted(set().union(*needed))}
             except OSError as error:
                 raise TrainerError(no_room(error)) from None
             yield [files] * len(needed)
+
+    def imitate(self, rollouts: Sequence[Rollout]) -> tuple[float, float]:
+        """See `TorchTrainer.imitate`; also raises TrainerError as `update` does. A replica's ranks read what is in their packs.
+
+        For ranks of this machine.
+        """
+        assert self._keepers is None, "ranks on Ray fetch groups from nodes"
+        outlined = [Outlined((RolloutSummary.of(rollout),), (UNSCORED,)) for rollout in rollouts]
+        packs = imitation_packs([group.rollouts[0] for group in outlined], self._config)
+        needed = self._needed(outlined, [packs])
+        with self._written([Ungrouped((rollout,)) for rollout in rollouts], needed) as files:
+            result: StepResult = self._ranks.call("imitate", outlined, files)[0]
+        self._num_updates += 1
+        count = sum(rollout.num_sampled for rollout in rollouts)
+        return imitation_result(sum(values[1] for values, _ in result.table), count, result.norm)
 
     def logprobs(self, rollouts: Sequence[Rollout]) -> list[np.ndarray]:
         """See `Trainer`."""

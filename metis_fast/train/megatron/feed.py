@@ -10,7 +10,7 @@ from metis_fast.pictures import ImagePreparer, Picture
 from metis_fast.summary import Outline
 from metis_fast.train.megatron import shared
 from metis_fast.train.minibatch import Scored
-from metis_fast.types import Group, ImageBlob, Rollout
+from metis_fast.types import ImageBlob, Rollout
 
 
 class GroupReader:
@@ -22,7 +22,7 @@ class GroupReader:
     def __init__(self, groups: Sequence[Scored], files: Mapping[int, str]) -> None:
         self._place = {id(r): (number, i) for number, group in enumerate(groups) for i, r in enumerate(group.rollouts)}
         self._files = files
-        self._read: dict[int, Group] = {}
+        self._read: dict[int, shared.Kept] = {}
         self.num_bytes: dict[int, int] = {}
 
     def rollout(self, outline: Outline) -> Rollout:

@@ -6,13 +6,32 @@ A process has a folder of its own, which ends with it (`metis_fast.own_folder`).
 from __future__ import annotations
 
 import pickle
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from metis_fast.own_folder import OwnFolder
 from metis_fast.sync.segment import FOLDER, free_bytes
-from metis_fast.types import Group
+from metis_fast.types import Rollout
 
 _PREFIX = "metis-fast-ranks-"
+
+
+class Kept(Protocol):
+    """What is handed over: a `Group` is one."""
+
+    @property
+    def rollouts(self) -> Sequence[Rollout]:
+        """Whole."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Ungrouped:
+    """Rollouts of no prompt's group."""
+
+    rollouts: tuple[Rollout, ...]
 
 
 class Shared:
@@ -25,7 +44,7 @@ class Shared:
         """Of a file in it."""
         return self._folder.path / name
 
-    def write(self, number: int, group: Group) -> Path:
+    def write(self, number: int, group: Kept) -> Path:
         """A group into a file of its own.
 
         Raises:
@@ -41,7 +60,7 @@ class Shared:
         self._folder.close()
 
 
-def read(path: str) -> Group:
+def read(path: str) -> Kept:
     """A group that was written by a process of this run."""
     with open(path, "rb") as file:
         return pickle.load(file)

@@ -12,16 +12,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
@@ -32,6 +32,7 @@ from metis_fast.cluster.weights import pack as pack_weights
 from metis_fast.errors import NonFiniteError
 from metis_fast.model_folder import hf_shapes, load_processor, may_have, read_config
 from metis_fast.pictures import ImagePreparer
+from metis_fast.sft.processor import limited
 from metis_fast.summary import Outline
 from metis_fast.sync.manifest import Place
 from metis_fast.train.flops import FlopModel
@@ -40,6 +41,7 @@ from metis_fast.train.megatron import names as hf_names
 from metis_fast.train.megatron.checkpoint import Checkpoints
 from metis_fast.train.megatron.feed import GroupReader, PicturesAhead
 from metis_fast.train.megatron.optimizer import Optimizer
+from metis_fast.train.megatron.passes import Context, HeadReady, PackLoss, Pass, Table, finalize, with_values
 from metis_fast.train.megatron.policy import MegatronPolicy, PassInput, megatron_config
 from metis_fast.train.megatron.rank import Aborted
 from metis_fast.train.megatron.task import StepResult, Task
@@ -49,6 +51,9 @@ from metis_fast.train.minibatch import (
     Trained,
     denominators,
     engine_gaps,
+    imitation_loss,
+    imitation_packs,
+    imitation_result,
     names,
     pack_logprobs,
     pack_loss,
@@ -62,26 +67,6 @@ from metis_fast.train.savings import deal
 from metis_fast.types import Rollout
 from metis_kernels import Segments
 from metis_kernels._shard import VocabShard
-
-
-class Context(Protocol):
-    """What a rank knows of where it runs (see `rank`)."""
-
-    rank: int
-    device: torch.device
-    control: dist.ProcessGroup
-
-    def aborted(self) -> bool:
-        """Whether the run asked to leave what is being done; all ranks ask together and hear the same."""
-        ...
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Pass:
-    """A pack, and what of it goes through the model; its images come when it runs."""
-
-    pack: Pack
-    given: PassInput
 
 
 class Worker:
@@ -114,7 +99,8 @@ class Worker:
         if vision is not None:
             self._merge = vision.spatial_merge_size
             if self._place.stage == 0:
-                self._images = ImagePreparer(load_processor(task.folder), round(config.model.image_cache_gb * (1 << 30)))
+                processor = limited(load_processor(task.folder), task.image_max_pixels)
+                self._images = ImagePreparer(processor, round(config.model.image_cache_gb * (1 << 30)))
         self._policies = [
             MegatronPolicy(
                 self._megatron,
@@ -144,7 +130,7 @@ class Worker:
         self._schedule = Schedule(task.optim, task.total_steps)
         self._prunes = prunes(config)
         self._trained = Trained(FlopModel.of(self._hf), "vision" not in frozen, head_trained)
-        self._megatron.finalize_model_grads_func = _finalize
+        self._megatron.finalize_model_grads_func = finalize
         if self._overlap:
             syncs = [model.no_sync for model in self._models]
             self._megatron.no_sync_func = cast(Any, syncs if len(syncs) > 1 else syncs[0])
@@ -199,7 +185,7 @@ class Worker:
         packs: Sequence[Sequence[Family]],
         every_row: bool = False,
         whole: Callable[[Outline], Rollout] = itself,
-    ) -> list[_Pass]:
+    ) -> list[Pass]:
         """This replica's share of the packs, by predicted cost; as many passes on every replica, the rest with nothing in
         them, and a multiple of the stages where chunks are interleaved."""
         if not packs:
@@ -218,7 +204,7 @@ class Worker:
         shortest = max(len(pack.tokens_N) for pack in every) if self._layout.virtual_pipeline > 1 else 0
         return [self._prepare(pack, shortest) for pack in every]
 
-    def _prepare(self, pack: Pack, shortest: int) -> _Pass:
+    def _prepare(self, pack: Pack, shortest: int) -> Pass:
         device = self._context.device
         num_tokens = max(len(pack.tokens_N), shortest)
         # sequence parallelism gives every rank the same number of tokens; what fills up sees itself only
@@ -235,9 +221,9 @@ class Worker:
             (),
             pack.image_order,
         )
-        return _Pass(pack, given)
+        return Pass(pack, given)
 
-    def _run(self, passes: Sequence[_Pass], then: Any, forward_only: bool) -> list[Any]:
+    def _run(self, passes: Sequence[Pass], then: Any, forward_only: bool) -> list[Any]:
         """All passes through all stages. then(pass, hidden_NBH, policy) -> (loss, result) on the last stage, where the
         results are returned, in order."""
         if not passes:
@@ -247,7 +233,7 @@ class Worker:
         if self._images is not None:
             pictures = PicturesAhead(self._images, self._ahead, [one.pack.images for one in passes])
 
-        def step(source: Iterator[tuple[int, _Pass]], model: DistributedDataParallel) -> tuple[Tensor, Any]:
+        def step(source: Iterator[tuple[int, Pass]], model: DistributedDataParallel) -> tuple[Tensor, Any]:
             number, one = next(source)
             policy = cast(MegatronPolicy, model.module)
             given = one.given
@@ -277,7 +263,7 @@ class Worker:
             pg_collection=self._groups,
         )
 
-    def _head_input(self, one: _Pass, hidden_NBH: Tensor, policy: MegatronPolicy) -> tuple[Tensor, Tensor, VocabShard | None]:
+    def _head_input(self, one: Pass, hidden_NBH: Tensor, policy: MegatronPolicy) -> tuple[Tensor, Tensor, VocabShard | None]:
         """Hidden states that predict the pack's targets, [T, H]; this rank's rows of the head; where they stand."""
         hidden_TH = policy.whole_hidden(hidden_NBH)[one.pack.select_T.to(hidden_NBH.device)]
         head = policy.head
@@ -285,10 +271,10 @@ class Worker:
             return hidden_TH, head, None
         return hidden_TH, head, VocabShard(self._place.tensor * len(head), self._groups.tp)
 
-    def _logprob_passes(self, passes: Sequence[_Pass]) -> list[tuple[Tensor, Tensor]]:
+    def _logprob_passes(self, passes: Sequence[Pass]) -> list[tuple[Tensor, Tensor]]:
         """Log-probability and log-sum-exp of the passes' targets, on the CPU of the last stage; nothing elsewhere."""
 
-        def then(one: _Pass, hidden_NBH: Tensor, policy: MegatronPolicy) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        def then(one: Pass, hidden_NBH: Tensor, policy: MegatronPolicy) -> tuple[Tensor, tuple[Tensor, Tensor]]:
             hidden_TH, head, shard = self._head_input(one, hidden_NBH, policy)
             logp, lse = pack_logprobs(hidden_TH, head, one.pack, self._config, shard)
             return logp.sum(), (logp.cpu(), lse.cpu())
@@ -340,7 +326,7 @@ class Worker:
         self._fetched = fetched.num_bytes
         del fetched  # packs have copies of what they need
         if self._config.loss.proximal == "engine":
-            passes = [[_with(one, old_logp_T=one.pack.engine_logp_T) for one in own] for own in passes]
+            passes = [[with_values(one, old_logp_T=one.pack.engine_logp_T) for one in own] for own in passes]
         for i, batch in enumerate(batches):
             if batch.owed and passes[i]:
                 self._check()
@@ -365,7 +351,7 @@ class Worker:
             raise Aborted
 
     @torch.no_grad()
-    def _with_reference(self, passes: list[list[_Pass]]) -> list[list[_Pass]]:
+    def _with_reference(self, passes: list[list[Pass]]) -> list[list[Pass]]:
         """Log-probabilities under the starting policy, whose weights stand in for the current ones meanwhile."""
         current = self._copy_of_weights()
         self._put_weights(self._reference)
@@ -374,7 +360,7 @@ class Worker:
         if not self._last:
             return passes
         return [
-            [_with(one, ref_logp_T=logp) for one, (logp, _) in zip(own, values, strict=True)]
+            [with_values(one, ref_logp_T=logp) for one, (logp, _) in zip(own, values, strict=True)]
             for own, values in zip(passes, found, strict=True)
         ]
 
@@ -385,39 +371,19 @@ class Worker:
         for parameter, value in zip((p for policy in self._policies for p in policy.parameters()), values, strict=True):
             parameter.detach().copy_(value)
 
-    def _with_old(self, passes: list[_Pass]) -> list[_Pass]:
+    def _with_old(self, passes: list[Pass]) -> list[Pass]:
         found = self._logprob_passes(passes)
         if not self._last:  # only the last stage has a loss
             return passes
-        return [_with(one, old_logp_T=logp, anchor_T=lse) for one, (logp, lse) in zip(passes, found, strict=True)]
+        return [with_values(one, old_logp_T=logp, anchor_T=lse) for one, (logp, lse) in zip(passes, found, strict=True)]
 
-    def _step(self, batch: MiniBatch, passes: Sequence[_Pass], index: int) -> StepResult:
-        for model in self._models:
-            model.zero_grad_buffer()
-        self._optimizer.zero_grad()
+    def _step(self, batch: MiniBatch, passes: Sequence[Pass], index: int) -> StepResult:
+        def loss(pack: Pack, hidden_TH: Tensor, head_VH: Tensor, **where: Any) -> tuple[Tensor, Tensor]:
+            return pack_loss(hidden_TH, head_VH, pack, self._config, *denominators(batch, pack, self._config), **where)
 
-        def then(one: _Pass, hidden_NBH: Tensor, policy: MegatronPolicy) -> tuple[Tensor, Tensor]:
-            hidden_TH, head, shard = self._head_input(one, hidden_NBH, policy)
-            loss, metrics = pack_loss(
-                hidden_TH,
-                head,
-                one.pack,
-                self._config,
-                *denominators(batch, one.pack, self._config),
-                shard=shard,
-                reduce_hidden=False,  # where the hidden states come from sums their gradients (`whole_hidden`)
-                main_grad=head.main_grad if head.requires_grad else None,  # pyright: ignore[reportAttributeAccessIssue]
-            )
-            if self._overlap and head.requires_grad:
-                loss = cast(Tensor, _HeadReady.apply(loss, head))
-            return loss, metrics
-
-        rows: list[Tensor] = []
-        if passes:
-            if index == 0:
-                self._check()
-            rows = self._run(passes, then, forward_only=False)
-        table = self._table(rows, passes)
+        if passes and index == 0:
+            self._check()
+        table = self._gradients(passes, loss)
         for values, which in table:
             if not math.isfinite(values[0]):
                 raise NonFiniteError(
@@ -425,16 +391,68 @@ class Worker:
                 )
         if index == 0:
             self._check()
+        result = self._apply(table)
+        if not math.isfinite(result.norm):
+            raise NonFiniteError(f"gradient norm is {result.norm} in mini-batch {index}; the step was not applied")
+        return result
+
+    def _gradients(self, passes: Sequence[Pass], loss: PackLoss) -> Table:
+        """Those of a step, in the buffers; the numbers that the loss gives of every pack, of all replicas."""
+        for model in self._models:
+            model.zero_grad_buffer()
+        self._optimizer.zero_grad()
+
+        def then(one: Pass, hidden_NBH: Tensor, policy: MegatronPolicy) -> tuple[Tensor, Tensor]:
+            hidden_TH, head, shard = self._head_input(one, hidden_NBH, policy)
+            value, numbers = loss(
+                one.pack,
+                hidden_TH,
+                head,
+                shard=shard,
+                reduce_hidden=False,  # where the hidden states come from sums their gradients (`whole_hidden`)
+                main_grad=head.main_grad if head.requires_grad else None,  # pyright: ignore[reportAttributeAccessIssue]
+            )
+            if self._overlap and head.requires_grad:
+                value = cast(Tensor, HeadReady.apply(value, head))
+            return value, numbers
+
+        return self._table(self._run(passes, then, forward_only=False) if passes else [], passes)
+
+    def _apply(self, table: Table) -> StepResult:
+        """The optimizer's step. A norm that is not finite leaves weights and state as they were."""
         lr = self._schedule.lr(self.num_updates)
         norm = self._optimizer.step(lr)
-        if not math.isfinite(norm):
-            raise NonFiniteError(f"gradient norm is {norm} in mini-batch {index}; the step was not applied")
-        self.num_updates += 1
+        self.num_updates += math.isfinite(norm)
         return StepResult(table, norm, lr)
 
-    def _table(self, rows: Sequence[Tensor], passes: Sequence[_Pass]) -> list[tuple[list[float], str]]:
+    # -- SFT ----------------------------------------------------------------------------------------------------------
+
+    def imitate(self, trajectories: Sequence[Scored], files: Sequence[Mapping[int, str]]) -> StepResult:
+        """See `TorchTrainer.imitate`. The table has of every pack its loss, and the sum of its log-likelihoods.
+
+        Raises:
+            DataError, NonFiniteError: as there, on every rank.
+        """
+        rollouts = [rollout for group in trajectories for rollout in group.rollouts]
+        count = sum(rollout.num_sampled for rollout in rollouts)
+        fetched = GroupReader(trajectories, files[self._context.rank])
+        passes = self._passes(imitation_packs(rollouts, self._config), whole=fetched.rollout)
+
+        def loss(pack: Pack, hidden_TH: Tensor, head_VH: Tensor, **where: Any) -> tuple[Tensor, Tensor]:
+            value, total = imitation_loss(hidden_TH, head_VH, pack, self._config, count, **where)
+            return value, torch.stack([value.detach().double(), total])
+
+        table = self._gradients(passes, loss)
+        total = sum(values[1] for values, _ in table)
+        if not math.isfinite(total):
+            imitation_result(total, count, math.nan)
+        result = self._apply(table)
+        imitation_result(total, count, result.norm)
+        return result
+
+    def _table(self, rows: Sequence[Tensor], passes: Sequence[Pass]) -> Table:
         """The rows of all replicas, on every rank."""
-        own: list[tuple[list[float], str]] = []
+        own: Table = []
         if self._last and self._place.tensor == 0 and rows:
             values = torch.stack(list(rows)).tolist()
             own = [(row, names(one.pack)) for row, one in zip(values, passes, strict=True) if one.pack.samples]
@@ -478,26 +496,3 @@ class Worker:
         """See `Checkpoints`."""
         self._checkpoints.load(folder, num_updates)
         self.num_updates = num_updates
-
-
-def _finalize(models: list[Any], num_tokens: object = None, **options: Any) -> None:
-    """Sum gradients over replicas, and over what splits tokens. Nothing is divided: the loss has its denominators."""
-    finalize_model_grads(models, None, **options)
-
-
-class _HeadReady(torch.autograd.Function):
-    """The loss; backward says that a gradient of the head came, which is in its `main_grad` by then: overlapped reduction
-    waits for one of every parameter."""
-
-    @staticmethod
-    def forward(ctx: Any, loss: Tensor, head: Tensor) -> Tensor:
-        ctx.nothing = head.new_zeros(()).expand_as(head)
-        return loss.clone()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return grad, ctx.nothing
-
-
-def _with(one: _Pass, **values: Tensor) -> _Pass:
-    return replace(one, pack=replace(one.pack, **cast(Mapping[str, Any], values)))

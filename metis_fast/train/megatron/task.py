@@ -12,12 +12,14 @@ from metis_fast.types import Score
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """What ranks are started with. folder: the model's; total_steps: optimizer steps of the run, for the schedule."""
+    """What ranks are started with. folder: the model's; total_steps: optimizer steps of the run, for the schedule.
+    image_max_pixels: see `limited`."""
 
     config: Config
     folder: Path
     optim: OptimConfig
     total_steps: int
+    image_max_pixels: int = 0
 
 
 @dataclass(frozen=True, slots=True)
