@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import math
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -104,6 +105,7 @@ class Node:
         self._config, self._files, self._keep = config, files, keep
         self._look = {data: prompts(part, check) for data, part in files.items()}
         self._ahead: OrderedDict[tuple[Data, int], Prompt] = OrderedDict()
+        self._ahead_lock = threading.Lock()  # one thread looks at rows while others begin to play some
         self._verdicts: dict[object, tuple[Judged, ...]] = {}
         self._places = asyncio.Semaphore(config.rollout.max_concurrent)
         self._stores = {"rollouts": RolloutStore(config.run.dir / "rollouts")} if "train" in files else {}
@@ -113,19 +115,21 @@ class Node:
     def look(self, data: Data, rows: Sequence[int]) -> list[Head | BadRowError]:
         """See `NodeClient`. What can be used is kept for when it is played, as long as there is room."""
         found = self._look[data](rows)
-        for row, prompt in zip(rows, found, strict=True):
-            if isinstance(prompt, Prompt) and data == "train":
-                self._ahead[data, row] = prompt
-        size = sum(_size(prompt) for prompt in self._ahead.values())
-        while size > _AHEAD_BYTES:
-            size -= _size(self._ahead.popitem(last=False)[1])
+        with self._ahead_lock:
+            for row, prompt in zip(rows, found, strict=True):
+                if isinstance(prompt, Prompt) and data == "train":
+                    self._ahead[data, row] = prompt
+            size = sum(_size(prompt) for prompt in self._ahead.values())
+            while size > _AHEAD_BYTES:
+                size -= _size(self._ahead.popitem(last=False)[1])
         return [
             Head(one.uid, row, len(one.images)) if isinstance(one, Prompt) else one
             for row, one in zip(rows, found, strict=True)
         ]
 
     def _prompts(self, jobs: Sequence[Job]) -> list[Prompt]:
-        ahead = [self._ahead.pop((job.data, job.row), None) for job in jobs]
+        with self._ahead_lock:
+            ahead = [self._ahead.pop((job.data, job.row), None) for job in jobs]
         return [one or self._files[job.data].read(job.row) for job, one in zip(jobs, ahead, strict=True)]
 
     # -- groups -------------------------------------------------------------------------------------------------------

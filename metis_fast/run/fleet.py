@@ -234,18 +234,25 @@ class Fleet:
         by_node = {node: [one for one in scored if one.group.node == node.number] for node in self.nodes}
         alone = len(self.nodes) == 1
         names = {node: name if alone else f"{name}.node-{node.number}" for node, own in by_node.items() if own}
-        await _all([self._write(node, folder, own, by_node[node]) for node, own in names.items()])
+        written = await _all([self._write(node, folder, own, by_node[node]) for node, own in names.items()])
         place = self._config.run.dir / folder
         for stale in place.glob(f"{name}.*parquet"):
-            if stale.name.removesuffix(".parquet") not in names.values():
+            if stale.name.removesuffix(".parquet") not in written:
                 stale.unlink()
         return place / (f"{name}.parquet" if alone else f"{name}.node-*.parquet")
 
-    async def _write(self, node: NodeClient, folder: str, name: str, scored: Sequence[ScoredSummary]) -> None:
+    async def _write(self, node: NodeClient, folder: str, name: str, scored: Sequence[ScoredSummary]) -> str | None:
+        """The name, if there is anything under it now. Groups may be gone since they were fetched."""
+        kept = [one for one in scored if node.holds(one.group)]
         try:
-            await node.write(folder, name, scored)
+            if kept:
+                await node.write(folder, name, kept)
         except NodeLost as lost:
-            _LOG.warning("%s; %d trained groups are missing in %s/%s.parquet", lost, len(scored), folder, name)
+            _LOG.warning("%s", lost)
+            kept = []
+        if lacking := len(scored) - len(kept):
+            _LOG.warning("%d groups went with node %d and are missing in %s/%s.parquet", lacking, node.number, folder, name)
+        return name if kept else None
 
     # -- engines ------------------------------------------------------------------------------------------------------
 
@@ -270,8 +277,18 @@ class Fleet:
         return [found for part in await _all([one(node) for node in self.nodes]) for found in part]
 
     async def layer_outputs(self, order: int, group: GroupSummary) -> Layers | None:
-        """See `RunEngine.layer_outputs`."""
-        return await self.nodes[group.node].layer_outputs(order, group)
+        """See `RunEngine.layer_outputs`.
+
+        Raises:
+            GroupsLost: its node was lost.
+        """
+        node = self.nodes[group.node]
+        try:
+            if node.holds(group):
+                return await node.layer_outputs(order, group)
+        except NodeLost as lost:
+            _LOG.warning("%s", lost)
+        raise GroupsLost((0,))
 
     async def update(self, weights: Weights) -> SyncReport:
         """Every engine samples with these weights from here on; a node that comes back later gets them before it plays.
@@ -280,8 +297,7 @@ class Fleet:
             EngineError: no engine can take them, after retries.
         """
         reports = await self._of_all(lambda node: node.update(weights))
-        if not reports:  # whoever comes back gets them
-            await self._somebody()
+        if not reports:  # whoever comes back gets them; who plays waits for that
             return SyncReport(weights.version, "full")
         slowest = max(reports, key=lambda report: report.seconds)
         return SyncReport(

@@ -85,7 +85,8 @@ class Parts:
         self.log = RunLog(config.run.dir, config.log)
         self.schedule: Schedule[Head, GroupSummary] | None = None
         if config.rollout.mode != "sync" or config.rollout.over_provision:
-            self.schedule = Schedule(Rules.of(config.rollout, config.train.steps), self.cursor, self._play)
+            rules = Rules.of(config.rollout, config.train.steps)
+            self.schedule = Schedule(rules, self.cursor, self._play, lambda group: fleet.drop([group]))
         self.state = RunState(trainer, self.cursor, self.schedule, self.checkpoints, self.log, record)
 
     async def _play(self, head: Head, place: Pending, started: Callable[[], None]) -> GroupSummary:

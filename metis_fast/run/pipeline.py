@@ -63,6 +63,7 @@ def train(config: Config, seconds_before: float = 0.0) -> Summary | None:
                 clock("store", _store(parts, scored, step))
                 parts.log.step(_step_stats(parts, step, taken, scored, updates, synced, clock.seconds))
                 parts.state.finished(step)
+                del taken, scored  # their objects go now, not when the next batch is there
         parts.checkpoints.finish()
         parts.export(config.run.dir / "trained")
         return _summarise(parts, seconds_before)
@@ -152,7 +153,9 @@ def _trained(
         try:
             return scored, clock("update", _update(parts, scored, step))
         except GroupsLost as gone:
-            lost = gone.numbers
+            lost = clock("update", gone.numbers)
+            if parts.config.rollout.mode == "sync":  # engines rest, and cannot play before they are awake and have weights
+                clock("sync", parts.sync(step))
 
 
 def _score(parts: Parts, groups: Sequence[GroupSummary]) -> list[ScoredSummary]:

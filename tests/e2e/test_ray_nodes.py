@@ -176,14 +176,14 @@ _FULL = """
 import ray
 from metis_fast.cluster.player import ObjectStore
 from metis_fast.errors import EngineError
-from metis_fast.types import Ability, Group, ImageBlob, Message, Prompt
+from metis_fast.types import Group, ImageBlob, Message, Prompt
 
 # a disk that counts as full: Ray would put what has no room in memory there
 full = {"automatic_object_spilling_enabled": False, "local_fs_capacity_threshold": 0.001}
 small = {"num_cpus": 1, "object_store_memory": 80 << 20, "include_dashboard": False, "log_to_driver": False}
 ray.init("local", _system_config=full, **small)
 image = ImageBlob.of(bytes(30 << 20))
-group = Group(Prompt("p", "s", (Message("user", "<image>"),), (image,), Ability.MATH, (), "rule", ""), ())
+group = Group(Prompt("p", "s", (Message("user", "<image>"),), (image,), "math", (), "rule", ""), ())
 kept = []
 try:
     for _ in range(5):
