@@ -16,6 +16,8 @@ from pathlib import Path
 class OwnFolder:
     """A new folder below `base`, whose name begins with `prefix`. Close it to remove it with all that is in it.
 
+    Its lock is the kind that `checkpoint.atomic` takes of the folder above what it writes: give that a folder inside of it.
+
     Raises:
         OSError: there is no room, or it may not be made.
     """

@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
         if args.out is None:
             scratch = OwnFolder(Path(tempfile.gettempdir()), "metis-rehearsal-")
             stack.callback(scratch.close)
-            folder = scratch.path
+            folder = scratch.path / "job"  # who writes a folder into another one locks that, and this one's lock is taken
         else:
             folder = args.out
             if folder.exists() and any(folder.iterdir()):

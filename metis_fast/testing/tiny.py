@@ -64,7 +64,8 @@ def build_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
 class TinyShape:
     """Shape of a tiny Qwen3-VL.
 
-    image_px: pixel count of every image's view, or the least and the most of them. text_config, vision_config: what `Qwen3VLConfig` takes, without token ids.
+    image_px: pixel count of every image's view, or the least and the most of them. text_config, vision_config: what
+    `Qwen3VLConfig` takes, without token ids.
     """
 
     vocab_size: int

@@ -125,7 +125,8 @@ os.kill(os.getpid(), signal.SIGKILL)
     with closing(Shared()) as one, closing(Shared()) as two:
         assert not dead.parent.exists()
         whole = Group(groups[0].prompt, groups[0].rollouts)
-        assert read(str(one.write(3, whole))).prompt == whole.prompt
+        again = read(str(one.write(3, whole)))
+        assert isinstance(again, Group) and again.prompt == whole.prompt
         assert one.path("").stat().st_mode & 0o077 == 0  # nobody else reads them, or puts a pickle of his own there
         assert two.path("").is_dir()
     assert not one.path("").exists() and not two.path("").exists()

@@ -151,6 +151,7 @@ def test_a_run_that_is_killed_and_resumed_again_and_again_loses_no_prompt(make_p
 def test_prompts_of_a_checkpoint_are_read_beside_the_loop_which_may_have_to_bring_them(make_prompt):
     class Far(Rows):
         def read(self, row):
+            assert loop is not None
             return asyncio.run_coroutine_threadsafe(self.begin(1), loop).result(10)[0][1] and self.make(uid=f"p{row}")
 
         async def begin(self, n):
@@ -169,7 +170,7 @@ def test_prompts_of_a_checkpoint_are_read_beside_the_loop_which_may_have_to_brin
         await schedule.close()
         return rows_of(taken)
 
-    loop = None
+    loop: asyncio.AbstractEventLoop | None = None
     assert asyncio.run(run()) == [8, 7, 9]
 
 
