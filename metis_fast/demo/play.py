@@ -16,6 +16,7 @@ from metis_fast.pictures import ImagePreparer
 from metis_fast.report.progress import progress
 from metis_fast.rollout.chat import Chat
 from metis_fast.rollout.episode import collect
+from metis_fast.rollout.protocols import open_dialect
 from metis_fast.rollout.store import RolloutStore
 from metis_fast.run.interrupt import Interrupts
 from metis_fast.tools import open_toolbox
@@ -32,7 +33,7 @@ def play(config: Config, prompts: Path, style: ScriptStyle, out: Path) -> int:
     check_model_folder(config.model.path)
     tokenizer = load_tokenizer(config.model.path)
     images = ImagePreparer(load_processor(config.model.path))
-    chat, files = Chat(tokenizer, images), PromptFiles([prompts])
+    chat, files = Chat(tokenizer, images, open_dialect(config)), PromptFiles([prompts])
     cursor = prompt_cursor(files, config.run.seed, shuffle=False, check=images.broken)
     store, rollout = RolloutStore(out), config.rollout.model_copy(update={"deterministic": False})
     with Interrupts() as interrupts, ExitStack() as stack:
