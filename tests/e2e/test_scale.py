@@ -42,9 +42,9 @@ def test_a_rollout_costs_the_run_a_kilobyte_and_no_array_or_image_of_it_comes_in
 
 @pytest.mark.slow
 def test_memory_is_flat_over_two_hundred_steps_and_bytes_do_not_grow_with_nodes(tmp_path: Path) -> None:
-    one, two, four = _bench(tmp_path, "--nodes", "1,2,4", "--steps", "200", "--prompts", "16")["rows"]
-    for row in (one, two, four):
+    one, four = _bench(tmp_path, "--nodes", "1,4", "--steps", "200", "--prompts", "8")["rows"]
+    for row in (one, four):
         before, after = row["resident"]
         assert after - before < 16 << 20
-    assert max(row["tcp_in"] + row["tcp_out"] for row in (one, two, four)) < _TCP
+        assert row["tcp_in"] + row["tcp_out"] < _TCP
     assert one["summaries"] == pytest.approx(four["summaries"], rel=0.02)

@@ -45,13 +45,14 @@ SLEEPS = {"engine": "vllm", "deterministic": False, "vllm": {"sleep": True, "rep
 
 @dataclass
 class Script:
-    """What happens on nodes. opens: seconds of the coming starts, or what they fail with; after these they are quick."""
+    """What happens on nodes. opens: seconds of the coming starts, or what they fail with; after these they are quick. nodes: by
+    number, those started last."""
 
     opens: list[float | Exception] = field(default_factory=list)
     update_s: float = 0.0
     together_s: float = 0.01
     starts: int = 0
-    nodes: list[Playing] = field(default_factory=list)
+    nodes: dict[int, Playing] = field(default_factory=dict)
 
 
 SCRIPT = Script()
@@ -106,7 +107,7 @@ class Scripted(Player):
             raise happens
         await asyncio.sleep(happens)
         self._together_s, self._node = SCRIPT.together_s, Playing(setup.number, setup.config)
-        SCRIPT.nodes.append(self._node)
+        SCRIPT.nodes[setup.number] = self._node
         return 1
 
 
@@ -222,7 +223,7 @@ def test_rows_can_be_looked_at_on_the_loop_itself(start: Callable[..., Any]) -> 
 def test_of_a_group_that_is_cancelled_while_its_end_is_on_the_way_nothing_is_kept(start: Callable[..., Any]) -> None:
     SCRIPT.together_s = 0.5
     (node,) = start()
-    (playing,) = SCRIPT.nodes
+    (playing,) = SCRIPT.nodes.values()
 
     async def go() -> None:
         task = asyncio.ensure_future(node.play_one(jobs(1)[0], lambda: None))
@@ -238,7 +239,7 @@ def test_of_a_group_that_is_cancelled_while_its_end_is_on_the_way_nothing_is_kep
 
 def test_of_a_group_that_is_cancelled_as_it_comes_nothing_is_kept(start: Callable[..., Any]) -> None:
     (node,) = start()
-    (playing,) = SCRIPT.nodes
+    (playing,) = SCRIPT.nodes.values()
 
     async def go() -> None:
         task = asyncio.ensure_future(node.play_one(jobs(1)[0], lambda: None))
@@ -319,7 +320,7 @@ def test_a_start_that_is_under_way_ends_when_engines_are_to_rest(start: Callable
     assert SCRIPT.starts == 3 and not nodes[1].alive and SCRIPT.nodes[0].asleep
     asyncio.run(fleet.resume())
     until(lambda: nodes[1].alive)
-    assert not any(node.asleep for node in SCRIPT.nodes)
+    assert not any(node.asleep for node in SCRIPT.nodes.values())
 
 
 def test_an_engine_that_keeps_its_memory_is_started_amid_an_update(start: Callable[..., Any], rays: Rays) -> None:
@@ -358,7 +359,7 @@ def test_groups_that_are_lost_as_an_update_begins_are_played_again_by_engines_th
 
     def update(scored: Sequence[ScoredSummary], check: Callable[[], None]) -> tuple[str, ...]:
         begun.append(len(scored))
-        assert all(node.asleep for node in SCRIPT.nodes)
+        assert all(SCRIPT.nodes[i].asleep for i, node in enumerate(nodes) if node.alive)
         lost = tuple(i for i, one in enumerate(scored) if one.group.node == num - 1)
         if len(begun) == 1:
             lose(rays, nodes[-1])
