@@ -73,15 +73,15 @@ def test_a_data_file_that_cannot_be_read_is_named(demo: Path, tmp_path: Path) ->
 
 
 def test_a_bad_row_stops_the_run_with_file_row_and_column(demo: Path, tmp_path: Path) -> None:
-    bad = _rows(demo, tmp_path / "bad.parquet", lambda rows: rows[0].update(ability="music"))
+    bad = _rows(demo, tmp_path / "bad.parquet", lambda rows: rows[0].update(data_source=None))
     command = _train(demo, f"run.dir={tmp_path / 'run'}", f"data.train=[{bad}]", "data.shuffle=false")
     line = error_line(run(command, tmp_path / "process"))
-    assert f"{bad}" in line and "row 0" in line and "ability" in line
+    assert f"{bad}" in line and "row 0" in line and "data_source" in line
 
 
 def test_bad_rows_that_are_skipped_are_counted_in_the_metrics(demo: Path, tmp_path: Path) -> None:
     def spoil(rows: list[dict]) -> None:
-        rows[1]["ability"] = "music"
+        rows[1]["data_source"] = None
         rows[2]["prompt"] = []
 
     bad = _rows(demo, tmp_path / "bad.parquet", spoil)
@@ -94,7 +94,7 @@ def test_bad_rows_that_are_skipped_are_counted_in_the_metrics(demo: Path, tmp_pa
 
 
 def test_a_data_set_without_a_usable_row_is_refused_where_bad_rows_are_skipped(demo: Path, tmp_path: Path) -> None:
-    bad = _rows(demo, tmp_path / "bad.parquet", lambda rows: [row.update(ability="music") for row in rows])
+    bad = _rows(demo, tmp_path / "bad.parquet", lambda rows: [row.update(data_source=None) for row in rows])
     command = _train(demo, f"run.dir={tmp_path / 'run'}", f"data.train=[{bad}]", "data.on_bad_row=skip")
     ended = run(command, tmp_path / "process")
     assert ended.code == 2

@@ -80,7 +80,7 @@ def test_data_check_tells_good_files_from_bad_ones_by_its_exit_code(demo: Path, 
     assert json.loads(succeed(["data", "check", good, "--json"], tmp_path / "good"))["bad_rows"] == []
     table = pq.read_table(good)
     rows = table.to_pylist()
-    rows[3]["ability"] = "music"
+    rows[3]["data_source"] = None
     pq.write_table(pa.Table.from_pylist(rows, schema=table.schema), tmp_path / "bad.parquet")
     ended = run(["data", "check", tmp_path / "bad.parquet", good], tmp_path / "bad")
     assert ended.code == 1 and f"bad row: {tmp_path / 'bad.parquet'}" in ended.out, ended
