@@ -36,7 +36,8 @@ _EPILOG = """examples:
   metis-fast plan my.yaml --gpus 64                     which layout fits, and how long would a step take?
   metis-fast doctor my.yaml                             what would stop this job before its first step?
   metis-fast rehearse my.yaml                           does its whole path work, on a tiny model and stand-in data?
-Exit codes: 0 done; 2 something that you can mend (one line on stderr says what); 130 stopped, state saved.
+Exit codes: 0 done; 1 a check found something (data check, sft --check, doctor, rehearse, plan, bench); 2 something that you can
+mend (one line on stderr says what); 130 stopped, state saved.
 Settings are read from a YAML file that holds only what differs from the defaults; `metis-fast config` lists them all."""
 
 
@@ -156,6 +157,8 @@ def _sft(args: argparse.Namespace) -> int:
     if args.check:
         from metis_fast.sft import check
 
+        if not config.sft.phases:
+            raise ConfigError("sft.phases is empty; name at least one set of conversations and its steps or epochs")
         reports = check.check(config)
         print(json.dumps(check.as_json(reports)) if args.json else check.as_text(reports))
         return int(any(report.bad or report.long for report in reports))
@@ -460,7 +463,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _open_standard_streams()
     args = parse(argv)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
-    for name in ("metis_fast.cluster", "metis_fast.workers", "metis_fast.run.state"):  # what a run waits for, where it goes on
+    for name in ("metis_fast.cluster", "metis_fast.workers"):  # what a run waits for
         logging.getLogger(name).setLevel(logging.INFO)
     try:
         code = args.run(args)

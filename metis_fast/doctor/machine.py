@@ -109,7 +109,8 @@ def _gpus(config: Config) -> Finding:
         return Finding("GPUs", "ok", f"{found}; the others are Ray's, see below")
     if have >= need:
         return Finding("GPUs", "ok", f"{found}; the job uses {need}")
-    advice = f"the job wants {need}: run doctor where it would run, or lower train.megatron and rollout.vllm"
+    cut = ", or lower train.megatron and rollout.vllm" if need > 1 else ""
+    advice = f"the job wants {need}: run doctor where it would run{cut}"
     return Finding(
         "GPUs", "error" if have else "warning", found, advice if have else f"without one it runs on the CPU; {advice}"
     )

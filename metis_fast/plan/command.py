@@ -89,7 +89,8 @@ def own_layout(config: Config, model_config: PretrainedConfig, gpu: Gpu) -> Cand
     """
     check(config.train.megatron, model_config)
     images = int(getattr(model_config, "vision_config", None) is not None)
-    load = Workload.of(config, None, None, sampled=0.5, images=images, image_tokens=1024, uniform=0.2)
+    tokens = min(1024, config.rollout.max_prompt_tokens // 16)  # of a prompt of mean length, half
+    load = Workload.of(config, None, None, sampled=0.5, images=images, image_tokens=max(1, tokens), uniform=0.2)
     share = 0.0 if config.rollout.vllm.sleep else _ENGINE_SHARE
     num = config.train.megatron.num_ranks
     setting = Setting(config, Shape.of(model_config), FlopModel.of(model_config), load, gpu, num, share)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
+import sys
 import tempfile
 import time
 from collections import Counter
@@ -15,12 +17,13 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from PIL import Image
 
 from metis_fast import config as config_module
 from metis_fast.config import Config
 from metis_fast.data.cursor import prompt_cursor
 from metis_fast.data.parquet import PromptFiles
-from metis_fast.errors import ConfigError, InfrastructureError, MetisError
+from metis_fast.errors import ConfigError, InfrastructureError, Interrupted, MetisError
 from metis_fast.model_folder import check_model_folder, load_processor, load_tokenizer
 from metis_fast.own_folder import OwnFolder
 from metis_fast.pictures import ImagePreparer
@@ -59,7 +62,7 @@ class Stage:
 
 
 def run(args: argparse.Namespace) -> int:
-    """The command. Exit code 1: a stage failed; later ones were left out.
+    """The command. Exit code 1: a stage failed, later ones were left out; 130: stopped.
 
     Raises:
         ConfigError: the config cannot be read, or has nothing to rehearse.
@@ -82,6 +85,9 @@ def run(args: argparse.Namespace) -> int:
         stages: list[Stage] = []
         for stage in rehearsal.stages():
             stages.append(stage)
+            if stage.state == "stopped":
+                print("metis-fast: the rehearsal was stopped; begin anew", file=sys.stderr)
+                return 130
             if not args.json:
                 print(f"{stage.state:7}{stage.name:22}{stage.seconds:7.1f} s  {stage.said}", flush=True)
         failed = any(stage.state == "failed" for stage in stages)
@@ -120,8 +126,10 @@ class Rehearsal:
                 said, state = work(), "ok"
             except (MetisError, InfrastructureError) as error:
                 said, state = str(error), "failed"
+            except Interrupted:
+                said, state = "", "stopped"
             yield Stage(name, state, time.perf_counter() - began, said)
-            if state == "failed":
+            if state != "ok":
                 return
 
     def _plan(self) -> Iterator[tuple[str, Callable[[], str]]]:
@@ -223,10 +231,13 @@ def _restore(before: str | None) -> None:
 
 
 def _write_pages(path: Path) -> None:
-    """A corpus for local search, of text and of nothing to see."""
-    rows = [
-        {"title": f"Sign {number}", "link": f"https://example.org/{number}", "text": f"What stands on the sign is {number}."}
-        for number in range(_PAGES)
-    ]
+    """A corpus for local search, of text and of images."""
+    rows: list[dict[str, object]] = []
+    for number in range(_PAGES):
+        image = io.BytesIO()
+        Image.new("RGB", (96, 64), (5 * number, 255 - 5 * number, 90)).save(image, "PNG")
+        text = f"What stands on the sign is {number}."
+        link = f"https://example.org/{number}"
+        rows.append({"title": f"Sign {number}", "link": link, "text": text, "image": image.getvalue()})
     path.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(pa.Table.from_pylist(rows), path)

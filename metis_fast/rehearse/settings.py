@@ -20,6 +20,7 @@ KEY, KEY_VALUE = "METIS_REHEARSAL_KEY", "stand-in-key-5e1f3a9c"
 _TEXT_TOKENS = 4096  # of a prompt, beside its images: the system messages are long, and the tokenizer is small
 _RESPONSE, _TURN, _OBSERVATION = 2048, 48, 1024
 _IMAGES = 2  # of a prompt, most
+_PYTHON_S = 120.0  # on a machine that has other work
 _ENTROPY = 0.01  # a model that nobody has trained earns nothing: without this the update would have no gradient
 
 
@@ -81,7 +82,11 @@ def small(config: Config, folder: Path, places: Places, image_tokens: int) -> tu
         "loss": {"entropy_coef": config.loss.entropy_coef or _ENTROPY},
         "score": {"llm": {"base_url": places.judge, "model": MODEL if config.score.llm.model else "", "cache": None,
                           "api_key_env": KEY, "retries": 1}},
-        "tools": {"text_search": _text_search(config, places), "image_search": _image_search(config, places)},
+        "tools": {
+            "python": {"timeout_s": max(_PYTHON_S, config.tools.python.timeout_s)},
+            "text_search": _text_search(config, places),
+            "image_search": _image_search(config, places),
+        },
         "workers": {
             "nodes": nodes,
             "tools": min(config.workers.tools, nodes),

@@ -223,6 +223,8 @@ class RunLog:
         for path in (self._metrics, self._evaluations):
             _keep_lines(path, lambda line: json.loads(line)["step"] < step)
         self._purge_step = step
+        if step:
+            tqdm.write(f"going on after step {step}", file=sys.stdout)
 
     def step(self, stats: StepStats) -> None:
         """Record a training step and print its line. On disk when this returns."""

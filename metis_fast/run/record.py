@@ -228,7 +228,7 @@ def _tick(bar: tqdm, rows: int, check: Callable[[], None]) -> None:
 def _check_keys(keys: Sequence[str]) -> None:
     known = (*known_keys(), *(f"sft.phases.{number}.trajectories" for number in range(100)))
     for key in keys:
-        inside = [one for one in known if one.startswith(f"{key}.")]
+        inside = [one for one in known_keys() if one.startswith(f"{key}.")]
         if key in known and inside:
             raise ConfigError(f"run.accept_changes: {key!r} is a section; name the settings in it, as in {inside[0]}")
         if key not in known:

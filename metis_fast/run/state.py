@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -14,8 +13,6 @@ from metis_fast.report.log import RunLog
 from metis_fast.rollout.schedule import Pending, Schedule
 from metis_fast.run.record import RunRecord
 from metis_fast.train.protocol import Trainer, TrainerState
-
-_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -72,7 +69,6 @@ class RunState:
         restore_rng(state.rng)
         self._record.save(state.step)
         self._boundary = self._here()
-        _LOG.info("going on after step %d, from %s", state.step, loaded.path)
         return state.step
 
     def _here(self) -> _Boundary:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import shutil
 from collections.abc import Callable
@@ -11,8 +12,12 @@ import pytest
 from harness import AGENT
 
 from metis_fast import cli
+from metis_fast.config import load
 from metis_fast.standin import StandinPaths, write_standin
 from metis_fast.testing.judge import JudgeServer, serving
+from metis_fast.testing.search import SearchServer
+from metis_fast.testing.search import serving as serving_search
+from metis_fast.tools.search import open_text_source
 
 _JSON = tuple[int, list[dict[str, str]]]
 
@@ -66,10 +71,22 @@ def _cut_off(folder: Path) -> list[str]:
     return []
 
 
+def _index(text: str) -> Callable[[Path], list[str]]:
+    def write(folder: Path) -> list[str]:
+        (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
+        (folder / "model.safetensors.index.json").write_text(text)
+        return []
+
+    return write
+
+
 _BROKEN: list[tuple[str, Callable[[Path], list[str]] | list[str], str]] = [
     ("unknown setting", ["rollout.temprature=1"], "settings: "),
     ("weights missing", _lacks_weights, "model: .* lacks model.language_model.norm.weight -> download"),
     ("weights cut off", _cut_off, "model: .*model.safetensors cannot be read .* -> download it again"),
+    ("index cut off", _index("{"), "model: .*index.json is not valid JSON .* -> restore"),
+    ("index of nothing", _index("{}"), "model: .*index.json has no weight_map .* -> restore"),
+    ("index of numbers", _index('{"weight_map": {"a": 1}}'), "model: .*index.json has no weight_map .* -> restore"),
     ("no model", ["model.path=nowhere"], "model: .*nowhere is not a folder -> give one"),
     ("no data", ["data.train=nowhere.parquet"], "data.train: .*no such file -> give the path"),
     ("long prompts", ["rollout.max_prompt_tokens=100"], "data.train: a prompt has .* -> raise that"),
@@ -114,6 +131,28 @@ def test_a_judge_that_answers_is_asked_for_two_verdicts_and_offline_it_is_not(
         assert len(server.tasks) == 2
         assert _doctor(capsys, config, *own, "--offline")[0] == 0
         assert len(server.tasks) == 2
+
+
+def test_a_search_provider_is_asked_whatever_the_cache_has(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SERPER_API_KEY", "serper-key-12345678")
+    server = SearchServer(key="serper-key-12345678")
+    with serving_search(server) as url:
+        search = {"provider": "serper", "url": f"{url}/serper", "cache": tmp_path / "searches.sqlite", "retries": 0}
+        own = ["tools.enabled=[text_search]", *(f"tools.text_search.{name}={value}" for name, value in search.items())]
+        source = open_text_source(load(config, own).tools.text_search)
+        for query in ("capital of France", "weather"):  # what the doctor might ask is known
+            asyncio.run(source.search(query))
+        source.close()
+        assert _doctor(capsys, config, *own)[0] == 0
+        assert _doctor(capsys, config, *own, "tools.text_search.offline=true")[0] == 0
+        server.key = "another-key-87654321"
+        code, found = _doctor(capsys, config, *own)
+        assert code == 1 and any("HTTP status 403" in line for line in _wrong(found)), found
+        server.key, server.find = "serper-key-12345678", lambda query: []
+        code, found = _doctor(capsys, config, *own)
+        assert code == 1 and any("serper finds nothing" in line for line in _wrong(found)), found
 
 
 def test_a_bad_row_is_an_error_and_a_warning_where_it_would_be_skipped(

@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 
 from metis_fast import cli
-from metis_fast.config import HttpSearchConfig, load
+from metis_fast.config import HttpSearchConfig, TextSearchConfig, load
 from metis_fast.rehearse import endpoints
 from metis_fast.rehearse.settings import KEY_VALUE, Places, small
 from metis_fast.score.llm_prompt import read_prompt
+from metis_fast.tools.search.keys import NO_KEY
+from metis_fast.tools.search.providers import Template
 
 _CONFIGS = Path(__file__).parents[2] / "configs"
 _SMALL = ["--pixels", "512x384", "--json"]
@@ -52,11 +54,11 @@ def test_the_papers_sft_config_rehearses_on_two_ranks(capsys: pytest.CaptureFixt
 def test_a_stage_that_fails_says_why_and_ends_the_rehearsal(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     model = tmp_path / "grader"
     model.write_text("Is {answer} right? The truth is {truth}, the question {question}. Say YES or NO.")
-    own = ["score.judge=llm", f"score.llm.prompt={model}", "tools.enabled=[python]", "tools.python.timeout_s=0.001"]
+    own = ["score.judge=llm", f"score.llm.prompt={model}", "tools.enabled=[python]", "score.llm.timeout_s=0.0001"]
     code, said, _ = _rehearse(capsys, _CONFIGS / "qwen3vl_8b_hdpo.yaml", *own, *_SMALL)
     assert code == 1
     assert list(said) == ["stand-ins", "tools and judge"]
-    assert said["tools and judge"].startswith("failed: ") and "see metis-fast doctor" in said["tools and judge"]
+    assert said["tools and judge"].startswith("failed: LLM judge ")
 
 
 def test_what_is_not_there_to_rehearse_is_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -105,3 +107,12 @@ def test_a_template_finds_its_pages_where_it_looks_for_them() -> None:
     reply = server.answer(endpoints.Received("GET", endpoints.FIND, {}, {}, b"", 0.0))
     first = json.loads(reply.body)["data"][0]["items"][0]
     assert first["name"] and first["about"]["url"].startswith("https://") and first["about"]["text"]
+    for template in (
+        HttpSearchConfig(results="data.1.items", title="name", link="about.url", snippet="about.text"),
+        HttpSearchConfig(results="2", title="texts.0", link="texts.1", snippet="texts.2"),
+        HttpSearchConfig(results="", title="", link="", snippet=""),
+    ):
+        search = TextSearchConfig(provider="http", url="http://example.org", http=template)
+        server = endpoints.TemplateServer(template, "")
+        reply = server.answer(endpoints.Received("GET", endpoints.FIND, {}, {}, b"", 0.0))
+        assert Template(search, NO_KEY).read(json.loads(reply.body))[0].title == "it: page 1"
