@@ -147,7 +147,9 @@ class Turn:
     """One assistant message and what followed it.
 
     start, stop: the sampled tokens of this turn are tokens[start:stop] of the rollout.
-    observation_stop: the observation (with the chat template around it) is tokens[stop:observation_stop].
+    observation_stop: the observation (with the chat template around it) is tokens[stop:observation_stop]; stop where there
+        was no room for it.
+    observation: the text that the agent reads in those tokens: what the protocol cut away is not in it.
     tool_s: seconds spent in the tool.
     """
 

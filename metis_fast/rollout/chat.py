@@ -28,11 +28,15 @@ _LONGEST_SHAPE = 200  # times as long as wide, at most, may be what the model's 
 
 @dataclass(slots=True)
 class TokenPiece:
-    """Some token ids, and where images stand in them (spans count from the start of `tokens`)."""
+    """Some token ids, and where images stand in them (spans count from the start of `tokens`).
+
+    text: of an observation what the agent reads of it, without the template around it; `<image>` marks images.
+    """
 
     tokens: list[int] = field(default_factory=list)
     images: list[ImageBlob] = field(default_factory=list)
     spans: list[ImageSpan] = field(default_factory=list)
+    text: str = ""
 
 
 class Chat:
@@ -144,7 +148,8 @@ class Chat:
             out.tokens.append(self.im_end)
         out.tokens += [*self._encode("\n"), self._ids["<|im_start|>"], *self._encode(self.dialect.opening)]
         blocks = self._blocks(observation, unusable or {})
-        if sum(len(block.tokens) for block in blocks) > max_tokens:
+        cut = sum(len(block.tokens) for block in blocks) > max_tokens
+        if cut:
             blocks = self.dialect.cut(blocks, max_tokens, self._encode(self.dialect.cut_mark))
         for block in blocks:
             if block.image is not None:
@@ -154,7 +159,13 @@ class Chat:
             out.tokens += block.tokens
         out.tokens += [*self._encode(self.dialect.closing), self.im_end, *self._encode("\n"), self._ids["<|im_start|>"]]
         out.tokens += self._encode("assistant\n")
+        # what was cut away was never read: it must not count as a part of the response
+        as_it_is = not cut and len(out.images) == len(observation.images)
+        out.text = observation.text if as_it_is else "".join(map(self._block_text, blocks))
         return out
+
+    def _block_text(self, block: Block) -> str:
+        return IMAGE_MARK if block.image is not None else self.decode(block.tokens)
 
     def _blocks(self, observation: Observation, unusable: Mapping[str, str]) -> list[Block]:
         texts = observation.text.split(IMAGE_MARK)

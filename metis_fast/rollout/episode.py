@@ -182,10 +182,10 @@ async def _play(
         unusable = await chat.unusable(observation.images) if observation.images else None
         piece = chat.encode_observation(observation, trace.tokens[-1], config.max_observation_tokens, unusable)
         if len(trace.tokens) + len(piece.tokens) >= limit:
-            trace.turns.append(turn(observation.outcome, parsed.call, observation=observation.text, seconds=seconds))
+            trace.turns.append(turn(observation.outcome, parsed.call, observation=piece.text, seconds=seconds))
             return Outcome.LENGTH
         trace.append(piece)
-        trace.turns.append(turn(observation.outcome, parsed.call, observation=observation.text, seconds=seconds))
+        trace.turns.append(turn(observation.outcome, parsed.call, observation=piece.text, seconds=seconds))
         if ends:
             return Outcome.TURN_LIMIT
 

@@ -99,9 +99,14 @@ class LlmMatcher:
             return known
         pending = self._get_lane().pending
         if key not in pending:
+
+            def done(task: asyncio.Task[bool]) -> None:
+                pending.pop(key, None)
+                _seen(task)
+
             pending[key] = asyncio.create_task(self._ask(messages))
-            pending[key].add_done_callback(lambda _: pending.pop(key, None))
-        correct = await pending[key]
+            pending[key].add_done_callback(done)
+        correct = await asyncio.shield(pending[key])  # one that gives up must not take it from the others
         self._cache.put(key, correct)
         return correct
 
@@ -150,7 +155,8 @@ class LlmMatcher:
         lane = self._get_lane()
         if lane.naming is None or lane.naming.done():
             lane.naming = asyncio.create_task(self._tried(self._endpoint.find_model))
-        await lane.naming
+            lane.naming.add_done_callback(_seen)
+        await asyncio.shield(lane.naming)
 
     async def _ask(self, messages: list[Message]) -> bool:
         async def request(client: httpx2.AsyncClient) -> bool:
@@ -187,3 +193,9 @@ class LlmMatcher:
         except TimeoutError:
             advice = "raise score.llm.timeout_s, lower score.llm.concurrency, or see the log of the server"
             raise TryAgain(f"no answer within {timeout_s:g} s{self._endpoint.way}", advice=advice) from None
+
+
+def _seen(task: asyncio.Task[T]) -> None:
+    """Nobody may wait for it any more: then asyncio would tell of its failure."""
+    if not task.cancelled():
+        task.exception()

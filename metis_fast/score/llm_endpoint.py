@@ -435,6 +435,6 @@ def _time(text: str | None) -> datetime | None:
     """Of a header; None where it is none. A zone of -0000 says that none is known: UTC, as everything in HTTP."""
     try:
         time = parsedate_to_datetime(text or "")
-    except ValueError:
+    except (ValueError, OverflowError):  # the latter of a zone beyond all numbers
         return None
     return time if time.tzinfo else time.replace(tzinfo=UTC)

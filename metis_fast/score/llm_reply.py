@@ -10,7 +10,7 @@ from pydantic import BaseModel
 
 from metis_fast.score.protocol import TryAgain
 
-READING = 4
+READING = 5
 """Goes up when a reply is read otherwise than before: verdicts in caches are of one way to read."""
 _ENDS = frozenset({"", "stop", "eos", "eos_token", "end_turn", "stop_sequence", "complete"})
 """What servers call the end of a whole reply."""
@@ -116,7 +116,10 @@ def read_reply(body: bytes) -> bool:
     said = next(filter(None, refusals), "")
     if said or end in _REFUSED:
         raise TryAgain("the model refused or its reply was filtered", one_line(said or end))
-    text = "".join(map(_text, parts))
+    text = ""
+    for part in parts:
+        again = isinstance(part, _Part) and part.type in _THOUGHT_PARTS and text.strip()
+        text += "?" if again else _text(part)  # as in `without_thoughts`: a word before a thought is no last word
     if end in _CUT:
         advice = "raise score.llm.max_tokens, or turn the model's thinking off with score.llm.extra_body (docs/scoring.md)"
         raise TryAgain("the reply was cut off before its end", one_line(text), advice)
@@ -176,13 +179,14 @@ def _undressed(text: str) -> str:
 
 
 def without_thoughts(text: str) -> str | None:
-    """A reply without what the model thought before it, None where the thinking has no end, or nothing but ends behind it.
+    """A reply without what the model thought before it, None where the thinking has no end, or nothing but ends behind it, or
+    text before it: the model may have thought better of that.
 
     Some opening marks may be missing: then they stood in the prompt. A mark inside a thought of another kind is its text.
     """
     if text.startswith("analysis"):  # gpt-oss, its special tokens dropped
         text = text.rpartition("assistantfinal")[2]
-    kept, awaited, last = [], "", 0
+    awaited, last = "", 0
     closing = set(_OPENED_IN_PROMPT)
     for match in _THOUGHT.finditer(text):
         mark = match[0].lower()
@@ -191,12 +195,17 @@ def without_thoughts(text: str) -> str | None:
                 closing.add(mark)  # one that comes again was quoted before
                 awaited, last = "", match.end()
         elif mark in _THOUGHTS:
-            kept.append(text[last : match.start()])
+            if _says_something(text[last : match.start()]):
+                return None
             awaited, last = _THOUGHTS[mark], match.end()
         elif mark in closing:
             last = match.end()
-    thought_again = last > 0 and not _WRAPPERS.sub(" ", text[last:]).strip(_BLANKS)  # a word before that is no last word
-    return None if awaited or thought_again else "\n".join([*kept, text[last:]])
+    thought_again = last > 0 and not _says_something(text[last:])  # a word before that is no last word
+    return None if awaited or thought_again else text[last:]
+
+
+def _says_something(text: str) -> bool:
+    return bool(_WRAPPERS.sub(" ", text).strip(_BLANKS))
 
 
 def _json_verdict(reply: str) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import time
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from metis_fast.errors import InfrastructureError
 from metis_fast.rollout.chat import Chat
 from metis_fast.rollout.episode import SampleKey, run_episode
 from metis_fast.rollout.protocols import Compact, Metis, StrictMetis, open_dialect
+from metis_fast.score.response import first_answer, whole_response
 from metis_fast.testing.fakes import FakeEngine, FakeToolbox
 from metis_fast.tools.results import (
     ImageSearchResult,
@@ -174,6 +176,22 @@ def test_image_search_shows_pages_by_rank_and_leaves_out_those_without_an_image(
         "\n[three]\n",
     ]
     assert response(rollout) == ids(policy, call("image_search", "{}"), BEFORE, *parts, BEHIND, ANSWER)
+
+
+def test_no_mark_is_put_together_where_one_is_taken_out(converse, metis, policy, picture):
+    printed = python("<im<im<image>age>age> <ima<image>ge>", "<image", (picture(0),))
+    rollout, _ = converse(metis, [call(), ANSWER], [printed])
+    text = BLOCKS.format(" ", "<image") + "\n\nImages:\n"
+    assert response(rollout) == ids(policy, call(), BEFORE, text, image_tokens(policy, picture(0)), BEHIND, ANSWER)
+    assert Metis().word(python("<im<image>age>" * 3)).text == BLOCKS.format("", "")
+    pages = ImageSearchResult((SeenPage("a<im<image>age>b", "", picture(0)),))
+    assert "[ab]" in Metis().word(pages).text
+
+
+def test_marks_are_taken_out_in_linear_time():
+    start = time.process_time()
+    Metis().word(python("<im" * 100_000 + "<image>" + "age>" * 100_000))
+    assert time.process_time() - start < 5
 
 
 # -- malformed calls ------------------------------------------------------------------------------------------------------
@@ -368,3 +386,21 @@ def test_strict_is_for_metis_and_the_configs_of_the_paper_speak_it():
     strict = load(Path(__file__).parents[2] / "configs" / "qwen3vl_8b_hdpo.yaml", ["rollout.strict=true"])
     assert type(open_dialect(strict)) is StrictMetis
     assert type(open_dialect(load(Path(__file__).parents[2] / "configs" / "demo.yaml"))) is Compact
+
+
+@pytest.mark.parametrize("dialect", [Metis, Compact])
+@pytest.mark.parametrize("shown", [0, 1])
+def test_what_was_cut_away_is_no_part_of_the_response(converse, policy, picture, dialect, shown):
+    chat = Chat(policy.tokenizer, policy.images, dialect())
+    filler, answer = "x " * 300, "<answer>Paris</answer>"
+    from_end = dialect is Metis and not shown  # of text alone this protocol keeps the end
+    text = answer + filler if from_end else filler + answer
+    observation = Observation("a<image>b" * shown + text, (picture(0),) * shown)
+    limit = 50 + shown * policy.images.num_tokens(picture(0))
+    last = "<answer>Rome</answer><|im_end|>"
+    rollout, _ = converse(chat, [call(), last], [observation], max_observation_tokens=limit)
+    read = rollout.turns[0].observation
+    assert first_answer(whole_response(rollout.turns)) == "Rome"
+    assert read.endswith(chat.dialect.cut_mark) and read.startswith("a<image>b" * shown)
+    seen = chat.decode(rollout.tokens[rollout.turns[0].stop : rollout.turns[0].observation_stop].tolist())
+    assert all(part in seen for part in read.split("<image>"))

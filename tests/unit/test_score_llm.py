@@ -1,6 +1,7 @@
 """The LLM judge against a real HTTP server: requests, tries, cache and check."""
 
 import asyncio
+import gc
 import hashlib
 import json
 import socket
@@ -116,6 +117,54 @@ def test_equal_answers_asked_at_once_cost_one_request():
     with serving(endpoint) as url:
         assert ask(a_matcher(url), *["Paris"] * 8) == [True] * 8
     assert len(endpoint.tasks) == 1
+
+
+@pytest.mark.parametrize("model", ["grader", ""])
+def test_one_that_gives_up_does_not_take_the_request_from_the_others(model):
+    came, go_on = threading.Event(), threading.Event()
+
+    def hold():
+        came.set()
+        go_on.wait(30)
+
+    async def run(matcher: LlmMatcher) -> bool:
+        late, kept = (asyncio.create_task(matcher.matches(a_prompt("Paris"), "Paris")) for _ in range(2))
+        if model:
+            await asyncio.to_thread(came.wait, 30)
+        else:
+            await asyncio.sleep(0)  # both wait for the name of the model
+        late.cancel()
+        go_on.set()
+        with pytest.raises(asyncio.CancelledError):
+            await late
+        return await kept
+
+    endpoint = JudgeServer(hold=hold, models=("grader",))
+    with serving(endpoint) as url:
+        matcher = a_matcher(url, model=model)
+        assert asyncio.run(run(matcher))
+        matcher.close()
+    assert len(endpoint.tasks) == 1
+
+
+def test_a_request_that_nobody_waits_for_fails_in_silence():
+    told = []
+
+    async def run(matcher: LlmMatcher) -> None:
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: told.append(context))
+        asked = asyncio.create_task(matcher.matches(a_prompt("Paris"), "Paris"))
+        while not endpoint.tasks:
+            await asyncio.sleep(0.01)
+        asked.cancel()
+        await asyncio.sleep(0.5)
+        gc.collect()
+
+    endpoint = JudgeServer(lambda task: error(401, "no such key"), hold=lambda: time.sleep(0.2))
+    with serving(endpoint) as url:
+        matcher = a_matcher(url)
+        asyncio.run(run(matcher))
+        matcher.close()
+    assert told == []
 
 
 def test_a_cache_file_outlives_the_judge_and_tells_questions_ground_truths_models_and_requests_apart(tmp_path):

@@ -328,6 +328,7 @@ def test_the_advice_on_hosts_and_protocols(address, says):
         ({"retry_after_ms": "soon", "Retry_After": "7"}, 7, 7),
         ({"Retry_After": formatdate(time.time() + 3600)}, 60, 60),  # whose zone is -0000
         ({"Retry_After": "Mon, 99 Foo 2026"}, 0, 0),
+        ({"Retry_After": "Mon, 01 Jan 2024 00:00:00 +99999999999999999999"}, 0, 0),
         ({}, 0, 0),
     ],
 )

@@ -61,6 +61,7 @@ NONE = [
     '{"verdict": "CORRECT", "answer": "no"}', '{"verdict": "not CORRECT"}', '{"verdict": ["CORRECT"]}',
     '{"is": "CORRECT"}', "<think>CORRECT", "<think>\nCORRECT\n", "CORRECT</think>", "<think>a</think>",
     "INCORRECT<think>a</think>CORRECT", "The correct city is Paris.\nCORRECT", "CORRECT\nThey name the same city.",
+    "CORRECT <think>no, wrong</think> .", "CORRECT<think>hm</think><think>no</think>**", "**<think>no</think>CORRECT**",
     "CORRECT<think>wait, no</think>", "CORRECT\n<think></think><|im_end|>", "```incorrect\nCORRECT\n```",
     "yes", "true", "A", "正确", "<s>CORRECT</s>", "CORRECT: no", "-CORRECT", "> CORRECT", "[ ] CORRECT", "___ CORRECT",
     "CORRECT'", '"CORRECT', "(CORRECT", "ıNCORRECT", "INCORREC\u0422", "<|INCORRECT|>CORRECT", "<|not|>CORRECT",
@@ -172,6 +173,11 @@ def test_of_content_in_parts_only_the_text_counts(thought, said):
     assert read_reply(body([thought, said])) is True
     with pytest.raises(JudgeUnavailable):
         read_reply(body([thought]))
+
+
+def test_a_word_before_a_thought_in_parts_is_no_verdict():
+    with pytest.raises(JudgeUnavailable):
+        read_reply(body(["CORRECT", {"type": "thinking", "thinking": "no, wrong"}, "."]))
 
 
 @pytest.mark.parametrize("end", [None, "", "stop", "STOP", "eos_token", "end_turn"])

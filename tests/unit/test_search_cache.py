@@ -155,6 +155,20 @@ def test_the_text_of_results_is_read_back_into_pages(entries: list[tuple[str, st
     ("text", "pages"),
     [
         ("No results found for 'x'.", ()),
+        ("No results found for 'x'. HTTP 429 quota exceeded", None),
+        ("A Google search for 'x' found 10 results:\n\n## Web Results\n<html>captcha</html>", None),
+        ("A Google search for 'x' found 10 results:\n\n## Web Results\n", None),
+        ("A Google search for 'x' found 2 results:\n\n## Web Results\nPage 1. [Title: long tit", None),
+        (
+            "A Google search for 'x' found 2 results:\n\n## Web Results\nPage 1. [Title: a](Link: l)\nSnippet: s\n\n"
+            "Page 2. [Title: b](Li",
+            None,
+        ),
+        (
+            "A Google search for 'x' found 2 results:\n\n## Web Results\nPage 1. [Title: a\nb](Link: l)\nSnippet: s\n\n"
+            "Page 2. [Title: c](Link: m)\nSnippet: t\n",
+            (Page(1, "a b", "l", "s"), Page(2, "c", "m", "t")),
+        ),
         ("Search failed for 'x': 503", None),
         ("", None),
         ("A Google search for 'x' found 0 results:\n\n## Web Results\n", ()),

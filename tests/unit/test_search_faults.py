@@ -14,12 +14,13 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
+import httpx2
 import pytest
 from searching import KEY, PROVIDERS, found, keys, settings, source_over
 
 from metis_fast.errors import InfrastructureError, ToolSetupError
 from metis_fast.testing.search import Reply, SearchServer, some_pages
-from metis_fast.tools.search.http import MAX_BODY_BYTES
+from metis_fast.tools.search.http import MAX_BODY_BYTES, retry_after
 from metis_fast.tools.search.keys import Key, environment, variables
 from metis_fast.tools.search.pace import Pace
 from metis_fast.tools.search.web import WebText
@@ -60,6 +61,11 @@ FAULTS: dict[str, tuple[Reply, int, str]] = {
         Reply(200, b'{"results2": [], "credits": 1}'),
         1,
         r"the reply has no list '.*' \(it has results2, credits\); .*changed",
+    ),
+    "no results, but an error": (
+        Reply(200, b'{"organic": [], "organic_results": [], "data": {"items": []}, "statusCode": 500, "message": "Internal"}'),
+        _TRIES,
+        r"it says that the search failed \(Internal\); see its status page",
     ),
     "no title": (
         organic(title="heading", name="heading"),
@@ -171,7 +177,35 @@ def test_a_key_is_hidden_in_every_spelling() -> None:
     key = Key("K", "ab/cd+ef==")
     spelt = ["ab/cd+ef==", "AB/CD+EF==", "ab%2Fcd%2bef%3D=", r"ab\/cd+ef==", r"ab\u002fcd+ef\u003D=", "ab&#47;cd&#x2B;ef=="]
     assert key.hide(", ".join([*spelt, "abcdef"])) == ", ".join(["[key]"] * len(spelt) + ["abcdef"])
+    spelt = [
+        *("ab%252Fcd%252bef%25253D=", r"ab\\/cd+ef==", r"ab\\u002fcd+ef\\\u003D=", "ab&sol;cd&plus;ef&equals;="),
+        *("ab&#0047;cd&#x02B;ef==", "ab&amp;sol;cd&amp;#43;ef==", r"ab\u0026sol;cd+ef=="),
+    ]
+    assert key.hide(", ".join(spelt)) == ", ".join(["[key]"] * len(spelt))
+    assert Key("K", "ab&<cd>").hide("ab&amp;&lt;cd&gt; ab&amp;amp;&amp;lt;cd&amp;gt; ab&<cd&GT;") == "[key] [key] [key]"
+    start = time.monotonic()
+    Key("K", "\\/ab%&cd").hide("\\" * 100_000 + "%25" * 100_000 + "&amp;" * 100_000)
+    assert time.monotonic() - start < 10
     assert Key().hide("anything") == "anything"
+
+
+_HALVES = {  # the key where a text is cut
+    "names": Reply(200, json.dumps({"x" * 280 + KEY: 1}).encode()),
+    "names of an entry": Reply(200, json.dumps({"organic": [{"x" * 272 + KEY: 1}]}).encode()),
+    "no JSON": Reply(200, b" " * (2000 - 12) + KEY.encode()),
+    "UTF-16": Reply(200, f"[{KEY}".encode("utf-16")),
+    "error": Reply(400, b" " * ((1 << 16) - 12) + KEY.encode()),
+    "error in JSON": Reply(400, json.dumps({"message": "x" * 290 + KEY}).encode()),
+}
+
+
+@pytest.mark.parametrize("case", _HALVES)
+def test_no_part_of_a_key_stays_where_a_text_is_cut(case: str) -> None:
+    server = SearchServer()
+    server.replies.append(_HALVES[case])
+    with source_over(server, "serper", retries=0) as source, pytest.raises(InfrastructureError) as caught:
+        found(source, "x")
+    assert "sk/T" not in str(caught.value) and "s k" not in str(caught.value), caught.value
 
 
 # -- waiting --------------------------------------------------------------------------------------------------------------
@@ -191,6 +225,11 @@ def test_retry_after_is_waited_for_by_all_searches(status: int) -> None:
         asyncio.run(both(source))
     first, *rest = [request.time for request in server.received]
     assert len(rest) == 2 and all(1.0 <= at - first < 3.0 for at in rest)
+
+
+def test_a_retry_after_that_cannot_be_read_is_none() -> None:
+    for text in ("Mon, 01 Jan 2024 00:00:00 +99999999999999999999", "Mon, 01 Jan 2024 00:00:00 +9999", "soon", "nan", "-1"):
+        assert retry_after(httpx2.Headers({"Retry-After": text})) == 0.0
 
 
 def test_a_retry_after_beyond_the_deadline_is_not_waited_for() -> None:

@@ -6,7 +6,7 @@ import json
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
-from searching import KEY, PROVIDERS, VARIABLES, found, keys, refused, source_over
+from searching import KEY, PROVIDERS, TEMPLATE, VARIABLES, found, keys, refused, source_over
 
 from metis_fast.config import TextSearchConfig, load
 from metis_fast.errors import ConfigError, InfrastructureError, ToolSetupError
@@ -134,6 +134,51 @@ def test_a_search_that_serpapi_could_not_make_is_a_failure_and_no_empty_result()
         found(source, "x")
 
 
+@pytest.mark.parametrize(
+    ("provider", "value"),
+    [
+        ("serpapi", {"organic_results": [], "search_metadata": {"status": "Error"}}),
+        ("serpapi", {"organic_results": [], "error": "Your account has run out of searches."}),
+        ("serper", {"organic": [], "statusCode": 500}),
+        ("brightdata", {"general": {"results_cnt": 0}, "error": {"message": "blocked"}}),
+        ("http", {"data": {"items": []}, "success": False}),
+        ("http", {"data": {"items": []}, "errors": ["quota"]}),
+        ("http", {"data": {"items": []}, "status": "failed"}),
+    ],
+)
+def test_an_empty_list_beside_an_error_is_a_failure_and_is_not_kept(provider: str, value: object) -> None:
+    server = SearchServer()
+    server.replies.append(Reply(200, json.dumps(value).encode()))
+    with source_over(server, provider, retries=0) as source:
+        with pytest.raises(InfrastructureError, match="it says that the search failed"):
+            found(source, "x")
+        assert len(found(source, "x").pages) == 10
+
+
+@pytest.mark.parametrize(
+    ("provider", "value"),
+    [
+        ("serpapi", {"organic_results": [], "error": "Google hasn't returned any results for this query."}),
+        ("serper", {"organic": [], "credits": 1}),
+        ("http", {"data": {"items": []}, "status": "ok", "error": None, "errors": [], "code": 200, "success": True}),
+        ("http", {"data": {"items": []}, "error": "No results found."}),
+    ],
+)
+def test_an_empty_list_of_a_search_that_succeeded_is_a_result(provider: str, value: object) -> None:
+    server = SearchServer()
+    server.replies.append(Reply(200, json.dumps(value).encode()))
+    with source_over(server, provider, retries=0) as source:
+        assert found(source, "x").pages == ()
+
+
+def test_a_query_in_a_header_is_percent_encoded() -> None:
+    server = SearchServer()
+    template = {**TEMPLATE, "headers": {"Authorization": "Token {key}", "X-Query": "q={query}"}}
+    with source_over(server, "http", http=template) as source:
+        assert found(source, "苍\n鹭").pages
+    assert server.received[0].headers["x-query"] == "q=%E8%8B%8D%0A%E9%B9%AD"
+
+
 @pytest.mark.parametrize("provider", PROVIDERS)
 def test_a_key_that_is_not_set_or_is_none_is_told_at_the_start(provider: str, monkeypatch: pytest.MonkeyPatch) -> None:
     changes = {"api_key_env": "MY_KEY", "url": "http://127.0.0.1/"} if provider == "http" else {}
@@ -166,6 +211,9 @@ def test_bright_data_needs_a_zone(monkeypatch: pytest.MonkeyPatch) -> None:
             ["provider=http", "url=http://h", "http.headers={K: '{key}'}"],
             r"asks for \{key\}, and no variable holds one; set tools\.text_search\.api_key_env",
         ),
+        (["http.title=a", "http.snippet=a.b"], r"http\.snippet='a\.b' lies inside of title='a', which has to be a text; set"),
+        (["http.link=''"], r"http\.title='title' lies inside of link=''"),
+        (["http.headers={K: 'é'}"], r"http\.headers: expected printable ASCII"),
     ],
 )
 def test_settings_that_cannot_work_are_refused_in_one_line(changes: list[str], said: str) -> None:

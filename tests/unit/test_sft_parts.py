@@ -184,7 +184,7 @@ def test_a_row_that_is_not_to_be_skipped_is_named(open_stream, settings, expecte
 
 
 def test_a_set_without_a_usable_row_is_said_instead_of_searched_for_ever(open_stream):
-    with pytest.raises(DataError, match="no usable row among 3"):
+    with pytest.raises(DataError, match=r"no usable row among 3; run `metis-fast sft CONFIG --check`"):
         open_stream([("[", [])] * 3, on_bad_row="skip").draw(1)
 
 
@@ -231,6 +231,11 @@ def test_epochs_make_steps_of_all_rows():
     assert num_steps(SftPhase.model_validate({"trajectories": path, "epochs": 3}), 26_800, 32) == 2513
     assert num_steps(SftPhase.model_validate({"trajectories": path, "epochs": 0.5}), 9, 4) == 2
     assert num_steps(SftPhase.model_validate({"trajectories": path, "steps": 7}), 9, 4) == 7
+
+
+@pytest.mark.parametrize(("epochs", "rows", "steps"), [(1.1, 100, 11), (2 / 3, 30, 2), (1.11, 100, 12), (1e-9, 100, 1)])
+def test_round_off_makes_no_step(epochs: float, rows: int, steps: int):
+    assert num_steps(SftPhase.model_validate({"trajectories": "x", "epochs": epochs}), rows, 10) == steps
 
 
 # -- log --------------------------------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from metis_fast.types import Observation, Outcome, ToolCall
 
 _OPEN, _CLOSE = "<tool_call>", "</tool_call>"
 _TEXT_SEARCH, _PYTHON, _IMAGE_SEARCH = ("text_search", "search"), "python", "image_search"
+_MARK = "<image>"
 _CALL = re.compile(r"<tool_call>(.*?)</tool_call>", re.DOTALL)
 _SILENT = "Script executed successfully (no output)."
 _AGAIN = (
@@ -174,10 +175,22 @@ def _seen_pages(result: ImageSearchResult) -> Observation:
     texts, images = [], []
     for rank, page in enumerate(result.pages, start=1):
         if page.image is not None:
-            texts.append(f"{rank}. <image>\n[{page.title.replace('<image>', '')}]\n")
+            texts.append(f"{rank}. <image>\n[{_without_marks(page.title)}]\n")
             images.append(page.image)
     head = f"A Google image search for the image found {len(texts)} results:\n\n## Web Results\n"
     return Observation(head + "\n\n".join(texts), tuple(images))
+
+
+def _without_marks(text: str) -> str:
+    """Without `<image>`, also where taking one out puts another one together. Linear in the length of the text."""
+    if _MARK not in text:
+        return text
+    kept: list[str] = []
+    for char in text:
+        kept.append(char)
+        if char == _MARK[-1] and "".join(kept[-len(_MARK) :]) == _MARK:
+            del kept[-len(_MARK) :]
+    return "".join(kept)
 
 
 def _python(result: PythonResult) -> Observation:
@@ -188,7 +201,8 @@ def _python(result: PythonResult) -> Observation:
         stdout = _SILENT
     if result.note:
         stderr += ("\n" if stderr and not stderr.endswith("\n") else "") + result.note
-    text = f"Code execution result:\nstdout:\n```\n{stdout}\n```\n\nstderr:\n```\n{stderr}\n```\n\n".replace("<image>", "")
+    text = f"Code execution result:\nstdout:\n```\n{stdout}\n```\n\nstderr:\n```\n{stderr}\n```\n\n"
+    text = _without_marks(text)
     if images:
-        text += "Images:\n" + "<image>" * len(images)
+        text += "Images:\n" + _MARK * len(images)
     return Observation(text.strip(), images, Outcome.TOOL_RESULT if result.ok else Outcome.TOOL_ERROR)
