@@ -50,7 +50,8 @@ def test_an_observation_has_the_ids_of_its_whole_text(
     chat: Chat, tokenizer: PreTrainedTokenizerFast, result: PythonResult | TextSearchResult
 ) -> None:
     observation = chat.dialect.word(result)
-    piece = chat.encode_observation(observation, tokenizer.convert_tokens_to_ids("</tool_call>"), 8192)
+    (after,) = tokenizer.encode("</tool_call>")
+    piece = chat.encode_observation(observation, after, 8192)
     whole = f"<|im_end|>\n<|im_start|>user\n{observation.text}<|im_end|>\n<|im_start|>assistant\n"
     assert piece.tokens == tokenizer.encode(whole)
 
