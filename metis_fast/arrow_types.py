@@ -16,6 +16,7 @@ _LISTS = (
     pa.types.is_list_view,
     pa.types.is_large_list_view,
 )
+_MOST_LEVELS = 100  # of JSON: functions that call themselves for every level stay far from Python's limit
 
 
 def stored(kind: pa.DataType) -> pa.DataType:
@@ -42,6 +43,19 @@ def is_json(kind: pa.DataType) -> bool:
 def item(kind: pa.DataType) -> pa.DataType | None:
     """What a list holds; None where it is no list."""
     return stored(kind.value_type) if any(is_list(kind) for is_list in _LISTS) else None
+
+
+def as_list(array: Any) -> pa.ListArray | pa.LargeListArray:
+    """A list of fixed size, or a view of lists, as a list of any size. array: of any kind of list."""
+    if isinstance(array, pa.ListArray | pa.LargeListArray):
+        return array
+    if not isinstance(array, pa.ListViewArray | pa.LargeListViewArray):
+        return array.cast(pa.large_list(array.type.value_type))
+    # a cast of a view to a list of the same width makes one whose last offset is missing (pyarrow 26)
+    null = array.is_null()
+    sizes = np.where(null.to_numpy(zero_copy_only=False), 0, array.sizes.to_numpy(zero_copy_only=False))
+    offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes, dtype=np.int64)])
+    return pa.LargeListArray.from_arrays(pa.array(offsets), array.flatten(), mask=null if array.null_count else None)
 
 
 def is_integers(kind: pa.DataType) -> bool:
@@ -79,19 +93,36 @@ def is_plain(kind: pa.DataType) -> bool:
     return item(kind) is None or is_plain(kind.value_type)
 
 
+def read_json(text: str) -> Any:
+    """The value of JSON text.
+
+    Raises:
+        ValueError: it is no JSON, or has more than 100 levels.
+    """
+    try:
+        value = json.loads(text)
+    except RecursionError:
+        raise ValueError("JSON of too many levels") from None
+    if text.count("[") + text.count("{") > _MOST_LEVELS:
+        level, levels = [value], 0
+        while level := [one for one in level if isinstance(one, dict | list)]:
+            levels += 1
+            if levels > _MOST_LEVELS:
+                raise ValueError(f"JSON of more than {_MOST_LEVELS} levels")
+            level = [entry for one in level for entry in (one.values() if isinstance(one, dict) else one)]
+    return value
+
+
 def plain(value: Any, kind: pa.DataType) -> Any:
     """A value as its writer meant it: JSON read, a map as a dict, floats of 16 and 32 bits as 0.1, not 0.10000000149011612.
 
     Raises:
-        ValueError: text in a column of JSON that is none.
+        ValueError: text in a column of JSON that is none, or has more than 100 levels.
     """
     if value is None or is_plain(kind):
         return value
     if is_json(kind):
-        try:
-            return json.loads(value)
-        except RecursionError:
-            raise ValueError("JSON of too many levels") from None
+        return read_json(value)
     kind = stored(kind)
     if pa.types.is_map(kind):
         return {key: plain(entry, kind.item_type) for key, entry in value}

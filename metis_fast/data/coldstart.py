@@ -20,9 +20,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from metis_fast.arrow_types import is_bytes, is_string, item, stored
+from metis_fast.arrow_types import as_list, is_bytes, is_string, item, stored
 from metis_fast.data.cursor import Layout
-from metis_fast.data.paths import expand
+from metis_fast.data.paths import expand, first
 from metis_fast.data.row import BadRow, BadRowError, MisfitError
 from metis_fast.errors import DataError, one_line
 from metis_fast.image_source import NoImageError, read_image
@@ -184,8 +184,7 @@ class ConversationFiles:
 def holds_conversations(path: Path) -> bool:
     """Whether files are in this schema, by the columns of the first; any other set is left to whoever reads it."""
     try:
-        first = expand([path])[0]
-        with pq.ParquetFile(first) as file:
+        with pq.ParquetFile(first(path)) as file:
             return "messages" in file.schema_arrow.names
     except (DataError, OSError, pa.ArrowException, ValueError):
         return False
@@ -267,7 +266,7 @@ def _as_bytes(batch: pa.RecordBatch) -> pa.RecordBatch:
         inner, name = item(entry.field("bytes").type), "bytes"
     if inner is None or not pa.types.is_integer(inner):
         return batch
-    images = images.cast(pa.list_(entry))  # of lists of a fixed size or of 64 bits, too
+    images = as_list(images).cast(pa.large_list(entry))
     values = images.values
     lists = values if name is None else values.field(name)
     data = _bytes_of(lists)
@@ -275,21 +274,20 @@ def _as_bytes(batch: pa.RecordBatch) -> pa.RecordBatch:
         mask = values.is_null()
         fields = [data if field.name == name else values.field(field.name) for field in entry]
         data = pa.StructArray.from_arrays(fields, [field.name for field in entry], mask=mask)
-    new = pa.ListArray.from_arrays(images.offsets, data, mask=images.is_null() if images.null_count else None)
+    new = pa.LargeListArray.from_arrays(images.offsets, data, mask=images.is_null() if images.null_count else None)
     return batch.set_column(place, "images", new)
 
 
 def _bytes_of(lists: Any) -> pa.Array:
     """[n] of lists of integers as [n] of bytes. One that is no byte makes its list text that no image is: see `_image`."""
-    lists = lists.cast(pa.large_list(item(lists.type)))
+    lists = as_list(lists).cast(pa.large_list(item(lists.type)))
     offsets = lists.offsets.to_numpy()
     values = lists.values
     if pa.types.is_int8(values.type):
         values = values.view(pa.uint8())  # as Java has bytes: -1 is 255
-    if values.null_count:
-        values = values.cast(pa.int64()).fill_null(-1)
-    flat = values.to_numpy(zero_copy_only=False)
-    wrong = np.flatnonzero((flat < 0) | (flat > 255))
+    null = values.is_null().to_numpy(zero_copy_only=False)
+    flat = values.fill_null(0).to_numpy(zero_copy_only=False)
+    wrong = np.flatnonzero((flat < 0) | (flat > 255) | null)
     data = flat.astype(np.uint8)
     made = pa.Array.from_buffers(
         pa.large_binary(), len(lists), [None, pa.py_buffer(offsets.astype(np.int64)), pa.py_buffer(data)]

@@ -16,7 +16,18 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from metis_fast.arrow_types import is_bytes, is_integers, is_json, is_map, is_string, item, plain, stored, unknown_extension
+from metis_fast.arrow_types import (
+    as_list,
+    is_bytes,
+    is_integers,
+    is_json,
+    is_map,
+    is_string,
+    item,
+    plain,
+    stored,
+    unknown_extension,
+)
 from metis_fast.errors import DataError, one_line
 
 _REQUIRED = ("data_source", "prompt", "reward_model")
@@ -199,24 +210,17 @@ def _with_bytes(array: pa.Array) -> pa.Array:
     """The same with every list of integers as bytes; only what stands in a field `bytes`, or in no field, is one."""
     kind = array.type
     if is_integers(kind):
-        return _bytes_of(_plain_list(array))
+        return _bytes_of(as_list(array))
     if pa.types.is_struct(kind):
         fields = [_with_bytes(array.field(i)) if kind[i].name == "bytes" else array.field(i) for i in range(kind.num_fields)]
         return pa.StructArray.from_arrays(fields, [field.name for field in kind], mask=array.is_null())
     if item(kind) is None:
         return array
-    array = _plain_list(array)
+    array = as_list(array)
     begin, end = array.offsets[0].as_py(), array.offsets[-1].as_py()
     values = _with_bytes(array.values.slice(begin, end - begin))
     offsets = pa.array(array.offsets.to_numpy() - begin)
     return type(array).from_arrays(offsets, values, mask=array.is_null() if array.null_count else None)
-
-
-def _plain_list(array: pa.Array) -> pa.ListArray | pa.LargeListArray:
-    """A list of fixed size or a view of lists as a list of any size."""
-    if isinstance(array, pa.ListArray | pa.LargeListArray):
-        return array
-    return array.cast(pa.large_list(array.type.value_type))
 
 
 def _bytes_of(array: pa.ListArray | pa.LargeListArray) -> pa.LargeBinaryArray:

@@ -127,10 +127,12 @@ class RowCursor(Generic[T]):
         look: Look[T],
         shuffle: bool = True,
         on_bad_row: Literal["stop", "skip"] = "stop",
+        advice: str = "run `metis-fast data check` on the files",
     ) -> None:
         """seed, shuffle: see `epoch_order`; without shuffling, rows come in the order of the files. look: at rows that are
-        drawn together."""
+        drawn together. advice: what to do where no row can be used."""
         self._layout, self._seed, self._shuffle, self._on_bad_row, self._look = layout, seed, shuffle, on_bad_row, look
+        self._advice = advice
         self._num_rows = sum(rows for rows, _ in layout.groups)
         self._epoch = self._position = self._skipped = 0
         self._order: tuple[int, npt.NDArray[np.int64]] | None = None
@@ -185,7 +187,7 @@ class RowCursor(Generic[T]):
             position += len(rows)
             if position == len(order):
                 if not usable:
-                    raise DataError(f"no usable row among {len(order)}; run `metis-fast data check` on the files")
+                    raise DataError(f"no usable row among {len(order)}; {self._advice}")
                 epoch, position, usable = epoch + 1, 0, False
                 order = self._order_of(epoch)
         self._epoch, self._position, self._skipped = epoch, position, skipped

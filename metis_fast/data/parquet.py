@@ -8,7 +8,7 @@ import json
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -93,6 +93,15 @@ class RawRow:
 
 def _bad(path: Path, row: int, misfit: MisfitError) -> BadRowError:
     return BadRowError(BadRow(str(path), row, misfit.column, misfit.expected, misfit.got))
+
+
+@contextmanager
+def _readable(path: Path, what: str) -> Iterator[None]:
+    """Raises: DataError: in place of what Arrow and the system say of a damaged or missing file. what: is read of it."""
+    try:
+        yield
+    except (OSError, pa.ArrowException) as error:
+        raise DataError(f"{path}: cannot read {what}: {one_line(error)}; write the file anew") from None
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,16 +232,23 @@ class PromptFiles:
             return RawRow(self._uid(index), path, number, {}, bad)
 
     def styles(self) -> set[str]:
-        """Every `reward_model.style` of the files, read from that column alone; bad rows are left for `read` to report."""
+        """Every judge style of the files, read from their column `reward_model` alone; rows without one count as "rule". Bad
+        rows are left for `read` to report.
+
+        Raises:
+            DataError: the column cannot be decoded.
+        """
         found: set[str] = set()
         for path in self._paths:
-            with pq.ParquetFile(path) as file:
+            with _readable(path, "column reward_model"), pq.ParquetFile(path) as file:
                 for batch in file.iter_batches(_BATCH_ROWS, columns=["reward_model"]):
                     for row in range(batch.num_rows):
                         with suppress(MisfitError, UnreadableError):
                             values = dict(cell_values(batch, row))
-                            style = struct_of(values["reward_model"], "reward_model").get("style")
-                            found |= {style} if isinstance(style, str) else set()
+                            fields = struct_of(values["reward_model"], "reward_model")
+                            style = fields.get("style")
+                            if fields and isinstance(style, str | None):
+                                found.add(style or "rule")  # as `parse_prompt` has it
         return found
 
     def record(self, known: DataRecord | None = None, tick: Callable[[int], object] = lambda rows: None) -> DataRecord:
@@ -270,14 +286,12 @@ class PromptFiles:
 
     def _batches(self, row_group: RowGroup) -> Iterator[pa.RecordBatch]:
         path, columns = self._paths[row_group.file], self._columns[row_group.file]
-        try:
-            with pq.ParquetFile(path, page_checksum_verification=True, buffer_size=_BUFFER) as file:
-                for batch in file.iter_batches(row_group.batch_rows, [row_group.group], list(columns.names.values())):
-                    yield columns.named(batch)
-        except (OSError, pa.ArrowException) as error:
-            raise DataError(
-                f"{path}: cannot read row group {row_group.group}: {one_line(error)}; write the file anew"
-            ) from None
+        with (
+            _readable(path, f"row group {row_group.group}"),
+            pq.ParquetFile(path, page_checksum_verification=True, buffer_size=_BUFFER) as file,
+        ):
+            for batch in file.iter_batches(row_group.batch_rows, [row_group.group], list(columns.names.values())):
+                yield columns.named(batch)
 
     def _group_of(self, index: int) -> int:
         if not 0 <= index < self._num_rows:

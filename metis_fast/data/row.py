@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import reprlib
 from collections.abc import Iterator, Mapping
@@ -11,6 +10,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+from metis_fast.arrow_types import read_json
 from metis_fast.errors import DataError, one_line
 from metis_fast.image_source import NoImageError, is_integers, read_image
 from metis_fast.judge_styles import STYLES, known_style
@@ -90,6 +90,11 @@ def parse_prompt(row: Mapping[str, Any], uid: str, folder: Path) -> Prompt:
     if not isinstance(style, str | None) or (style and known_style(style) is None):
         raise MisfitError("reward_model.style", ", ".join(STYLES), style)
     extra = dict(_flatten(struct_of(row.get("extra_info"), "extra_info")))
+    for answer in answers:
+        _check_text(answer, "reward_model.ground_truth")
+    for name, value in extra.items():
+        _check_text(name, "extra_info")
+        _check_text(value, f"extra_info.{name}")
     question = extra.pop("question", None)
     if isinstance(question, str) and "<image>" in question:
         question = question.replace("<image>", "").strip()
@@ -118,8 +123,8 @@ def struct_of(value: Any, column: str) -> Mapping[str, Any]:
     fields = value
     if isinstance(value, str):
         try:
-            fields = json.loads(value) if value.strip() else None
-        except (ValueError, RecursionError):
+            fields = read_json(value) if value.strip() else None
+        except ValueError:
             raise MisfitError(column, "a struct, or that as JSON text", value) from None
     if not isinstance(fields, dict | None):
         raise MisfitError(column, "a struct, or that as JSON text", value)
@@ -137,8 +142,8 @@ def misfit_image(prompt: Prompt, problems: Mapping[str, str]) -> MisfitError | N
 def _messages(value: Any) -> tuple[Message, ...]:
     if isinstance(value, str):
         try:
-            value = json.loads(value)
-        except (ValueError, RecursionError):
+            value = read_json(value)
+        except ValueError:
             raise MisfitError("prompt", "a list of messages as JSON", value) from None
     if not isinstance(value, list):
         raise MisfitError("prompt", "a list of messages", value)
@@ -149,14 +154,20 @@ def _messages(value: Any) -> tuple[Message, ...]:
             raise MisfitError(f"prompt[{number}].role", ", ".join(_ROLES), role)
         column = f"prompt[{number}].content"
         message = Message(role, content) if isinstance(content, str) else _of_parts(role, content, column)
-        try:
-            message.content.encode()
-        except UnicodeEncodeError as error:  # JSON can spell half of a character
-            raise MisfitError(column, "text in UTF-8", one_line(error)) from None
+        _check_text(message.content, column)
         messages.append(message)
     if all(message.role != "user" for message in messages):
         raise MisfitError("prompt", "at least one user message", value)
     return tuple(messages)
+
+
+def _check_text(value: object, column: str) -> None:
+    """Raises: MisfitError: text with half of a character, which JSON can spell and nothing can store."""
+    if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            raise MisfitError(column, "text in UTF-8", one_line(error)) from None
 
 
 def _of_parts(role: str, parts: Any, column: str) -> Message:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from metis_fast.errors import MetisError
+from metis_fast.errors import InfrastructureError, MetisError, one_line
 
 State = Literal["ok", "warning", "error"]
 
@@ -35,6 +35,13 @@ class Check:
             yield from self.run()
         except MetisError as error:
             yield refused(self.what or self.area, error)
+        except InfrastructureError as error:
+            yield Finding(
+                self.what or self.area,
+                "error",
+                one_line(error),
+                "see that what it names works on this machine, and ask metis-fast doctor again (docs/tools.md)",
+            )
         except OSError as error:
             yield Finding(
                 self.area,

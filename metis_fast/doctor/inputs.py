@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -21,7 +20,7 @@ from metis_fast.data.parquet import PromptFiles
 from metis_fast.data.row import BadRow, BadRowError
 from metis_fast.doctor.finding import Finding, gigabytes
 from metis_fast.errors import ModelError, one_line
-from metis_fast.model_folder import doubts, hf_shapes, load_processor, load_tokenizer, read_config
+from metis_fast.model_folder import doubts, hf_shapes, load_processor, load_tokenizer, read_config, read_json
 from metis_fast.pictures import ImagePreparer
 from metis_fast.plan.command import own_layout
 from metis_fast.plan.gpus import GIB, GPUS, Gpu
@@ -76,7 +75,11 @@ def _missing_weights(folder: Path, shape: PretrainedConfig) -> list[str]:
     names = set[str]()
     files = sorted(folder.glob("*.safetensors"))
     if index.is_file():
-        files = sorted({folder / name for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
+        match read_json(index):
+            case {"weight_map": dict(where)} if all(isinstance(name, str) for name in where.values()):
+                files = sorted({folder / name for name in where.values()})
+            case _:
+                raise ModelError(f"{index} has no weight_map from tensors to files; restore the file from its source")
     for path in files:
         try:
             with safe_open(path, "pt") as weights:
@@ -139,7 +142,8 @@ def prompts(config: Config, key: str, paths: Sequence[Path]) -> Iterator[Finding
             key,
             "error",
             f"a prompt has {longest} tokens, rollout.max_prompt_tokens is {config.rollout.max_prompt_tokens}",
-            "raise that, or remove the rows (metis-fast data check FILE --model FOLDER finds them)",
+            "raise that, or remove the rows (metis-fast data check FILE --model FOLDER --max-prompt-tokens "
+            f"{config.rollout.max_prompt_tokens})",
         )
     elif longest:
         yield Finding(key, "ok", f"the longest prompt read has {longest} of at most {config.rollout.max_prompt_tokens} tokens")

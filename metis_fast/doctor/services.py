@@ -10,14 +10,15 @@ from collections.abc import Collection, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
-from metis_fast.config import Config
+from metis_fast.config import Config, TextSearchConfig
 from metis_fast.doctor.finding import Finding
-from metis_fast.errors import ConfigError, InfrastructureError, JudgeError, one_line
+from metis_fast.errors import ConfigError, InfrastructureError, JudgeError, ToolSetupError, one_line
 from metis_fast.own_folder import OwnFolder
 from metis_fast.score.judge import open_judge
 from metis_fast.tools import open_toolbox
 from metis_fast.tools.protocol import Toolbox
 from metis_fast.tools.results import PythonResult, TextSearchResult, ToolResult
+from metis_fast.tools.search.web import WebText
 from metis_fast.types import Observation, ToolName
 
 _QUERY = "capital of France"
@@ -34,7 +35,8 @@ def tool(config: Config, name: ToolName, offline: bool) -> Iterator[Finding]:
         if name is ToolName.PYTHON:
             yield _python(what, asyncio.run(_call(toolbox, name, {"code": "print(6 * 7)"})), config)
         elif name is ToolName.TEXT_SEARCH and (not offline or config.tools.text_search.provider == "local"):
-            yield _search(what, toolbox)
+            web = config.tools.text_search.provider != "local"
+            yield _web_search(what, config.tools.text_search) if web else _search(what, toolbox)
         else:
             yield Finding(what, "ok", "opens; nothing was asked of it")
 
@@ -66,6 +68,20 @@ def _search(what: str, toolbox: Toolbox) -> Finding:
         return Finding(what, "error", one_line(error), "see the key, the address and the provider's status (docs/search.md)")
     assert isinstance(result, TextSearchResult)
     return Finding(what, "ok", f"answers: {len(result.pages)} pages for {_QUERY!r}")
+
+
+def _web_search(what: str, config: TextSearchConfig) -> Finding:
+    """The provider is asked, whatever the caches have."""
+    source = WebText(config)
+    try:
+        asyncio.run(source.check())
+    except ToolSetupError as error:
+        return Finding(what, "error", one_line(error), "see the key, the address and the provider's status (docs/search.md)")
+    finally:
+        source.close()
+    if config.offline:
+        return Finding(what, "ok", "opens; it answers from its caches alone (tools.text_search.offline)")
+    return Finding(what, "ok", f"{config.provider} answers with pages")
 
 
 def judges(config: Config, styles: Collection[str], offline: bool) -> Iterator[Finding]:

@@ -104,6 +104,8 @@ def open_stream(
     Raises:
         DataError: files that cannot be read, or hold nothing. ConfigError: a setting that is for sets of the other kind.
     """
+    if not path.exists():
+        raise DataError(f"{path}: no such file or folder; give conversations (docs/sft.md) or a folder of stored rollouts")
     if not holds_conversations(path):
         if config.image_max_pixels:
             raise ConfigError(
@@ -118,7 +120,10 @@ def open_stream(
 
 def num_steps(phase: SftPhase, rows: int, batch_size: int) -> int:
     """Optimizer steps of a phase over so many rows."""
-    return phase.steps if phase.steps is not None else math.ceil((phase.epochs or 0) * rows / batch_size)
+    if phase.steps is not None:
+        return phase.steps
+    steps = (phase.epochs or 0) * rows / batch_size
+    return max(1, math.ceil(round(steps, 6)))  # rounded: 1.1 * 100 / 10 is a little more than 11
 
 
 # -- files of conversations -----------------------------------------------------------------------------------------------
@@ -145,7 +150,9 @@ class Conversations:
 
     def _follow(self, layout: Layout) -> None:
         self._layout = layout
-        self._cursor: RowCursor[Rollout] = RowCursor(layout, self._seed, self.look, on_bad_row="skip")
+        self._cursor: RowCursor[Rollout] = RowCursor(
+            layout, self._seed, self.look, on_bad_row="skip", advice="run `metis-fast sft CONFIG --check`, which names them"
+        )
 
     def look(self, rows: Sequence[int]) -> list[Rollout | BadRowError]:
         """Rows, encoded, or what is wrong with them.
