@@ -68,6 +68,24 @@ class HttpSearchConfig(Section):
     snippet: Text = "snippet"
     """Where a result has its text."""
 
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        places = {name: getattr(self, name) for name in ("title", "link", "snippet")}
+        for name, place in places.items():
+            for other, outer in places.items():
+                if place != outer and (not outer or place.startswith(f"{outer}.")):
+                    raise ValueError(
+                        f"tools.text_search.http.{name}={place!r} lies inside of {other}={outer!r}, which has to be a text; "
+                        "set each to where a text stands"
+                    )
+        for name, text in self.headers.items():
+            if not f"{name}{text}".isascii() or not f"{name}{text}".isprintable():  # neither is shown: it may hold a key
+                raise ValueError(
+                    "tools.text_search.http.headers: expected printable ASCII, got other signs in one; remove them, or write "
+                    "them percent-encoded"
+                )
+        return self
+
 
 class TextSearchConfig(Section):
     """The `text_search` tool, over a local corpus or a provider on the web (docs/search.md)."""

@@ -61,12 +61,14 @@ class TemplateServer(SearchServer):
 def _placed(path: str, value: object) -> object:
     """A value where a path of names and positions finds it."""
     for name in reversed(path.split(".") if path else []):
-        value = [value] if name.isdigit() else {name: value}
+        value = [*({} for _ in range(int(name))), value] if name.isdecimal() else {name: value}
     return value
 
 
-def _merged(page: Mapping[str, str], named: Mapping[str, str]) -> dict[str, object]:
-    """A page whose parts stand at these paths."""
+def _merged(page: Mapping[str, str], named: Mapping[str, str]) -> dict[str, object] | str:
+    """A page whose parts stand at these paths, of which none is inside another; all empty: it is a text."""
+    if not any(named.values()):
+        return page["title"]
     out: dict[str, object] = {}
     for part, path in named.items():
         place = out

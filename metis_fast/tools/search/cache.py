@@ -189,34 +189,37 @@ def _entry(line: bytes) -> tuple[tuple[str, tuple[Page, ...]] | None, str]:
     return (value["query"], pages), ""
 
 
-_PAGE = re.compile(r"Page (\d{1,6})\. \[Title: (.*)\]\(Link: (.*)\)")
-_FOUND = re.compile(r"A Google search for '.*' found \d+ results?:")
+_NOTHING = re.compile(r"No results found for '.*'\.", re.DOTALL)
+_FOUND = re.compile(r"A Google search for '.*' found (\d{1,9}) results?:", re.DOTALL)
+_START = re.compile(r"^(?=Page \d{1,6}\. \[Title: )", re.MULTILINE)
+_NUMBER = re.compile(r"Page (\d{1,6})\. \[Title: ")
 
 
 def read_result(text: str) -> tuple[Page, ...] | None:
-    """Pages of the reference's text for the agent. None: it is another one, such as that of a search that failed."""
+    """Pages of the reference's text for the agent.
+
+    None: it is another one, such as that of a search that failed, or is damaged. No pages: it says that there are none.
+    """
     text = text.replace("\r\n", "\n")
-    if text.startswith("No results found for "):
+    if _NOTHING.fullmatch(text.strip()):
         return ()
     head, mark, body = text.partition("\n\n## Web Results\n")
-    if not mark or not _FOUND.fullmatch(head.replace("\n", " ")):
+    found = _FOUND.fullmatch(head)
+    if not mark or not found:
         return None
-    pages: list[Page] = []
-    snippet: list[str] = []
-
-    def end() -> None:
-        if pages:
-            last = pages[-1]
-            words = clean(" ".join(snippet).removeprefix("Snippet:"))
-            pages[-1] = Page(last.rank, last.title, last.link, words)
-        snippet.clear()
-
-    for line in body.split("\n"):
-        match = _PAGE.fullmatch(line.rstrip())
-        if match:
-            end()
-            pages.append(Page(int(match[1]), clean(match[2]), clean(match[3]), ""))
-        else:
-            snippet.append(line)
-    end()
+    before, *parts = _START.split(body)
+    pages = [page for part in parts if (page := _page(part)) is not None]
+    if before.strip() or len(pages) < len(parts) or (not parts and int(found[1]) > 0):
+        return None
     return tuple(pages)
+
+
+def _page(text: str) -> Page | None:
+    """A page and its snippet. A title may hold line breaks; the link ends its line. None: it is cut off in them."""
+    start = _NUMBER.match(text)
+    title, mark, rest = text.partition("](Link: ")
+    link, _, snippet = rest.partition("\n")
+    if start is None or not mark or not link.rstrip().endswith(")"):
+        return None
+    words = clean(snippet.replace("\n", " ").removeprefix("Snippet:"))
+    return Page(int(start[1]), clean(title[start.end() :]), clean(link.rstrip()[:-1]), words)

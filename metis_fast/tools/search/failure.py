@@ -10,8 +10,9 @@ _SHOWN = 300
 class Failed(Exception):
     """A request that brought no result. It never leaves this package: `WebText` makes an `InfrastructureError` of the last one.
 
-    reason: what happened. said: what the provider says, in one line. advice: what to do. again: whether another try may help.
-    wait_s: for how long the provider asks to be left alone; 0: it does not say.
+    reason: what happened. said: what the provider says, without the key, which has to be hidden before: it is cut here, and
+    half a key would not be found. advice: what to do. again: whether another try may help. wait_s: for how long the provider
+    asks to be left alone; 0: it does not say.
     """
 
     def __init__(self, reason: str, said: str = "", advice: str = "", again: bool = False, wait_s: float = 0.0) -> None:

@@ -27,7 +27,7 @@ MAX_BODY_BYTES = 8 << 20
 MAX_WAIT_S = 60.0
 """Longest pause that a provider can ask for with Retry-After."""
 _MAX_PORT = 65535
-_SAID_BYTES = 1 << 16
+_SAID_CHARS = 1 << 16
 _AGAIN = frozenset({408, 409, 425, 429})  # and every 5xx
 
 
@@ -139,7 +139,9 @@ class Sender:
 
     def _refusal(self, response: httpx2.Response, body: bytes) -> Failed:
         """Of a status that is no success."""
-        status, said = response.status_code, self._key.hide(_said(body[:_SAID_BYTES]))
+        # hidden before each cut, here and in `Failed`: half a key would not be found
+        text = self._key.hide(body.decode(errors="replace"))[:_SAID_CHARS]
+        status, said = response.status_code, self._key.hide(_said(text))
         reason = f"HTTP status {status}{self._way}"
         if response.has_redirect_location:
             return Failed(f"{reason}, a redirect to {self._target(response)}", "", f"it would take the key along; {_SEE_URL}")
@@ -193,9 +195,8 @@ _CAUSES: Sequence[tuple[type[BaseException], str, str]] = (
 )
 
 
-def _said(body: bytes) -> str:
+def _said(text: str) -> str:
     """What the body of an error says."""
-    text = body.decode(errors="replace")
     try:
         value = json.loads(text)
     except (ValueError, RecursionError):
@@ -222,6 +223,6 @@ def _time(text: str) -> datetime | None:
     """Of a header; a zone of -0000 says that none is known: UTC, as everything in HTTP."""
     try:
         time = parsedate_to_datetime(text)
-    except ValueError:
+    except (ValueError, OverflowError):  # the latter: a zone of more digits than a number has
         return None
     return time if time.tzinfo else time.replace(tzinfo=UTC)

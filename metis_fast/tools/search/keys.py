@@ -10,6 +10,8 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cache
+from html.entities import html5
 
 from metis_fast.config import TextSearchConfig
 from metis_fast.errors import ToolSetupError
@@ -28,15 +30,27 @@ class Key:
     zone: str = field(default="", repr=False)
 
     def hide(self, text: str) -> str:
-        """`text` without the key, however it is spelt there: as it is, or as addresses, JSON and HTML spell its signs."""
-        return re.sub("".join(map(_spelt, self.value)), _HIDDEN, text, flags=re.IGNORECASE) if self.value else text
+        """`text` without the key, however it is spelt there: as it is, or as addresses, JSON and HTML spell its signs, once
+        or several times over."""
+        return _spellings(self.value).sub(_HIDDEN, text) if self.value else text
+
+
+@cache
+def _spellings(value: str) -> re.Pattern[str]:
+    return re.compile("".join(map(_spelt, value)), flags=re.IGNORECASE)
 
 
 def _spelt(sign: str) -> str:
+    """A pattern. Repetitions have limits, since a text of backslashes alone would else take the square of its length."""
     if sign.isalnum():
         return sign
     code = ord(sign)
-    return rf"(?:\\?{re.escape(sign)}|%{code:02x}|\\u{code:04x}|&#{code};|&#x{code:02x};)"
+    names = "".join(f"{name}|" for name, meant in html5.items() if meant == sign and name.endswith(";"))
+    entity = rf"{_AMPERSAND}(?:amp;){{0,3}}(?:{names}#0{{0,6}}{code};|#x0{{0,6}}{code:x};)"
+    return rf"(?:\\{{0,15}}{re.escape(sign)}|%(?:25){{0,4}}{code:02x}|\\{{1,15}}u{code:04x}|{entity})"
+
+
+_AMPERSAND = r"(?:&|%(?:25){0,4}26|\\{1,15}u0026)"
 
 
 NO_KEY = Key()

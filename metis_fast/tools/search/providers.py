@@ -18,6 +18,10 @@ from metis_fast.tools.search.failure import Failed
 from metis_fast.tools.search.keys import Key
 from metis_fast.tools.search.reply import Fields, at, pages
 
+_NOTHING = re.compile(
+    r".*hasn't returned any results.*|no (?:\w+ )?results?(?: (?:were )?found)?(?: for .*)?\.?", re.IGNORECASE | re.DOTALL
+)
+_BAD_STATUS = re.compile("[45][0-9][0-9]")
 _HAN = re.compile("[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]")
 
 
@@ -87,6 +91,7 @@ class Serper:
 
     def read(self, value: object) -> tuple[Page, ...]:
         """See `Provider`."""
+        _check_empty(value, at(value, "organic"), self.key)
         return pages(value, Fields("organic"), self._count, self.key)
 
 
@@ -109,6 +114,7 @@ class BrightData:
 
     def read(self, value: object) -> tuple[Page, ...]:
         """See `Provider`. A page of Google without results has no list, and says that it counted 0."""
+        _check_empty(value, at(value, "organic"), self.key)
         if at(value, "organic") is None and at(value, "general.results_cnt") == 0:
             return ()
         return pages(value, Fields("organic", snippets=("snippet", "description")), self._count, self.key)
@@ -135,12 +141,11 @@ class SerpApi:
 
     def read(self, value: object) -> tuple[Page, ...]:
         """See `Provider`. A search that found nothing succeeds, with an `error` and without a list."""
-        if at(value, "organic_results") is None and at(value, "error") is not None:
-            said = str(at(value, "error"))
-            state = str(at(value, "search_information.organic_results_state")).lower()
-            if "empty" in state or "hasn't returned any results" in said:
-                return ()
-            raise Failed("it says that the search failed", self.key.hide(said), "see its status page", again=True)
+        state = str(at(value, "search_information.organic_results_state")).lower()
+        if not at(value, "organic_results") and not ("empty" in state and at(value, "search_metadata.status") != "Error"):
+            _check_empty(value, at(value, "organic_results"), self.key)
+        if at(value, "organic_results") is None and at(value, "error"):
+            return ()
         return pages(value, Fields("organic_results"), self._count, self.key)
 
 
@@ -160,7 +165,9 @@ class Template:
         hl, gl = language(query)
         values = {"query": query, "count": str(self._count), "key": self.key.value, "hl": hl, "gl": gl}
         url = _filled(self.url, {name: quote(value, safe="") for name, value in values.items()})
-        headers = {name: _filled(text, values) for name, text in self._http.headers.items()}
+        # a header holds no line breaks, and no other signs than ASCII's
+        in_headers = {**values, "query": quote(query, safe="")}
+        headers = {name: _filled(text, in_headers) for name, text in self._http.headers.items()}
         url = _with_params(url, {name: _filled(text, values) for name, text in self._http.params.items()})
         if self._http.method == "GET":
             return Request("GET", url, headers)
@@ -168,7 +175,38 @@ class Template:
 
     def read(self, value: object) -> tuple[Page, ...]:
         """See `Provider`."""
+        _check_empty(value, at(value, self._http.results), self.key)
         return pages(value, self._fields, self._count, self.key)
+
+
+def _check_empty(value: object, found: object, key: Key) -> None:
+    """A reply of status 200 without results has to be one of a search that succeeded.
+
+    found: its list, or None.
+
+    Raises:
+        Failed: it says that the search failed.
+    """
+    if found or not isinstance(value, Mapping):
+        return
+    error = value.get("error") or value.get("errors")
+    states = [value.get(name) for name in ("statusCode", "status_code", "code", "status")]
+    states.append(at(value, "search_metadata.status"))
+    if (
+        not any(_is_failure(state) for state in states)
+        and value.get("success") is not False
+        and (not error or _NOTHING.fullmatch(str(error)))
+    ):
+        return
+    texts = (error, at(error, "message"), value.get("message"))
+    said = next((text for text in texts if isinstance(text, str) and text), "") or json.dumps(value)
+    raise Failed("it says that the search failed", key.hide(said), "see its status page", again=True)
+
+
+def _is_failure(state: object) -> bool:
+    if isinstance(state, str):
+        return state.lower() in ("error", "failed", "failure") or bool(_BAD_STATUS.fullmatch(state))
+    return isinstance(state, int) and bool(_BAD_STATUS.fullmatch(str(state)))
 
 
 def _with_params(url: str, params: Mapping[str, object]) -> str:

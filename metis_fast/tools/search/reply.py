@@ -52,7 +52,8 @@ def parse(body: bytes, key: Key) -> object:
     try:
         return json.loads(body)
     except (ValueError, RecursionError) as error:
-        start = key.hide(body[:2000].decode(errors="replace")).lstrip()[:200]
+        # hidden before it is cut: half a key would not be found
+        start = key.hide(body.decode(json.detect_encoding(body), errors="replace")).lstrip()[:200]
         what = "nothing" if not start else "HTML" if start.startswith("<") else "something else"
         reason = f"expected JSON, got {what}"
         said = start or (str(error) if body else "")
@@ -67,14 +68,14 @@ def pages(value: object, fields: Fields, count: int, key: Key) -> tuple[Page, ..
     """
     found = at(value, fields.results)
     if not isinstance(found, list):
-        raise Failed(f"the reply has no list {fields.results or 'at its top'!r}", f"it has {_keys(value)}", _CHANGED)
+        raise Failed(f"the reply has no list {fields.results or 'at its top'!r}", f"it has {_keys(value, key)}", _CHANGED)
     entries = [_Entry.of(entry, fields) for entry in found]
     for path, texts in ((fields.title, [one.title for one in entries]), (fields.link, [one.link for one in entries])):
         if entries and not any(texts):
-            raise Failed(f"no result has {path!r}", f"the first has {_keys(found[0])}", _CHANGED)
+            raise Failed(f"no result has {path!r}", f"the first has {_keys(found[0], key)}", _CHANGED)
     if len(entries) >= _FEW and not any(one.snippet for one in entries):
         expected = " or ".join(map(repr, fields.snippets))
-        raise Failed(f"none of {len(entries)} results has {expected}", f"the first has {_keys(found[0])}", _CHANGED)
+        raise Failed(f"none of {len(entries)} results has {expected}", f"the first has {_keys(found[0], key)}", _CHANGED)
     return tuple(
         Page(rank, clean(one.title, key), clean(one.link, key), clean(one.snippet, key))
         for rank, one in enumerate(entries[:count], start=1)
@@ -103,7 +104,8 @@ def _text(value: object) -> str:
     return str(value) if isinstance(value, (str, int, float)) and not isinstance(value, bool) else ""
 
 
-def _keys(value: object) -> str:
+def _keys(value: object, key: Key) -> str:
+    """The first names that a value has, without the key."""
     if not isinstance(value, Mapping):
         return f"no names, it is {'null' if value is None else type(value).__name__}"
-    return ", ".join(map(str, list(value)[:12])) or "no names"
+    return key.hide(", ".join(map(str, list(value)[:12]))) or "no names"
