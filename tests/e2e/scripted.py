@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from multiprocessing import forkserver
 from multiprocessing.context import ForkServerProcess
@@ -78,7 +78,7 @@ class ForkLauncher:
 
     host = "127.0.0.1"
 
-    def __init__(self, logs: Path, gpus: Sequence[str] = ()) -> None:
+    def __init__(self, logs: Path, gpus: Sequence[str] = (), withheld: Collection[str] = ()) -> None:
         logs.mkdir(parents=True, exist_ok=True)
         self._logs = logs
         self._started: list[_Forked] = []
