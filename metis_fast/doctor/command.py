@@ -43,10 +43,9 @@ def run(args: argparse.Namespace) -> int:
 def line(finding: Finding) -> str:
     """A finding for people, fitted to the terminal; what to do stands below it."""
     width = max(_LEAST, shutil.get_terminal_size((120, 24)).columns)
-    head = f"  {finding.state:8}{finding.what:{_WHAT}} "
-    if len(head) > 10 + _WHAT + 1:
-        head += "\n" + " " * (10 + _WHAT + 1)
-    indent = " " * (10 + _WHAT + 1)
+    head, indent = f"  {finding.state:8}{finding.what:{_WHAT}} ", " " * (10 + _WHAT + 1)
+    if len(head) > len(indent):
+        head += "\n" + indent
     text = textwrap.fill(finding.found, width - len(indent), break_on_hyphens=False, break_long_words=False)
     if finding.advice:
         text += "\n" + textwrap.fill(finding.advice, width - len(indent), initial_indent="-> ", subsequent_indent="   ",
@@ -63,7 +62,8 @@ def findings(args: argparse.Namespace) -> Iterator[tuple[str, Finding]]:
         return
     yield "settings", Finding("config", "ok", f"{args.config} can be read")
     for check in checks(config, args.offline):
-        print(f"  {check.area} ...", end="\r", file=sys.stderr) if sys.stderr.isatty() else None
+        if sys.stderr.isatty():
+            print(f"  {check.area} ...", end="\r", file=sys.stderr)
         for finding in check.findings():
             yield check.area, finding
 

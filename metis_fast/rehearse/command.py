@@ -93,13 +93,13 @@ def run(args: argparse.Namespace) -> int:
         failed = any(stage.state == "failed" for stage in stages)
         if args.json:
             print(json.dumps({"stages": [asdict(stage) for stage in stages], "left_out": rehearsal.left_out}))
-        else:
-            for left in rehearsal.left_out:
-                print(f"{'not':7}{left}")
-            print("\nfailed: see above" if failed else "\nrehearsed: what is left is GPUs, keys and sizes")
+            return int(failed)
+        for left in rehearsal.left_out:
+            print(f"{'not':7}{left}")
+        print("\nfailed: see above" if failed else "\nrehearsed: what is left is GPUs, keys and sizes")
         if args.out is not None:
-            print(f"kept: {folder}", flush=True) if not args.json else None
-        return 1 if failed else 0
+            print(f"kept: {folder}", flush=True)
+        return int(failed)
 
 
 def _pixels(text: str) -> tuple[int, int]:
