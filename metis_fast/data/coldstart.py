@@ -23,10 +23,8 @@ import pyarrow.parquet as pq
 from metis_fast.arrow_types import as_list, is_bytes, is_string, item, stored
 from metis_fast.data.cursor import Layout
 from metis_fast.data.paths import expand, first
-from metis_fast.data.row import BadRow, BadRowError, MisfitError
+from metis_fast.data.row import BadRow, BadRowError, MisfitError, image_of
 from metis_fast.errors import DataError, one_line
-from metis_fast.image_source import NoImageError, read_image
-from metis_fast.pixels import ImageError, size
 from metis_fast.types import ImageBlob, Message
 
 _LOG = logging.getLogger(__name__)
@@ -39,7 +37,6 @@ MARK = "<image>"
 _STRUCTURED = ("tool_calls", "function_call", "reasoning_content", "reasoning")  # of other formats; they would be lost
 _BATCH_ROWS = 64  # a column of integers takes eight times its bytes until it is made one of bytes
 _MOST_PATH = 4096  # longer text cannot be a path (PATH_MAX)
-_MAX_ASPECT = 200  # Qwen3-VL's image processor refuses longer strips
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -404,14 +401,4 @@ def _image(entry: Any, column: str, folder: Path) -> ImageBlob:
         raise MisfitError(column, "bytes as integers of 0 to 255", "others among them")
     if isinstance(entry, str) and (len(entry) > _MOST_PATH or entry[:5].lower() == "data:"):
         entry = {"bytes": entry}
-    try:
-        data = read_image(entry, folder)
-    except NoImageError as error:
-        raise MisfitError(column, error.expected, error.got) from None
-    try:
-        width, height = size(data)
-    except ImageError as error:
-        raise MisfitError(column, "an image that Pillow can decode", f"{len(data)} bytes: {one_line(error)}") from None
-    if max(width, height) > _MAX_ASPECT * min(width, height):
-        raise MisfitError(column, f"an aspect ratio of at most {_MAX_ASPECT}", f"{width}x{height}")
-    return ImageBlob.of(data)
+    return image_of(entry, column, folder)

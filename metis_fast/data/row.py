@@ -192,10 +192,11 @@ def _images(value: Any, folder: Path) -> tuple[ImageBlob, ...]:
         return ()  # a column of single structs has this for rows without an image
     is_one = not isinstance(value, list) or is_integers(value)
     entries = [] if value is None else [value] if is_one else value
-    return tuple(_image(entry, f"images[{number}]", folder) for number, entry in enumerate(entries))
+    return tuple(image_of(entry, f"images[{number}]", folder) for number, entry in enumerate(entries))
 
 
-def _image(entry: Any, column: str, folder: Path) -> ImageBlob:
+def image_of(entry: Any, column: str, folder: Path) -> ImageBlob:
+    """An image of a row, looked at up to its header. Raises MisfitError: it is none that the model takes."""
     try:
         data = read_image(entry, folder)
     except NoImageError as error:
