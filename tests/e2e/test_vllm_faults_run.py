@@ -64,9 +64,10 @@ class Run:
         return ended
 
     def steps(self) -> list[int]:
-        """That are logged."""
+        """That are logged; a line that is just being written is none yet."""
         path = self.folder / "metrics.jsonl"
-        return [json.loads(line)["step"] for line in path.read_text().splitlines()] if path.exists() else []
+        text = path.read_text() if path.exists() else ""
+        return [json.loads(line)["step"] for line in text.rpartition("\n")[0].splitlines()]
 
     def saved(self) -> tuple[int, ...]:
         """Steps of the last checkpoint."""
@@ -145,7 +146,8 @@ def test_a_real_engine_goes_on_with_the_trainers_weights_after_each_fault_and_le
 
     def records() -> list[dict[str, Any]]:
         path = folder / "metrics.jsonl"
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        text = path.read_text() if path.exists() else ""
+        return [json.loads(line) for line in text.rpartition("\n")[0].splitlines()]  # whole lines: it is being written
 
     for fault in ((Fault.FORGET, Fault.REFUSE, Fault.DAMAGE), (Fault.RAISE,), (Fault.NAN,)):
         done = len(records())
