@@ -13,6 +13,7 @@ from typing import Literal, Protocol
 
 from metis_fast.types import Group, ImageSpan, Outcome, Rollout, Score, Verdict
 
+_ERROR = 200  # characters of what broke a rollout off
 _ANSWER = 200  # characters of a judged answer that the run gets to know; the node stores all of it
 
 Data = Literal["train", "heldout"]
@@ -58,7 +59,7 @@ class RolloutSummary:
     """A rollout without its tokens and images.
 
     num_tokens: S. num_tool_errors: turns that ended in TOOL_ERROR. versions: (weight version, tokens that it sampled).
-    prompt_key: see `Rollout`.
+    prompt_key: see `Rollout`. error: its beginning.
     """
 
     prompt_uid: str
@@ -72,6 +73,7 @@ class RolloutSummary:
     image_spans: tuple[ImageSpan, ...]
     versions: tuple[tuple[int, int], ...]
     outcome: Outcome
+    error: str = ""
 
     @staticmethod
     def of(rollout: Rollout) -> RolloutSummary:
@@ -88,6 +90,7 @@ class RolloutSummary:
             image_spans=rollout.image_spans,
             versions=tuple(sorted(Counter(rollout.weight_version[rollout.sampled].tolist()).items())),
             outcome=rollout.outcome,
+            error=rollout.error[:_ERROR],
         )
 
 

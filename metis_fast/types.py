@@ -45,7 +45,7 @@ class Outcome(StrEnum):
 
 
 class ToolName(StrEnum):
-    """The tools that an agent can call (ALGORITHM: agent protocol)."""
+    """The built-in tools (ALGORITHM: agent protocol); there may be others, of one's own or of MCP servers."""
 
     PYTHON = "python"
     TEXT_SEARCH = "text_search"
@@ -93,6 +93,7 @@ class Prompt:
     judge_style: `reward_model.style`, which judge decides ("rule", "math", "choice", "llm", ...).
     question: what was asked, for LLM judges and reports (from `extra_info.question`, else the last user message).
     extra: the flat part of `extra_info`; never read by the training path, only reported (e.g. `kind` in the demo set).
+    tools: `extra_info.tools`, names of those that the row has, where `tools.offer` is `row`; None where it lists none.
     """
 
     uid: str
@@ -104,6 +105,7 @@ class Prompt:
     judge_style: str
     question: str
     extra: Mapping[str, JsonScalar] = field(default_factory=dict)
+    tools: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         marks = sum(len(message.around_images) - 1 for message in self.messages)
@@ -264,11 +266,15 @@ class Verdict:
 
     correct: r_ans in {0, 1}. format_ok: r_fmt in {0, 1}.
     answer: the text that was judged ("" if the rollout has none).
+    judge: who says that it is correct or not: a style, a model, a quorum; "" where nobody had to be asked. reason: why, in one
+        short line. Both are for people, and "" in rollouts that were stored before there were reasons.
     """
 
     correct: bool
     format_ok: bool
     answer: str
+    judge: str = ""
+    reason: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -276,6 +282,7 @@ class Score:
     """One rollout's rewards and advantages (ALGORITHM sections 2 and 3).
 
     verdict: None where the judge or our machinery failed; such a rollout left its group and all numbers are 0.
+    no_verdict: what the judge failed at, in one line, for people; "" where it did not.
     qualifies: in Q_p (r_ans = 1). in_tool_denominator: in a Q_p *with signal*; its tokens count in N_tool.
     needs_gradient: at least one advantage is not exactly 0, by comparison of rewards, never of advantages.
     """
@@ -289,6 +296,7 @@ class Score:
     qualifies: bool = False
     in_tool_denominator: bool = False
     needs_gradient: bool = False
+    no_verdict: str = ""
 
     def __post_init__(self) -> None:
         for name in ("r_acc", "r_tool", "adv_acc", "adv_tool"):
@@ -397,7 +405,8 @@ class StepStats:
     """One training step, as logged. Made by `pipeline`, read by `report`.
 
     slices: "all", "<ability>", "<kind>", "<ability>/<kind>" -> rates over this step's rollouts.
-    outcomes: number of rollouts by how they ended; tool_errors: number of turns that ended in TOOL_ERROR.
+    outcomes: number of rollouts by how they ended; infra_failed_rate: share that our machinery broke off; judge_failed_rate:
+    share of the others whose judge failed; tool_errors: number of turns that ended in TOOL_ERROR.
     qualifying_share: share of rollouts in Q_p; signal_share: share of groups whose Q_p has signal.
     seconds: stage -> wall seconds.
     staleness: trained tokens by age; place a counts those sampled by weights that lacked the last a updates.
@@ -425,3 +434,5 @@ class StepStats:
     groups_replayed: int = 0
     sync_bytes: int = 0
     sync_retries: int = 0
+    infra_failed_rate: float = 0.0
+    judge_failed_rate: float = 0.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, JsonValue, field_validator, model_validator
@@ -18,8 +19,27 @@ from metis_fast.config.section import (
     Positive,
     PositiveFloat,
     Section,
+    Several,
     Text,
 )
+
+
+class LlmPeer(Section):
+    """One of several LLM judges. What is left out is as in `score.llm`."""
+
+    base_url: Annotated[Text, MAY_CHANGE] = ""
+    """Empty: that of `score.llm`."""
+    model: Text = ""
+    """Empty: that of `score.llm` where `base_url` is left out, too; else the one that the endpoint serves."""
+    api_key_env: Annotated[Text, MAY_CHANGE] = ""
+    """Empty: that of `score.llm`."""
+    extra_body: OrNone[JsonObject] = None
+    """None: that of `score.llm`."""
+
+    @field_validator("extra_body")
+    @classmethod
+    def _leaves_the_rest(cls, body: dict[str, JsonValue] | None) -> dict[str, JsonValue] | None:
+        return body and _leaves_the_rest(body)
 
 
 class LlmJudgeConfig(Section):
@@ -47,14 +67,54 @@ class LlmJudgeConfig(Section):
     """More of the request, for example {chat_template_kwargs: {enable_thinking: false}}."""
     cache: Annotated[OrNone[FilePath], MAY_CHANGE] = None
     """SQLite file of past verdicts; none: kept in memory."""
+    judges: Several[LlmPeer] = ()
+    """Several models that judge every answer, each on its own, and have to agree (`quorum`); none: the one above."""
+    quorum: Literal["majority", "unanimous"] = "majority"
+    """How many of `judges` must say the same: more than half of all of them, or all. One that fails has no vote; too few votes
+    are no verdict."""
 
     @field_validator("extra_body")
     @classmethod
     def _leaves_the_rest(cls, body: dict[str, JsonValue]) -> dict[str, JsonValue]:
-        own = sorted(body.keys() & {"messages", "model", "n", "stream", "max_tokens", "max_completion_tokens"})
-        if own:
-            raise ValueError(f"{own[0]!r} is not for here; remove it (score.llm.model and max_tokens set theirs)")
-        return body
+        return _leaves_the_rest(body)
+
+    @model_validator(mode="after")
+    def _judges_differ(self) -> Self:
+        models = [(one.model, json.dumps(one.extra_body, sort_keys=True)) for one in self.each() if one.model]
+        twice = [model for i, (model, body) in enumerate(models) if (model, body) in models[:i]]
+        if twice:
+            raise ValueError(
+                f"score.llm.judges has {twice[0]!r} twice, which would be one vote counted twice; remove one of them"
+            )
+        return self
+
+    def each(self) -> tuple[LlmJudgeConfig, ...]:
+        """The settings of every single judge: of `judges`, or these."""
+        if not self.judges:
+            return (self,)
+        return tuple(
+            self.model_copy(
+                update={
+                    "base_url": one.base_url or self.base_url,
+                    "model": one.model or ("" if one.base_url else self.model),
+                    "api_key_env": one.api_key_env or self.api_key_env,
+                    "extra_body": self.extra_body if one.extra_body is None else one.extra_body,
+                    "judges": (),
+                }
+            )
+            for one in self.judges
+        )
+
+    def key_names(self) -> tuple[str, ...]:
+        """The environment variables that hold keys of judges."""
+        return tuple(dict.fromkeys(one.api_key_env for one in self.each()))
+
+
+def _leaves_the_rest(body: dict[str, JsonValue]) -> dict[str, JsonValue]:
+    own = sorted(body.keys() & {"messages", "model", "n", "stream", "max_tokens", "max_completion_tokens"})
+    if own:
+        raise ValueError(f"{own[0]!r} is not for here; remove it (score.llm.model and max_tokens set theirs)")
+    return body
 
 
 class ScoreConfig(Section):
@@ -83,7 +143,12 @@ class ScoreConfig(Section):
     number_tolerance: NonNegativeFloat = 0.0
     """Relative tolerance of the rule judge for numbers, beyond rounding: 3.1416 equals 3.14159 without any."""
     max_missing_share: Annotated[Fraction, MAY_CHANGE] = 0.5
-    """Share of a step's answers of one judge style that may be left without a verdict; above it the run stops."""
+    """Share of the answers of one judge style that may be left without a verdict; above it the run stops."""
+    missing_steps: Annotated[Positive, MAY_CHANGE] = 1
+    """Over how many steps that share is taken, the last one included. Several catch a judge that fails a little all the time.
+    A step in which a style has no verdict at all stops the run in any case."""
+    max_broken_share: Annotated[Fraction, MAY_CHANGE] = 1.0
+    """Share of the rollouts, over as many steps, that failures of tools and engines may break off; above it the run stops."""
     llm: LlmJudgeConfig = LlmJudgeConfig()
 
     @model_validator(mode="after")

@@ -14,6 +14,7 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import FormatStrFormatter, LogLocator, MaxNLocator, NullLocator, PercentFormatter
 
+from metis_fast.report.cold_start import ColdStart
 from metis_fast.report.log import GROUPS, Evaluation, step_scalars
 from metis_fast.report.slices import KINDS, main_abilities
 from metis_fast.types import Outcome, Savings, StepStats
@@ -201,6 +202,38 @@ def _heldout(evaluations: Sequence[Evaluation]) -> list[Curve]:
             if points:
                 series[name] = tuple(zip(*points, strict=True))
         curves.append(Curve(title, "on prompts that are not trained on", _svg(title, series, "rate")))
+    return curves
+
+
+def draw_cold_start(cold: ColdStart) -> list[Curve]:
+    """Loss with what was held out, learning rate and gradient norm of a cold start; rows that were left out, if some were."""
+    plans: tuple[tuple[str, str, Mapping[str, tuple[Sequence[Mapping[str, float]], str]]], ...] = (
+        (
+            "Loss of the cold start",
+            "negative log-likelihood, mean over the tokens of the assistant",
+            {"trained on": (cold.steps, "loss"), "held out": (cold.evaluations, "loss")},
+        ),
+        ("Learning rate of the cold start", "AdamW's", {"learning rate": (cold.steps, "lr")}),
+        ("Gradient norm of the cold start", "before clipping", {"gradient norm": (cold.steps, "grad_norm")}),
+        (
+            "Rows left out",
+            "so far, over all epochs",
+            {
+                name: (cold.steps, f"{name}_rows")
+                for name in ("bad", "long")
+                if any(line.get(f"{name}_rows") for line in cold.steps)
+            },
+        ),
+    )
+    curves = []
+    for title, note, lines in plans:
+        series = {}
+        for label, (records, key) in lines.items():
+            points = [(line["step"], line[key]) for line in records if key in line and np.isfinite(line[key])]
+            if points:
+                series[label] = tuple(zip(*points, strict=True))
+        if series:
+            curves.append(Curve(title, note, _svg(title, series, "number")))
     return curves
 
 

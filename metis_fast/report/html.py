@@ -13,8 +13,9 @@ from markupsafe import Markup
 
 from metis_fast.config import Config
 from metis_fast.errors import DataError
+from metis_fast.report.cold_start import read_cold_start
 from metis_fast.report.conversations import sample_conversations
-from metis_fast.report.curves import draw_curves
+from metis_fast.report.curves import draw_cold_start, draw_curves
 from metis_fast.report.log import read_evaluations, read_steps
 from metis_fast.report.summary import read_summary, summary_rows
 
@@ -58,20 +59,23 @@ def _template() -> jinja2.Template:
 
 
 def write_report(run_dir: Path) -> Path:
-    """Write `report.html` into a run folder, from whatever of the run is there; return its path.
+    """Write `report.html` into a run folder, from whatever of the run is there; return its path. The folder may be that of a
+    cold start alone.
 
     Raises:
         DataError: nothing to report, or a file of the run cannot be read.
     """
-    steps, evaluations = read_steps(run_dir), read_evaluations(run_dir)
+    cold = read_cold_start(run_dir)
+    alone = cold is not None and cold.folder == run_dir  # its files have the names of a run's
+    steps, evaluations = ([], []) if alone else (read_steps(run_dir), read_evaluations(run_dir))
     summary = read_summary(run_dir / "summary.json") if (run_dir / "summary.json").exists() else None
     conversations = sample_conversations(run_dir / "rollouts", steps[-1].step if steps else None)
-    if not (steps or evaluations or summary or conversations):
+    if not (steps or evaluations or summary or conversations or cold):
         raise DataError(
-            f"{run_dir}: expected a run's metrics.jsonl, eval.jsonl, summary.json or rollouts/, found none; give the folder "
-            "that `run.dir` names"
+            f"{run_dir}: expected a run's metrics.jsonl, eval.jsonl, summary.json, rollouts/ or sft/, found none; give the "
+            "folder that `run.dir` names"
         )
-    config = _config_leaves(run_dir / "config.yaml")
+    config = _config_leaves(run_dir / "config.yaml") or (_config_leaves(cold.folder / "config.yaml") if cold else {})
     defaults = dict(_leaves(Config().model_dump(mode="json")))
     page = _template().render(
         name=run_dir.resolve().name,
@@ -83,6 +87,8 @@ def write_report(run_dir: Path) -> Path:
         changes=[(key, value, defaults.get(key)) for key, value in config.items() if value != defaults.get(key)],
         rows=list(summary_rows(summary)) if summary else [],
         curves=draw_curves(steps, evaluations),
+        cold=cold,
+        cold_curves=draw_cold_start(cold) if cold else [],
         outcomes=_total_outcomes([stats.outcomes for stats in steps]),
         tool_errors=sum(stats.tool_errors for stats in steps),
         conversations=conversations,

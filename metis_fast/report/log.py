@@ -72,6 +72,12 @@ def _slice_scalars(slices: Mapping[str, Slice], prefix: str = "") -> dict[str, f
     }
 
 
+def failed_rates(outcomes: Mapping[str, int]) -> tuple[float, float]:
+    """The share of a step's rollouts that our machinery broke off, and of the others the share whose judge failed."""
+    played, broken = sum(outcomes.values()), outcomes.get(Outcome.INFRASTRUCTURE_ERROR, 0)
+    return broken / max(1, played), outcomes.get(Outcome.JUDGE_ERROR, 0) / max(1, played - broken)
+
+
 def step_scalars(stats: StepStats) -> dict[str, float]:
     """A step as flat `group/name` tags: the tags of TensorBoard and the curves of the report.
 
@@ -81,8 +87,7 @@ def step_scalars(stats: StepStats) -> dict[str, float]:
     scalars = {"reward/acc": stats.reward_acc, "reward/tool": stats.reward_tool} | _slice_scalars(stats.slices)
     scalars |= {f"outcomes/{name}": float(count) for name, count in stats.outcomes.items()}
     scalars["outcomes/tool_errors"] = float(stats.tool_errors)
-    to_judge = sum(stats.outcomes.values()) - stats.outcomes.get(Outcome.INFRASTRUCTURE_ERROR, 0)
-    scalars["share/no_verdict"] = stats.outcomes.get(Outcome.JUDGE_ERROR, 0) / max(1, to_judge)
+    scalars["share/infra_failed_rate"], scalars["share/judge_failed_rate"] = failed_rates(stats.outcomes)
     scalars["share/qualifying"], scalars["share/signal"] = stats.qualifying_share, stats.signal_share
     scalars["data/bad_rows_skipped"] = float(stats.bad_rows_skipped)
     scalars |= {tag: float(sum(getattr(update, name) for update in stats.updates)) for tag, name in _UPDATE_SUMS.items()}
@@ -115,7 +120,9 @@ def _savings_of(record: Mapping[str, Any]) -> Savings:
 def _step_of(record: dict[str, Any]) -> StepStats:
     updates = tuple(UpdateStats(**{**update, "avoided": _savings_of(update["avoided"])}) for update in record["updates"])
     made = {"slices": _slices_of(record), "updates": updates, "staleness": tuple(record.get("staleness", ()))}
-    return StepStats(**{**record, **made})
+    infra_failed_rate, judge_failed_rate = failed_rates(record["outcomes"])  # of records that have none
+    rates = {"infra_failed_rate": infra_failed_rate, "judge_failed_rate": judge_failed_rate}
+    return StepStats(**{**rates, **record, **made})
 
 
 def _evaluation_of(record: dict[str, Any]) -> Evaluation:

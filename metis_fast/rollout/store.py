@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -52,7 +54,8 @@ _TURN = pa.struct(
         ("tool_s", pa.float64()),
     ]
 )
-_VERDICT = pa.struct([("correct", pa.bool_()), ("format_ok", pa.bool_()), ("answer", pa.string())])
+_VERDICT_1 = pa.struct([("correct", pa.bool_()), ("format_ok", pa.bool_()), ("answer", pa.string())])
+_VERDICT = pa.struct([*_VERDICT_1, ("judge", pa.string()), ("reason", pa.string())])
 _TOKEN_COLUMNS = (
     ("tokens", np.int32, pa.int32()),
     ("sampled", np.bool_, pa.bool_()),
@@ -67,6 +70,7 @@ _SCHEMA = pa.schema(
         ("kind", pa.string()),
         ("question", pa.string()),
         ("answers", pa.list_(pa.string())),
+        ("judge_style", pa.string()),
         ("text", pa.string()),
         ("outcome", pa.string()),
         ("error", pa.string()),
@@ -79,13 +83,21 @@ _SCHEMA = pa.schema(
         ("qualifies", pa.bool_()),
         ("in_tool_denominator", pa.bool_()),
         ("needs_gradient", pa.bool_()),
+        ("no_verdict", pa.string()),
         ("turns", pa.list_(_TURN)),
         ("images", pa.list_(pa.string())),
         ("image_spans", pa.list_(_SPAN)),
         ("prompt_len", pa.int32()),
         *((name, pa.list_(arrow)) for name, _, arrow in _TOKEN_COLUMNS),
     ],
-    metadata={b"metis_fast.rollouts": b"1", seal.KEY: seal.OPEN},
+    metadata={b"metis_fast.rollouts": b"2", seal.KEY: seal.OPEN},
+)
+_SCHEMA_1 = pa.schema(  # of runs before verdicts had reasons
+    [
+        pa.field("verdict", _VERDICT_1) if field.name == "verdict" else field
+        for field in _SCHEMA
+        if field.name not in ("judge_style", "no_verdict")
+    ]
 )
 _IMAGE_SCHEMA = pa.schema([("sha256", pa.string()), ("data", pa.large_binary())], metadata={seal.KEY: seal.OPEN})
 
@@ -94,7 +106,8 @@ _IMAGE_SCHEMA = pa.schema([("sha256", pa.string()), ("data", pa.large_binary())]
 class StoredRollout:
     """One row of a store.
 
-    kind: `prompt.extra["kind"]`, None where the data has none. text: what the policy wrote and what the tools answered, in
+    kind: `prompt.extra["kind"]`, None where the data has none. judge_style: of the prompt, "" where an older version stored it
+    without. text: what the policy wrote and what the tools answered, in
     order, for people; training reads `rollout.tokens`.
     """
 
@@ -104,6 +117,7 @@ class StoredRollout:
     kind: str | None
     question: str
     answers: tuple[str, ...]
+    judge_style: str
     text: str
 
 
@@ -191,6 +205,7 @@ def _row(group: ScoredGroup, rollout: Rollout, score: Score) -> dict[str, object
         "kind": None if kind is None else str(kind),
         "question": group.prompt.question,
         "answers": group.prompt.answers,
+        "judge_style": group.prompt.judge_style,
         "text": _readable(rollout),
         "outcome": rollout.outcome,
         "error": rollout.error,
@@ -203,6 +218,7 @@ def _row(group: ScoredGroup, rollout: Rollout, score: Score) -> dict[str, object
         "qualifies": score.qualifies,
         "in_tool_denominator": score.in_tool_denominator,
         "needs_gradient": score.needs_gradient,
+        "no_verdict": score.no_verdict,
         "turns": [asdict(turn) for turn in rollout.turns],
         "images": [image.sha256 for image in rollout.images],
         "image_spans": [
@@ -300,6 +316,7 @@ def _restore(row: dict[str, Any], tokens: Mapping[str, np.ndarray], image: Calla
         qualifies=row["qualifies"],
         in_tool_denominator=row["in_tool_denominator"],
         needs_gradient=row["needs_gradient"],
+        no_verdict=row.get("no_verdict", ""),
     )
     return StoredRollout(
         rollout=rollout,
@@ -308,19 +325,26 @@ def _restore(row: dict[str, Any], tokens: Mapping[str, np.ndarray], image: Calla
         kind=row["kind"],
         question=row["question"],
         answers=tuple(row["answers"]),
+        judge_style=row.get("judge_style", ""),
         text=row["text"],
     )
 
 
-def _read_part(path: Path) -> Iterator[StoredRollout]:
+@contextmanager
+def _opened(path: Path) -> Iterator[pq.ParquetFile]:
     try:
         seal.check_seal(path)
         part = pq.ParquetFile(path, page_checksum_verification=True)
     except (OSError, pa.ArrowException) as error:
         raise DataError(f"cannot read rollouts {path}: {error}; expected a Parquet file that a rollout store wrote") from None
     with part:
-        if not part.schema_arrow.equals(_SCHEMA):
+        if not any(part.schema_arrow.equals(schema) for schema in (_SCHEMA, _SCHEMA_1)):
             raise DataError(f"{path}: its columns are not those of a rollout store; give a file of a run's `rollouts` folder")
+        yield part
+
+
+def _read_part(path: Path) -> Iterator[StoredRollout]:
+    with _opened(path) as part:
         stored, seen = _Images(path.parent / "images"), dict[str, ImageBlob]()
 
         def image(sha256: str) -> ImageBlob:
@@ -336,6 +360,21 @@ def _read_part(path: Path) -> Iterator[StoredRollout]:
                 for row, *arrays in zip(rows, *views, strict=True):
                     yield _restore(row, dict(zip(token_names, arrays, strict=True)), image)
         except (OSError, pa.ArrowException, ValueError, TypeError) as error:  # the last one: another program left nulls in it
+            raise DataError(f"{path} is damaged: {one_line(error)}; restore it from a copy") from None
+
+
+def stored_styles(path: Path) -> Counter[str]:
+    """Judge styles of the rollouts of a part, with their numbers; "" where an older version stored them without.
+
+    Raises:
+        DataError: not a part of a store.
+    """
+    with _opened(path) as part:
+        if "judge_style" not in part.schema_arrow.names:
+            return Counter({"": part.metadata.num_rows})
+        try:
+            return Counter(str(style) for style in part.read(["judge_style"])["judge_style"].to_pylist())
+        except (OSError, pa.ArrowException) as error:
             raise DataError(f"{path} is damaged: {one_line(error)}; restore it from a copy") from None
 
 

@@ -27,6 +27,7 @@ from metis_fast.run.fleet import Fleet
 from metis_fast.run.interrupt import Interrupts
 from metis_fast.run.parts import Parts
 from metis_fast.run.record import open_record
+from metis_fast.run.room import open_room, ranks_by_ray
 from metis_fast.summary import Data
 from metis_fast.train.megatron.backend import MegatronTrainer, check_settings
 from metis_fast.train.protocol import Trainer
@@ -41,36 +42,10 @@ def _open_trainer(config: Config, policy: Policy, interrupts: Interrupts, room: 
     updates = config.train.steps * config.rollout.prompts_per_step // config.train.prompts_per_mini_batch
     if config.train.backend == "torch":
         return TorchTrainer(policy, config, config.train.optim, updates)
-    placed = room if _ranks_by_ray(config) else None
+    placed = room if ranks_by_ray(config) else None
     folder, model = policy.folder, policy.model.config
     check_settings(config, model)
     return MegatronTrainer(config, config.train.optim, updates, folder, model, interrupts.check, placed)
-
-
-def _ranks_by_ray(config: Config) -> bool:
-    train = config.train
-    return config.workers.launcher == "ray" and train.backend == "megatron" and train.megatron.launch == "local"
-
-
-def _open_room(config: Config, stack: ExitStack, check: Callable[[], None], training: bool) -> Room | None:
-    """Room in a cluster, if Ray is to place things; it is given back with `stack`.
-
-    Raises:
-        ConfigError: there is no such cluster or no room in it.
-    """
-    if config.workers.launcher != "ray":
-        return None
-    try:
-        from metis_fast.cluster.room import Room  # at first use: nothing else needs Ray
-    except ModuleNotFoundError as error:
-        if error.name != "ray":
-            raise
-        raise ConfigError(
-            "workers.launcher=ray needs Ray; pip install 'metis-fast[ray]', or set workers.launcher=local"
-        ) from None
-    room = Room(config, training and _ranks_by_ray(config), check)
-    stack.callback(room.close)
-    return room
 
 
 def _gpus(config: Config, training: bool) -> Sequence[str]:
@@ -123,6 +98,11 @@ def _has_gpu(config: Config, training: bool) -> bool:
     )
 
 
+def host_here(config: Config, interrupts: Interrupts, training: bool, alone: bool) -> Host:
+    """What nodes of this process run on. alone: see `Host`."""
+    return Host(_gpus(config, training), _device(config, training), alone, interrupts.check, interrupts.run)
+
+
 @contextmanager
 def open_parts(config: Config, interrupts: Interrupts, training: bool = True) -> Iterator[Parts]:
     """Open everything that a run needs, cheapest checks first, and close it in reverse order.
@@ -142,8 +122,9 @@ def open_parts(config: Config, interrupts: Interrupts, training: bool = True) ->
     random.seed(config.run.seed)
     np.random.seed(config.run.seed % 2**32)
     torch.manual_seed(config.run.seed)
-    train = PromptFiles(config.data.train) if training else None
-    heldout = PromptFiles(config.data.heldout) if config.data.heldout else None
+    any_style = config.score.judge != "by_row"
+    train = PromptFiles(config.data.train, any_style=any_style) if training else None
+    heldout = PromptFiles(config.data.heldout, any_style=any_style) if config.data.heldout else None
     named: dict[Data, PromptFiles | None] = {"train": train, "heldout": heldout}
     files: dict[Data, PromptFiles] = {data: part for data, part in named.items() if part is not None}
     styles = {style for part in files.values() for style in part.styles()}
@@ -157,12 +138,12 @@ def open_parts(config: Config, interrupts: Interrupts, training: bool = True) ->
             stack.callback(record.close)
         source = check_export(config.model.path, config.run.dir / "trained", config.model.dtype) if training else None
         device = _device(config, training)
-        room = _open_room(config, stack, interrupts.check, training)
+        room = open_room(config, stack, interrupts.check, training)
         # whether nothing is being sampled while the trainer steps
         waits = config.rollout.mode == "sync" and not config.rollout.over_provision
         models = _Models(config, device, own_sampler=training and not waits and config.train.backend == "torch")
         if room is None:
-            here = Host(_gpus(config, training), device, waits, interrupts.check, interrupts.run)
+            here = host_here(config, interrupts, training, waits)
             nodes = _open_nodes(config, files, styles, here, models.sampler, stack)
         else:
             from metis_fast.cluster.nodes import open_nodes

@@ -22,6 +22,7 @@ from metis_fast.pictures import ImagePreparer
 from metis_fast.report.progress import progress
 from metis_fast.run.interrupt import Interrupts
 from metis_fast.run.record import open_record
+from metis_fast.run.room import open_room
 from metis_fast.sft import trainers
 from metis_fast.sft.encoding import Encoder
 from metis_fast.sft.log import SftLog
@@ -56,9 +57,11 @@ def sft(config: Config, out: Path) -> None:
         record = open_record(own, {}, ("model", "sft"))
         source = check_export(config.model.path, out, config.model.dtype)
         config = trainers.training_config(config, folder)
+        room = open_room(config, stack, interrupts.check, plays=False)
         policy = load_policy(config.model, device=trainers.device(config))
         policy.images = images  # what was looked at when a row was read is decoded already
-        trainer = stack.enter_context(closing(trainers.open_trainer(config, policy, sum(steps), interrupts.check)))
+        opened = trainers.open_trainer(config, policy, sum(steps), interrupts.check, room)
+        trainer = stack.enter_context(closing(opened))
         state = _State(config, trainer, streams, heldout, steps, folder)
         state.resume()
         record.save(state.step)

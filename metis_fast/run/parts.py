@@ -29,6 +29,7 @@ from metis_fast.run.interrupt import Interrupts
 from metis_fast.run.record import RunRecord
 from metis_fast.run.state import RunState
 from metis_fast.run.weights import TrainerWeights
+from metis_fast.score.missing import MissingVerdicts
 from metis_fast.summary import GroupSummary, Job, ScoredSummary
 from metis_fast.train.protocol import GroupsLost, Trainer
 from metis_fast.types import Score
@@ -67,6 +68,7 @@ class Parts:
         publish: Callable[[int], object] = lambda version: (),
     ) -> None:
         self.config, self.interrupts, self.policy, self.fleet = config, interrupts, policy, fleet
+        self.missing = MissingVerdicts(config.score)
         self._heldout_files = heldout
         self._heldout: list[int] | None = None
         self._probes: list[int] | None = None

@@ -13,7 +13,7 @@ from typing import TypeVar
 from metis_fast.config import Config
 from metis_fast.errors import CheckpointError, Interrupted, MetisError, NonFiniteError, TrainerError
 from metis_fast.report.html import write_report
-from metis_fast.report.log import read_evaluations
+from metis_fast.report.log import failed_rates, read_evaluations
 from metis_fast.report.progress import progress
 from metis_fast.report.slices import slices
 from metis_fast.report.summary import Summary, write_summary
@@ -149,7 +149,7 @@ def _trained(
     lost: tuple[int, ...] = ()
     while True:
         groups = clock("rollout", parts.interrupts.run(parts.fleet.whole(groups, lost)))
-        scored = clock("score", _score(parts, groups))
+        scored = clock("score", _score(parts, groups, step))
         try:
             return scored, clock("update", _update(parts, scored, step))
         except GroupsLost as gone:
@@ -158,8 +158,9 @@ def _trained(
                 clock("sync", parts.sync(step))
 
 
-def _score(parts: Parts, groups: Sequence[GroupSummary]) -> list[ScoredSummary]:
-    scores = score(groups, parts.config)
+def _score(parts: Parts, groups: Sequence[GroupSummary], step: int | None = None) -> list[ScoredSummary]:
+    """step: of training; None: an evaluation."""
+    scores = score(groups, parts.config, parts.missing, step)
     return [ScoredSummary(group, own) for group, own in zip(groups, scores, strict=True)]
 
 
@@ -252,13 +253,17 @@ def _step_stats(
 ) -> StepStats:
     scores = [own for group in scored for own in group.scores]
     judged = [own for own in scores if own.verdict is not None]
+    outcomes = dict(Counter(str(own.outcome) for own in scores))
+    infra_failed_rate, judge_failed_rate = failed_rates(outcomes)
     return StepStats(
         step=step,
         epoch=parts.cursor.epoch,
         reward_acc=sum(own.r_acc for own in judged) / max(1, len(judged)),
         reward_tool=sum(own.r_tool for own in judged) / max(1, len(judged)),
         slices=slices(scored),
-        outcomes=dict(Counter(str(own.outcome) for own in scores)),
+        outcomes=outcomes,
+        infra_failed_rate=infra_failed_rate,
+        judge_failed_rate=judge_failed_rate,
         tool_errors=sum(rollout.num_tool_errors for group in scored for rollout in group.rollouts),
         qualifying_share=sum(own.qualifies for own in judged) / max(1, len(judged)),
         signal_share=sum(any(own.in_tool_denominator for own in group.scores) for group in scored) / len(scored),

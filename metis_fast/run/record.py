@@ -185,7 +185,8 @@ def open_record(
         raise ConfigError(_refusal(config, refused))
     for change in changes:
         _LOG.warning("%s is not what %s had: %s; the run goes on with it", change.key, folder, _words(change))
-    kept = {key: one for key, one in old.items() if key not in data and key not in paths}
+    # what is known of files that are elsewhere stays: a replay (`tools.replay`) does without them, and a later run may not
+    kept = {key: one for key, one in old.items() if key not in data and paths.get(key, key) is not None}
     later = {key: _Digests(files) for key, files in opened.items()} if known is None else {}
     return RunRecord(config, kept | inputs, tuple(changes), later, check)
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 
 from metis_fast.score import rule
 from metis_fast.score.letter_case import has_words, same_words
+from metis_fast.score.protocol import Cost, Match, by_truth
 from metis_fast.score.text import fold, normalise, one_line
 from metis_fast.types import Prompt
 
@@ -256,13 +257,16 @@ def _chosen(text: str, options: dict[str, str], tolerance: float) -> tuple[Lette
 class ChoiceMatcher:
     """Judge style "choice"."""
 
+    cost: Cost = Cost()
+
     def __init__(self, tolerance: float) -> None:
         self._tolerance = tolerance
 
-    async def matches(self, prompt: Prompt, answer: str) -> bool:
+    async def compare(self, prompt: Prompt, answer: str) -> Match:
         """Whether the answer chooses one of the ground truths, by letter or by the option's text in `prompt.question`."""
         options = read_options(prompt.question)
-        return any(equal(answer, gold, options, self._tolerance) for gold in prompt.answers)
+        same = (gold for gold in prompt.answers if equal(answer, gold, options, self._tolerance))
+        return by_truth("choice", next(same, None))
 
     async def check(self) -> None:
         """Nothing can be missing."""

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping
 
 from metis_fast.config import ScoreConfig
-from metis_fast.errors import ConfigError
+from metis_fast.errors import ConfigError, JudgeError
 from metis_fast.judge_styles import STYLES, SYNONYMS, known_style
 from metis_fast.score.choice import ChoiceMatcher
 from metis_fast.score.mathematics import MathMatcher
-from metis_fast.score.protocol import Judge, JudgeUnavailable, Matcher
+from metis_fast.score.protocol import Cost, Judge, JudgeUnavailable, Match, Matcher
 from metis_fast.score.response import first_answer, format_ok, last_answer, reference_format_ok, whole_response
 from metis_fast.score.rule import RuleMatcher
 from metis_fast.types import Prompt, Rollout, Verdict
@@ -18,9 +18,21 @@ __all__ = ["Judge", "JudgeUnavailable", "StyleJudge", "open_judge"]
 
 
 def _open_llm(config: ScoreConfig) -> Matcher:
-    from metis_fast.score.llm import LlmMatcher  # its client takes a second to import, which only runs that need it pay
+    # their client takes a second to import, which only runs that need it pay
+    from metis_fast.score.llm import LlmMatcher
+    from metis_fast.score.quorum import QuorumMatcher
 
-    return LlmMatcher(config.llm)
+    if not config.llm.judges:
+        return LlmMatcher(config.llm)
+    matchers: list[LlmMatcher] = []
+    try:
+        for own in config.llm.each():
+            matchers.append(LlmMatcher(own))
+    except JudgeError as error:
+        for matcher in matchers:
+            matcher.close()
+        raise JudgeError(f"judge {len(matchers) + 1} of score.llm.judges: {error}") from None
+    return QuorumMatcher(config.llm, matchers)
 
 
 _MATCHERS: dict[str, Callable[[ScoreConfig], Matcher]] = {
@@ -59,18 +71,36 @@ class StyleJudge:
             JudgeUnavailable: there is no verdict.
             ConfigError: `open_judge` was not told of this prompt's style.
         """
+        matcher = self._matcher(prompt)
+        own, whole = rollout.response_text, whole_response(rollout.turns)
+        answer = first_answer(whole) if self._first else last_answer(own)
+        well_formed = reference_format_ok(whole) if self._reference_format else format_ok(own)
+        asked = bool(answer) and not (self._first and _lacks_what_is_asked(prompt))
+        match = await matcher.compare(prompt, answer) if asked else _wrong_unasked(answer)
+        return Verdict(match.correct, well_formed, answer, match.judge, match.reason)
+
+    async def compare(self, prompt: Prompt, answer: str) -> Match:
+        """Judge an answer that was already found.
+
+        Raises:
+            As `judge`.
+        """
+        answer, matcher = answer.strip(), self._matcher(prompt)
+        return await matcher.compare(prompt, answer) if answer else _wrong_unasked(answer)
+
+    def _matcher(self, prompt: Prompt) -> Matcher:
         matcher = self._matchers.get(prompt.judge_style)
         if matcher is None:
             raise ConfigError(
                 f"prompt {prompt.uid} has judge style {prompt.judge_style!r}, but this judge was opened for "
                 f"{', '.join(sorted(self._matchers)) or 'none'}; give open_judge every style of the data"
             )
-        own, whole = rollout.response_text, whole_response(rollout.turns)
-        answer = first_answer(whole) if self._first else last_answer(own)
-        well_formed = reference_format_ok(whole) if self._reference_format else format_ok(own)
-        asked = bool(answer) and not (self._first and _lacks_what_is_asked(prompt))
-        correct = asked and await matcher.matches(prompt, answer)
-        return Verdict(correct=correct, format_ok=well_formed, answer=answer)
+        return matcher
+
+    @property
+    def cost(self) -> Cost:
+        """Of all that was asked so far."""
+        return sum((matcher.cost for matcher in self._distinct), Cost())
 
     async def check(self) -> None:
         """Probe what can be missing (an LLM endpoint), before any rollout depends on it.
@@ -85,6 +115,10 @@ class StyleJudge:
         """End helper processes and caches. May be called twice."""
         for matcher in self._distinct:
             matcher.close()
+
+
+def _wrong_unasked(answer: str) -> Match:
+    return Match(False, "", "no question or no ground truth" if answer else "no answer")
 
 
 def _lacks_what_is_asked(prompt: Prompt) -> bool:

@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import json
 import random
+import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -16,8 +17,8 @@ from metis_fast.config import LlmJudgeConfig
 from metis_fast.errors import JudgeError
 from metis_fast.score.llm_endpoint import Endpoint
 from metis_fast.score.llm_prompt import Message, read_prompt
-from metis_fast.score.llm_reply import READING, read_reply
-from metis_fast.score.protocol import JudgeUnavailable, TryAgain
+from metis_fast.score.llm_reply import READING, Said, read_reply, tokens_in
+from metis_fast.score.protocol import Cost, JudgeUnavailable, Match, TryAgain, shown
 from metis_fast.score.verdict_cache import VerdictCache
 from metis_fast.types import Prompt
 
@@ -37,7 +38,7 @@ class _Lane:
     loop: asyncio.AbstractEventLoop
     client: httpx2.AsyncClient
     slots: asyncio.Semaphore
-    pending: dict[str, asyncio.Task[bool]] = field(default_factory=dict)
+    pending: dict[str, asyncio.Task[Said]] = field(default_factory=dict)
     naming: asyncio.Task[None] | None = None
 
 
@@ -62,8 +63,24 @@ class LlmMatcher:
         self._endpoint = Endpoint(config)
         self._cache = VerdictCache(config.cache)
         self._lane: _Lane | None = None
+        self._cost = Cost()
 
-    async def matches(self, prompt: Prompt, answer: str) -> bool:
+    @property
+    def cost(self) -> Cost:
+        """See `Matcher.cost`."""
+        return self._cost
+
+    @property
+    def model(self) -> str:
+        """Which one is asked; "" as long as it is not known."""
+        return self._endpoint.model
+
+    @property
+    def identity(self) -> str:
+        """Equal for judges that say the same of everything: the same model under the same settings."""
+        return json.dumps([self._endpoint.model, self._config.extra_body], sort_keys=True)
+
+    async def compare(self, prompt: Prompt, answer: str) -> Match:
         """Whether the model says that the answer is right by one of the ground truths, each of which it is asked about alone.
 
         No answer, one too long to be one, and no ground truth are wrong without a request.
@@ -75,21 +92,24 @@ class LlmMatcher:
         """
         truths = list(dict.fromkeys(truth for truth in prompt.answers if truth.strip()))
         if not answer or len(answer) > _MAX_ANSWER_CHARS or not truths:
-            return False
+            return _wrong_without_request(answer)
         await self._name_model()
-        asked = (self._matches_one(prompt.question, truth, answer) for truth in truths)
+        asked = (self._compare_one(prompt.question, truth, answer) for truth in truths)
         found = await asyncio.gather(*asked, return_exceptions=True)
         failures = [one for one in found if isinstance(one, BaseException)]
         for failure in failures:
             if not isinstance(failure, JudgeUnavailable):
                 raise failure
-        if True in found:
-            return True
-        if failures:
+        said = [(truth, one) for truth, one in zip(truths, found, strict=True) if isinstance(one, Said)]
+        right = next(((truth, one) for truth, one in said if one.correct), None)
+        if right is None and failures:
             raise failures[0]
-        return False
+        truth, one = right or said[0]
+        others = f" and for {len(said) - 1} more" if right is None and len(said) > 1 else ""
+        reason = f"says {'CORRECT' if one.correct else 'INCORRECT'} for the ground truth {shown(truth)}{others}"
+        return Match(one.correct, f"llm {self.model}", reason + (f", having thought: {one.thought}" if one.thought else ""))
 
-    async def _matches_one(self, question: str, truth: str, answer: str) -> bool:
+    async def _compare_one(self, question: str, truth: str, answer: str) -> Said:
         messages = self._prompt.messages(question, truth, answer)
         # a verdict holds for the prompt and the settings it was given under, and the way it was read
         asked = json.dumps([READING, self._endpoint.model, self._config.extra_body, messages], sort_keys=True)
@@ -100,15 +120,15 @@ class LlmMatcher:
         pending = self._get_lane().pending
         if key not in pending:
 
-            def done(task: asyncio.Task[bool]) -> None:
+            def done(task: asyncio.Task[Said]) -> None:
                 pending.pop(key, None)
                 _seen(task)
 
             pending[key] = asyncio.create_task(self._ask(messages))
             pending[key].add_done_callback(done)
-        correct = await asyncio.shield(pending[key])  # one that gives up must not take it from the others
-        self._cache.put(key, correct)
-        return correct
+        said = await asyncio.shield(pending[key])  # one that gives up must not take it from the others
+        self._cache.put(key, said)
+        return said
 
     async def check(self) -> None:
         """Find the model where none is named, and ask for two verdicts that are beyond doubt.
@@ -121,16 +141,15 @@ class LlmMatcher:
                 await self._name_model()
                 verdict = await self._ask(self._prompt.messages("What is 1 + 1?", "2", answer))
             except JudgeUnavailable as error:
-                raise JudgeError(f"{self._name}: {error}") from None
-            if verdict != correct:
-                said = "CORRECT" if verdict else "INCORRECT"
+                raise JudgeError(f"{self}: {error}") from None
+            if verdict.correct != correct:
+                said = "CORRECT" if verdict.correct else "INCORRECT"
                 raise JudgeError(
-                    f"{self._name} says that {answer} is {said} for 1 + 1; name one that can judge with score.llm.model"
+                    f"{self} says that {answer} is {said} for 1 + 1; name one that can judge with score.llm.model"
                     + (", or mend the prompt in score.llm.prompt" if self._config.prompt else "")
                 )
 
-    @property
-    def _name(self) -> str:
+    def __str__(self) -> str:
         model = f" {self._endpoint.model!r}" if self._endpoint.model else ""
         return f"LLM judge{model} at {self._endpoint}"
 
@@ -158,9 +177,12 @@ class LlmMatcher:
             lane.naming.add_done_callback(_seen)
         await asyncio.shield(lane.naming)
 
-    async def _ask(self, messages: list[Message]) -> bool:
-        async def request(client: httpx2.AsyncClient) -> bool:
-            return read_reply(await self._endpoint.complete(client, messages))
+    async def _ask(self, messages: list[Message]) -> Said:
+        async def request(client: httpx2.AsyncClient) -> Said:
+            body = await self._endpoint.complete(client, messages)
+            prompt_tokens, completion_tokens = tokens_in(body)
+            self._cost += Cost(prompt_tokens=prompt_tokens, completion_tokens=completion_tokens)
+            return read_reply(body)
 
         return await self._tried(request)
 
@@ -189,10 +211,22 @@ class LlmMatcher:
         lane, timeout_s = self._get_lane(), self._config.timeout_s
         try:
             async with lane.slots, asyncio.timeout(timeout_s):
-                return await request(lane.client)
+                began = time.perf_counter()
+                try:
+                    return await request(lane.client)
+                finally:
+                    self._cost += Cost(requests=1, seconds=time.perf_counter() - began)
         except TimeoutError:
             advice = "raise score.llm.timeout_s, lower score.llm.concurrency, or see the log of the server"
             raise TryAgain(f"no answer within {timeout_s:g} s{self._endpoint.way}", advice=advice) from None
+
+
+def _wrong_without_request(answer: str) -> Match:
+    if not answer:
+        return Match(False, "", "no answer")
+    if len(answer) > _MAX_ANSWER_CHARS:
+        return Match(False, "", f"an answer of {len(answer)} characters, more than {_MAX_ANSWER_CHARS}")
+    return Match(False, "", "there is no ground truth")
 
 
 def _seen(task: asyncio.Task[T]) -> None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import dataclass
 from typing import Literal
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
 from metis_fast.score.protocol import TryAgain
 
@@ -84,7 +85,33 @@ class _Reply(BaseModel):
     error: object = None
 
 
-def read_reply(body: bytes) -> bool:
+class _Usage(BaseModel):
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+
+
+class _Counted(BaseModel):
+    usage: _Usage | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Said:
+    """A verdict. thought: the end of what the model thought before it, in one short line, as far as the reply has it."""
+
+    correct: bool
+    thought: str
+
+
+def tokens_in(body: bytes) -> tuple[int, int]:
+    """Tokens of the prompt and of the reply, as the server counts them; 0 where it does not."""
+    try:
+        usage = _Counted.model_validate_json(body).usage or _Usage()
+    except ValidationError:  # whatever it is, the verdict does not depend on it
+        return 0, 0
+    return max(0, usage.prompt_tokens or 0), max(0, usage.completion_tokens or 0)
+
+
+def read_reply(body: bytes) -> Said:
     """The verdict in a chat completion.
 
     Raises:
@@ -127,13 +154,19 @@ def read_reply(body: bytes) -> bool:
         raise TryAgain(f"the reply ended with finish_reason {one_line(end)!r}", one_line(text))
     verdict = verdict_in(text)
     if verdict is not None:
-        return verdict
+        return Said(verdict, _thought_before(text, message))
     if not text.strip() and (message.reasoning_content or message.reasoning):
         advice = "turn thinking off (docs/scoring.md), or start the server without its reasoning parser"
         raise TryAgain("the reply has thinking and nothing after it", advice=advice)
     got = f"got {one_line(text, from_end=True)!r}"
     advice = "make the model say the word alone with score.llm.extra_body (docs/scoring.md)"
     raise TryAgain("expected CORRECT or INCORRECT and nothing else", got, advice)
+
+
+def _thought_before(text: str, message: _Message) -> str:
+    beside = next((part for part in (message.reasoning_content, message.reasoning) if isinstance(part, str) and part), "")
+    rest = without_thoughts(text) or ""
+    return one_line(beside or text.removesuffix(rest), from_end=True)
 
 
 def _each_name_once(pairs: list[tuple[str, object]]) -> dict[str, object]:

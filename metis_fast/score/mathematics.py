@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Literal, cast
 
 from metis_fast.score import numbers, rule
-from metis_fast.score.protocol import JudgeUnavailable
+from metis_fast.score.protocol import Cost, JudgeUnavailable, Match, by_truth
 from metis_fast.types import Prompt
 
 Comparison = Literal["equal", "different", "unparsed"]
@@ -69,13 +69,15 @@ class _Worker:
 class MathMatcher:
     """Judge style "math"."""
 
+    cost: Cost = Cost()
+
     def __init__(self, tolerance: float) -> None:
         self._tolerance = tolerance
         self._threads = ThreadPoolExecutor(min(_MAX_WORKERS, os.cpu_count() or 1), thread_name_prefix="math-judge")
         self._idle: deque[_Worker] = deque()
         self._known: dict[tuple[str, str], Comparison] = {}
 
-    async def matches(self, prompt: Prompt, answer: str) -> bool:
+    async def compare(self, prompt: Prompt, answer: str) -> Match:
         """Whether the answer is mathematically equal to one of the ground truths.
 
         What is too long for a formula, cannot be parsed, or takes more than the CPU time that a comparison may take, is
@@ -87,11 +89,11 @@ class MathMatcher:
         for gold in prompt.answers:
             # Plain numbers need no algebra; and as LaTeX, 1e3 would be 1 * e * 3.
             if answer.split() == gold.split():
-                return True
+                return by_truth("math", gold)
             plain, gold_plain = (_FORMULA.sub(r" \1 ", text).strip() for text in (answer, gold))
             same_number = numbers.equal(plain, gold_plain, _ROUNDING, rounding=False)
             if same_number:
-                return True
+                return by_truth("math", gold)
             if same_number is False and not _PI.search(answer + gold):
                 continue
             comparison: Comparison = "unparsed"
@@ -99,8 +101,8 @@ class MathMatcher:
                 loop = asyncio.get_running_loop()
                 comparison = await loop.run_in_executor(self._threads, self._compare, answer, gold)
             if comparison == "equal" or (comparison == "unparsed" and rule.equal(answer, gold, self._tolerance)):
-                return True
-        return False
+                return by_truth("math", gold)
+        return by_truth("math", None)
 
     def _compare(self, answer: str, gold: str) -> Comparison:
         """Runs in several threads at once: each step on the shared containers is a single atomic one."""

@@ -6,10 +6,13 @@ ground truths? That part is a `Matcher`.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Protocol
 
 from metis_fast.errors import InfrastructureError
 from metis_fast.types import Prompt, Rollout, Verdict
+
+_SHOWN = 80  # characters of a ground truth in a reason, which is kept with every rollout
 
 
 class JudgeUnavailable(InfrastructureError):
@@ -47,11 +50,60 @@ class Judge(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class Match:
+    """Whether an answer matches a ground truth; judge, reason: as in `Verdict`."""
+
+    correct: bool
+    judge: str
+    reason: str
+
+
+def by_truth(judge: str, truth: str | None) -> Match:
+    """The match of a judge that compares texts. truth: the ground truth that the answer equals, None: it equals none."""
+    if truth is None:
+        return Match(False, judge, "equals no ground truth")
+    return Match(True, judge, f"equals the ground truth {shown(truth)}")
+
+
+def shown(text: str) -> str:
+    """A text from outside as part of a reason: quoted, in one line, its first 80 characters."""
+    return repr(text) if len(text) <= _SHOWN else f"{text[:_SHOWN]!r}..."
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """What a judge has asked of others. requests: tries that failed included. prompt_tokens, completion_tokens: as the servers
+    count them, 0 where they do not. seconds: that requests took, added up (several are under way at once).
+    """
+
+    requests: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    seconds: float = 0.0
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(
+            self.requests + other.requests,
+            self.prompt_tokens + other.prompt_tokens,
+            self.completion_tokens + other.completion_tokens,
+            self.seconds + other.seconds,
+        )
+
+    def __sub__(self, other: Cost) -> Cost:
+        return self + Cost(-other.requests, -other.prompt_tokens, -other.completion_tokens, -other.seconds)
+
+
 class Matcher(Protocol):
     """One judge style: compares an answer with the ground truths of its prompt."""
 
-    async def matches(self, prompt: Prompt, answer: str) -> bool:
-        """Whether `answer` (stripped, not empty) matches any of `prompt.answers`.
+    @property
+    def cost(self) -> Cost:
+        """Of all that was asked so far."""
+        ...
+
+    async def compare(self, prompt: Prompt, answer: str) -> Match:
+        """Whether `answer` (stripped, not empty) matches any of `prompt.answers`, and why.
 
         Raises:
             JudgeUnavailable: there is no verdict.

@@ -54,7 +54,7 @@ def start_judge_workers(
     paths = {name: None if path is None else path.resolve() for name, path in files.items()}
     llm = llm.model_copy(update={**paths, "concurrency": _share(llm, num)})
     config = config.model_copy(update={"llm": llm})
-    secret = {llm.api_key_env: os.environ[llm.api_key_env]} if llm.api_key_env in os.environ else {}
+    secret = {name: os.environ[name] for name in llm.key_names() if name in os.environ}
     return [
         hub.worker(f"judge-{i}", "judge", service, config, tuple(sorted(styles)), max_restarts=max_restarts, environment=secret)
         for i in range(num)
@@ -89,7 +89,8 @@ class RemoteJudge:
         self._workers = list(workers)
         self._in_flight = _share(config.llm, len(workers))
         self._request_s = (config.llm.retries + 1) * (config.llm.timeout_s + _REQUEST_SLACK_S)
-        self._names_model = not config.llm.model  # a worker looks for it first, also after it was started again
+        # a worker looks for those that are not named first, also after it was started again
+        self._names_model = not all(one.model for one in config.llm.each())
         self._lane: _Lane | None = None
 
     async def judge(self, prompt: Prompt, rollout: Rollout) -> Verdict:
@@ -111,7 +112,8 @@ class RemoteJudge:
             raise JudgeUnavailable("no verdict from two workers", f"{first}; {error}") from None
 
     async def _ask(self, worker: Worker, prompt: Prompt, rollout: Rollout) -> Verdict:
-        # a model is asked about each ground truth; as many rollouts as have places at once share those of its requests
+        # a model (of several all at once) is asked about each ground truth; as many rollouts as have places at once share
+        # those of its requests
         requests = max(1, len(prompt.answers)) + self._names_model
         deadline_s = _MATH_S + requests * self._request_s
         verdict = await worker.call("judge", prompt, rollout, deadline_s=deadline_s)

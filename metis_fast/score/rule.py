@@ -6,6 +6,7 @@ import re
 
 from metis_fast.score import chemistry, dates, numbers
 from metis_fast.score.letter_case import same_words
+from metis_fast.score.protocol import Cost, Match, by_truth
 from metis_fast.score.text import fold, normalise, one_line, without_accents
 from metis_fast.types import Prompt
 
@@ -120,12 +121,15 @@ def equal(answer: str, gold: str, tolerance: float) -> bool:
 class RuleMatcher:
     """Judge style "rule"."""
 
+    cost: Cost = Cost()
+
     def __init__(self, tolerance: float) -> None:
         self._tolerance = tolerance
 
-    async def matches(self, prompt: Prompt, answer: str) -> bool:
+    async def compare(self, prompt: Prompt, answer: str) -> Match:
         """Whether the answer equals one of the ground truths by `equal`."""
-        return any(equal(answer, gold, self._tolerance) for gold in prompt.answers)
+        same = (gold for gold in prompt.answers if equal(answer, gold, self._tolerance))
+        return by_truth("rule", next(same, None))
 
     async def check(self) -> None:
         """Nothing can be missing."""

@@ -6,6 +6,7 @@ import sqlite3
 from pathlib import Path
 
 from metis_fast.errors import JudgeError
+from metis_fast.score.llm_reply import Said
 
 
 class VerdictCache:
@@ -24,23 +25,28 @@ class VerdictCache:
             # A verdict lost in a power cut is asked for again, so no write waits for the disk.
             self._database.execute("PRAGMA synchronous = OFF")
             self._database.execute("CREATE TABLE IF NOT EXISTS verdicts (key TEXT PRIMARY KEY, correct INTEGER NOT NULL)")
+            # beside them: caches of earlier versions have verdicts without
+            self._database.execute("CREATE TABLE IF NOT EXISTS thoughts (key TEXT PRIMARY KEY, thought TEXT NOT NULL)")
         except (sqlite3.Error, OSError) as error:
             if hasattr(self, "_database"):  # it opens whatever it is given, and finds out at the first statement
                 self._database.close()
             raise self._unusable(error) from None
 
-    def get(self, key: str) -> bool | None:
+    def get(self, key: str) -> Said | None:
         """The verdict stored under `key`, None where there is none."""
+        query = "SELECT correct, thought FROM verdicts LEFT JOIN thoughts ON thoughts.key = verdicts.key WHERE verdicts.key = ?"
         try:
-            row = self._database.execute("SELECT correct FROM verdicts WHERE key = ?", (key,)).fetchone()
+            row = self._database.execute(query, (key,)).fetchone()
         except sqlite3.Error as error:
             raise self._unusable(error) from None
-        return bool(row[0]) if row is not None and row[0] in (0, 1) else None
+        return Said(bool(row[0]), str(row[1] or "")) if row is not None and row[0] in (0, 1) else None
 
-    def put(self, key: str, correct: bool) -> None:
+    def put(self, key: str, said: Said) -> None:
         """Store a verdict."""
         try:
-            self._database.execute("INSERT OR REPLACE INTO verdicts VALUES (?, ?)", (key, correct))
+            if said.thought:  # first: another run that finds the verdict finds its thought
+                self._database.execute("INSERT OR REPLACE INTO thoughts VALUES (?, ?)", (key, said.thought))
+            self._database.execute("INSERT OR REPLACE INTO verdicts VALUES (?, ?)", (key, said.correct))
         except sqlite3.Error as error:
             raise self._unusable(error) from None
 

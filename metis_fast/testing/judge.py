@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from metis_fast.score.protocol import JudgeUnavailable
+from metis_fast.score.protocol import JudgeUnavailable, Matcher
 from metis_fast.score.response import format_ok, last_answer
 from metis_fast.types import Outcome, Prompt, Rollout, ToolCall, Turn, Verdict
 
@@ -22,6 +22,11 @@ from metis_fast.types import Outcome, Prompt, Rollout, ToolCall, Turn, Verdict
 def literal_match(prompt: Prompt, answer: str) -> bool:
     """Whether the answer is, to the letter, one of the prompt's ground truths."""
     return answer in prompt.answers
+
+
+async def is_right(matcher: Matcher, prompt: Prompt, answer: str) -> bool:
+    """Whether a matcher says that the answer is right."""
+    return (await matcher.compare(prompt, answer)).correct
 
 
 class FakeJudge:
@@ -46,7 +51,7 @@ class FakeJudge:
         correct = self._correct(prompt, answer)
         if correct is None:
             raise JudgeUnavailable("the fake judge was told to fail")
-        return Verdict(correct=correct, format_ok=format_ok(rollout.response_text), answer=answer)
+        return Verdict(correct, format_ok(rollout.response_text), answer, "fake", "as the test says")
 
     async def check(self) -> None:
         """Never fails."""

@@ -13,7 +13,7 @@ import pytest
 
 from metis_fast import seal
 from metis_fast.errors import DataError
-from metis_fast.rollout.store import RolloutStore, read_rollouts
+from metis_fast.rollout.store import RolloutStore, read_rollouts, stored_styles
 from metis_fast.types import (
     ImageBlob,
     ImageSpan,
@@ -69,7 +69,7 @@ def make_group(uid: str, rollouts: tuple[Rollout, ...], kind: str | None = "dire
         question="How many?",
         extra={} if kind is None else {"kind": kind},
     )
-    score = Score(Verdict(True, False, "7"), Outcome.ANSWERED, 0.9, 0.5, 1 / 3, -0.1, True, True, True)
+    score = Score(Verdict(True, False, "7", "llm m", "says CORRECT"), Outcome.ANSWERED, 0.9, 0.5, 1 / 3, -0.1, True, True, True)
     return ScoredGroup(prompt, rollouts, tuple(score for _ in rollouts))
 
 
@@ -93,6 +93,9 @@ def test_every_field_of_a_rollout_survives_the_disk(tmp_path: Path):
     written = [
         make_group("a", (make_rollout("a", 0, (RED, BLUE)), make_rollout("a", 1, (RED,)))),
         dataclasses.replace(make_group("b", (unlucky,), kind=None), scores=(Score(None, Outcome.INFRASTRUCTURE_ERROR),)),
+        dataclasses.replace(
+            make_group("c", (make_rollout("c", 0),)), scores=(Score(None, Outcome.JUDGE_ERROR, no_verdict="é"),)
+        ),
     ]
     path = RolloutStore(tmp_path).write("step-000001", written)
 
@@ -305,6 +308,30 @@ def test_a_part_that_another_program_writes_anew_is_read(tmp_path: Path):
     path = RolloutStore(tmp_path).write("a", [make_group("p", (make_rollout("p", 0), make_rollout("p", 1)))])
     pq.write_table(pq.read_table(path).slice(1), path)
     assert [one.rollout.index for one in read_rollouts(path)] == [1]
+
+
+def test_a_store_from_before_verdicts_had_reasons_is_read(tmp_path: Path):
+    group = make_group("p", (make_rollout("p", 0, (RED,)), make_rollout("p", 1)))
+    plain = dataclasses.replace(group.scores[0], verdict=Verdict(True, False, "7"))
+    group = dataclasses.replace(group, scores=(plain, Score(None, Outcome.JUDGE_ERROR)))
+    path = RolloutStore(tmp_path).write("a", [group])
+    rows = pq.read_table(path)
+    verdicts = [one and {name: one[name] for name in ("correct", "format_ok", "answer")} for one in rows["verdict"].to_pylist()]
+    rows = rows.set_column(rows.schema.get_field_index("verdict"), "verdict", pa.array(verdicts))
+    pq.write_table(rows.drop_columns(["judge_style", "no_verdict"]), path)
+    read = list(read_rollouts(tmp_path))
+    for stored, rollout, score in zip(read, group.rollouts, group.scores, strict=True):
+        assert_same(stored.rollout, rollout)
+        assert stored.score == score and stored.judge_style == ""
+    assert stored_styles(path) == {"": 2}
+
+
+def test_the_styles_of_a_part_are_counted(tmp_path: Path):
+    groups = [make_group(f"p{i}", (make_rollout(f"p{i}", 0), make_rollout(f"p{i}", 1))) for i in range(3)]
+    groups[1] = dataclasses.replace(groups[1], prompt=dataclasses.replace(groups[1].prompt, judge_style="llm"))
+    path = RolloutStore(tmp_path).write("a", groups)
+    assert stored_styles(path) == {"rule": 4, "llm": 2}
+    assert [stored.judge_style for stored in read_rollouts(path)] == ["rule", "rule", "llm", "llm", "rule", "rule"]
 
 
 def test_only_a_file_that_was_written_for_it_is_sealed(tmp_path: Path):

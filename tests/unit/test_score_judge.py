@@ -13,7 +13,7 @@ from metis_fast.score import choice, math_worker, rule
 from metis_fast.score.judge import JudgeUnavailable, open_judge
 from metis_fast.score.mathematics import MathMatcher
 from metis_fast.score.response import format_ok, last_answer
-from metis_fast.testing.judge import text_rollout
+from metis_fast.testing.judge import is_right, text_rollout
 from metis_fast.types import Outcome, Prompt
 
 TOLERANCE = ScoreConfig().number_tolerance
@@ -399,10 +399,10 @@ def math_matcher():
 
 def test_math_falls_back_to_the_rule_judge_where_nothing_parses(math_matcher):
     async def run():
-        assert await math_matcher.matches(a_prompt("the north", style="math"), "North.")
-        assert not await math_matcher.matches(a_prompt("north", style="math"), "south")
-        assert await math_matcher.matches(a_prompt("9", "1/3", style="math"), r"\frac{1}{3}")  # the best ground truth counts
-        assert not await math_matcher.matches(a_prompt("7", style="math"), "7" * 5000)
+        assert await is_right(math_matcher, a_prompt("the north", style="math"), "North.")
+        assert not await is_right(math_matcher, a_prompt("north", style="math"), "south")
+        assert await is_right(math_matcher, a_prompt("9", "1/3", style="math"), r"\frac{1}{3}")  # the best ground truth counts
+        assert not await is_right(math_matcher, a_prompt("7", style="math"), "7" * 5000)
 
     asyncio.run(run())
 
@@ -410,25 +410,25 @@ def test_math_falls_back_to_the_rule_judge_where_nothing_parses(math_matcher):
 def test_math_has_no_tolerance_but_knows_every_way_to_write_a_number(math_matcher):
     async def run():
         for answer, right in (("1e3", True), ("1,000.0", True), ("1000 cm", True), ("1000.05", False), (r"10^3", True)):
-            assert await math_matcher.matches(a_prompt("1000", style="math"), answer) is right, answer
-        assert not await math_matcher.matches(a_prompt("(1, 2)", style="math"), "[1, 2]")  # equal to the rule judge
+            assert await is_right(math_matcher, a_prompt("1000", style="math"), answer) is right, answer
+        assert not await is_right(math_matcher, a_prompt("(1, 2)", style="math"), "[1, 2]")  # equal to the rule judge
 
     asyncio.run(run())
 
 
 def test_a_formula_without_end_is_wrong_and_the_next_answer_is_still_judged(math_matcher):
     async def run():
-        assert not await math_matcher.matches(a_prompt("7", style="math"), "9^{9^{9^{9}}}")
-        assert await math_matcher.matches(a_prompt("1/2", style="math"), r"\frac{2}{4}")
+        assert not await is_right(math_matcher, a_prompt("7", style="math"), "9^{9^{9^{9}}}")
+        assert await is_right(math_matcher, a_prompt("1/2", style="math"), r"\frac{2}{4}")
 
     asyncio.run(run())
 
 
 def test_a_math_worker_that_is_killed_from_outside_is_replaced(math_matcher):
     async def run():
-        assert await math_matcher.matches(a_prompt("2", style="math"), r"\sqrt{4}")
+        assert await is_right(math_matcher, a_prompt("2", style="math"), r"\sqrt{4}")
         math_matcher._idle[0]._process.kill()
-        assert await math_matcher.matches(a_prompt("1/2", style="math"), r"\sqrt{1/4}")
+        assert await is_right(math_matcher, a_prompt("1/2", style="math"), r"\sqrt{1/4}")
 
     asyncio.run(run())
 
@@ -436,7 +436,7 @@ def test_a_math_worker_that_is_killed_from_outside_is_replaced(math_matcher):
 def test_a_math_worker_that_cannot_start_gives_no_verdict(math_matcher, monkeypatch):
     monkeypatch.setattr("sys.executable", "/bin/false")
     with pytest.raises(JudgeUnavailable, match="does not start"):
-        asyncio.run(math_matcher.matches(a_prompt("1/2", style="math"), r"\sqrt{1/4}"))
+        asyncio.run(is_right(math_matcher, a_prompt("1/2", style="math"), r"\sqrt{1/4}"))
 
 
 @pytest.mark.parametrize(

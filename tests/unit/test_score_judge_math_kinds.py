@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from metis_fast.config import ScoreConfig
 from metis_fast.score.mathematics import MathMatcher
+from metis_fast.testing.judge import is_right
 from metis_fast.types import Prompt
 
 TOLERANCE = ScoreConfig().number_tolerance
@@ -70,7 +71,7 @@ def matches() -> Iterator[Callable[[str, str], bool]]:
     matcher = MathMatcher(TOLERANCE)
 
     def run(answer: str, gold: str) -> bool:
-        return asyncio.run(matcher.matches(Prompt("p", "test", (), (), "math", (gold,), "math", ""), answer))
+        return asyncio.run(is_right(matcher, Prompt("p", "test", (), (), "math", (gold,), "math", ""), answer))
 
     yield run
     matcher.close()

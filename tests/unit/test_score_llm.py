@@ -16,14 +16,15 @@ from metis_fast.config import LlmJudgeConfig, ScoreConfig
 from metis_fast.errors import JudgeError
 from metis_fast.score.judge import JudgeUnavailable, open_judge
 from metis_fast.score.llm import LlmMatcher
+from metis_fast.score.llm_reply import Said
 from metis_fast.score.verdict_cache import VerdictCache
-from metis_fast.testing.judge import JudgeServer, Reply, completion, serving, text_rollout
+from metis_fast.testing.judge import JudgeServer, Reply, completion, is_right, serving, text_rollout
 from metis_fast.types import Prompt
 
 
 def ask(matcher: LlmMatcher, *answers: str, prompt: Prompt | None = None) -> list[bool]:
     async def run() -> list[bool]:
-        return await asyncio.gather(*(matcher.matches(prompt or a_prompt("Paris"), answer) for answer in answers))
+        return await asyncio.gather(*(is_right(matcher, prompt or a_prompt("Paris"), answer) for answer in answers))
 
     try:
         return asyncio.run(run())
@@ -128,7 +129,7 @@ def test_one_that_gives_up_does_not_take_the_request_from_the_others(model):
         go_on.wait(30)
 
     async def run(matcher: LlmMatcher) -> bool:
-        late, kept = (asyncio.create_task(matcher.matches(a_prompt("Paris"), "Paris")) for _ in range(2))
+        late, kept = (asyncio.create_task(is_right(matcher, a_prompt("Paris"), "Paris")) for _ in range(2))
         if model:
             await asyncio.to_thread(came.wait, 30)
         else:
@@ -152,7 +153,7 @@ def test_a_request_that_nobody_waits_for_fails_in_silence():
 
     async def run(matcher: LlmMatcher) -> None:
         asyncio.get_running_loop().set_exception_handler(lambda _, context: told.append(context))
-        asked = asyncio.create_task(matcher.matches(a_prompt("Paris"), "Paris"))
+        asked = asyncio.create_task(is_right(matcher, a_prompt("Paris"), "Paris"))
         while not endpoint.tasks:
             await asyncio.sleep(0.01)
         asked.cancel()
@@ -203,7 +204,7 @@ def test_a_verdict_that_was_cached_under_another_way_to_read_replies_is_asked_fo
         ask(a_matcher(url), "Rome")
         asked = json.dumps(["grader", {}, endpoint.bodies[0]["messages"]], sort_keys=True)
         store = VerdictCache(cache)
-        store.put(hashlib.sha256(asked.encode()).hexdigest(), True)
+        store.put(hashlib.sha256(asked.encode()).hexdigest(), Said(True, ""))
         store.close()
         assert ask(a_matcher(url, cache=cache), "Rome") == [False]
     assert len(endpoint.tasks) == 2
@@ -215,8 +216,8 @@ def test_failures_are_not_cached():
 
     async def run(matcher: LlmMatcher) -> bool:
         with pytest.raises(JudgeUnavailable):
-            await matcher.matches(a_prompt("Paris"), "Paris")
-        return await matcher.matches(a_prompt("Paris"), "Paris")
+            await is_right(matcher, a_prompt("Paris"), "Paris")
+        return await is_right(matcher, a_prompt("Paris"), "Paris")
 
     with serving(endpoint) as url:
         matcher = a_matcher(url, retries=0)
@@ -235,7 +236,7 @@ def test_one_judge_serves_several_event_loops():
     with serving(endpoint) as url:
         matcher = a_matcher(url, concurrency=1)
         for city in ("Paris", "Lutetia"):
-            assert asyncio.run(matcher.matches(a_prompt("Paris", "Lutetia"), city))
+            assert asyncio.run(is_right(matcher, a_prompt("Paris", "Lutetia"), city))
         matcher.close()
 
 

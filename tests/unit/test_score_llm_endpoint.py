@@ -25,7 +25,7 @@ from metis_fast.score.llm import LlmMatcher
 from metis_fast.score.llm_endpoint import Endpoint, parse_address, proxy_of
 from metis_fast.score.protocol import JudgeUnavailable, TryAgain
 from metis_fast.score.scoring import score_groups
-from metis_fast.testing.judge import JudgeServer, Reply, completion, serving, text_rollout
+from metis_fast.testing.judge import JudgeServer, Reply, completion, is_right, serving, text_rollout
 from metis_fast.types import Group, Outcome, Score, ScoredGroup
 
 PROXIES = [scheme + "_proxy" for scheme in ("http", "https", "all", "no")]
@@ -40,7 +40,7 @@ def no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def ask(matcher: LlmMatcher, answer: str = "Paris") -> bool:
     try:
-        return asyncio.run(matcher.matches(a_prompt("Paris"), answer))
+        return asyncio.run(is_right(matcher, a_prompt("Paris"), answer))
     finally:
         matcher.close()
 
@@ -103,7 +103,7 @@ def test_an_address_works_with_and_without_v1_and_is_looked_for_once(at):
             matcher = a_matcher(form)
             judge.paths.clear()
             for city in ("Paris", "Rome"):
-                assert asyncio.run(matcher.matches(a_prompt("Paris"), city)) == (city == "Paris")
+                assert asyncio.run(is_right(matcher, a_prompt("Paris"), city)) == (city == "Paris")
             matcher.close()
             assert len(judge.paths) <= 3
     assert judge.paths[-1] == f"{at}?version=1"
@@ -211,7 +211,7 @@ def test_what_an_endpoint_refuses_is_left_out_from_then_on(refuse, left):
     judge = JudgeServer(refuse=refuse)
 
     async def run(matcher: LlmMatcher) -> list[bool]:
-        return [await matcher.matches(a_prompt("Paris"), city) for city in ("Paris", "Rome", "Bonn")]
+        return [await is_right(matcher, a_prompt("Paris"), city) for city in ("Paris", "Rome", "Bonn")]
 
     with serving(judge) as url:
         matcher = a_matcher(url, retries=0)
@@ -240,7 +240,7 @@ def test_a_refusal_that_only_mentions_a_setting_changes_nothing_for_later():
     with serving(judge) as url:
         matcher = a_matcher(url, retries=0)
         with pytest.raises(JudgeUnavailable, match="status 400"):
-            asyncio.run(matcher.matches(a_prompt("Paris"), "Paris"))
+            asyncio.run(is_right(matcher, a_prompt("Paris"), "Paris"))
         assert len(judge.paths) == 3  # without max_tokens, without temperature: no endless loop
         judge.refuse = lambda body: None
         assert ask(matcher)
@@ -422,7 +422,7 @@ def test_half_of_the_verdicts_lost_are_a_line_and_never_a_reward(kind, caplog):
     for group in scored:
         for j, score_ in enumerate(group.scores):
             if j % 4 < 2:
-                assert score_ == Score(verdict=None, outcome=Outcome.JUDGE_ERROR)
+                assert score_ == Score(None, Outcome.JUDGE_ERROR, no_verdict=score_.no_verdict) and reason in score_.no_verdict
             else:
                 assert score_.verdict is not None and score_.verdict.correct == (j % 2 == 0)
     (line,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]

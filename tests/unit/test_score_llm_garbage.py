@@ -13,12 +13,12 @@ from judge_endpoint import BOMB, a_matcher, a_prompt
 
 from metis_fast.score.llm import LlmMatcher
 from metis_fast.score.protocol import JudgeUnavailable
-from metis_fast.testing.judge import JudgeServer, Reply, completion, serving
+from metis_fast.testing.judge import JudgeServer, Reply, completion, is_right, serving
 
 
 def ask(matcher: LlmMatcher) -> bool:
     try:
-        return asyncio.run(matcher.matches(a_prompt("Paris"), "Paris"))
+        return asyncio.run(is_right(matcher, a_prompt("Paris"), "Paris"))
     finally:
         matcher.close()
 

@@ -14,7 +14,7 @@ from judge_endpoint import a_matcher, a_prompt, error
 from metis_fast.errors import JudgeError
 from metis_fast.score.llm import LlmMatcher
 from metis_fast.score.protocol import JudgeUnavailable
-from metis_fast.testing.judge import JudgeServer, Reply, serving
+from metis_fast.testing.judge import JudgeServer, Reply, is_right, serving
 
 
 def check_line(judge: JudgeServer, **changes: object) -> str:
@@ -29,7 +29,7 @@ def check_line(judge: JudgeServer, **changes: object) -> str:
 
 
 async def ask(matcher: LlmMatcher, *cities: str) -> list[bool]:
-    return await asyncio.gather(*(matcher.matches(a_prompt("Paris"), city) for city in cities))
+    return await asyncio.gather(*(is_right(matcher, a_prompt("Paris"), city) for city in cities))
 
 
 def test_the_one_that_is_served_is_taken_with_one_request():

@@ -14,7 +14,7 @@ from judge_endpoint import a_matcher, a_prompt
 
 from metis_fast.errors import JudgeError
 from metis_fast.score.llm_prompt import read_prompt
-from metis_fast.testing.judge import JudgeServer, completion, packaged_task, serving
+from metis_fast.testing.judge import JudgeServer, completion, is_right, packaged_task, serving
 
 OWN = """[system]
 You are strict. Never say {answer}.
@@ -130,7 +130,7 @@ def test_an_endpoint_is_asked_with_ones_own_prompt_and_verdicts_of_another_promp
     for judge, prompt in ((packaged, None), (own, written(tmp_path, OWN)), (own, written(tmp_path, OWN))):
         with serving(judge) as url:
             matcher = a_matcher(url, prompt=prompt, cache=cache)
-            assert asyncio.run(matcher.matches(a_prompt("Paris"), "Paris"))
+            assert asyncio.run(is_right(matcher, a_prompt("Paris"), "Paris"))
             matcher.close()
     assert len(packaged.tasks) == len(own.tasks) == 1
     assert own.bodies[0]["messages"][0] == {"role": "system", "content": "You are strict. Never say {answer}."}

@@ -153,7 +153,7 @@ def body(content: Any, finish_reason: Any = "stop", **message: Any) -> bytes:
 
 @pytest.mark.parametrize("field", ["reasoning_content", "reasoning"])
 def test_thinking_beside_the_reply_does_not_count(field):
-    assert read_reply(body("CORRECT", **{field: "INCORRECT, I think"})) is True
+    assert read_reply(body("CORRECT", **{field: "INCORRECT, I think"})).correct is True
     with pytest.raises(JudgeUnavailable, match="the reply has thinking and nothing after it; turn thinking off"):
         read_reply(body(None, **{field: "CORRECT"}))
 
@@ -170,7 +170,7 @@ def test_thinking_beside_the_reply_does_not_count(field):
     "said", [{"type": "text", "text": "CORRECT"}, {"type": "output_text", "text": "CORRECT"}, {"text": "CORRECT"}, "CORRECT"]
 )
 def test_of_content_in_parts_only_the_text_counts(thought, said):
-    assert read_reply(body([thought, said])) is True
+    assert read_reply(body([thought, said])).correct is True
     with pytest.raises(JudgeUnavailable):
         read_reply(body([thought]))
 
@@ -182,7 +182,7 @@ def test_a_word_before_a_thought_in_parts_is_no_verdict():
 
 @pytest.mark.parametrize("end", [None, "", "stop", "STOP", "eos_token", "end_turn"])
 def test_a_whole_reply_may_end_in_every_servers_word(end):
-    assert read_reply(body("INCORRECT", end)) is False
+    assert read_reply(body("INCORRECT", end)).correct is False
 
 
 @pytest.mark.parametrize(

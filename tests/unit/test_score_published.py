@@ -65,8 +65,10 @@ def test_an_observation_that_had_no_room_is_not_part_of_it():
 def test_an_answer_in_an_observation_counts_in_parity_only():
     rollout = text_rollout("p", [CALL, "<reason>r</reason><answer>1/2</answer>"], observation="<answer>3/8</answer>")
     by_rule = {"judge": "rule"}
-    assert verdict(ScoreConfig.model_validate({**PARITY, **by_rule}), a_prompt("3/8"), rollout) == Verdict(True, True, "3/8")
-    assert verdict(ScoreConfig.model_validate(by_rule), a_prompt("3/8"), rollout) == Verdict(False, True, "1/2")
+    says = verdict(ScoreConfig.model_validate({**PARITY, **by_rule}), a_prompt("3/8"), rollout)
+    assert says == Verdict(True, True, "3/8", "rule", "equals the ground truth '3/8'")
+    says = verdict(ScoreConfig.model_validate(by_rule), a_prompt("3/8"), rollout)
+    assert says == Verdict(False, True, "1/2", "rule", "equals no ground truth")
 
 
 # -- the answer --

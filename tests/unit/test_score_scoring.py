@@ -77,7 +77,7 @@ def test_a_failed_judge_and_a_broken_rollout_leave_the_group():
     full = a_group("p", answers("4"), answers("?"), answers("5"), answers("4"), broken=frozenset({3}))
     (scored,) = score(full, judge=judge)
     (without,) = score(a_group("p", answers("4"), answers("5")))
-    assert scored.scores[1] == Score(verdict=None, outcome=Outcome.JUDGE_ERROR)
+    assert scored.scores[1] == Score(None, Outcome.JUDGE_ERROR, no_verdict="the fake judge was told to fail")
     assert scored.scores[3] == Score(verdict=None, outcome=Outcome.INFRASTRUCTURE_ERROR)
     assert [scored.scores[0], scored.scores[2]] == list(without.scores)
     assert ("p", 3) not in judge.judged
