@@ -86,6 +86,8 @@ def checks(config: Config, offline: bool) -> Iterator[Check]:
     if config.data.train:  # a cold start plays nothing
         for name in config.tools.enabled:
             yield Check("tools", partial(services.tool, config, name, offline), what=str(name))
+        if config.tools.own or config.tools.mcp:
+            yield Check("tools", partial(services.others, config), what="others")
         yield Check("judges", partial(services.judges, config, _styles(config), offline))
     if config.workers.launcher == "ray":
         yield Check("Ray", partial(services.ray, config))

@@ -19,13 +19,16 @@ from metis_fast.data.cursor import decode_all
 from metis_fast.data.parquet import PromptFiles
 from metis_fast.data.row import BadRow, BadRowError
 from metis_fast.doctor.finding import Finding, gigabytes
-from metis_fast.errors import ModelError, one_line
+from metis_fast.errors import ModelError, ToolSetupError, one_line
 from metis_fast.model_folder import doubts, hf_shapes, load_processor, load_tokenizer, read_config, read_json
 from metis_fast.pictures import ImagePreparer
 from metis_fast.plan.command import own_layout
 from metis_fast.plan.gpus import GIB, GPUS, Gpu
 from metis_fast.plan.shape import read_model_config
 from metis_fast.rollout.chat import Chat
+from metis_fast.rollout.offer import Offer
+from metis_fast.tools import other_tools
+from metis_fast.tools.protocol import ToolSpec
 from metis_fast.train.megatron.backend import check_settings
 from metis_fast.types import Prompt
 
@@ -112,7 +115,7 @@ def _gpu() -> tuple[str, Gpu]:
 
 def prompts(config: Config, key: str, paths: Sequence[Path]) -> Iterator[Finding]:
     """Files, a sample of their rows with their images, judges and lengths. key: the setting."""
-    files = PromptFiles(paths)
+    files = PromptFiles(paths, any_style=config.score.judge != "by_row")
     step = max(1, len(files) // _ROWS)
     chat = _chat(config)
     good: list[Prompt] = []
@@ -162,7 +165,15 @@ def _chat(config: Config) -> Chat | None:
     folder = config.model.path
     if not folder.is_dir():
         return None
-    return Chat(load_tokenizer(folder), ImagePreparer(load_processor(folder), cache_bytes=0))
+    images = ImagePreparer(load_processor(folder), cache_bytes=0)
+    return Chat(load_tokenizer(folder), images, offer=Offer(config.tools, _other_tools(config)))
+
+
+def _other_tools(config: Config) -> tuple[ToolSpec, ...]:
+    try:
+        return other_tools(config.tools)
+    except ToolSetupError:  # the check of the tools says so
+        return ()
 
 
 def _row(files: PromptFiles, index: int) -> Prompt | BadRowError:

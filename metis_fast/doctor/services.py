@@ -7,18 +7,23 @@ import os
 import tempfile
 from collections import Counter
 from collections.abc import Collection, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 from metis_fast.config import Config, TextSearchConfig
 from metis_fast.doctor.finding import Finding
 from metis_fast.errors import ConfigError, InfrastructureError, JudgeError, ToolSetupError, one_line
 from metis_fast.own_folder import OwnFolder
+from metis_fast.recording.opening import open_recording
+from metis_fast.recording.tools import ReplayingToolbox
+from metis_fast.run.room import ranks_by_ray
 from metis_fast.score.judge import open_judge
-from metis_fast.tools import open_toolbox
+from metis_fast.sft.trainers import training_config
+from metis_fast.tools import open_toolbox, other_tools
 from metis_fast.tools.protocol import Toolbox
 from metis_fast.tools.results import PythonResult, TextSearchResult, ToolResult
 from metis_fast.tools.search.web import WebText
+from metis_fast.tools.toolbox import LocalToolbox
 from metis_fast.types import Observation, ToolName
 
 _QUERY = "capital of France"
@@ -26,19 +31,51 @@ _QUERY = "capital of France"
 
 def tool(config: Config, name: ToolName, offline: bool) -> Iterator[Finding]:
     """It is opened as the job opens it; then a line of Python is run, or something is searched for."""
-    what, alone = str(name), config.tools.model_copy(update={"enabled": (name,)})
+    what, alone = str(name), config.tools.model_copy(update={"enabled": (name,), "own": (), "mcp": ()})
+    if config.tools.replay is not None:
+        yield _replayed(config, what)
+        return
     with ExitStack() as stack:
         scratch = OwnFolder(Path(tempfile.gettempdir()), "metis-tools-")
         stack.callback(scratch.close)
         toolbox = open_toolbox(alone, scratch.path)
         stack.callback(toolbox.close)
         if name is ToolName.PYTHON:
-            yield _python(what, asyncio.run(_call(toolbox, name, {"code": "print(6 * 7)"})), config)
+            python = toolbox.python if isinstance(toolbox, LocalToolbox) else None
+            layers = str(python.layers) if python is not None else ""
+            yield _python(what, asyncio.run(_call(toolbox, name, {"code": "print(6 * 7)"})), config, layers)
         elif name is ToolName.TEXT_SEARCH and (not offline or config.tools.text_search.provider == "local"):
             web = config.tools.text_search.provider != "local"
             yield _web_search(what, config.tools.text_search) if web else _search(what, toolbox)
         else:
             yield Finding(what, "ok", "opens; nothing was asked of it")
+
+
+def others(config: Config) -> Iterator[Finding]:
+    """Tools of one's own and of MCP servers: they are opened, and nothing is asked of them."""
+    if config.tools.replay is not None:
+        return
+    for key in ("own", "mcp"):
+        for place in getattr(config.tools, key):
+            alone = config.tools.model_copy(update={"own": (), "mcp": (), key: (place,)})
+            try:
+                names = ", ".join(tool.name for tool in other_tools(alone))
+            except ToolSetupError as error:
+                yield Finding(f"tools.{key}", "error", one_line(error), "see docs/own-tools.md")
+                continue
+            yield Finding(f"tools.{key}", "ok", f"opens: {names}; nothing was asked of it")
+
+
+def _replayed(config: Config, what: str) -> Finding:
+    """Of a tool that a recording answers for: nothing else is needed for it."""
+    recording = open_recording(config)
+    assert recording is not None
+    with closing(recording):
+        if what in ReplayingToolbox(config.tools, recording).names:
+            return Finding(what, "ok", f"answers from {recording.path} (tools.replay)")
+    return Finding(
+        what, "warning", f"was not recorded in {recording.path}", "remove it from tools.enabled, or record a run that has it"
+    )
 
 
 async def _call(toolbox: Toolbox, name: ToolName, arguments: dict[str, object]) -> ToolResult | Observation:
@@ -49,7 +86,7 @@ async def _call(toolbox: Toolbox, name: ToolName, arguments: dict[str, object]) 
         await session.close()
 
 
-def _python(what: str, result: ToolResult | Observation, config: Config) -> Finding:
+def _python(what: str, result: ToolResult | Observation, config: Config, layers: str) -> Finding:
     if not (isinstance(result, PythonResult) and result.ok and result.stdout.strip() == "42"):
         return Finding(
             what, "error", f"6 * 7 gave {one_line(result)[:200]}", "see docs/tools.md, and that numpy can be imported"
@@ -58,7 +95,7 @@ def _python(what: str, result: ToolResult | Observation, config: Config) -> Find
         return Finding(
             what, "warning", "runs code without a sandbox (tools.python.unsafe)", "only on machines that you can throw away"
         )
-    return Finding(what, "ok", "runs code in its sandbox")
+    return Finding(what, "ok", f"runs code in its sandbox ({layers})")
 
 
 def _search(what: str, toolbox: Toolbox) -> Finding:
@@ -86,6 +123,9 @@ def _web_search(what: str, config: TextSearchConfig) -> Finding:
 
 def judges(config: Config, styles: Collection[str], offline: bool) -> Iterator[Finding]:
     """Those of the data's styles are opened; one that asks a model is asked for a right and for a wrong verdict."""
+    if config.tools.replay is not None:
+        yield Finding("judges", "ok", f"answer from {config.tools.replay} (tools.replay)")
+        return
     if config.score.judge != "by_row":
         styles = {config.score.judge}
     for style in sorted(styles):
@@ -100,8 +140,9 @@ def judges(config: Config, styles: Collection[str], offline: bool) -> Iterator[F
         finally:
             judge.close()
         yield Finding(f"judge {style}", "ok", "opens; it was not asked" if offline else "opens and judges")
-    key = config.score.llm.api_key_env
-    if "llm" in styles and not os.environ.get(key):
+    for key in config.score.llm.key_names() if "llm" in styles else ():
+        if os.environ.get(key):
+            continue
         yield Finding("judge key", "ok", f"{key} is not set: requests go without a key")
 
 
@@ -115,7 +156,8 @@ def ray(config: Config) -> Iterator[Finding]:
         raise ConfigError(
             "workers.launcher=ray needs Ray; pip install 'metis-fast[ray]', or set workers.launcher=local"
         ) from None
-    ranks = config.train.backend == "megatron" and config.train.megatron.launch == "local"
+    plays = bool(config.data.train)  # a cold start alone has ranks only
+    ranks = ranks_by_ray(config if plays else training_config(config, config.run.dir))
     machines = room.survey(config.workers)
     if machines is None:
         yield Finding(
@@ -126,7 +168,7 @@ def ray(config: Config) -> Iterator[Finding]:
     has = Counter[str]()
     for machine in machines:
         has.update({name: int(number) for name, number in machine.items() if name in ("CPU", "GPU")})
-    bundles = room.plan(config, ranks, on_gpus=has["GPU"] > 0)
+    bundles = room.plan(config, ranks, on_gpus=has["GPU"] > 0, plays=plays)
     need = {"CPU": sum(bundle.cpus for bundle in bundles), "GPU": sum(bundle.gpus for bundle in bundles)}
     short = [f"{number} {name}s of {has[name]}" for name, number in need.items() if number > has[name]]
     yield Finding(
@@ -136,11 +178,11 @@ def ray(config: Config) -> Iterator[Finding]:
         f"{need['GPU']}",
         "add machines, or ask for less (workers, rollout.vllm, train.megatron)" if short else "",
     )
-    largest = max(bundles, key=lambda bundle: (bundle.gpus, bundle.cpus))
-    if not any(m.get("CPU", 0) >= largest.cpus and m.get("GPU", 0) >= largest.gpus for m in machines):
+    largest = max(bundles, key=lambda bundle: (bundle.gpus, bundle.cpus), default=None)
+    if largest is not None and not any(m.get("CPU", 0) >= largest.cpus and m.get("GPU", 0) >= largest.gpus for m in machines):
         yield Finding(
             "cluster", "error", f"no machine has the {largest.cpus} CPU slots and {largest.gpus} GPUs that a node takes",
             "raise workers.nodes, so that each has less",
         )  # fmt: skip
-    if len(machines) < config.workers.nodes:
+    if plays and len(machines) < config.workers.nodes:
         yield Finding("cluster", "warning", f"workers.nodes={config.workers.nodes} share {len(machines)} machines", "lower it")

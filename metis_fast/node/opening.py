@@ -14,15 +14,18 @@ import torch
 from metis_fast.config import Config
 from metis_fast.data.cursor import decode_all
 from metis_fast.data.parquet import PromptFiles
-from metis_fast.errors import ToolSetupError
+from metis_fast.errors import ConfigError, ToolSetupError
 from metis_fast.machine import memory_bytes
 from metis_fast.model import Policy
 from metis_fast.model_folder import read_config
 from metis_fast.node.node import Keep, Node
 from metis_fast.own_folder import OwnFolder
+from metis_fast.recording.file import Recording
+from metis_fast.recording.opening import open_recording, recorded_judge, recorded_toolbox
 from metis_fast.rollout.chat import Chat
 from metis_fast.rollout.engine import RunEngine
 from metis_fast.rollout.native import NativeEngine, check_room
+from metis_fast.rollout.offer import Offer
 from metis_fast.rollout.protocols import open_dialect
 from metis_fast.rollout.vllm.engine import VllmEngine
 from metis_fast.score.judge import StyleJudge, open_judge
@@ -32,6 +35,7 @@ from metis_fast.tools import open_toolbox
 from metis_fast.tools.protocol import Toolbox
 from metis_fast.tools.remote import RemoteToolbox, start_tool_workers
 from metis_fast.tools.search import keys
+from metis_fast.tools.server.client import ServerToolbox
 from metis_fast.workers.hub import Hub
 from metis_fast.workers.launch import LocalLauncher
 from metis_fast.workers.worker import WorkerError, wait_ready
@@ -73,7 +77,8 @@ def share_of(config: Config, number: int) -> Config:
 
 def needs_hub(config: Config) -> bool:
     """Whether a node of these settings has workers."""
-    return config.rollout.engine == "vllm" or config.workers.tools > 0 or config.workers.judges > 0
+    asks = config.tools.replay is None  # a replay has neither tools nor judges
+    return config.rollout.engine == "vllm" or (asks and config.workers.tools + config.workers.judges > 0)
 
 
 def _open_judge(config: Config, styles: Collection[str], hub: Hub | None) -> StyleJudge | RemoteJudge:
@@ -83,16 +88,98 @@ def _open_judge(config: Config, styles: Collection[str], hub: Hub | None) -> Sty
     return RemoteJudge(config.score, start_judge_workers(hub, config.score, styles, config.workers.judges))
 
 
-def _open_toolbox(config: Config, scratch: Path, hub: Hub | None, check: Callable[[], None]) -> Toolbox:
+def _open_toolbox(config: Config, scratch: Path, hub: Hub | None, host: Host) -> Toolbox:
+    if config.tools.server.url:
+        if config.workers.tools:
+            raise ConfigError(f"workers.tools={config.workers.tools} and tools.server.url both run the tools; choose one")
+        return ServerToolbox(config.tools)
     if config.workers.tools == 0:
         return open_toolbox(config.tools, scratch)
     assert hub is not None
     workers = start_tool_workers(hub, config.tools, config.workers.tools, scratch)
     try:
-        wait_ready(workers, check)
+        wait_ready(workers, host.check)
+        toolbox = RemoteToolbox(config.tools, workers)
+        if config.tools.own or config.tools.mcp:
+            host.run(toolbox.learn())
     except WorkerError as error:
         raise ToolSetupError(str(error)) from None
-    return RemoteToolbox(config.tools, workers)
+    return toolbox
+
+
+@dataclass(frozen=True, slots=True)
+class Agent:
+    """What plays an episode. policy: the model that the engine samples with, or whose tokens and shapes it has."""
+
+    policy: Policy
+    chat: Chat
+    engine: RunEngine
+    toolbox: Toolbox
+
+
+@dataclass(frozen=True, slots=True)
+class _Base:
+    """What tools, judge and engine of a node stand on. scratch: folder for tools."""
+
+    scratch: Path
+    hub: Hub | None
+    recording: Recording | None
+
+
+def _open_base(config: Config, host: Host, logs: Path, stack: ExitStack) -> _Base:
+    scratch = OwnFolder(Path(tempfile.gettempdir()), "metis-tools-")
+    stack.callback(scratch.close)
+    hub = None
+    if needs_hub(config):
+        secret = (*keys.variables(config.tools.text_search), *config.score.llm.key_names(), config.tools.server.token_env)
+        secret += (config.serve.token_env, *(server.token_env for server in config.tools.mcp))
+        launcher = LocalLauncher(logs, host.gpus, withheld=secret)
+        stack.callback(launcher.close)
+        hub = stack.enter_context(Hub(config.workers, launcher))
+    recording = open_recording(config)
+    if recording is not None:
+        stack.callback(recording.close)
+    return _Base(scratch.path, hub, recording)
+
+
+def _open_tools(config: Config, base: _Base, host: Host, stack: ExitStack) -> Toolbox:
+    toolbox = recorded_toolbox(config, base.recording, lambda: _open_toolbox(config, base.scratch, base.hub, host))
+    stack.callback(toolbox.close)
+    return toolbox
+
+
+def _open_agent(
+    config: Config, base: _Base, host: Host, policy: Callable[[], Policy], toolbox: Toolbox, stack: ExitStack
+) -> Agent:
+    native = config.rollout.engine == "native"
+    if native:
+        cuda = host.device.type == "cuda"
+        memory = torch.cuda.get_device_properties(host.device).total_memory if cuda else memory_bytes()
+        check_room(
+            config.rollout, read_config(config.model.path), 4 if config.model.dtype == "float32" else 2, memory
+        )  # fmt: skip
+    sampler = policy()
+    if native:
+        engine: RunEngine = NativeEngine(sampler, config.rollout.deterministic and host.alone)
+    else:
+        assert base.hub is not None
+        engine = VllmEngine(config, sampler, base.hub)
+    stack.callback(engine.close)
+    chat = Chat(sampler.tokenizer, sampler.images, open_dialect(config), Offer(config.tools, toolbox.tools))
+    return Agent(sampler, chat, engine, toolbox)
+
+
+@contextmanager
+def open_agent(config: Config, host: Host, policy: Callable[[], Policy], logs: Path) -> Iterator[Agent]:
+    """Open what plays episodes, without prompts and judge, and close it in reverse order. Its engine may still be starting
+    (`RunEngine.wait`).
+
+    Raises:
+        ConfigError, ModelError, ToolSetupError, RecordingError: whatever cannot work is found here, before an episode.
+    """
+    with ExitStack() as stack:
+        base = _open_base(config, host, logs, stack)
+        yield _open_agent(config, base, host, policy, _open_tools(config, base, host, stack), stack)
 
 
 @contextmanager
@@ -114,37 +201,17 @@ def open_node(
     or whose tokens and shapes its engines have. logs: folder for the output of workers.
 
     Raises:
-        ConfigError, DataError, ModelError, ToolSetupError, JudgeError: whatever cannot work is found here, before a rollout.
+        ConfigError, DataError, ModelError, ToolSetupError, JudgeError, RecordingError: whatever cannot work is found here,
+            before a rollout.
     """
     with ExitStack() as stack:
-        scratch = OwnFolder(Path(tempfile.gettempdir()), "metis-tools-")
-        stack.callback(scratch.close)
-        hub = None
-        if needs_hub(config):
-            secret = (*keys.variables(config.tools.text_search), config.score.llm.api_key_env)
-            launcher = LocalLauncher(logs, host.gpus, withheld=secret)
-            stack.callback(launcher.close)
-            hub = stack.enter_context(Hub(config.workers, launcher))
-        judge = _open_judge(config, styles, hub)
+        base = _open_base(config, host, logs, stack)
+        judge = recorded_judge(config, base.recording, lambda: _open_judge(config, styles, base.hub))
         stack.callback(judge.close)
-        toolbox = _open_toolbox(config, scratch.path, hub, host.check)
-        stack.callback(toolbox.close)
+        toolbox = _open_tools(config, base, host, stack)
         host.run(judge.check())
-        native = config.rollout.engine == "native"
-        if native:
-            cuda = host.device.type == "cuda"
-            memory = torch.cuda.get_device_properties(host.device).total_memory if cuda else memory_bytes()
-            check_room(
-                config.rollout, read_config(config.model.path), 4 if config.model.dtype == "float32" else 2, memory
-            )  # fmt: skip
-        sampler = policy()
-        if native:
-            engine: RunEngine = NativeEngine(sampler, config.rollout.deterministic and host.alone)
-        else:
-            assert hub is not None
-            engine = VllmEngine(config, sampler, hub)
-        stack.callback(engine.close)
-        chat = Chat(sampler.tokenizer, sampler.images, open_dialect(config))
+        agent = _open_agent(config, base, host, policy, toolbox, stack)
         # a model that reads text only says so of the first image that it meets; none is a bad one for that
-        check = sampler.images.broken if sampler.reads_images else decode_all
-        yield Node(number, config, chat, engine, toolbox, judge, files, check, keep, room)
+        images = agent.policy.images
+        check = images.broken if agent.policy.reads_images else decode_all
+        yield Node(number, config, agent.chat, agent.engine, toolbox, judge, files, check, keep, room)

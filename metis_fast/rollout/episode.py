@@ -16,6 +16,7 @@ import numpy as np
 
 from metis_fast.config import RolloutConfig
 from metis_fast.errors import DataError, EngineFailure, InfrastructureError
+from metis_fast.recording.rollout import PLAYED, Played
 from metis_fast.rollout.chat import Chat, TokenPiece
 from metis_fast.rollout.engine import Completion, Engine, EngineSession, Sampling
 from metis_fast.tools.protocol import Toolbox, ToolSession
@@ -120,12 +121,21 @@ class _Seat:
 
 
 async def _play(
-    trace: Trace, chat: Chat, engine: _Seat, tools: ToolSession, config: RolloutConfig, key: SampleKey, last_try: bool
+    trace: Trace,
+    chat: Chat,
+    engine: _Seat,
+    tools: ToolSession,
+    config: RolloutConfig,
+    key: SampleKey,
+    last_try: bool,
+    max_sampled: int,
 ) -> Outcome:
     limit = trace.prompt_len + config.max_response_tokens
     dialect = chat.dialect
     while True:
-        room = limit - len(trace.tokens)
+        room = min(limit - len(trace.tokens), max_sampled - sum(len(message.tokens) for _, message in trace.sampled))
+        if room == 0:
+            return Outcome.LENGTH
         sampling = Sampling(
             max_tokens=min(room, config.max_turn_tokens or room),
             stop_ids=chat.stop_ids,
@@ -225,6 +235,7 @@ async def run_episode(
     key: SampleKey,
     encoded: TokenPiece | None = None,
     first: EngineSession | None = None,
+    max_sampled: int | None = None,
 ) -> Rollout:
     """Sample one rollout; never raises for our own failures.
 
@@ -234,7 +245,8 @@ async def run_episode(
     rollout ends in INFRASTRUCTURE_ERROR and has no verdict.
 
     encoded: the prompt's tokens, where they are known. first: an engine session that was opened before (it fixes the batch's
-    shape), only with `encoded`; later tries open their own.
+    shape), only with `encoded`; later tries open their own. max_sampled: most tokens that the policy may write, over all
+    messages; None: as `config` says.
 
     Raises:
         DataError: the prompt is longer than `max_prompt_tokens` or holds an image that cannot be used.
@@ -242,14 +254,15 @@ async def run_episode(
     if encoded is None:
         assert first is None  # nothing would close it
         (encoded,) = await encode_prompts([prompt], chat, config)
-    error = ""
+    PLAYED.set(Played(f"{key.seed}/{key.stream}/{key.order}", f"{prompt.uid}, rollout {index}"))
+    error, most = "", config.max_response_tokens if max_sampled is None else max_sampled
     trace = Trace(len(encoded.tokens), [], [], [])
     for attempt in range(config.retries + 1):
         trace = Trace(len(encoded.tokens), list(encoded.tokens), list(encoded.images), list(encoded.spans))
         seat, first = _Seat(engine, key, prompt, index, config.retries, first), None
-        tools = toolbox.session(prompt.images, prompt.extra, chat.seen(prompt.images))
+        tools = chat.offer.limited(prompt, toolbox.session(prompt.images, prompt.extra, chat.seen(prompt.images)))
         try:
-            outcome = await _play(trace, chat, seat, tools, config, key, last_try=attempt == config.retries)
+            outcome = await _play(trace, chat, seat, tools, config, key, attempt == config.retries, most)
             return trace.finish(prompt, index, outcome)
         except EngineFailure as failure:
             error = str(failure)
