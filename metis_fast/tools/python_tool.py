@@ -1,376 +1,94 @@
-"""The `python` tool, seen from the trainer: starts the warm server, opens sessions in it, turns replies into results.
-
-Everything here is free of the running event loop, so that one toolbox serves several `asyncio.run` calls; what belongs to a
-loop lives inside one call.
-"""
+"""The `python` tool of one rollout: sends calls to its session, within their time, and turns replies into results."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import io
-import math
-import os
-import shutil
 import signal
-import socket
-import subprocess
-import sys
-import tempfile
-import threading
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-from PIL import Image
-
-from metis_fast import pixels
-from metis_fast.config import PythonToolConfig
-from metis_fast.errors import InfrastructureError, ToolSetupError
-from metis_fast.open_files import allow_files
-from metis_fast.pixels import ImageError
+from metis_fast.errors import InfrastructureError
+from metis_fast.tools import png
+from metis_fast.tools.python_server import PythonServer
+from metis_fast.tools.python_session import End, SandboxProcess, SessionEndedError
 from metis_fast.tools.results import PythonResult
-from metis_fast.tools.sandbox.transcript import Output, open_output, output_size
-from metis_fast.tools.sandbox.wire import (
-    LENGTH,
-    MAX_FRAME,
-    MAX_IMAGES,
-    MAX_SIDE,
-    SESSION_LOST,
-    Call,
-    Limits,
-    Reply,
-    Shown,
-    WireError,
-    decode_message,
-    encode_call,
-)
+from metis_fast.tools.sandbox.wire import MAX_IMAGES, SESSION_LOST, EndedBy, Limits, Reply, WireError
+from metis_fast.tools.slots import Lease
 from metis_fast.types import ImageBlob
 
+__all__ = ["PythonServer", "PythonTool", "longest_s"]
+
 _NOTES = 200  # characters of the lines that say what was left out, at most
-_START_S = 60.0  # a cold import of numpy and Pillow on a loaded machine, with room
-_CPU_CALLS = 20  # a session may use the CPU time of this many calls; the paper's rollouts have ten turns
-_OPEN = b"open"
-_READY = b"ready"
-_SLOW = b"slow"
-# sys.path is set by hand because the server ignores the caller's folder and PYTHONPATH, as `-I` would have it. Not `-I` itself:
-# it also ignores PYTHONHASHSEED, which makes the order of sets repeat. The environment is ours, so nothing else differs.
-# An alarm of the agent's that raises again and again must end before any function of ours is entered: each entry runs handlers.
-_COMMAND = """
-import signal, sys
-sys.path.insert(0, sys.argv.pop(1))
-from metis_fast.tools.sandbox.server import main
-del sys.path[0]
-for call in main():
-    with call, call:
-        try:
-            for code in call:
-                exec(code, call.scope)
-        finally:
-            signal.setitimer(signal.ITIMER_REAL, 0)
-"""
+_MAX_PARTS = 64  # of an answer; an honest one has text before, between and behind eight images, cut once
+_SHOWN_CALLS = 4  # the images of a rollout may take as much as those of this many calls
+_FIRST_LOOK_S, _LOOK_S = 0.05, 0.1  # into a running call; most end before the first
+_OLD_S = 0.3  # of a measurement by the server, which looks more often
+_IDLE = 0.1  # of the time: who used less of the processor sleeps
+_READ_S = 1.0  # to read an answer that had begun to come in time
+_LONGEST = 16  # times a call's time, that it may take where the processor has too much to do
+_LATE_S = 10.0
 
 
-def _environment() -> dict[str, str]:
-    return {
-        "PATH": os.defpath,
-        "LANG": "C.UTF-8",
-        "TZ": "UTC",
-        "PYTHONHASHSEED": "0",
-        "PYTHONDONTWRITEBYTECODE": "1",
-        "PYTHONUNBUFFERED": "1",  # what a child has printed is there, also if it is killed
-        "MALLOC_ARENA_MAX": "1",  # of 64 MiB of address space each, one a thread, they would use up the memory limit
-        "OMP_NUM_THREADS": "1",
-        "OPENBLAS_NUM_THREADS": "1",
-        "MPLBACKEND": "agg",  # a name that processes know which the agent's code starts; see `figures` for its own
-    }
+def longest_s(timeout_s: float) -> float:
+    """Seconds that a call may take on a machine that has too much to do, where its own time is `timeout_s`."""
+    return _LONGEST * timeout_s + _LATE_S
 
 
-class _SessionEndedError(Exception):
-    """The other end of a session's socket is closed."""
+def _checked(images: Sequence[bytes], max_pixels: int) -> list[ImageBlob | None]:
+    """Those that really are images: what a session sends is in the agent's hands."""
+    return [ImageBlob.of(data) if png.is_plain(data, max_pixels) else None for data in images]
+
+
+def _describe(end: End, limits: Limits) -> str:
+    """What the agent reads of a session that ended, or was ended for what its code did."""
+    if end.by is EndedBy.MEMORY:
+        return f"its processes and files together took more than {limits.session_memory_mb} MiB of memory"
+    if end.by is EndedBy.TASKS:
+        return f"it had more than {limits.max_tasks} processes and threads"
+    if end.by is EndedBy.CPU:
+        return "it used up its CPU time"
+    if end.status in (-signal.SIGKILL, SESSION_LOST):  # by which of the two it ended first
+        return "killed, or its connection closed"
+    assert end.status is not None
+    return f"killed by signal {-end.status}" if end.status < 0 else f"exit status {end.status}"
 
 
 @dataclass(frozen=True, slots=True)
-class _End:
-    """How a session ended. status: exit status of its first process (negative: the signal that killed it); None if the server
-    died instead. left: what the running call had written until then, as far as a `Reply` of it would say so."""
+class _Now:
+    """A look at a running call. wall_s: since it began. own_s: of that, when it was not kept from running. cpu_s: used.
 
-    status: int | None
-    left: Reply
+    is_old: the server, which measures, has had no turn itself for a while.
+    """
 
-
-class SandboxProcess:
-    """One running session of the server. Belongs to the event loop that uses it."""
-
-    def __init__(self, data: socket.socket, life: socket.socket, output: int, max_output_chars: int) -> None:
-        """output: the file that `Output` describes; the session has it, too. All three are closed here."""
-        self._data = data
-        self._life = life
-        self._output = output
-        self._max_output_chars = max_output_chars
-        self._calls = 0
-        self.images: list[bytes] = []  # shown in the running call
-        for sock in (data, life):
-            sock.setblocking(False)
-
-    async def _read(self, size: int) -> bytes:
-        loop = asyncio.get_running_loop()
-        buffer = bytearray()
-        while len(buffer) < size:
-            try:
-                chunk = await loop.sock_recv(self._data, min(size - len(buffer), 1 << 20))
-            except ConnectionError:
-                chunk = b""
-            if not chunk:
-                raise _SessionEndedError
-            buffer += chunk
-        return bytes(buffer)
-
-    async def read_message(self) -> Reply | Shown:
-        """What the session says next.
-
-        Raises:
-            _SessionEndedError: the session is gone. WireError: it sent something else.
-        """
-        (size,) = LENGTH.unpack(await self._read(LENGTH.size))
-        if size > MAX_FRAME:
-            raise WireError("message is too large")
-        message = decode_message(await self._read(size))
-        if message.call != self._calls:
-            raise WireError("message belongs to another call")
-        return message
-
-    async def exchange(self, code: str, images: tuple[bytes, ...], sizes: tuple[tuple[int, int], ...]) -> Reply:
-        """Send a call and wait for its reply; `self.images` are those that it shows. Raises as `read_message`."""
-        self._calls += 1
-        self.images = []
-        call = encode_call(Call(self._calls, code, images, sizes))
-        try:
-            await asyncio.get_running_loop().sock_sendall(self._data, call)
-        except ConnectionError:
-            raise _SessionEndedError from None
-        while isinstance(message := await self.read_message(), Shown):
-            if len(self.images) == MAX_IMAGES:
-                raise WireError("too many images")
-            self.images.append(message.png)
-        return message
-
-    async def end(self) -> _End:
-        """Kill the session and wait until all its processes are gone."""
-        loop = asyncio.get_running_loop()
-        text = b""
-        left = Reply(self._calls, False)
-        try:
-            with contextlib.suppress(OSError):
-                self._life.shutdown(socket.SHUT_WR)
-            with contextlib.suppress(ConnectionError):
-                while chunk := await loop.sock_recv(self._life, 32):
-                    text += chunk
-            if self._calls:
-                left = self._left_behind()
-        finally:
-            self.discard()
-        return _End(int(text) if text else None, left)
-
-    def _left_behind(self) -> Reply:
-        memory = os.pread(self._output, output_size(self._max_output_chars), 0)
-        output = Output(bytearray(memory), self._max_output_chars)
-        if output.call != self._calls:
-            return Reply(self._calls, False)  # of the call before
-        output.take(self._output)
-        return Reply(self._calls, False, output.all.parts(), output.stream(1), output.stream(2))
-
-    def discard(self) -> None:
-        """Close what is ours without waiting; the server kills the session."""
-        self._data.close()
-        self._life.close()
-        if self._output >= 0:
-            os.close(self._output)
-            self._output = -1
+    wall_s: float
+    own_s: float
+    cpu_s: float
+    is_old: bool
 
 
-class PythonServer:
-    """The warm server process. Restarted by the next `open` after it died."""
+class _Clock:
+    """Counts a call's own time: the seconds since it began, without those in which it could have run and got no processor."""
 
-    def __init__(self, config: PythonToolConfig, scratch: Path) -> None:
-        """Start it.
+    def __init__(self, server: PythonServer, process: SandboxProcess) -> None:
+        self._server = server
+        self._process = process
+        self._begun = time.monotonic()
+        self._first = server.usage(process)
 
-        Raises:
-            ToolSetupError: it does not start, or no sandbox can be set up on this machine.
-        """
-        self._limits = Limits(
-            memory_mb=config.memory_mb,
-            scratch_mb=config.scratch_mb,
-            cpu_s=math.ceil(config.timeout_s * _CPU_CALLS),
-            max_output_chars=config.max_output_chars,
-            max_image_pixels=config.max_image_pixels,
-            unsafe=config.unsafe,
-        )
-        allow_files(1 << 15)  # a session takes three here
-        self._scratch = scratch
-        self._lock = threading.Lock()
-        self._closed = False
-        self._live: set[SandboxProcess] = set()
-        self._folder, self._process, self._control = self._start()
-
-    @property
-    def pid(self) -> int:
-        """PID of the server's outermost process."""
-        return self._process.pid
-
-    def _start(self) -> tuple[Path, subprocess.Popen[bytes], socket.socket]:
-        if not sys.platform.startswith("linux"):
-            raise ToolSetupError(
-                "the python tool needs Linux, with its sandbox or without (--unsafe-tools); remove `python` from tools.enabled"
-            )
-        try:
-            self._scratch.mkdir(parents=True, exist_ok=True)
-            folder = Path(tempfile.mkdtemp(prefix="python-", dir=self._scratch))
-        except OSError as error:
-            raise ToolSetupError(f"cannot use scratch folder {self._scratch}: {error.strerror}; choose another") from None
-        (folder / "root").mkdir()
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        root = str(Path(__file__).resolve().parents[2])
-        arguments = [str(theirs.fileno()), str(os.getpid()), str((folder / "root").resolve()), self._limits.to_json()]
-        with theirs, (folder / "log").open("wb") as log:
-            process = subprocess.Popen(
-                [sys.executable, "-s", "-P", "-c", _COMMAND, root, *arguments],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=log,
-                cwd="/",
-                env=_environment(),
-                pass_fds=[theirs.fileno()],
-                start_new_session=True,  # Ctrl-C in the terminal is for the trainer alone
-            )
-        ours.settimeout(_START_S)
-        try:
-            answer = ours.recv(4096)
-        except TimeoutError:
-            answer = _SLOW
-        except OSError as error:
-            answer = f"error {error}".encode()
-        if answer == _READY:
-            return folder, process, ours
-        process.kill()
-        process.wait()
-        ours.close()
-        if answer == _SLOW:
-            shutil.rmtree(folder, ignore_errors=True)
-            raise ToolSetupError(
-                f"the Python server did not start within {_START_S:g} s: the machine has too much to do; run again"
-            )
-        reason = answer.decode(errors="replace").removeprefix("error ") or _last_line(folder / "log") or "the server ended"
-        shutil.rmtree(folder, ignore_errors=True)
-        if self._limits.unsafe:
-            raise ToolSetupError(f"the Python server did not start ({reason}); remove `python` from tools.enabled")
-        raise ToolSetupError(
-            f"no sandbox for the python tool on this machine ({reason}); allow unprivileged user namespaces, or, on a machine "
-            "that you can throw away, set tools.python.unsafe=true (--unsafe-tools)"
-        )
-
-    def _stop(self) -> None:
-        self._control.close()  # the server ends by itself, and with it all sessions
-        try:
-            self._process.wait(5)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-        shutil.rmtree(self._folder, ignore_errors=True)
-
-    def _ensure_alive(self) -> None:
-        with self._lock:
-            if self._closed:
-                raise InfrastructureError("the toolbox is closed")
-            if self._process.poll() is None:
-                return
-            self._stop()
-            try:
-                self._folder, self._process, self._control = self._start()
-            except ToolSetupError as error:
-                raise InfrastructureError(f"the Python server died and did not start again: {error}") from None
-
-    async def open(self) -> SandboxProcess:
-        """Fork a session.
-
-        Raises:
-            InfrastructureError: the server died, or cannot fork.
-        """
-        if self._closed or self._process.poll() is not None:
-            await asyncio.to_thread(self._ensure_alive)
-        data, their_data = socket.socketpair()
-        life, their_life = socket.socketpair()
-        output = open_output(self._limits.max_output_chars)
-        process = SandboxProcess(data, life, output, self._limits.max_output_chars)
-        ready = False
-        try:
-            with their_data, their_life:
-                # Does not block: callers are limited to a few at a time, the socket holds hundreds of these.
-                socket.send_fds(self._control, [_OPEN], [their_data.fileno(), their_life.fileno(), output])
-            async with asyncio.timeout(_START_S):
-                await process.read_message()
-            ready = True
-        except (OSError, _SessionEndedError, WireError) as error:  # a TimeoutError is an OSError
-            reason = _last_line(self._folder / "log") or type(error).__name__
-            raise InfrastructureError(f"cannot open a Python session: {reason}") from None
-        finally:
-            if not ready:
-                process.discard()
-        self._live.add(process)
-        return process
-
-    async def end(self, process: SandboxProcess) -> _End:
-        """End a session, see `SandboxProcess.end`."""
-        try:
-            return await process.end()
-        finally:
-            self._live.discard(process)
-
-    def discard(self, process: SandboxProcess) -> None:
-        """End a session without waiting for it."""
-        process.discard()
-        self._live.discard(process)
-
-    def close(self) -> None:
-        """Stop the server and every session, and remove its folder. May be called twice."""
-        with self._lock:
-            if self._closed:
-                return
-            self._closed = True
-            for process in self._live:
-                process.discard()
-            self._live.clear()
-            self._stop()
-
-
-def _last_line(path: Path) -> str:
-    try:
-        lines = path.read_text(errors="replace").split("\n")
-    except OSError:
-        return ""
-    return next((line for line in reversed(lines) if line.strip()), "")
-
-
-def _image(png: bytes) -> ImageBlob | None:
-    """The image if it really is one: what a session sends is in the agent's hands."""
-    try:
-        with Image.open(io.BytesIO(png), formats=["PNG"]) as image:
-            if max(image.size) > MAX_SIDE:
-                return None
-        pixels.decode(png)
-    except (*pixels.DECODE_ERRORS, ImageError):
-        return None
-    return ImageBlob.of(png)
-
-
-def _describe(status: int) -> str:
-    if status in (-signal.SIGKILL, SESSION_LOST):  # by which of the two it ended first
-        return "killed, or its connection closed"
-    return f"killed by signal {-status}" if status < 0 else f"exit status {status}"
+    def look(self) -> _Now:
+        """What the clock shows."""
+        usage, now = self._server.usage(self._process), time.monotonic()
+        wall = now - self._begun
+        kept = (usage.delay_ns - self._first.delay_ns) / 1e9
+        is_old = now - usage.at_ns / 1e9 > _OLD_S
+        if is_old:
+            self._server.watch()
+        return _Now(wall, wall - kept, (usage.cpu_ns - self._first.cpu_ns) / 1e9, is_old)
 
 
 class PythonTool:
-    """The `python` tool of one rollout. Its process starts with the first call."""
+    """The `python` tool of one rollout. Its session starts with the first call."""
 
     def __init__(
         self,
@@ -388,31 +106,44 @@ class PythonTool:
         self._max_chars = max_output_chars
         self._process: SandboxProcess | None = None
         self._has_history = False  # a call of the agent has run
+        self._max_shown = _SHOWN_CALLS * server.limits.max_shown_mb << 20
+        self._shown = 0  # bytes of images that this rollout has been shown
 
     async def call(self, code: str) -> PythonResult:
         """Run `code` in this rollout's session.
 
         Raises:
-            InfrastructureError: the server died; the next call starts anew.
+            InfrastructureError: the server died, the session was killed by none of its doing, or the machine had no time for
+                it; the next call starts anew.
         """
+        async with self._server.slots.lease() as lease:
+            return await self._call(code, lease)
+
+    async def _call(self, code: str, lease: Lease) -> PythonResult:
         note, images, process = "", (), self._process
         if process is None:
             process = self._process = await self._server.open()
             images = tuple(image.data for image in self._images)
             note = "[new Python session: earlier variables are gone]" if self._has_history else ""
         reply: Reply | None = None
-        end, text = _End(None, Reply(0, False)), ""
+        end, text = End(None, EndedBy.OTHERS, Reply(0, False)), ""
         try:
-            async with asyncio.timeout(self._timeout_s):
-                reply = await process.exchange(code, images, self._sizes if images else ())
+            reply = await self._in_time(process, code, images, lease)
         except TimeoutError:
+            end = await self._end(process)
             text = f"Timed out after {self._timeout_s:g} s. The Python session was stopped"
-            end = await self._end(process)
-        except (_SessionEndedError, WireError) as error:
-            end = await self._end(process)
+            if end.by in (EndedBy.MEMORY, EndedBy.TASKS):
+                text = f"The Python session ended ({_describe(end, self._server.limits)})"
+        except (SessionEndedError, WireError) as error:
+            end = await self._end(process, by_itself=isinstance(error, SessionEndedError))
             if end.status is None:
                 raise InfrastructureError("the Python server died during a call") from None
-            how = _describe(end.status) if isinstance(error, _SessionEndedError) else "its connection broke"
+            if end.by is EndedBy.OTHERS:
+                raise InfrastructureError(
+                    "a Python session was killed from outside: the machine ran out of memory, or somebody ended it"
+                ) from None
+            broke = isinstance(error, WireError) and end.by is EndedBy.TRAINER
+            how = "its connection broke" if broke else _describe(end, self._server.limits)
             text = f"The Python session ended ({how})"
         finally:
             if reply is None and self._process is not None:  # cancelled: what comes next on the socket is not for the next call
@@ -423,11 +154,44 @@ class PythonTool:
             return await self._result(reply, process.images, note)
         return await self._result(end.left, process.images, note, f"{text}; the next call starts a new one.")
 
+    async def _in_time(self, process: SandboxProcess, code: str, images: tuple[bytes, ...], lease: Lease) -> Reply:
+        """The reply to a call. Raises as `SandboxProcess.exchange`, and
+
+        Raises:
+            TimeoutError: it took more than its own time.
+            InfrastructureError: it got hardly any time on the processor.
+        """
+        clock = _Clock(self._server, process)
+        self._server.set_running(process, True)
+        exchange = asyncio.ensure_future(process.exchange(code, images, self._sizes if images else ()))
+        try:
+            step, last = min(_FIRST_LOOK_S, self._timeout_s), _Now(0.0, 0.0, 0.0, False)
+            while not (await asyncio.wait((exchange,), timeout=step))[0]:
+                now = clock.look()
+                lease.look(now.is_old or now.cpu_s - last.cpu_s > _IDLE * (now.wall_s - last.wall_s))
+                spent = max(now.own_s, min(now.wall_s, now.cpu_s))
+                if spent >= self._timeout_s and not (now.is_old and now.wall_s < self._timeout_s + _READ_S):
+                    # What came in time and was not read is an answer: it may be this process that was late.
+                    if process.has_more and (await asyncio.wait((exchange,), timeout=_READ_S))[0]:
+                        break
+                    raise TimeoutError
+                if now.wall_s > longest_s(self._timeout_s):
+                    raise InfrastructureError(
+                        f"a call of python had {now.own_s:.1f} s of {now.wall_s:.1f} s on the processor: the machine has too "
+                        "much to do"
+                    )
+                step, last = min(_LOOK_S, max(self._timeout_s - now.own_s, _LOOK_S / 10)), now
+            return exchange.result()
+        finally:
+            self._server.set_running(process, False)
+            exchange.cancel()  # nothing, where it is done
+            await asyncio.gather(exchange, return_exceptions=True)
+
     def _bounded(self, parts: tuple[str | int, ...]) -> list[str | int]:
         """What the agent wrote; it may have forged it."""
         room = self._max_chars + _NOTES
         bounded: list[str | int] = []
-        for part in parts:
+        for part in parts[:_MAX_PARTS]:
             if isinstance(part, str):
                 part = part[:room]
                 room -= len(part)
@@ -438,14 +202,20 @@ class PythonTool:
         """begin, end: lines of ours before and behind what the code wrote."""
         parts: list[str | int] = [f"{begin}\n"] if begin else []
         shown: list[ImageBlob] = []
+        checked = await asyncio.to_thread(_checked, images, self._server.limits.max_image_pixels) if images else []
         for part in self._bounded(reply.parts):
             if isinstance(part, str):
                 parts.append(part)
                 continue
-            image = await asyncio.to_thread(_image, images[part]) if 0 <= part < len(images) else None
-            if image is not None and len(shown) < MAX_IMAGES:
-                parts.append(len(shown))
-                shown.append(image)
+            image = checked[part] if 0 <= part < len(checked) else None
+            if image is None or len(shown) == MAX_IMAGES:
+                continue
+            if self._shown + len(image.data) > self._max_shown:
+                parts.append(f"\n[image not shown: those of all calls may take {self._max_shown >> 20} MiB]\n")
+                continue
+            self._shown += len(image.data)
+            parts.append(len(shown))
+            shown.append(image)
         if end:
             last = parts[-1] if parts else ""
             parts.append(f"\n{end}" if isinstance(last, str) and last and not last.endswith("\n") else end)
@@ -453,11 +223,11 @@ class PythonTool:
         note = "\n".join(line for line in (begin, end and f"[{end}]") if line)
         return PythonResult(tuple(parts), stdout, stderr, tuple(shown), reply.ok, note)
 
-    async def _end(self, process: SandboxProcess) -> _End:
+    async def _end(self, process: SandboxProcess, by_itself: bool = False, in_call: bool = True) -> End:
         self._process = None
-        return await self._server.end(process)
+        return await self._server.end(process, by_itself, in_call)
 
     async def close(self) -> None:
         """Kill the session, if there is one, and wait until it is gone."""
         if self._process is not None:
-            await self._end(self._process)
+            await self._end(self._process, in_call=False)

@@ -30,7 +30,8 @@ def _server(running: Command) -> psutil.Process | None:
 def _killed(demo: Path, tmp_path: Path, retries: int) -> tuple[Ended, list[StoredRollout]]:
     """A run whose server is killed once a step while it works."""
     command = ["train", demo / "config.yaml", f"run.dir={tmp_path / 'run'}", f"train.steps={_STEPS}", "data.heldout=[]"]
-    running = Command([*command, f"rollout.retries={retries}"], tmp_path / "process")
+    settings = [f"rollout.retries={retries}", "tools.python.pool=0"]  # so that a session is one of a rollout
+    running = Command([*command, *settings], tmp_path / "process")
     metrics, kills = tmp_path / "run" / "metrics.jsonl", 0
     while running.alive and not (tmp_path / "run" / "config.yaml").exists():
         time.sleep(0.002)  # a server killed while it starts is no sandbox on this machine, which ends the command

@@ -29,19 +29,29 @@ from metis_fast.types import ImageBlob, Observation, Outcome
 
 Open = Callable[..., LocalToolbox]
 WORD = Compact().word
+POOL = 2
 
 
 def tools_config(**python: Any) -> ToolsConfig:
-    return ToolsConfig.model_validate({"enabled": ["python"], "python": python})
+    return ToolsConfig.model_validate({"enabled": ["python"], "python": {"pool": POOL, **python}})
 
 
-def processes_of(scratch: Path) -> list[int]:
-    """Processes of the servers below `scratch`: forks keep the command line, which names it."""
-    found = []
-    for process in psutil.process_iter(["pid", "cmdline", "status"]):
-        if str(scratch) in " ".join(process.info["cmdline"] or ()) and process.info["status"] != psutil.STATUS_ZOMBIE:
-            found.append(process.info["pid"])
-    return found
+def family(box: LocalToolbox) -> list[int]:
+    """Processes of a box's Python server."""
+    assert box.python is not None
+    server = psutil.Process(box.python.pid)
+    return [server.pid, *(child.pid for child in server.children(recursive=True))]
+
+
+def alone(box: LocalToolbox) -> bool:
+    """Whether the server has no sessions but those that it keeps ready, and these have started."""
+    return wait_until(lambda: len(family(box)) == 2 + POOL)
+
+
+def gone(processes: list[int]) -> bool:
+    """Whether none of them is left; one whose parent has not yet looked counts as gone."""
+    left = [psutil.Process(pid) for pid in processes if psutil.pid_exists(pid)]
+    return all(process.status() == psutil.STATUS_ZOMBIE for process in left)
 
 
 def wait_until(condition: Callable[[], bool], seconds: float = 10.0) -> bool:
@@ -252,16 +262,15 @@ def test_no_privilege_can_be_had_or_regained(open_box: Open) -> None:
     assert got.text.split("\n") == ["[-1, -1] -1", "-1 -1", str(["0" * 16, "0" * 16, "1"])]
 
 
-def test_fork_bomb_is_limited(open_box: Open, tmp_path: Path) -> None:
+def test_fork_bomb_is_limited(open_box: Open) -> None:
     code = (
         "import os, time\nforks = 0\nwhile forks < 500:\n"
         "    try:\n        pid = os.fork()\n    except OSError:\n        break\n"
         "    if pid == 0:\n        time.sleep(60)\n        os._exit(0)\n    forks += 1\nprint(forks)"
     )
     box = open_box()
-    before = len(processes_of(tmp_path / "scratch"))
     assert 10 < int(run(box, code)[0].text) < 70
-    assert len(processes_of(tmp_path / "scratch")) == before
+    assert alone(box)
 
 
 def test_memory_and_scratch_are_limited(open_box: Open) -> None:
@@ -297,16 +306,15 @@ def test_a_forged_reply_is_the_agents_error(open_box: Open, forged: str) -> None
     assert got[0].outcome is Outcome.TOOL_ERROR and "broke" in got[0].text and got[1].text.endswith("\n1")
 
 
-def test_close_ends_daemonised_grandchildren(open_box: Open, tmp_path: Path) -> None:
+def test_close_ends_daemonised_grandchildren(open_box: Open) -> None:
     daemon = (
         "import os, time\n"
         "if os.fork() == 0:\n    os.setsid()\n    if os.fork() == 0:\n        time.sleep(60)\n    os._exit(0)\n"
         "os.wait()\nprint(len([name for name in os.listdir('/proc') if name.isdigit()]))"
     )
     box = open_box()
-    before = len(processes_of(tmp_path / "scratch"))
     assert run(box, daemon)[0].text == "2"
-    assert len(processes_of(tmp_path / "scratch")) == before
+    assert alone(box)
 
 
 def test_a_killed_server_is_our_error_and_the_next_call_works(open_box: Open, tmp_path: Path) -> None:
@@ -333,8 +341,9 @@ def test_a_killed_server_is_our_error_and_the_next_call_works(open_box: Open, tm
 
     again, fresh = asyncio.run(story())
     assert again.text == "[new Python session: earlier variables are gone]\nFalse" and fresh.text == "3"
+    processes = family(box)
     box.close()
-    assert processes_of(tmp_path / "scratch") == [] and list((tmp_path / "scratch").iterdir()) == []
+    assert wait_until(lambda: gone(processes)) and list((tmp_path / "scratch").iterdir()) == []
 
 
 def test_a_cancelled_call_does_not_answer_the_next_one(open_box: Open) -> None:
@@ -399,15 +408,17 @@ def test_a_killed_trainer_leaves_no_process(open_box: Open, tmp_path: Path) -> N
     command = [sys.executable, "-c", TRAINER, str(scratch)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": root}) as trainer:
         assert trainer.stdout is not None and trainer.stdout.readline() == b"running\n"
-        assert len(processes_of(scratch)) >= 5  # trainer, server twice, session and its child
+        processes = [child.pid for child in psutil.Process(trainer.pid).children(recursive=True)]
+        assert len(processes) >= 4  # server twice, session and its child
         trainer.kill()
-    assert wait_until(lambda: processes_of(scratch) == [])
+    assert wait_until(lambda: gone(processes))
 
 
 def test_thousand_sessions_leave_no_process_and_no_file(open_box: Open, tmp_path: Path) -> None:
     box = open_box()
     scratch = tmp_path / "scratch"
-    before, files = len(processes_of(scratch)), sorted(scratch.rglob("*"))
+    assert alone(box)
+    files = sorted(scratch.rglob("*"))
     descriptors = len(os.listdir("/proc/self/fd"))
 
     async def rollout(number: int) -> str:
@@ -424,10 +435,11 @@ def test_thousand_sessions_leave_no_process_and_no_file(open_box: Open, tmp_path
         return texts
 
     assert asyncio.run(rollouts()) == [str(number + 1) for number in range(1000)]
-    assert len(processes_of(scratch)) == before and sorted(scratch.rglob("*")) == files
+    assert alone(box) and sorted(scratch.rglob("*")) == files
     assert len(os.listdir("/proc/self/fd")) == descriptors
+    processes = family(box)
     box.close()
-    assert processes_of(scratch) == [] and list(scratch.iterdir()) == []
+    assert wait_until(lambda: gone(processes)) and list(scratch.iterdir()) == []
 
 
 def test_without_a_sandbox_opening_says_how_to_go_on(tmp_path: Path) -> None:
@@ -455,8 +467,9 @@ def test_unsafe_mode_runs_and_leaves_nothing(open_box: Open, tmp_path: Path) -> 
     got = run(box, child, "open('file').read()", "while True: pass", "1")
     assert [item.outcome is Outcome.TOOL_ERROR for item in got] == [False, False, True, False]
     assert got[1].text == "'x'" and got[3].text.endswith("\n1")
+    processes = family(box)
     box.close()
-    assert wait_until(lambda: processes_of(tmp_path / "scratch") == []) and list((tmp_path / "scratch").iterdir()) == []
+    assert wait_until(lambda: gone(processes)) and list((tmp_path / "scratch").iterdir()) == []
 
 
 @pytest.mark.parametrize("number", ["436", "9999"], ids=["with the system call", "without, before Linux 5.9"])

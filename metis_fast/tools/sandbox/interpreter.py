@@ -167,7 +167,7 @@ def _png(image: Image.Image, max_pixels: int) -> bytes:
     if shrink > 1:
         image = image.resize((max(1, int(image.width / shrink)), max(1, int(image.height / shrink))))
     buffer = io.BytesIO()
-    image.save(buffer, "PNG", compress_level=1)
+    image.save(buffer, "PNG", compress_level=1, icc_profile=None)  # pixels alone: the trainer takes no other part of a PNG
     return buffer.getvalue()
 
 
@@ -188,6 +188,8 @@ class Interpreter:
         self._transcript = Output(mmap.mmap(output, output_size(limits.max_output_chars)), limits.max_output_chars)
         self._transcript.begin(1)
         self._max_pixels = limits.max_image_pixels
+        self._max_shown = limits.max_shown_mb << 20
+        self._shown = 0  # bytes of images in this call
         self._plotting = not _HAS_PLT  # whether `plt` is there, or never will be
         self._code = ""
         self._ok = True
@@ -240,13 +242,19 @@ class Interpreter:
 
         Raises:
             RuntimeError: in a child process.
+            ValueError: with those shown before it would be more than a call may show.
         """
         if os.getpid() != self._pid:
             raise RuntimeError("a child process cannot show images; return the image, and show it in the main process")
         png = _png(image if isinstance(image, Image.Image) else Image.fromarray(np.asarray(image)), self._max_pixels)
         with self._lock:
+            if self._shown + len(png) > self._max_shown:
+                raise ValueError(
+                    f"the images of a call may take {self._max_shown >> 20} MiB together, as PNG; show fewer or smaller ones"
+                )
             self._take_output()
             if self._transcript.all.add_image():
+                self._shown += len(png)
                 self._connection.sendall(encode_message(Shown(self._transcript.call, png)))
 
     def display(self, *values: object) -> None:
@@ -318,6 +326,7 @@ class Interpreter:
         """Make ready for a call: the agent may have left any of this in any state."""
         self._code = code
         self._ok = True
+        self._shown = 0
         for fd in (_STDOUT, _STDERR):
             if self._has_output():
                 os.dup2(self._output, fd)

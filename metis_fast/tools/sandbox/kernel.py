@@ -10,6 +10,7 @@ Sources: man pages namespaces(7), user_namespaces(7), pid_namespaces(7), pivot_r
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import os
@@ -20,14 +21,17 @@ import sys
 import sysconfig
 from pathlib import Path
 
+from metis_fast.tools.sandbox import landlock
+from metis_fast.tools.sandbox.libc import check, libc, prctl, syscall
+from metis_fast.tools.sandbox.seccomp import Filter
 from metis_fast.tools.sandbox.wire import Limits
 
-_libc = ctypes.CDLL(None, use_errno=True)
-
 NEWNS, NEWUTS, NEWIPC, NEWUSER, NEWPID, NEWNET = 0x20000, 0x4000000, 0x8000000, 0x10000000, 0x20000000, 0x40000000
-_MS_NOSUID, _MS_NODEV, _MS_NOEXEC, _MS_BIND, _MS_REC, _MS_PRIVATE = 2, 4, 8, 4096, 16384, 1 << 18
+_MS_RDONLY, _MS_NOSUID, _MS_NODEV, _MS_NOEXEC, _MS_BIND, _MS_REC, _MS_PRIVATE = 1, 2, 4, 8, 4096, 16384, 1 << 18
 _MNT_DETACH = 2
 _SYS_PIVOT_ROOT = {"x86_64": 155, "aarch64": 41}
+_SYS_KEYCTL = {"x86_64": 250, "aarch64": 219}
+_JOIN_SESSION_KEYRING = 1
 _SYS_MOUNT_SETATTR, _SYS_CLOSE_RANGE = 442, 436  # the same on every architecture
 _AT_RECURSIVE, _AT_FDCWD = 0x8000, -100
 _MOUNT_ATTR_RDONLY, _MOUNT_ATTR_NOSUID = 1, 2
@@ -39,36 +43,27 @@ _NOBODY = 65534  # who that is outside if we are root: RLIMIT_NPROC does not bin
 _SESSION_ID = 1000  # who they are in their own
 MAX_PROCESSES = 64
 MAX_FILES = 256
+MAX_INODES = 16384
+_FIRST_TO_GO = "1000"  # where the machine runs out of memory, a session goes and not the trainer
 _RESERVE, _RESERVE_A_CHARACTER = 16 << 20, 64  # bytes of memory to say what a call did that took all it may
 
-_DEVICES = ("null", "zero", "full", "random", "urandom")
+_DEVICES = ("null", "full", "random", "urandom")  # not zero: mapped, it is memory that no limit counts
 _FD_LINKS = {"fd": "/proc/self/fd", "stdin": "/proc/self/fd/0", "stdout": "/proc/self/fd/1", "stderr": "/proc/self/fd/2"}
 _SYSTEM = ("/usr/lib", "/usr/lib64", "/lib", "/lib64", "/etc/ld.so.cache")
 
 
-def _check(result: int, what: str) -> None:
-    if result < 0:
-        number = ctypes.get_errno()
-        raise OSError(number, f"{what}: {os.strerror(number)}")
-
-
 def _unshare(flags: int) -> None:
-    _check(_libc.unshare(ctypes.c_int(flags)), "unshare")
+    check(libc.unshare(ctypes.c_int(flags)), "unshare")
 
 
 def _mount(source: str, target: str, kind: str, flags: int, options: str = "") -> None:
     arguments = (source.encode(), target.encode(), kind.encode(), ctypes.c_ulong(flags), options.encode())
-    _check(_libc.mount(*arguments), f"mount {target}")
-
-
-def _prctl(option: int, value: int) -> None:
-    zeros = (ctypes.c_ulong(0),) * 3
-    _check(_libc.prctl(ctypes.c_int(option), ctypes.c_ulong(value), *zeros), f"prctl {option}")
+    check(libc.mount(*arguments), f"mount {target}")
 
 
 def die_with_parent() -> None:
     """Have the kernel kill this process when the thread that forked it ends."""
-    _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def close_from(first: int) -> None:
@@ -78,39 +73,44 @@ def close_from(first: int) -> None:
     hundreds that the server has open.
     """
     arguments = (ctypes.c_uint(first), ctypes.c_uint(0xFFFFFFFF), ctypes.c_uint(0))
-    if _libc.syscall(ctypes.c_long(_SYS_CLOSE_RANGE), *arguments) == 0:
+    if libc.syscall(ctypes.c_long(_SYS_CLOSE_RANGE), *arguments) == 0:
         return
     if ctypes.get_errno() != errno.ENOSYS:  # which Linux before 5.9 answers
-        _check(-1, "close_range")
+        check(-1, "close_range")
     os.closerange(first, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
 
 
 def punch_hole(fd: int, start: int, size: int) -> None:
     """Free the memory of a part of a file, which then reads as zeros."""
     mode = 3  # FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
-    _check(_libc.fallocate(ctypes.c_int(fd), ctypes.c_int(mode), ctypes.c_int64(start), ctypes.c_int64(size)), "fallocate")
+    check(libc.fallocate(ctypes.c_int(fd), ctypes.c_int(mode), ctypes.c_int64(start), ctypes.c_int64(size)), "fallocate")
 
 
 def unbuffer_stdout() -> None:
     """Have the C library write what its printf is given at once, as Python does here."""
     unbuffered = 2  # _IONBF
-    _libc.setvbuf(ctypes.c_void_p.in_dll(_libc, "stdout"), None, ctypes.c_int(unbuffered), ctypes.c_size_t(0))
+    libc.setvbuf(ctypes.c_void_p.in_dll(libc, "stdout"), None, ctypes.c_int(unbuffered), ctypes.c_size_t(0))
 
 
-def _write(path: str, text: str) -> None:
+def _write(path: str, text: str, folder: int | None = None) -> None:
     # one write(2): the id maps take no second one
-    fd = os.open(path, os.O_WRONLY)
+    fd = os.open(path, os.O_WRONLY, dir_fd=folder)
     try:
         os.write(fd, text.encode())
     finally:
         os.close(fd)
 
 
-def _write_id_maps(pid: str, users: str, groups: str, setgroups: bool) -> None:
+def _write_id_maps(process: int, users: str, groups: str, setgroups: bool) -> None:
+    """process: its folder in /proc."""
     if not setgroups:  # without privilege over the parent namespace, a group map needs this
-        _write(f"/proc/{pid}/setgroups", "deny")
-    _write(f"/proc/{pid}/uid_map", users)
-    _write(f"/proc/{pid}/gid_map", groups)
+        _write("setgroups", "deny", process)
+    _write("uid_map", users, process)
+    _write("gid_map", groups, process)
+
+
+def _open_folder(path: str) -> int:
+    return os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
 
 
 def _enter_user_namespace() -> None:
@@ -119,7 +119,9 @@ def _enter_user_namespace() -> None:
     user, group = os.geteuid(), os.getegid()
     if user != 0:
         _unshare(flags)
-        _write_id_maps("self", f"{_INNER_ID} {user} 1", f"{_INNER_ID} {group} 1", setgroups=False)
+        own = _open_folder("/proc/self")
+        _write_id_maps(own, f"{_INNER_ID} {user} 1", f"{_INNER_ID} {group} 1", setgroups=False)
+        os.close(own)
         return
     # Root maps a second id, which only a process that stayed behind in the parent namespace may do.
     reader, writer = os.pipe()
@@ -131,7 +133,7 @@ def _enter_user_namespace() -> None:
             os.close(writer)
             if os.read(reader, 1):
                 ids = f"0 0 1\n{_INNER_ID} {_NOBODY} 1"
-                _write_id_maps(str(server), ids, ids, setgroups=True)
+                _write_id_maps(_open_folder(f"/proc/{server}"), ids, ids, setgroups=True)
                 status = 0
         finally:
             os._exit(status)
@@ -190,7 +192,7 @@ def _bind(source: str, root: str) -> None:
 def _make_read_only(root: str) -> None:
     # struct mount_attr: attr_set, attr_clr, propagation, userns_fd
     attributes = struct.pack("=QQQQ", _MOUNT_ATTR_RDONLY | _MOUNT_ATTR_NOSUID, 0, 0, 0)
-    result = _libc.syscall(
+    result = libc.syscall(
         ctypes.c_long(_SYS_MOUNT_SETATTR),
         ctypes.c_int(_AT_FDCWD),
         root.encode(),
@@ -198,7 +200,7 @@ def _make_read_only(root: str) -> None:
         attributes,
         ctypes.c_size_t(len(attributes)),
     )
-    _check(result, "mount_setattr")
+    check(result, "mount_setattr")
 
 
 def _pivot(root: str) -> None:
@@ -207,9 +209,19 @@ def _pivot(root: str) -> None:
         raise OSError(38, f"no known pivot_root system call on {machine}")
     os.chdir(root)
     # The old root is stacked on the new one, then detached: no folder for it is needed (pivot_root(2), NOTES).
-    _check(_libc.syscall(ctypes.c_long(_SYS_PIVOT_ROOT[machine]), b".", b"."), "pivot_root")
-    _check(_libc.umount2(b".", ctypes.c_int(_MNT_DETACH)), "umount the old root")
+    check(libc.syscall(ctypes.c_long(_SYS_PIVOT_ROOT[machine]), b".", b"."), "pivot_root")
+    check(libc.umount2(b".", ctypes.c_int(_MNT_DETACH)), "umount the old root")
     os.chdir("/")
+
+
+def _go_on_in_child() -> None:
+    """Fork; the calling process only waits, and ends as the child does."""
+    child = os.fork()
+    if child:
+        os.closerange(3, 1 << 16)  # the child alone holds the sockets, so its end is seen as the server's end
+        _, status = os.waitpid(child, 0)
+        os._exit(os.waitstatus_to_exitcode(status) & 0xFF)
+    die_with_parent()
 
 
 def isolate_server(folder: str) -> None:
@@ -220,13 +232,10 @@ def isolate_server(folder: str) -> None:
     Raises:
         OSError: the machine allows no such namespaces or mounts. Raised in the caller or in the child, not in both.
     """
+    if len(os.listdir("/proc/self/task")) > 1:  # some libraries start threads; a process of several gets no user namespace
+        _go_on_in_child()
     _enter_user_namespace()
-    child = os.fork()
-    if child:
-        os.closerange(3, 1 << 16)  # the child alone holds the sockets, so its end is seen as the server's end
-        _, status = os.waitpid(child, 0)
-        os._exit(os.waitstatus_to_exitcode(status) & 0xFF)
-    die_with_parent()
+    _go_on_in_child()
     visible = visible_paths()
     _mount("none", "/", "", _MS_REC | _MS_PRIVATE)
     _mount("tmpfs", folder, "tmpfs", _MS_NOSUID | _MS_NODEV, "mode=755,size=1m")
@@ -240,7 +249,7 @@ def isolate_server(folder: str) -> None:
     for name in ("proc", SCRATCH.strip("/")):
         os.makedirs(f"{folder}/{name}", exist_ok=True)
     _make_read_only(folder)
-    # Not read-only: a session may only mount a /proc that is no freer than the one it covers, and must write a sysctl in it.
+    # Not read-only: a session has to write a sysctl and its id maps in it.
     _mount("proc", f"{folder}/proc", "proc", _MS_NOSUID | _MS_NODEV | _MS_NOEXEC)
     _pivot(folder)
 
@@ -255,35 +264,78 @@ def fork_session() -> int:
         return child
     finally:
         # in the server, also where it could not fork: back to its own namespace, or the next unshare is refused
-        if child and _libc.setns(ctypes.c_int(own), ctypes.c_int(NEWPID)):
+        if child and libc.setns(ctypes.c_int(own), ctypes.c_int(NEWPID)):
             os.write(2, b"server: cannot go back to its own PID namespace\n")
             os._exit(71)  # no session after this one would be right; all of them end with it, and the run starts another
         os.close(own)
 
 
 def isolate_session(limits: Limits) -> None:
-    """Put the calling process, of `fork_session`, into namespaces of its own; it is then ready but for `limit_process`."""
+    """Put the calling process, of `fork_session`, into namespaces of its own; `limit_process` and a `Lock` are to come."""
+    # through the server's /proc: the session's own is read-only, so that nothing of the kernel's can be set or triggered in it
+    own, users = _open_folder("/proc/self"), _open_folder("/proc/sys/user")
+    _write("oom_score_adj", _FIRST_TO_GO, own)
     _unshare(NEWNS)
-    options = f"mode=700,uid={_INNER_ID},gid={_INNER_ID},size={limits.scratch_mb}m,nr_inodes=16384"
+    options = f"mode=700,uid={_INNER_ID},gid={_INNER_ID},size={limits.scratch_mb}m,nr_inodes={MAX_INODES}"
     _mount("tmpfs", SCRATCH, "tmpfs", _MS_NOSUID | _MS_NODEV, options)
-    _mount("proc", "/proc", "proc", _MS_NOSUID | _MS_NODEV | _MS_NOEXEC)
+    _mount("proc", "/proc", "proc", _MS_RDONLY | _MS_NOSUID | _MS_NODEV | _MS_NOEXEC)
     if os.geteuid() == 0:
         os.setgroups([])
         os.setresgid(_INNER_ID, _INNER_ID, _INNER_ID)
         os.setresuid(_INNER_ID, _INNER_ID, _INNER_ID)
-        _prctl(_PR_SET_DUMPABLE, 1)  # cleared by the change of user; without it our own id maps are not ours
+        prctl(_PR_SET_DUMPABLE, 1)  # cleared by the change of user; without it our own id maps are not ours
     _unshare(NEWUSER | NEWIPC | NEWNET)
-    _write_id_maps("self", f"{_SESSION_ID} {_INNER_ID} 1", f"{_SESSION_ID} {_INNER_ID} 1", setgroups=False)
+    _write_id_maps(own, f"{_SESSION_ID} {_INNER_ID} 1", f"{_SESSION_ID} {_INNER_ID} 1", setgroups=False)
     # In a further user namespace the agent would be allowed to mount, and with it to leave the scratch limit.
-    _write("/proc/sys/user/max_user_namespaces", "0")
+    _write("max_user_namespaces", "0", users)
+    os.close(own)
+    os.close(users)
     _drop_privileges()
 
 
 def _drop_privileges() -> None:
     # The bounding set stays: it only matters to an execve that raises capabilities, which no_new_privs rules out, and
     # emptying it costs 41 system calls and more time than the fork.
-    _prctl(_PR_SET_NO_NEW_PRIVS, 1)
-    _check(_libc.capset(struct.pack("=Ii", _CAP_VERSION_3, 0), bytes(24)), "capset")
+    prctl(_PR_SET_NO_NEW_PRIVS, 1)
+    check(libc.capset(struct.pack("=Ii", _CAP_VERSION_3, 0), bytes(24)), "capset")
+
+
+class Lock:
+    """The last thing that a session is given: landlock, where there is one, and the filter of system calls."""
+
+    def __init__(self) -> None:
+        """Raises OSError where the architecture is not known."""
+        self._filter = Filter()
+        self.landlock = landlock.version()
+
+    def close(self) -> None:
+        """For the calling process and all that it starts, for good.
+
+        Raises:
+            OSError: the kernel has no filters, or whoever started us forbids them.
+        """
+        if self.landlock:
+            landlock.restrict(self.landlock, SCRATCH)
+        self._filter.install()
+
+
+def leave_keyring() -> None:
+    """Have a session keyring of our own, and with it none of the trainer's keys."""
+    number = _SYS_KEYCTL.get(os.uname().machine)
+    if number is None:
+        return
+    with contextlib.suppress(OSError):  # no keys in this kernel, or forbidden by the container: then sessions reach none either
+        syscall("keyctl", number, _JOIN_SESSION_KEYRING, None)
+
+
+def rename_arguments(title: str) -> None:
+    """Show `title` in place of the command line of this process and of those forked from it: it names paths outside."""
+    with open("/proc/self/stat", encoding="ascii", errors="replace") as file:
+        fields = file.read().rpartition(")")[2].split()
+    start, end = int(fields[45]), int(fields[46])  # arg_start and arg_end, 48th and 49th of proc_pid_stat(5)
+    if 0 < start < end:
+        ctypes.memset(start, 0, end - start)
+        ctypes.memmove(start, title.encode()[: end - start - 1], min(len(title), end - start - 1))
 
 
 def limit_process(limits: Limits) -> None:
@@ -296,7 +348,7 @@ def limit_process(limits: Limits) -> None:
         resource.RLIMIT_CPU: limits.cpu_s,
         resource.RLIMIT_FSIZE: limits.scratch_mb << 20,
         resource.RLIMIT_NOFILE: MAX_FILES,
-        resource.RLIMIT_CORE: 0,
+        resource.RLIMIT_CORE: 1,  # 0 would not keep the kernel from giving a dump to a program (core(5)), 1 does
     }
     if not limits.unsafe:  # outside a user namespace it would count all of the user's processes
         values[resource.RLIMIT_NPROC] = MAX_PROCESSES

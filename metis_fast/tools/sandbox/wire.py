@@ -10,14 +10,18 @@ import json
 import struct
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import TypeGuard
+from enum import StrEnum
+from typing import Literal, TypeGuard
 
 LENGTH = struct.Struct(">I")
+START = 2 * LENGTH.size
+READY = b"ready "  # server -> trainer, once, before its layers in JSON
+WATCH = b"watch"  # trainer -> server: a call takes longer than most
 SESSION_LOST = 70  # exit status of a session that cannot answer
 MAX_IMAGES = 8  # a call; more would not fit into an observation's tokens
 MAX_SIDE = 4096  # pixels; larger images are scaled down before they are sent
-# Room for the largest image, before compression pays, or for ten million characters; a forged length stops here.
-MAX_FRAME = 128 << 20
+_SLACK = 1 << 16  # bytes of a frame beside text and pixels
+_BYTES_A_CHARACTER = 12  # of JSON, at most: a pair of surrogates, escaped
 
 
 class WireError(ValueError):
@@ -26,18 +30,33 @@ class WireError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What a session may use. memory_mb and cpu_s hold for each of its processes, scratch_mb for all together.
+    """What a session may use. memory_mb and cpu_s hold for each of its processes, session_memory_mb and scratch_mb for all
+    together.
 
     max_output_chars: of stdout, of stderr, and of both together. max_image_pixels: of an image that is shown; larger ones are
-    scaled down.
+    scaled down. max_shown_mb: of all images of a call, as PNG. max_tasks: processes and
+    threads.
     """
 
     memory_mb: int
+    session_memory_mb: int
     scratch_mb: int
     cpu_s: int
     max_output_chars: int
     max_image_pixels: int
+    max_shown_mb: int
+    max_tasks: int
     unsafe: bool
+
+    @property
+    def header_bytes(self) -> int:
+        """Of the longest header that a session can have to send."""
+        return 3 * _BYTES_A_CHARACTER * self.max_output_chars + _SLACK
+
+    @property
+    def image_bytes(self) -> int:
+        """Of the longest image that a session can have to send: pixels of three bytes that cannot be compressed."""
+        return 3 * self.max_image_pixels + (self.max_image_pixels >> 6) + _SLACK
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -45,6 +64,39 @@ class Limits:
     @staticmethod
     def from_json(text: str) -> Limits:
         return Limits(**json.loads(text))
+
+
+@dataclass(frozen=True, slots=True)
+class Layers:
+    """What keeps sessions in. landlock: its version in the kernel, 0 for none. limits: what watches over a whole session."""
+
+    namespaces: bool
+    seccomp: bool
+    landlock: int
+    limits: Literal["cgroup", "watchdog"]
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @staticmethod
+    def from_json(text: str | bytes) -> Layers:
+        return Layers(**json.loads(text))
+
+    def __str__(self) -> str:
+        names = [name for name, there in (("namespaces", self.namespaces), ("seccomp", self.seccomp)) if there]
+        names += [f"landlock {self.landlock}"] if self.landlock else []
+        return ", ".join([*names, self.limits])
+
+
+class EndedBy(StrEnum):
+    """Who ended a session, as far as the server can tell."""
+
+    ITSELF = "itself"  # it exited, or a fault of its own code killed it
+    TRAINER = "trainer"
+    CPU = "cpu"  # it had used up its CPU time
+    MEMORY = "memory"  # its processes together took more than they may
+    TASKS = "tasks"  # there were too many of them
+    OTHERS = "others"  # the machine was out of memory, or somebody killed it
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +139,18 @@ def _frame(header: object, blobs: Sequence[bytes]) -> bytes:
     head = json.dumps(header).encode("ascii")
     body = LENGTH.pack(len(head)) + head + b"".join(blobs)
     return LENGTH.pack(len(body)) + body
+
+
+def lengths(start: bytes) -> tuple[int, int]:
+    """Bytes of the header and of what follows it, from the first `START` bytes of a frame.
+
+    Raises:
+        WireError: they are none.
+    """
+    size, header = (LENGTH.unpack_from(start, at)[0] for at in (0, LENGTH.size))
+    if size < LENGTH.size or header > size - LENGTH.size:
+        raise WireError("frame without a header")
+    return header, size - LENGTH.size - header
 
 
 def _split(body: bytes) -> tuple[list[object], memoryview]:
