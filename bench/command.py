@@ -14,6 +14,7 @@ from .compare import compare
 from .rollout import run as rollout
 from .scale import run as scale
 from .table import notes, to_json, to_text
+from .tools import run as tools
 from .update_step import run as update_step
 
 OPS: dict[str, Op] = {
@@ -25,7 +26,7 @@ OPS: dict[str, Op] = {
     "patchify": patchify.OP,
 }
 
-WHOLE = {"update_step": update_step, "rollout": rollout, "scale": scale}
+WHOLE = {"update_step": update_step, "rollout": rollout, "scale": scale, "tools": tools}
 """What is no single op: modules with a SUMMARY, SHAPES by name, and a run of their own."""
 
 MIN_RUNS = 5

@@ -26,7 +26,10 @@ from metis_fast import config as config_module
 from metis_fast.config import Config
 from metis_fast.data.command import add_verbs as add_data_verbs
 from metis_fast.errors import ConfigError, Interrupted, MetisError
+from metis_fast.evaluate.command import add_verbs as add_benchmark_verbs
 from metis_fast.run.folder import held
+from metis_fast.score.command import add_verbs as add_judge_verbs
+from metis_fast.tools.server.command import add_verbs as add_tool_verbs
 
 _EPILOG = """examples:
   metis-fast demo                                       the whole story on a laptop, in a quarter of an hour
@@ -36,8 +39,8 @@ _EPILOG = """examples:
   metis-fast plan my.yaml --gpus 64                     which layout fits, and how long would a step take?
   metis-fast doctor my.yaml                             what would stop this job before its first step?
   metis-fast rehearse my.yaml                           does its whole path work, on a tiny model and stand-in data?
-Exit codes: 0 done; 1 a check found something (data check, sft --check, doctor, rehearse, plan, bench); 2 something that you can
-mend (one line on stderr says what); 130 stopped, state saved.
+Exit codes: 0 done; 1 a check found something (data check, benchmark check, judge, sft --check, doctor, rehearse, plan, bench);
+2 something that you can mend (one line on stderr says what); 130 stopped, state saved.
 Settings are read from a YAML file that holds only what differs from the defaults; `metis-fast config` lists them all."""
 
 
@@ -161,7 +164,7 @@ def _sft(args: argparse.Namespace) -> int:
             raise ConfigError("sft.phases is empty; name at least one set of conversations and its steps or epochs")
         reports = check.check(config)
         print(json.dumps(check.as_json(reports)) if args.json else check.as_text(reports))
-        return int(any(report.bad or report.long for report in reports))
+        return int(check.stops(reports, config))
     with held(config.run.dir):
         sft(config, args.out)
     print(json.dumps({"model": str(args.out)}) if args.json else f"model: {args.out}")
@@ -181,6 +184,12 @@ def _eval(args: argparse.Namespace) -> int:
     return 0
 
 
+def _serve(args: argparse.Namespace) -> int:
+    from metis_fast.serve import command
+
+    return command.run(_load(args), args.json)
+
+
 def _report(args: argparse.Namespace) -> int:
     from metis_fast.report.html import write_report
 
@@ -196,7 +205,7 @@ def _bench(args: argparse.Namespace) -> int:
 
 
 def _add_bench(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("op", nargs="?", metavar="OP", help="a kernel, update_step, rollout or scale; none: list them")
+    parser.add_argument("op", nargs="?", metavar="OP", help="a kernel, update_step, rollout, scale or tools; none: list them")
     parser.add_argument(
         "--shape", default="", metavar="T=2048,H=1024", help="sizes that differ from a kernel's own; others: a name"
     )
@@ -366,6 +375,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     _add_config(sub)
     _add_config(verb(verbs, "eval", _eval, "Accuracy and tool rate of model.path on data.heldout."))
+    _add_config(verb(verbs, "serve", _serve, "Serve the agent, with its tools, to OpenAI's clients, until SIGTERM."))
     sub = verb(verbs, "config", _config, "Check a config and show it with all defaults.")
     sub.add_argument("config", type=_file_or_setting, nargs="?", help="YAML file; none: the defaults (the paper's recipe)")
     sub.add_argument("overrides", nargs="*", metavar="section.key=value")
@@ -376,6 +386,12 @@ def build_parser() -> argparse.ArgumentParser:
     what.add_argument("--reference", action="store_true", help="print the page of all settings (docs/settings.md)")
     text = "Check data files, make the demo set, or stand-ins for published data."
     add_data_verbs(verbs.add_parser("data", help=text).add_subparsers(required=True, metavar="VERB"), verb)
+    text = "Benchmarks: list them, check their published files, write stand-ins."
+    add_benchmark_verbs(verbs.add_parser("benchmark", help=text).add_subparsers(required=True, metavar="VERB"), verb)
+    text = "Serve the tools of a config over HTTP and MCP."
+    add_tool_verbs(verbs.add_parser("tools", help=text).add_subparsers(required=True, metavar="VERB"), verb)
+    text = "Try a judge on labelled examples, or judge a run's rollouts again."
+    add_judge_verbs(verbs.add_parser("judge", help=text).add_subparsers(required=True, metavar="VERB"), verb)
     sub = verb(verbs, "report", _report, "Write report.html of a run folder.")
     sub.add_argument("run_dir", type=Path, metavar="RUN_DIR")
     sub.add_argument("--json", action="store_true", help="print the result as one JSON object")

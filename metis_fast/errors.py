@@ -36,6 +36,10 @@ class JudgeError(MetisError):
     """A judge that is not reachable or not configured, found before any rollout depends on it."""
 
 
+class RecordingError(MetisError):
+    """A recording of tools and judges that cannot be read or written, or that lacks what a replay asks for."""
+
+
 class CheckpointError(MetisError):
     """A checkpoint that is damaged, or that belongs to another run."""
 

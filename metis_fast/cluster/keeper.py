@@ -156,7 +156,7 @@ class Keeper:
             except _FULL:
                 found.problem = (
                     "Ray's object store is full where groups are on their way to the ranks; give it more memory (ray start "
-                    "--object-store-memory) or lower rollout.prompts_per_step"
+                    "--object-store-memory) or lower rollout.prompts_per_step (of a cold start: sft.batch_size)"
                 )
             except OSError as error:
                 found.problem = no_room(error)

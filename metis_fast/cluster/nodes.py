@@ -33,6 +33,7 @@ from metis_fast.node.protocol import Head, NodeLost, Weights
 from metis_fast.rollout.engine import SyncReport
 from metis_fast.rollout.layers import Layers
 from metis_fast.summary import Data, GroupSummary, Job, ScoredSummary
+from metis_fast.tools.remote import mcp_environment
 from metis_fast.tools.search import keys
 from metis_fast.types import Group
 
@@ -382,10 +383,8 @@ def open_nodes(
     nodes: list[RemoteNode] = []
     stack.callback(_close, nodes)
     environment = {name: value for name, value in os.environ.items() if name.startswith(_FORWARDED)}
-    key = config.score.llm.api_key_env
-    if key in os.environ:
-        environment[key] = os.environ[key]
-    environment |= keys.environment(config.tools.text_search)
+    environment |= {key: os.environ[key] for key in config.score.llm.key_names() if key in os.environ}
+    environment |= {**keys.environment(config.tools.text_search), **mcp_environment(config.tools)}
     groups = 1 + -(-config.rollout.max_concurrent // (config.rollout.rollouts_per_prompt * config.workers.nodes))
     for number, index in enumerate(room.of("node")):
         bundle = room.bundles[index]

@@ -21,6 +21,7 @@ from metis_fast.cluster.weights import Published
 from metis_fast.errors import ConfigError, TrainerError, one_line
 from metis_fast.sync.manifest import Place
 from metis_fast.train.megatron.peer import Peer
+from metis_fast.train.megatron.shared import Kept
 from metis_fast.train.megatron.wire import KEY
 from metis_fast.train.protocol import GroupsLost
 
@@ -82,6 +83,17 @@ class RankKeepers:
         """See `Launch`: what strangers of the machine still say to its keeper, nobody reads."""
 
     # -- groups -------------------------------------------------------------------------------------------------------
+
+    def lend(self, groups: Sequence[Kept]) -> list[Any]:
+        """Keys of groups that are in this process, for `fetched`. Ray keeps them as long as the keys.
+
+        Raises:
+            TrainerError: Ray has no room for them.
+        """
+        try:
+            return [ray.put(group) for group in groups]
+        except RayError as error:
+            raise TrainerError(_no_store(error)) from None
 
     @contextlib.contextmanager
     def fetched(
@@ -155,7 +167,7 @@ class RankKeepers:
 def _no_store(error: RayError) -> str:
     cause = error.cause if isinstance(error, RayTaskError) else error
     return (
-        f"a machine with ranks cannot use Ray's object store: {one_line(cause)[-300:]}; give it more memory (ray start "
+        f"a machine of the run cannot use Ray's object store: {one_line(cause)[-300:]}; give it more memory (ray start "
         "--object-store-memory), then run the same command again: it resumes from the last checkpoint"
     )
 

@@ -65,17 +65,17 @@ def share(total: int, nodes: int, i: int) -> int:
     return total // nodes + (i < total % nodes)
 
 
-def plan(config: Config, ranks: bool, on_gpus: bool) -> list[Bundle]:
+def plan(config: Config, ranks: bool, on_gpus: bool, plays: bool = True) -> list[Bundle]:
     """All that a run of these settings reserves: node i's bundle is the i-th. Without GPUs, CPU slots stand for them.
 
-    ranks: whether the trainer's ranks are to be placed.
+    ranks: whether the trainer's ranks are to be placed. plays: whether nodes are; a cold start plays nothing.
 
     Raises:
         ConfigError: engines cannot share GPUs with the trainer as asked for.
     """
     vllm, megatron, workers = config.rollout.vllm, config.train.megatron, config.workers
-    engines = vllm.replicas if config.rollout.engine == "vllm" else 0
-    each, nodes = vllm.tensor_parallel, workers.nodes
+    engines = vllm.replicas if plays and config.rollout.engine == "vllm" else 0
+    each, nodes = vllm.tensor_parallel, workers.nodes if plays else 0
     num_ranks = megatron.num_ranks if ranks else 0
     shared = engines > 0 and vllm.sleep
     own = num_ranks // nodes if shared else 0
@@ -121,8 +121,8 @@ class Room:
     keepers: by the index of their bundle.
     """
 
-    def __init__(self, config: Config, ranks: bool, check: Callable[[], None]) -> None:
-        """ranks: whether the trainer's ranks are to be placed. check: called while waiting; what it raises goes on.
+    def __init__(self, config: Config, ranks: bool, check: Callable[[], None], plays: bool = True) -> None:
+        """ranks, plays: see `plan`. check: called while waiting; what it raises goes on.
 
         Raises:
             ConfigError: no such cluster, or no room in it within `workers.wait_s`; or as `plan`.
@@ -133,10 +133,10 @@ class Room:
         self.keepers: dict[int, Any] = {}
         self._joined = not ray.is_initialized()  # else it belongs to whoever has called us
         if self._joined:
-            _join(config.workers, sum(bundle.cpus for bundle in plan(config, ranks, on_gpus=False)))
+            _join(config.workers, sum(bundle.cpus for bundle in plan(config, ranks, on_gpus=False, plays=plays)))
         self.host: str = ray.util.get_node_ip_address()
         try:
-            self.bundles = plan(config, ranks, on_gpus=ray.cluster_resources().get("GPU", 0) > 0)
+            self.bundles = plan(config, ranks, on_gpus=ray.cluster_resources().get("GPU", 0) > 0, plays=plays)
             # ranks near each other; nodes, each on a machine of its own if there are so many
             near = "PACK" if any(bundle.ranks for bundle in self.bundles) else "SPREAD"
             resources: list[dict[str, float]] = [{"CPU": b.cpus, **({"GPU": b.gpus} if b.gpus else {})} for b in self.bundles]

@@ -13,12 +13,15 @@ from metis_fast.config.model import ModelConfig
 from metis_fast.config.reading import merge
 from metis_fast.config.rollout import RolloutConfig
 from metis_fast.config.score import LlmJudgeConfig, ScoreConfig
+from metis_fast.config.serve import ServeConfig
 from metis_fast.config.sft import SftPhase
 from metis_fast.config.sync import SyncConfig
+from metis_fast.config.tool_server import ToolServeConfig, ToolServerConfig
 from metis_fast.config.tools import (
     CallSyntax,
     HttpSearchConfig,
     ImageSearchConfig,
+    McpServerConfig,
     PythonToolConfig,
     TextSearchConfig,
     ToolsConfig,
@@ -36,15 +39,19 @@ __all__ = [
     "LlmJudgeConfig",
     "LogConfig",
     "LossConfig",
+    "McpServerConfig",
     "MegatronConfig",
     "ModelConfig",
     "OptimConfig",
     "PythonToolConfig",
     "RolloutConfig",
     "ScoreConfig",
+    "ServeConfig",
     "SftPhase",
     "SyncConfig",
     "TextSearchConfig",
+    "ToolServeConfig",
+    "ToolServerConfig",
     "ToolsConfig",
     "WorkersConfig",
     "build",

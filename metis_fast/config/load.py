@@ -12,8 +12,10 @@ import yaml
 from pydantic import ValidationError
 
 from metis_fast.config.reading import Source, read_file, read_override, shown
+from metis_fast.config.score import LlmPeer
 from metis_fast.config.section import NUMERIC
 from metis_fast.config.sft import SftPhase
+from metis_fast.config.tools import McpServerConfig
 from metis_fast.config.tree import Config, known_keys, settings
 from metis_fast.errors import ConfigError
 
@@ -29,7 +31,12 @@ _EXPECTED = {
     "path_type": "expected a path",
 }
 """Instead of what pydantic says, whose words are Python's."""
-_KEYS = (*known_keys(), *(f"sft.phases.{key}" for key, _ in settings(SftPhase)))
+_KEYS = (
+    *known_keys(),
+    *(f"sft.phases.{key}" for key, _ in settings(SftPhase)),
+    *(f"score.llm.judges.{key}" for key, _ in settings(LlmPeer)),
+    *(f"tools.mcp.{key}" for key, _ in settings(McpServerConfig)),
+)
 
 
 def load(path: Path | None, overrides: Sequence[str] = ()) -> Config:

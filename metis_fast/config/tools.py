@@ -21,9 +21,11 @@ from metis_fast.config.section import (
     Several,
     Text,
 )
+from metis_fast.config.tool_server import ToolServeConfig, ToolServerConfig
 from metis_fast.types import ToolName
 
 CallSyntax = Literal["strict", "lenient"]
+WarmLibrary = Literal["matplotlib", "scipy", "sympy", "pandas", "skimage", "cv2"]
 
 
 class PythonToolConfig(Section):
@@ -32,7 +34,9 @@ class PythonToolConfig(Section):
     timeout_s: PositiveFloat = 20.0
     """Wall seconds a call may take."""
     memory_mb: Positive = 1024
-    """Address-space limit of a session, beyond what the warm interpreter holds."""
+    """Address-space limit of each process of a session, beyond what the warm interpreter holds."""
+    session_memory_mb: Positive = 2048
+    """Limit of all processes of a session and of its scratch folder together; beyond it the session is stopped."""
     scratch_mb: Positive = 64
     """Size of the session's private scratch folder."""
     max_output_chars: Positive = 20000
@@ -42,6 +46,12 @@ class PythonToolConfig(Section):
     that coordinates agree. Both upright and in RGB."""
     max_image_pixels: Positive = 5_242_880
     """Larger images that code shows are scaled down to this (the recipe: 5,120 tokens of 32 x 32 pixels)."""
+    max_shown_mb: Positive = 64
+    """Images that one call may show, together and as PNG; all calls of a rollout may show four times as much."""
+    warm: Several[WarmLibrary] = ()
+    """Libraries that the server imports once, so that every session has them at once. They must be installed."""
+    pool: Annotated[NonNegative, MAY_CHANGE] = 4
+    """Sessions kept ready, so that a rollout's first call does not wait for one to start."""
     unsafe: bool = False
     """Run model-written code without a sandbox. Only for machines that you can throw away."""
 
@@ -168,13 +178,111 @@ class ImageSearchConfig(Section):
     """Folder that the paths of `cache` start from; none: the one in which it lies."""
 
 
+class McpServerConfig(Section):
+    """An MCP server whose tools the agent has: one session a rollout, from its first call to its end (docs/own-tools.md)."""
+
+    command: Several[Text] = ()
+    """Program and arguments that start the server, which talks over its standard streams; each session is a process. This or
+    `url`."""
+    env: Annotated[dict[str, Text], Named, MAY_CHANGE] = Field(default={})
+    """Variables for `command`, beside HOME, LOGNAME, PATH, SHELL, TERM and USER: {NAME: text}; `$OTHER` as the text stands for
+    what our variable OTHER holds."""
+    url: Annotated[Text, MAY_CHANGE] = ""
+    """Address of a server that runs already (streamable HTTP). This or `command`."""
+    token_env: Annotated[Text, MAY_CHANGE] = ""
+    """Environment variable with the token that goes to `url` as `Authorization: Bearer`; empty: none goes."""
+    tools: Several[Text] = ()
+    """Only these of its tools; none: all."""
+    prefix: Text = ""
+    """Put in front of the names of its tools, where two servers have the same."""
+    failures: Several[Text] = ()
+    """Regular expressions for texts with which the server reports failures of its own as errors of a call (`isError`): they are
+    ours then, and not the agent's, for example "connection refused"."""
+    connect_s: Annotated[PositiveFloat, MAY_CHANGE] = 30.0
+    """Seconds to start a session."""
+    queue_s: Annotated[PositiveFloat, MAY_CHANGE] = 300.0
+    """Seconds that a session waits for its turn to start; two a CPU core start at the same time."""
+    timeout_s: Annotated[PositiveFloat, MAY_CHANGE] = 60.0
+    """Seconds for one call; one that takes longer is a failure of ours, and the rollout is repeated."""
+
+    def variables(self) -> tuple[str, ...]:
+        """Variables of our environment whose values its sessions get."""
+        named = [text[1:] for text in self.env.values() if text.startswith("$")]
+        return tuple(dict.fromkeys([self.token_env] * bool(self.token_env) + named))
+
+
 class ToolsConfig(Section):
     """Which tools the agent has."""
 
     enabled: Several[ToolName] = (ToolName.PYTHON, ToolName.TEXT_SEARCH, ToolName.IMAGE_SEARCH)
-    """Calling another one is the agent's error."""
+    """The built-in tools that the agent has. Calling one that it does not have is its error."""
+    own: Several[Text] = ()
+    """Tools of your own, each as `module:Class`, installed or in the working folder (docs/own-tools.md)."""
+    own_timeout_s: Annotated[PositiveFloat, MAY_CHANGE] = 60.0
+    """Seconds for one call of a tool of your own; one that takes longer is a failure of ours, and the rollout is repeated."""
+    mcp: Several[McpServerConfig] = ()
+    """MCP servers whose tools the agent has, too."""
+    max_output_chars: Positive = 20000
+    """Longer text of a tool of your own or of an MCP server is cut in the middle."""
+    describe: bool = True
+    """Tell the model in the system message of tools of `own` and `mcp` that the row does not name; built-in ones are named by
+    the rows alone."""
+    offer: Literal["all", "row"] = "all"
+    """Which tools answer in a row: `all`; or only those that `extra_info.tools` lists or, where a row has no such list, those
+    that its system message offers, if it offers any."""
     call_syntax: CallSyntax = "strict"
     """`strict`: a call is JSON. `lenient`: also what can only mean one thing, such as raw line breaks or single quotes."""
+    record: Annotated[OrNone[FilePath], MAY_CHANGE] = None
+    """File, on a local disk, that keeps every answer of tools and judges, for `replay`; new, or one that is there
+    (docs/record.md)."""
+    replay: Annotated[OrNone[FilePath], MAY_CHANGE] = None
+    """File of `record` that answers in place of tools and judges: no network, keys, sandbox or corpora are needed. What it does
+    not have ends the run."""
     python: PythonToolConfig = PythonToolConfig()
     text_search: TextSearchConfig = TextSearchConfig()
     image_search: ImageSearchConfig = ImageSearchConfig()
+    server: Annotated[ToolServerConfig, MAY_CHANGE] = ToolServerConfig()
+    serve: Annotated[ToolServeConfig, MAY_CHANGE] = ToolServeConfig()
+
+    @model_validator(mode="after")
+    def _check_recording(self) -> Self:
+        if self.record is not None and self.replay is not None:
+            raise ValueError(
+                f"expected tools.record or tools.replay, got both ({self.record}, {self.replay}); a run that records uses what its "
+                "file has: remove one"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_others(self) -> Self:
+        for name in self.own:
+            if not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*", name):
+                raise ValueError(f"tools.own: expected tools as module:Class, like my_tools:WordCount, got {name!r}")
+        for number, server in enumerate(self.mcp):
+            _check_mcp(f"tools.mcp.{number}", server)
+        return self
+
+
+def _check_mcp(key: str, server: McpServerConfig) -> None:
+    """Here and not in the section, whose errors show what they refuse: a key may stand there."""
+    if bool(server.command) == bool(server.url):
+        raise ValueError(f"{key}: expected either command or url; name the one by which the server is reached")
+    if server.command and " " in server.command[0]:
+        raise ValueError(f"{key}.command: expected a program and its arguments as a list, like [uvx, mcp-server-time]")
+    if server.url and not re.match(r"https?://", server.url):
+        raise ValueError(f"{key}.url: expected an address that begins with http:// or https://")
+    for name, value in (("env", server.env), ("token_env", server.token_env)):
+        if value and bool(server.url) == (name == "env"):
+            raise ValueError(f"{key}.{name} is for {'a command' if name == 'env' else 'a url'}; remove it")
+    if not all(re.fullmatch(r"[A-Za-z_]\w*", name) for name in (*server.env, *server.variables())):
+        raise ValueError(
+            f"{key}: expected names of environment variables in env, behind $ and in token_env, got something else; a key "
+            "itself does not belong into a config"
+        )
+    for pattern in server.failures:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"{key}.failures: expected regular expressions, got {pattern!r} ({error})") from None
+    if not re.fullmatch(r"[\w.-]*", server.prefix, re.ASCII):
+        raise ValueError(f"{key}.prefix: expected letters, digits, _, - and . only, got {server.prefix!r}")

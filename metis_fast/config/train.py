@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from metis_fast.config.section import (
     MAY_CHANGE,
@@ -39,8 +39,18 @@ class OptimConfig(Section):
     """Largest global gradient norm."""
     warmup_steps: NonNegative = 0
     """Linear warm-up."""
+    schedule: Literal["linear", "cosine"] = "linear"
+    """How the learning rate goes from `lr` after the warm-up to `final_lr` at the last step: on a line, or on half a cosine."""
     final_lr: Fraction = 1.0
-    """Learning rate at the last step as a share of `lr`, reached linearly after the warm-up; 1 is constant."""
+    """Learning rate at the last step as a share of `lr`; 1 is constant, and so needs no cosine."""
+
+    @model_validator(mode="after")
+    def _cosine_falls(self) -> Self:
+        if self.schedule == "cosine" and self.final_lr == 1:
+            raise ValueError(
+                "schedule=cosine with final_lr=1 stays at lr; set final_lr (0: down to nothing), or schedule=linear"
+            )
+        return self
 
 
 class MegatronConfig(Section):

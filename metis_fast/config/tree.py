@@ -20,6 +20,7 @@ from metis_fast.config.rollout import RolloutConfig
 from metis_fast.config.run import RunConfig
 from metis_fast.config.score import ScoreConfig
 from metis_fast.config.section import BY_CONTENT, MAY_CHANGE, Section
+from metis_fast.config.serve import ServeConfig
 from metis_fast.config.sft import SftConfig
 from metis_fast.config.sync import SyncConfig
 from metis_fast.config.tools import ToolsConfig
@@ -44,6 +45,7 @@ class Config(Section):
     sft: SftConfig = SftConfig()
     checkpoint: Annotated[CheckpointConfig, MAY_CHANGE] = CheckpointConfig()
     eval: EvalConfig = EvalConfig()
+    serve: Annotated[ServeConfig, MAY_CHANGE] = ServeConfig()
     log: Annotated[LogConfig, MAY_CHANGE] = LogConfig()
     demo: DemoConfig = DemoConfig()
 

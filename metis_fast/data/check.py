@@ -6,7 +6,7 @@ import math
 import os
 import signal
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -140,18 +140,21 @@ def check_files(
     open_counter: Callable[[], CountTokens] | None = None,
     max_prompt_tokens: int = 0,
     processes: int | None = None,
+    any_style: bool = False,
+    known: Collection[str] = KNOWN_TOOLS,
 ) -> CheckReport:
     """Read every row of the files (or folders of them), as training would; images are decoded whole.
 
     progress: show a bar on stderr, where that is a terminal. Where a row group cannot be decoded, its rows from the damage on
     are bad. open_counter: opens what counts the tokens of a prompt with the model to be trained (pickled, and called in every
     process); a row with more than max_prompt_tokens is bad, and so is one for which counting raises a DataError. processes:
-    None is one a core, and this one alone where the files are small.
+    None is one a core, and this one alone where the files are small. any_style: see `PromptFiles`.
+    known: names of the tools that will answer.
 
     Raises:
         DataError: a file is missing, is no Parquet file, or lacks a column (see `PromptFiles`); or a process died.
     """
-    files = PromptFiles(paths)
+    files = PromptFiles(paths, any_style=any_style)
     if processes is None:
         small = sum(group.num_bytes for group in files.row_groups) < _SMALL and (open_counter is None or len(files) < _FEW)
         processes = 1 if small else _num_cores()
@@ -175,22 +178,22 @@ def check_files(
         tokens=None if open_counter is None else _steps(found.tokens, _TOKENS),
         over_limit=None if open_counter is None else found.over_limit,
         tools=dict(sorted(found.tools.items())),
-        unknown_tools={name: num for name, num in sorted(found.tools.items()) if name not in KNOWN_TOOLS},
+        unknown_tools={name: num for name, num in sorted(found.tools.items()) if name not in known},
         never_asking=found.never_asking,
-        warnings=tuple(_warnings(found)),
+        warnings=tuple(_warnings(found, known)),
     )
 
 
-def _warnings(found: _Found) -> Iterator[str]:
+def _warnings(found: _Found, known: Collection[str]) -> Iterator[str]:
     if found.never_asking:
         yield (
             f"{found.never_asking} rows (first {found.first['']}) never ask for <answer> in their prompt, and what does not "
             "stand in <answer> is wrong; say so in the system message"
         )
     for name, num in sorted(found.tools.items()):
-        if name not in KNOWN_TOOLS:
-            known = ", ".join(sorted(KNOWN_TOOLS))
-            yield f"{num} rows (first {found.first[name]}) offer the tool {name!r}, which nobody answers; known are {known}"
+        if name not in known:
+            names = ", ".join(sorted(known))
+            yield f"{num} rows (first {found.first[name]}) offer the tool {name!r}, which nobody answers; known are {names}"
 
 
 def _megapixels(sizes: Mapping[tuple[int, int], int]) -> Counter[float]:

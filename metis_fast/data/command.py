@@ -7,7 +7,7 @@ import dataclasses
 import json
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,6 +16,7 @@ from metis_fast import config as config_module
 from metis_fast.errors import ConfigError
 
 if TYPE_CHECKING:
+    from metis_fast.tools.protocol import ToolSpec
     from metis_fast.types import Prompt
 
 AddVerb = Callable[
@@ -29,6 +30,7 @@ def add_verbs(data: argparse._SubParsersAction, verb: AddVerb) -> None:
     sub = verb(data, "check", _check, "Report every row that does not fit the Metis-RL schema; exit code 1 if there is one.")
     sub.add_argument("files", type=Path, nargs="+", metavar="FILE")
     sub.add_argument("--model", type=Path, metavar="FOLDER", help="count the tokens of every prompt, images included")
+    sub.add_argument("--config", type=Path, metavar="my.yaml", help="of the run: its own tools and MCP servers are known")
     sub.add_argument(
         "--max-prompt-tokens",
         type=int,
@@ -36,6 +38,9 @@ def add_verbs(data: argparse._SubParsersAction, verb: AddVerb) -> None:
         help="with --model: longer ones are bad; default: as rollout.max_prompt_tokens",
     )
     sub.add_argument("--processes", type=int, metavar="N", help="that decode images; default: one a core")
+    sub.add_argument(
+        "--any-style", action="store_true", help="unknown judge styles are no fault: score.judge will name one judge"
+    )
     sub.add_argument("--json", action="store_true", help="print the result as one JSON object")
     sub = verb(data, "demo", _demo, "Write the demo set (Parquet) and its search corpora.")
     sub.add_argument("out", type=Path, metavar="FOLDER")
@@ -52,30 +57,37 @@ def add_verbs(data: argparse._SubParsersAction, verb: AddVerb) -> None:
 
 def _check(args: argparse.Namespace) -> int:
     from metis_fast.data.check import check_files
+    from metis_fast.data.offers import KNOWN_TOOLS
     from metis_fast.data.report import render_json, render_text
+    from metis_fast.tools import other_tools
 
     limit = args.max_prompt_tokens
     if limit is not None and (args.model is None or limit < 1):
         raise ConfigError(f"--max-prompt-tokens: expected a number from 1 on and --model, whose tokens it counts, got {limit}")
-    limit = limit or config_module.RolloutConfig().max_prompt_tokens
+    config = config_module.load(args.config)
+    limit = limit or config.rollout.max_prompt_tokens
     if args.processes is not None and args.processes < 1:
         raise ConfigError(f"--processes: expected a number from 1 on, got {args.processes}")
-    counter = partial(_token_counter, args.model) if args.model else None
+    others = other_tools(config.tools)
+    counter = partial(_token_counter, args.model, config.tools, others) if args.model else None
     if counter is not None:
         counter()  # what is wrong with the model is said once, and by this process
-    report = check_files(args.files, not args.json, counter, limit, args.processes)
+    known = KNOWN_TOOLS.union(tool.name for tool in others)
+    report = check_files(args.files, not args.json, counter, limit, args.processes, args.any_style, known)
     print(render_json(report) if args.json else render_text(report))
     return report.exit_code
 
 
-def _token_counter(model: Path) -> Callable[[Prompt], int]:
-    """Tokens of a prompt as a run with this model would encode it. Its weights are not read."""
+def _token_counter(model: Path, tools: config_module.ToolsConfig, others: Sequence[ToolSpec]) -> Callable[[Prompt], int]:
+    """Tokens of a prompt as a run with this model would encode it. Its weights are not read. others: see `other_tools`."""
     from metis_fast.model_folder import check_model_folder, load_processor, load_tokenizer
     from metis_fast.pictures import ImagePreparer
     from metis_fast.rollout.chat import Chat
+    from metis_fast.rollout.offer import Offer
 
     check_model_folder(model)
-    chat = Chat(load_tokenizer(model), ImagePreparer(load_processor(model), cache_bytes=0))
+    images = ImagePreparer(load_processor(model), cache_bytes=0)
+    chat = Chat(load_tokenizer(model), images, offer=Offer(tools, others))
     return lambda prompt: len(chat.encode_prompt(prompt).tokens)
 
 

@@ -56,7 +56,7 @@ class RowGroup:
 class RawRow:
     """A row as plain Python values, or with what keeps Python from holding one. Can be pickled.
 
-    row: counted from 0 in its file. values: column -> value.
+    row: counted from 0 in its file. values: column -> value. any_style: see `PromptFiles`.
     """
 
     uid: str
@@ -64,6 +64,7 @@ class RawRow:
     row: int
     values: Mapping[str, object]
     bad: BadRow | None = None
+    any_style: bool = False
 
     def prompt(self) -> Prompt:
         """The row, parsed. Its images may be damaged behind their headers: see `decoded`.
@@ -74,7 +75,7 @@ class RawRow:
         if self.bad is not None:
             raise BadRowError(self.bad)
         try:
-            return parse_prompt(self.values, self.uid, self.path.parent)
+            return parse_prompt(self.values, self.uid, self.path.parent, self.any_style)
         except MisfitError as misfit:
             raise _bad(self.path, self.row, misfit) from None
 
@@ -132,16 +133,17 @@ class PromptFiles:
     layout: Layout
     """What the shuffled order depends on."""
 
-    def __init__(self, paths: Sequence[Path], cache_bytes: int = CACHE_BYTES) -> None:
+    def __init__(self, paths: Sequence[Path], cache_bytes: int = CACHE_BYTES, any_style: bool = False) -> None:
         """Read the footers and check the schema of every file.
 
-        paths: Parquet files, or folders that stand for every `*.parquet` in them (see `data.paths.expand`).
+        paths: Parquet files, or folders that stand for every `*.parquet` in them (see `data.paths.expand`). any_style: rows may
+        name judges that nobody knows, since one judges them all (`score.judge`).
 
         Raises:
             DataError: no file, a missing or damaged one, one given twice, a required column that is missing or of a type
                 that cannot hold it, or not a single row.
         """
-        self.cache_bytes = cache_bytes
+        self.cache_bytes, self._any_style = cache_bytes, any_style
         self._paths = expand(paths)
         self._columns: list[Columns] = []
         self._cache: OrderedDict[RowGroup, pa.Table] = OrderedDict()
@@ -226,7 +228,7 @@ class PromptFiles:
     def _raw(self, table: pa.Table | pa.RecordBatch, row: int, index: int) -> RawRow:
         path, number = self.location(index)
         try:
-            return RawRow(self._uid(index), path, number, dict(cell_values(table, row)))
+            return RawRow(self._uid(index), path, number, dict(cell_values(table, row)), any_style=self._any_style)
         except UnreadableError as error:
             bad = BadRow(str(path), number, error.column, "a value that Python can hold", error.reason)
             return RawRow(self._uid(index), path, number, {}, bad)

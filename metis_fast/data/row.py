@@ -62,11 +62,11 @@ class MisfitError(Exception):
         self.got = "null" if got is None else _SHOW.repr(got)
 
 
-def parse_prompt(row: Mapping[str, Any], uid: str, folder: Path) -> Prompt:
+def parse_prompt(row: Mapping[str, Any], uid: str, folder: Path, any_style: bool = False) -> Prompt:
     """One row as a prompt. Of its images the headers are read; `misfit_image` says what is found behind them.
 
     row: column -> plain Python value as Arrow makes it; `images` and `extra_info` may be missing.
-    folder: what relative image paths start from.
+    folder: what relative image paths start from. any_style: a judge's style that nobody knows is no fault: none is asked for.
 
     Raises:
         MisfitError: the row does not fit the schema.
@@ -87,9 +87,10 @@ def parse_prompt(row: Mapping[str, Any], uid: str, folder: Path) -> Prompt:
     if not answers:
         raise MisfitError("reward_model.ground_truth", "at least one answer", reward_model.get("ground_truth"))
     style = reward_model.get("style")
-    if not isinstance(style, str | None) or (style and known_style(style) is None):
+    if not isinstance(style, str | None) or (style and not any_style and known_style(style) is None):
         raise MisfitError("reward_model.style", ", ".join(STYLES), style)
-    extra = dict(_flatten(struct_of(row.get("extra_info"), "extra_info")))
+    info = struct_of(row.get("extra_info"), "extra_info")
+    extra = dict(_flatten(info))
     for answer in answers:
         _check_text(answer, "reward_model.ground_truth")
     for name, value in extra.items():
@@ -111,6 +112,7 @@ def parse_prompt(row: Mapping[str, Any], uid: str, folder: Path) -> Prompt:
         judge_style=style or "rule",
         question=question,
         extra=extra,
+        tools=_tools(info.get("tools")),
     )
 
 
@@ -235,6 +237,13 @@ def _answers(value: Any) -> Iterator[str]:
                 yield from _answers(filled[key])
         case _:
             raise MisfitError("reward_model.ground_truth", "text, number, bool, or a list or struct of them", value)
+
+
+def _tools(value: Any) -> tuple[str, ...] | None:
+    """Names of tools; None where there is no list of names, but something of another meaning or nothing."""
+    if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
+        return None
+    return tuple(value)
 
 
 def _flatten(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, JsonScalar]]:

@@ -13,9 +13,11 @@ from metis_fast.demo.policy import ScriptedEngine, ScriptStyle
 from metis_fast.model_folder import check_model_folder, load_processor, load_tokenizer
 from metis_fast.own_folder import OwnFolder
 from metis_fast.pictures import ImagePreparer
+from metis_fast.recording.opening import open_recording, recorded_toolbox
 from metis_fast.report.progress import progress
 from metis_fast.rollout.chat import Chat
 from metis_fast.rollout.episode import collect
+from metis_fast.rollout.offer import Offer
 from metis_fast.rollout.protocols import open_dialect
 from metis_fast.rollout.store import RolloutStore
 from metis_fast.run.interrupt import Interrupts
@@ -33,14 +35,18 @@ def play(config: Config, prompts: Path, style: ScriptStyle, out: Path) -> int:
     check_model_folder(config.model.path)
     tokenizer = load_tokenizer(config.model.path)
     images = ImagePreparer(load_processor(config.model.path))
-    chat, files = Chat(tokenizer, images, open_dialect(config)), PromptFiles([prompts])
+    files = PromptFiles([prompts])
     cursor = prompt_cursor(files, config.run.seed, shuffle=False, check=images.broken)
     store, rollout = RolloutStore(out), config.rollout.model_copy(update={"deterministic": False})
     with Interrupts() as interrupts, ExitStack() as stack:
         scratch = OwnFolder(Path(tempfile.gettempdir()), "metis-tools-")
         stack.callback(scratch.close)
-        toolbox = open_toolbox(config.tools, scratch.path)
+        recording = open_recording(config)
+        if recording is not None:
+            stack.callback(recording.close)
+        toolbox = recorded_toolbox(config, recording, lambda: open_toolbox(config.tools, scratch.path))
         stack.callback(toolbox.close)
+        chat = Chat(tokenizer, images, open_dialect(config), Offer(config.tools, toolbox.tools))
         bar = stack.enter_context(progress(len(files), f"playing {prompts.stem}", config.log, "trajectory"))
         for start in range(0, len(files), _PART):
             part = cursor.next(min(_PART, len(files) - start))

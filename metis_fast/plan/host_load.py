@@ -175,15 +175,16 @@ def load(setting: Setting, layout: MegatronConfig, calls: float, roles: list[Rol
     images = config.rollout.prompts_per_step * setting.load.images
     # which tool is called, nobody knows: each as often as the others
     enabled = config.tools.enabled
+    tools = len(enabled) + len(config.tools.own) + len(config.tools.mcp)
     all_calls = calls * rollouts if enabled else 0.0
-    python = all_calls * (ToolName.PYTHON in enabled) / max(1, len(enabled))
+    python = all_calls * (ToolName.PYTHON in enabled) / max(1, tools)
     batch = mini_batch(config, setting.load, setting.flops)
     machines = sum(role.count for role in roles)
     return Load(
         rollouts=rollouts,
         images=images,
         python_calls=python,
-        searches=all_calls - python,
+        searches=all_calls * len(enabled) / max(1, tools) - python,
         crops=python if setting.load.images else 0.0,
         live=1 - batch.uniform,
         parts=batch.parts,

@@ -33,6 +33,7 @@ from metis_fast.rehearse.script import ScriptedEngine
 from metis_fast.rehearse.settings import KEY, KEY_VALUE, PROMPTS, ROLLOUTS, STEPS, Places, small
 from metis_fast.rollout.chat import Chat
 from metis_fast.rollout.episode import collect
+from metis_fast.rollout.offer import Offer
 from metis_fast.rollout.protocols import open_dialect
 from metis_fast.run import pipeline
 from metis_fast.run.cold_start import sft
@@ -179,18 +180,20 @@ class Rehearsal:
         config = self._small
         tokenizer = load_tokenizer(config.model.path)
         images = ImagePreparer(load_processor(config.model.path))
-        chat, files = Chat(tokenizer, images, open_dialect(config)), PromptFiles(config.data.train)
+        files = PromptFiles(config.data.train)
         prompts = prompt_cursor(files, config.run.seed, shuffle=False, check=images.broken).next(PROMPTS)
         with Interrupts() as interrupts, ExitStack() as stack:
             scratch = OwnFolder(Path(tempfile.gettempdir()), "metis-tools-")
             stack.callback(scratch.close)
             toolbox = open_toolbox(config.tools, scratch.path)
             stack.callback(toolbox.close)
+            chat = Chat(tokenizer, images, open_dialect(config), Offer(config.tools, toolbox.tools))
             judge = open_judge(config.score, files.styles())
             stack.callback(judge.close)
             interrupts.run(judge.check())
-            calls = min(config.rollout.max_turns - 1, len(toolbox.names))
-            engine = ScriptedEngine(tokenizer, prompts, ROLLOUTS, toolbox.names[:calls])
+            # of the built-in ones: nobody knows what a call of another one would do
+            calls = list(dict.fromkeys(config.tools.enabled))[: config.rollout.max_turns - 1]
+            engine = ScriptedEngine(tokenizer, prompts, ROLLOUTS, calls)
             settings = config.rollout.model_copy(update={"deterministic": False, "max_turn_tokens": 0})
             groups = interrupts.run(collect(prompts, ROLLOUTS, chat, engine, toolbox, settings, config.run.seed, "rehearsal"))
             verdicts = [one for group in interrupts.run(judge_groups(groups, judge)) for one in group]
@@ -203,7 +206,7 @@ class Rehearsal:
             )
             raise ConfigError(f"{why}: {observed[:300]}; see metis-fast doctor")
         right = sum(isinstance(one, Verdict) and one.correct for one in verdicts)
-        named = ", ".join(tool.value for tool in toolbox.names[:calls])
+        named = ", ".join(tool.value for tool in calls)
         return f"{turns[Outcome.TOOL_RESULT]} calls ({named}), {right} of {len(verdicts)} answers right, as scripted"
 
     def _train(self) -> str:

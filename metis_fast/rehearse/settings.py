@@ -81,8 +81,11 @@ def small(config: Config, folder: Path, places: Places, image_tokens: int) -> tu
         },
         "loss": {"entropy_coef": config.loss.entropy_coef or _ENTROPY},
         "score": {"llm": {"base_url": places.judge, "model": MODEL if config.score.llm.model else "", "cache": None,
-                          "api_key_env": KEY, "retries": 1}},
+                          "api_key_env": KEY, "retries": 1, "judges": ()}},
         "tools": {
+            "record": None,  # stand-ins are not what the job would ask
+            "replay": None,
+            "offer": "all",  # nor are the rows
             "python": {"timeout_s": max(_PYTHON_S, config.tools.python.timeout_s)},
             "text_search": _text_search(config, places),
             "image_search": _image_search(config, places),

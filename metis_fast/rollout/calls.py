@@ -65,7 +65,7 @@ def parse_turn(text: str, syntax: CallSyntax = "strict") -> ParsedTurn:
         _, stop = _read_object(text, unclosed)
         if _has_answer(text[:unclosed]) or _has_answer(text[stop:]):
             return ParsedTurn()
-        return _malformed("the tool call has no </tool_call>")
+        return _malformed("the tool call has no </tool_call>; write it behind the object")
     try:
         body = _read(found, syntax)
     except _Twice as error:
@@ -196,7 +196,7 @@ def _call(body: object, syntax: CallSyntax) -> ParsedTurn:
     if isinstance(arguments, str):
         return ParsedTurn(call, None, '"arguments" must be an object, not a string: write "arguments": {...}')
     if not isinstance(arguments, dict):
-        return ParsedTurn(call, None, '"arguments" must be an object')
+        return ParsedTurn(call, None, '"arguments" must be an object: write "arguments": {...}')
     return ParsedTurn(call, arguments)
 
 
@@ -224,11 +224,11 @@ def _fault(body: str) -> str:
     try:
         json.loads(body)
     except RecursionError:
-        return "it is nested too deeply"
+        return "it is nested too deeply; write fewer brackets inside each other"
     except json.JSONDecodeError as error:
         return _fault_at(body, error.pos, error.msg)
     except ValueError:
-        return "a number in it is too long"
+        return "a number in it is too long; write it as a string"
     return "half of a surrogate pair in it; write the character itself"
 
 

@@ -1,7 +1,9 @@
 """Messages and observations to token ids, and tokens back to text (ALGORITHM section 6).
 
 Token in, token out: what the engine sampled is never re-encoded; only prompts and observations are encoded, once, here. Text
-from outside can never spell a control token or an image placeholder.
+from outside can never spell a control token or an image placeholder, and in an observation no tag either (`<tool_call>` and its
+like). In a prompt a tag is the token that it is to the published checkpoints, whose system message shows calls. That runs
+nothing: only what was sampled ends a message, and is read as a call.
 """
 
 from __future__ import annotations
@@ -15,10 +17,13 @@ from PIL import Image
 from transformers import PreTrainedTokenizerBase
 
 from metis_fast import pixels
+from metis_fast.config import ToolsConfig
 from metis_fast.errors import DataError
 from metis_fast.model_folder import IMAGE_PAD, VISION_END, VISION_START
 from metis_fast.pictures import ImagePreparer
 from metis_fast.pixels import ImageError
+from metis_fast.rollout.offer import Offer
+from metis_fast.rollout.outside import encode_outside
 from metis_fast.rollout.protocols import Block, Compact, Dialect
 from metis_fast.types import ImageBlob, ImageSpan, Observation, Prompt
 
@@ -42,11 +47,19 @@ class TokenPiece:
 class Chat:
     """The Qwen chat format over one tokenizer and image processor.
 
-    dialect: how tools are spoken with in it (`rollout.protocol`). stop_ids, stop: what ends a message, see `Sampling`.
+    dialect: how tools are spoken with in it (`rollout.protocol`). offer: which tools a prompt tells of and a rollout has.
+    stop_ids, stop: what ends a message, see `Sampling`.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, images: ImagePreparer, dialect: Dialect | None = None) -> None:
-        """dialect: None is `compact`."""
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        images: ImagePreparer,
+        dialect: Dialect | None = None,
+        offer: Offer | None = None,
+    ) -> None:
+        """dialect: None is `compact`. offer: None is all, and prompts as they are."""
+        self.offer = offer if offer is not None else Offer(ToolsConfig(), ())
         self._tokenizer = tokenizer
         self._images = images
         self.dialect: Dialect = dialect if dialect is not None else Compact()
@@ -75,7 +88,7 @@ class Chat:
         if self.dialect.squeezes:
             images = await asyncio.gather(*(_squeezed(image) for image in images))
         if self.dialect.shares_room:
-            text = sum(len(self._encode(part)) for part in observation.text.split(IMAGE_MARK))
+            text = sum(len(self._outside(part)) for part in observation.text.split(IMAGE_MARK))
             images = await self._images.scaled(images, max_tokens - text - 2 * len(images))
         else:
             alone = await asyncio.gather(*(self._images.scaled([image], max_tokens - 2) for image in images))
@@ -103,6 +116,9 @@ class Chat:
         fixed = self._fixed.get(text)  # transformers takes 0.1 ms for any text, and an observation has six of these
         return self._ask_tokenizer(text) if fixed is None else list(fixed)
 
+    def _outside(self, text: str) -> list[int]:
+        return encode_outside(self._tokenizer, text)
+
     def _image_piece(self, image: ImageBlob, at: int) -> tuple[list[int], ImageSpan]:
         grid = self._images.grid(image)
         num = grid[0] * grid[1] * grid[2] // self._images.merge**2
@@ -110,11 +126,13 @@ class Chat:
         return tokens, ImageSpan(image.sha256, at + 1, at + 1 + num, grid)
 
     def encode_prompt(self, prompt: Prompt) -> TokenPiece:
-        """The whole prompt, up to where the assistant begins. Images take the place that their headers ask for.
+        """The whole prompt with the tools that it has to tell of (`Offer`), up to where the assistant begins. Images take the
+        place that their headers ask for.
 
         Raises:
             DataError: something is no image, or of a shape that cannot be used.
         """
+        prompt = self.offer.described(prompt)
         out, images, text = TokenPiece(), iter(prompt.images), ""
         for message in prompt.messages:
             out.tokens += [*self._encode(text), self._ids["<|im_start|>"]]
@@ -175,7 +193,7 @@ class Chat:
         texts += [""] * (len(observation.images) - num_marked)
         blocks: list[Block] = []
         for text, image in zip(texts, [*observation.images, None], strict=True):
-            blocks.append(Block(self._encode(text)))
+            blocks.append(Block(self._outside(text)))
             if image is None:
                 continue
             try:
@@ -184,7 +202,7 @@ class Chat:
                 tokens, span = self._image_piece(image, 0)
                 blocks.append(Block(tokens, image, span.grid, whole=True))
             except ImageError as error:
-                blocks.append(Block(self._encode(f"[{error}]"), whole=True))
+                blocks.append(Block(self._outside(f"[{error}]"), whole=True))
         return blocks
 
 

@@ -87,6 +87,12 @@ def _rows(stream: Stream) -> Iterator[Rollout | BadRowError]:
             yield from stream.read_all(range(start, min(start + _ROWS, stream.num_rows)), threads)
 
 
+def stops(reports: Sequence[SetReport], config: Config) -> bool:
+    """Whether a run would end at a row: one that is not to be skipped, or because a set has no other."""
+    bad, long = config.sft.on_bad_row == "stop", config.sft.on_long_row == "stop"
+    return any((report.bad and bad) or (report.long and long) or not report.tokens for report in reports)
+
+
 def as_json(reports: Sequence[SetReport]) -> list[dict[str, Any]]:
     """Plain values."""
     return [asdict(report) for report in reports]

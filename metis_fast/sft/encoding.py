@@ -2,10 +2,13 @@
 
 The plain template of Qwen, `<|im_start|>role\\n…<|im_end|>\\n`, without the last line break; `tool` is a user turn. Token for
 token what inference has: an assistant's message begins behind `assistant\\n`, and from the first one on the text of other
-messages behind `user\\n`, so that no token reaches over the border. No text can spell a control token or an image placeholder.
+messages behind `user\\n`, so that no token reaches over the border. No text can spell a control token or an image placeholder,
+and that of an observation no tag but the `<tool_response>` around it.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -16,9 +19,11 @@ from metis_fast.errors import ModelError
 from metis_fast.model_folder import IMAGE_PAD, VISION_END, VISION_START
 from metis_fast.pictures import ImagePreparer
 from metis_fast.pixels import ImageError
+from metis_fast.rollout.outside import encode_outside
 from metis_fast.types import ImageBlob, ImageSpan, Outcome, Rollout
 
 _START, _END = "<|im_start|>", "<|im_end|>"
+_OPENED, _CLOSED = "<tool_response>", "</tool_response>"
 
 
 class Encoder:
@@ -59,10 +64,11 @@ class Encoder:
                 said.append((begin, len(tokens)))
                 continue
             role = "user\n" if message.role == "tool" else f"{message.role}\n"
-            tokens += [*self._encode(role), *self._encode(first)] if said else self._encode(role + first)
-            for text, (place, image) in zip(rest, images, strict=False):
+            parts = self._observed([first, *rest]) if said else [self._encode(role + first), *map(self._encode, rest)]
+            tokens += [*(self._encode(role) if said else ()), *parts[0]]
+            for text, (place, image) in zip(parts[1:], images, strict=False):
                 self._show(image, place, tokens, spans)
-                tokens += self._encode(text)
+                tokens += text
             tokens.append(self._ids[_END])
         sampled = np.zeros(len(tokens), np.bool_)
         for begin, end in said:
@@ -80,6 +86,19 @@ class Encoder:
             turns=(),
             outcome=Outcome.ANSWERED,
         )
+
+    def _observed(self, texts: Sequence[str]) -> list[list[int]]:
+        """Of the texts around the images of an observation, as `Chat.encode_observation` has them."""
+        *before, last = texts
+        wrapped = texts[0].startswith(_OPENED) and last.endswith(_CLOSED)
+        if wrapped:
+            *before, last = [texts[0].removeprefix(_OPENED), *texts[1:]]
+            last = last.removesuffix(_CLOSED)
+        parts = [encode_outside(self._tokenizer, text) for text in (*before, last)]
+        if wrapped:
+            parts[0] = [*self._encode(_OPENED), *parts[0]]
+            parts[-1] = [*parts[-1], *self._encode(_CLOSED)]
+        return parts
 
     def _show(self, image: ImageBlob, place: int, tokens: list[int], spans: list[ImageSpan]) -> None:
         try:

@@ -46,7 +46,7 @@ class SftLog:
 
     def measured(self, steps: int) -> bool:
         """Whether there is a measurement after so many steps."""
-        return any(line["step"] == steps for line in _lines(self._evaluations))
+        return any(line["step"] == steps for line in read_lines(self._evaluations))
 
 
 def _unwritten(path: Path, error: OSError) -> CheckpointError:
@@ -55,8 +55,12 @@ def _unwritten(path: Path, error: OSError) -> CheckpointError:
     )
 
 
-def _lines(path: Path) -> list[dict[str, Any]]:
-    """Whole ones: a kill may have cut the last one short."""
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Of a log; none where there is no file. Whole ones: a kill may have cut the last one short.
+
+    Raises:
+        DataError: it cannot be read.
+    """
     if not path.exists():
         return []
     try:
@@ -67,7 +71,7 @@ def _lines(path: Path) -> list[dict[str, Any]]:
 
 
 def _keep(path: Path, before: int) -> None:
-    lines = [line for line in _lines(path) if line["step"] < before]
+    lines = [line for line in read_lines(path) if line["step"] < before]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         scratch = path.with_name(f".{path.name}.tmp")

@@ -146,6 +146,7 @@ class Conversations:
         self._seed = seed + (phase << 32)  # of every phase an order of its own
         self._follow(files.layout)
         self._new = self._num_long = 0
+        self._told: set[int] = set()  # bad rows that `once` has told of
         self.num_rows = len(files)
 
     def _follow(self, layout: Layout) -> None:
@@ -233,12 +234,13 @@ class Conversations:
         self._num_long = int(place["num_long"])
 
     def once(self, most: int) -> Iterator[list[Rollout]]:
-        """See `Stream`. Rows that are skipped are told of."""
+        """See `Stream`. Rows that are skipped are told of, once: a held-out set is measured many times."""
         left = most or self.num_rows
         for start in range(0, self.num_rows, self._config.batch_size):
             rows = range(start, min(start + self._config.batch_size, self.num_rows))
-            for one in (found := self.look(rows)):
-                if isinstance(one, BadRowError):
+            for row, one in zip(rows, found := self.look(rows), strict=True):
+                if isinstance(one, BadRowError) and row not in self._told:
+                    self._told.add(row)
                     _LOG.warning("skipped bad row: %s", one.bad_row)
             usable = [one for one in found if isinstance(one, Rollout)][:left]
             if usable:

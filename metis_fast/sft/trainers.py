@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import torch
 
@@ -19,6 +19,9 @@ from metis_fast.train.megatron.backend import MegatronTrainer
 from metis_fast.train.protocol import Trainer
 from metis_fast.train.torch_backend import TorchTrainer
 from metis_fast.types import Rollout
+
+if TYPE_CHECKING:
+    from metis_fast.cluster.room import Room
 
 
 class Imitator(Trainer, Protocol):
@@ -42,7 +45,7 @@ def training_config(config: Config, folder: Path) -> Config:
             "model": config.model.model_copy(update={"freeze": sft.freeze}),
             "train": config.train.model_copy(
                 update={
-                    "backend": _backend(config),
+                    "backend": backend(config),
                     "tokens_per_micro_batch": sft.tokens_per_micro_batch,
                     "optim": sft.optim,
                 }
@@ -52,7 +55,8 @@ def training_config(config: Config, folder: Path) -> Config:
     )
 
 
-def _backend(config: Config) -> Literal["torch", "megatron"]:
+def backend(config: Config) -> Literal["torch", "megatron"]:
+    """That the cold start of a config runs on."""
     if config.sft.backend == "auto":
         return "torch" if config.sft.optim.muon_lr else config.train.backend
     return config.sft.backend
@@ -63,15 +67,9 @@ def check_backend(config: Config) -> None:
     Raises:
         ConfigError: a back end that the cold start cannot run on.
     """
-    if _backend(config) != "megatron":
-        return
-    if config.sft.optim.muon_lr:
+    if backend(config) == "megatron" and config.sft.optim.muon_lr:
         raise ConfigError(
             "sft.optim.muon_lr works on whole matrices, which Megatron splits over the ranks; set it to 0, or sft.backend=torch"
-        )
-    if config.workers.launcher == "ray" and config.train.megatron.launch == "local":
-        raise ConfigError(
-            "metis-fast sft starts its ranks on this machine; Ray is for runs that play rollouts: set workers.launcher=local"
         )
 
 
@@ -90,8 +88,11 @@ def device(config: Config) -> torch.device:
     return torch.device("cpu") if config.train.backend == "megatron" else first_device()
 
 
-def open_trainer(config: Config, policy: Policy, total_steps: int, check: Callable[[], None]) -> Imitator:
-    """config: as `training_config` gives it. check: called while ranks start; what it raises goes on.
+def open_trainer(
+    config: Config, policy: Policy, total_steps: int, check: Callable[[], None], room: Room | None = None
+) -> Imitator:
+    """config: as `training_config` gives it. check: called while ranks start; what it raises goes on. room: in which Ray places
+    the ranks; None: on this machine.
 
     Raises:
         ConfigError: a layout or an option that cannot work. TrainerError: a rank could not start.
@@ -99,7 +100,7 @@ def open_trainer(config: Config, policy: Policy, total_steps: int, check: Callab
     if config.train.backend == "torch":
         return TorchTrainer(policy, config, config.sft.optim, total_steps)
     return MegatronTrainer(
-        config, config.sft.optim, total_steps, policy.folder, policy.model.config, check,
+        config, config.sft.optim, total_steps, policy.folder, policy.model.config, check, room,
         image_max_pixels=config.sft.image_max_pixels,
     )  # fmt: skip
 

@@ -17,6 +17,7 @@ from metis_fast.standin.rl import write_rl
 from metis_fast.standin.search_cache import write_search_cache
 
 ROWS, PIXELS = 32, (2048, 1536)
+_OWN = ".standin"  # names the files of a folder that were written here, a line each
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,13 +41,13 @@ class StandinPaths:
 def write_standin(
     folder: Path, rows: int = ROWS, pixels: tuple[int, int] = PIXELS, seed: int = 0, misfits: bool = True
 ) -> StandinPaths:
-    """Write all sets into a folder; files of these names that are there are replaced.
+    """Write all sets into a folder: a new or an empty one, or one in which stand-ins are to be replaced.
 
     rows: of each set. pixels: (width, height) of most images; every fourth picture is smaller. misfits: whether one row of
     Metis-ColdStart in sixteen has more `<image>` marks than images, as published data may.
 
     Raises:
-        DataError: the folder cannot be written.
+        DataError: the folder cannot be written, or holds other files.
     """
     paths = StandinPaths(
         rl=folder / "rl",
@@ -56,6 +57,7 @@ def write_standin(
         image_search_cache=folder / "image_search" / "image_search_results_cache.json",
         benchmark=folder / "benchmark" / "StandIn.tsv",
     )
+    _check_own(folder)
     asked = ask(rows, pixels, random.Random(f"standin/{seed}"))
     try:
         write_rl(paths.rl, asked, integers=True)
@@ -64,6 +66,24 @@ def write_standin(
         write_cold_start(paths.cold_start_binary, asked, base64_text=False, misfits=misfits)
         write_search_cache(paths.image_search_cache, asked)
         write_benchmark(paths.benchmark, asked)
+        (folder / _OWN).write_text("".join(f"{name}\n" for name in _files(folder)), encoding="utf-8")
     except OSError as error:
         raise DataError(f"cannot write {folder}: {one_line(error)}; choose a folder that can be written") from None
     return paths
+
+
+def _files(folder: Path) -> list[str]:
+    """All below a folder but `_OWN`, by their paths in it."""
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir() and path.name != _OWN)
+
+
+def _check_own(folder: Path) -> None:
+    """
+    Raises:
+        DataError: a file that no earlier call has written; it may be somebody's data.
+    """
+    own = folder / _OWN
+    names = set(own.read_text(encoding="utf-8", errors="replace").splitlines()) if own.is_file() else set()
+    if strange := [name for name in _files(folder) if name not in names]:
+        more = f" and {len(strange) - 1} more" if len(strange) > 1 else ""
+        raise DataError(f"{folder} holds files that are no stand-ins: {strange[0]}{more}; name a new or an empty folder")

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from metis_fast.errors import EngineFailure, InfrastructureError
 from metis_fast.rollout.engine import Completion, Sampling, SyncReport
 from metis_fast.rollout.stops import StopStrings
-from metis_fast.tools.protocol import NO_EXTRA
+from metis_fast.tools.protocol import NO_EXTRA, ToolSpec
 from metis_fast.tools.results import Refusal, Refused, ToolResult
 from metis_fast.types import ImageBlob, ImageSpan, Observation, ToolName
 
@@ -112,7 +112,7 @@ class FakeToolbox:
     def __init__(
         self,
         observations: Sequence[ToolResult | Observation | InfrastructureError] = (Observation("ok"),),
-        names: Sequence[ToolName] = tuple(ToolName),
+        names: Sequence[str] = tuple(ToolName),
     ) -> None:
         self.observations = list(observations)
         self._names = tuple(names)
@@ -120,9 +120,14 @@ class FakeToolbox:
         self.calls: list[tuple[str, dict[str, object]]] = []
 
     @property
-    def names(self) -> Sequence[ToolName]:
+    def names(self) -> Sequence[str]:
         """The enabled tools."""
         return self._names
+
+    @property
+    def tools(self) -> Sequence[ToolSpec]:
+        """They take any arguments."""
+        return [ToolSpec(name, "", {"type": "object"}) for name in self._names]
 
     def session(
         self, images: Sequence[ImageBlob], extra: Mapping[str, object] = NO_EXTRA, seen: Sequence[tuple[int, int]] = ()

@@ -14,13 +14,13 @@ from metis_fast.score.protocol import JudgeUnavailable
 from metis_fast.score.remote import JudgeService
 from metis_fast.tools.remote import ToolService
 from metis_fast.tools.results import Refused, ToolResult
-from metis_fast.types import Prompt, Rollout, Verdict
+from metis_fast.types import Observation, Prompt, Rollout, Verdict
 
 
 class FragileTools(ToolService):
     """A tool worker that breaks where the code of a call asks for it: "# kill", "# bug", ...; other code is run."""
 
-    async def call(self, session: int, name: str, arguments: Mapping[str, object]) -> ToolResult:
+    async def call(self, session: int, name: str, arguments: Mapping[str, object]) -> ToolResult | Observation:
         """See `ToolService.call`."""
         match str(arguments.get("code")).split():
             case ["#", "pid"]:

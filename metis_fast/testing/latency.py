@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from metis_fast.errors import InfrastructureError
-from metis_fast.tools.protocol import NO_EXTRA
+from metis_fast.tools.protocol import NO_EXTRA, ToolSpec
 from metis_fast.types import ImageBlob, Observation, Outcome, ToolName
 
 _Z99 = 2.3263478740408408
@@ -73,7 +73,7 @@ class SlowToolbox:
         latency: Latency,
         seed: int = 0,
         observe: Callable[[str, Mapping[str, object]], Observation] = lambda _name, _arguments: Observation("ok"),
-        names: Sequence[ToolName] = tuple(ToolName),
+        names: Sequence[str] = tuple(ToolName),
     ) -> None:
         self.latency, self.seed = latency, seed
         self.num_calls = self.num_failed = self.num_open = 0
@@ -82,9 +82,14 @@ class SlowToolbox:
         self._made: Counter[str] = Counter()
 
     @property
-    def names(self) -> Sequence[ToolName]:
+    def names(self) -> Sequence[str]:
         """The enabled tools."""
         return self._names
+
+    @property
+    def tools(self) -> Sequence[ToolSpec]:
+        """They take any arguments."""
+        return [ToolSpec(name, "", {"type": "object"}) for name in self._names]
 
     def session(
         self, images: Sequence[ImageBlob], extra: Mapping[str, object] = NO_EXTRA, seen: Sequence[tuple[int, int]] = ()

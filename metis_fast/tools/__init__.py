@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from metis_fast.config import ToolsConfig
-    from metis_fast.tools.protocol import Toolbox
+    from metis_fast.tools.protocol import Toolbox, ToolSpec
 
 
 def open_toolbox(config: ToolsConfig, scratch: Path) -> Toolbox:
@@ -21,8 +21,26 @@ def open_toolbox(config: ToolsConfig, scratch: Path) -> Toolbox:
     scratch: existing or new folder for what the tools keep while they are open; nothing is left in it after `close()`.
 
     Raises:
-        ToolSetupError: no sandbox on this machine, or a corpus that is not set, missing, or without the needed columns.
+        ToolSetupError: no sandbox on this machine; a corpus that is not set, missing, or without the needed columns; a tool of
+            one's own that cannot be imported, or an MCP server that does not answer.
     """
     from metis_fast.tools.toolbox import LocalToolbox  # at first use, see above
 
     return LocalToolbox.open(config, scratch)
+
+
+def other_tools(config: ToolsConfig) -> tuple[ToolSpec, ...]:
+    """What tools of one's own and of MCP servers say of themselves; they are opened for it, and closed again.
+
+    Raises:
+        ToolSetupError: one of them cannot be opened.
+    """
+    if not config.own and not config.mcp:
+        return ()
+    from pathlib import Path
+
+    toolbox = open_toolbox(config.model_copy(update={"enabled": ()}), Path())
+    try:
+        return tuple(toolbox.tools)
+    finally:
+        toolbox.close()

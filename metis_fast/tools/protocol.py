@@ -8,17 +8,30 @@ to the protocol of the run (`rollout.protocols`); a tool of your own may return 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Protocol
 
 from metis_fast.tools.results import ToolResult
 from metis_fast.tools.sandbox.wire import MAX_IMAGES
-from metis_fast.types import ImageBlob, Observation, ToolName
+from metis_fast.types import ImageBlob, Observation
 
 NO_EXTRA: Mapping[str, object] = MappingProxyType({})
 
 MAX_CALL_IMAGES = MAX_IMAGES
 """Most images of an observation."""
+
+
+@dataclass(frozen=True, slots=True)
+class ToolSpec:
+    """A tool as a model is told of it, and as its calls are checked.
+
+    name: what a call names. description: what it does, for the model. schema: JSON schema of its arguments, an object.
+    """
+
+    name: str
+    description: str
+    schema: Mapping[str, object]
 
 
 class ToolSession(Protocol):
@@ -43,8 +56,13 @@ class Toolbox(Protocol):
     """Opens sessions. One per run; made by `tools.open_toolbox`."""
 
     @property
-    def names(self) -> Sequence[ToolName]:
-        """The enabled tools."""
+    def names(self) -> Sequence[str]:
+        """The tools that answer: those of `tools`, in that order."""
+        ...
+
+    @property
+    def tools(self) -> Sequence[ToolSpec]:
+        """What a model may be told of them: the built-in ones that are enabled, then others."""
         ...
 
     def session(

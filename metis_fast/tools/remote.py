@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -18,11 +19,13 @@ from typing import get_args
 from metis_fast.config import ImageSearchConfig, TextSearchConfig, ToolsConfig
 from metis_fast.errors import InfrastructureError, ToolSetupError
 from metis_fast.own_folder import OwnFolder
-from metis_fast.tools.protocol import NO_EXTRA
-from metis_fast.tools.results import ToolResult
+from metis_fast.tools.builtin import SPECS
+from metis_fast.tools.protocol import NO_EXTRA, ToolSpec
+from metis_fast.tools.python_tool import longest_s
+from metis_fast.tools.results import Refusal, Refused, ToolResult
 from metis_fast.tools.search import keys
 from metis_fast.tools.toolbox import LocalSession, LocalToolbox
-from metis_fast.types import ImageBlob, ToolName
+from metis_fast.types import ImageBlob, Observation, ToolName
 from metis_fast.workers.hub import Hub
 from metis_fast.workers.worker import Worker, WorkerError
 
@@ -38,20 +41,24 @@ class SessionLost(InfrastructureError):
 class ToolService:
     """The toolbox of a worker. Its methods are called by `RemoteToolbox` alone.
 
-    scratch: folder for temporary files; None: the system's.
+    scratch: folder for temporary files; None: the system's. work: the run's working folder; None: this process's.
 
     Raises:
         ToolSetupError: see `tools.open_toolbox`.
     """
 
-    def __init__(self, config: ToolsConfig, scratch: Path | None = None) -> None:
+    def __init__(self, config: ToolsConfig, scratch: Path | None = None, work: Path | None = None) -> None:
         self._sessions: dict[int, LocalSession] = {}
         with ExitStack() as stack:
             folder = OwnFolder(scratch or Path(tempfile.gettempdir()), "metis-tools-")
             stack.callback(folder.close)
-            self._toolbox = LocalToolbox.open(config, folder.path)
+            self._toolbox = LocalToolbox.open(config, folder.path, work)
             stack.callback(self._toolbox.close)
             self._opened = stack.pop_all()
+
+    async def tools(self) -> tuple[ToolSpec, ...]:
+        """See `Toolbox.tools`."""
+        return tuple(self._toolbox.tools)
 
     async def open(
         self, session: int, images: Sequence[ImageBlob], extra: Mapping[str, object], seen: Sequence[tuple[int, int]]
@@ -60,7 +67,7 @@ class ToolService:
         self._sessions[session] = self._toolbox.session(images, extra, seen)
         return self._toolbox.num_slots
 
-    async def call(self, session: int, name: str, arguments: Mapping[str, object]) -> ToolResult:
+    async def call(self, session: int, name: str, arguments: Mapping[str, object]) -> ToolResult | Observation:
         """See `ToolSession.call`.
 
         Raises:
@@ -97,10 +104,18 @@ def start_tool_workers(
     image = config.image_search.model_copy(update=absolute(config.image_search))
     config = config.model_copy(update={"text_search": text, "image_search": image})
     secret = dict(keys.environment(text)) if ToolName.TEXT_SEARCH in config.enabled else {}
+    secret |= mcp_environment(config)
+    arguments = (config, scratch, Path.cwd())
     return [
-        hub.worker(f"tools-{i}", "tools", service, config, scratch, max_restarts=max_restarts, environment=secret)
+        hub.worker(f"tools-{i}", "tools", service, *arguments, max_restarts=max_restarts, environment=secret)
         for i in range(num)
     ]
+
+
+def mcp_environment(config: ToolsConfig) -> dict[str, str]:
+    """Variables that sessions with MCP servers need, as far as they are set."""
+    names = [name for server in config.mcp for name in server.variables()]
+    return {name: os.environ[name] for name in names if name in os.environ}
 
 
 class _Place:
@@ -130,16 +145,30 @@ class RemoteToolbox:
 
     def __init__(self, config: ToolsConfig, workers: Sequence[Worker]) -> None:
         """workers: from `start_tool_workers`; they end with their hub."""
-        self._names = tuple(dict.fromkeys(config.enabled))
+        self._tools = tuple(SPECS[name] for name in dict.fromkeys(config.enabled))
         self._places = [_Place(worker) for worker in workers]
         self._numbers = itertools.count()
         self._closed = False
-        self.call_s = max(config.python.timeout_s, config.text_search.deadline_s) + _SLACK_S
+        others = [config.own_timeout_s, *(server.queue_s + server.connect_s + server.timeout_s for server in config.mcp)]
+        self.call_s = max(longest_s(config.python.timeout_s), config.text_search.deadline_s, *others) + _SLACK_S
+
+    async def learn(self) -> None:
+        """Ask a worker for its tools. Needed only where there are others than the built-in ones, which are known.
+
+        Raises:
+            WorkerError: it was lost.
+        """
+        self._tools = tuple(await self._places[0].worker.call("tools", deadline_s=_SHORT_S))
 
     @property
-    def names(self) -> Sequence[ToolName]:
-        """The enabled tools, in the order of the configuration."""
-        return self._names
+    def names(self) -> Sequence[str]:
+        """The built-in tools in the order of the configuration, then others."""
+        return tuple(spec.name for spec in self._tools)
+
+    @property
+    def tools(self) -> Sequence[ToolSpec]:
+        """In the same order."""
+        return self._tools
 
     @property
     def num_sessions(self) -> list[int]:
@@ -179,7 +208,7 @@ class RemoteSession:
         self._toolbox, self._number, self._prompt = toolbox, number, prompt
         self._place: _Place | None = None
 
-    async def call(self, name: str, arguments: Mapping[str, object]) -> ToolResult:
+    async def call(self, name: str, arguments: Mapping[str, object]) -> ToolResult | Observation:
         """Run one tool; see `ToolSession.call`. After a lost worker the session's next call opens it anew, on another."""
         try:
             if self._place is None:
@@ -192,7 +221,9 @@ class RemoteSession:
                 answer = await worker.call(
                     "call", self._number, name, dict(arguments), deadline_s=self._toolbox.call_s, wait=False
                 )
-            if not isinstance(answer, get_args(ToolResult)):
+            if isinstance(answer, Refused) and answer.why is Refusal.NO_TOOL and name in self._toolbox.names:
+                raise InfrastructureError(f"worker {worker.name} does not have the tool {name}, which prompts offer")
+            if not isinstance(answer, (*get_args(ToolResult), Observation)):
                 await worker.lose(f"a tool call was answered with {type(answer).__name__}, which is no result")
                 raise WorkerError(f"worker {worker.name}: its answer is no result")
             return answer

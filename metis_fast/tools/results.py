@@ -63,6 +63,19 @@ class PythonResult:
     note: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class ContentResult:
+    """Of a tool of one's own, or of an MCP server.
+
+    parts: texts, and numbers of images (from 0), in the order in which the tool gave them. ok: False where the tool says that
+    the call was wrong.
+    """
+
+    parts: tuple[str | int, ...]
+    images: tuple[ImageBlob, ...] = ()
+    ok: bool = True
+
+
 class Refusal(StrEnum):
     """Why a call was not made; a protocol may have words of its own for each."""
 
@@ -81,4 +94,4 @@ class Refused:
     tool: str = ""
 
 
-ToolResult = TextSearchResult | ImageSearchResult | PythonResult | Refused
+ToolResult = TextSearchResult | ImageSearchResult | PythonResult | ContentResult | Refused

@@ -27,7 +27,8 @@ def trainable(model: nn.Module, freeze: Iterable[str]) -> dict[str, nn.Parameter
 
 
 class Schedule:
-    """AdamW's learning rate: linear warm-up, then linear to `final_lr` at the last of `total_steps` optimizer steps."""
+    """AdamW's learning rate: linear warm-up, then along a line, or half a wave of the cosine, to `final_lr` at the last of
+    `total_steps` optimizer steps."""
 
     def __init__(self, config: OptimConfig, total_steps: int) -> None:
         self._config, self._total = config, total_steps
@@ -38,7 +39,10 @@ class Schedule:
         if step < config.warmup_steps:
             return (step + 1) / config.warmup_steps
         span = max(1, self._total - 1 - config.warmup_steps)  # the last step has index total - 1
-        return 1 - (1 - config.final_lr) * min(1.0, (step - config.warmup_steps) / span)
+        done = min(1.0, (step - config.warmup_steps) / span)
+        if config.schedule == "cosine":
+            done = (1 - math.cos(math.pi * done)) / 2
+        return 1 - (1 - config.final_lr) * done
 
     def lr(self, step: int) -> float:
         """At an optimizer step (from 0)."""

@@ -16,6 +16,7 @@ from PIL import Image
 
 from metis_fast.data.cursor import prompt_cursor
 from metis_fast.data.parquet import PromptFiles
+from metis_fast.report.log import read_steps
 
 _PER_STEP = 4
 
@@ -63,6 +64,21 @@ def test_with_the_row_mended_it_ends_as_if_the_row_had_always_been_right(demo: P
     assert ended.code == 0, ended
     assert f"1 of 16 rows differ, the first is row {row} of train.parquet" in ended.err
     assert run_state(tmp_path / "run") == run_state(demo)
+
+
+def rename_style(rows: list[dict[str, Any]]) -> None:
+    for row in rows:
+        row["reward_model"]["style"] = "vibes"
+
+
+def test_styles_that_nobody_knows_do_not_matter_where_one_judge_takes_every_row(demo: Path, tmp_path: Path) -> None:
+    data = write(demo, tmp_path / "data", rename_style)
+    few = ["data.heldout=[]", "eval.every=0", "train.steps=1", "log.tensorboard=false"]
+    command = ["train", demo / "config.yaml", f"run.dir={tmp_path / 'run'}", f"data.train={data}", *few]
+    assert "judge style 'vibes'; known styles are" in error_line(run(command, tmp_path / "first"))
+    ended = run([*command, "score.judge=rule", f"run.dir={tmp_path / 'judged'}"], tmp_path / "second")
+    assert ended.code == 0, ended
+    assert read_steps(tmp_path / "judged")[0].slices == read_steps(demo)[0].slices  # which the data's own `rule` judged
 
 
 @pytest.mark.parametrize("spoil", [damage, cut_image])

@@ -25,9 +25,12 @@ _VERBS = (
     ["config"],
     ["data", "check"],
     ["data", "demo"],
+    ["judge", "check"],
+    ["judge", "rescore"],
     ["report"],
     ["rank"],
     ["plan"],
+    ["tools", "serve"],
     ["weights", "map"],
     ["bench"],
 )

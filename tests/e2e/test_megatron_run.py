@@ -257,6 +257,7 @@ def disk_full(command: list[object], folder: Path, process: Path, reason: str) -
     assert [path.name for path in sorted((folder / "checkpoints").iterdir())] == ["step-000001", "step-000002"]
 
 
+@pytest.mark.slow
 def test_a_disk_full_at_checkpoint_time_keeps_the_older_ones_and_the_run_resumes_exactly(
     job: Path,
     uninterrupted: Path,

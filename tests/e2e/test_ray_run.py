@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import HERE, PROGRAM, run, run_state
+from coldstart import conversations, write
+from harness import AGENT, HERE, PROGRAM, run, run_state
 from jobs import TWO_RANKS, Job
 
 from metis_fast.rollout.store import read_rollouts
@@ -167,6 +168,35 @@ def test_more_than_a_ray_cluster_has_room_for_is_refused_and_the_cluster_of_the_
         assert "still there" in said
     finally:
         job.end()
+
+
+@pytest.mark.slow
+def test_a_cold_start_whose_ranks_are_on_ray_is_bit_for_bit_that_of_this_machine(tmp_path: Path) -> None:
+    write(tmp_path / "set.parquet", conversations(12), "base64")
+    phase = f'sft.phases=[{{"trajectories": "{tmp_path / "set.parquet"}", "steps": 3}}]'
+    heldout = f"sft.heldout={tmp_path / 'set.parquet'}"
+    few = [phase, heldout, "sft.batch_size=4", "sft.tokens_per_micro_batch=2000", "sft.backend=megatron", "log.progress=false"]
+    layout = ["train.megatron.data_parallel=2", "model.dtype=float32", f"model.path={AGENT}"]
+
+    def command(name: str) -> list[object]:
+        return ["sft", *few, *layout, f"run.dir={tmp_path / name}", "--out", tmp_path / name / "model"]
+
+    config = tmp_path / "empty.yaml"
+    config.write_text("{}\n")
+    here = command("here")
+    ended = run([here[0], config, *here[1:]], tmp_path / "process")
+    assert ended.code == 0 and not ended.orphans and not ended.scratch, ended
+    there = command("there")
+    line = [PROGRAM, there[0], config, "workers.launcher=ray", "workers.nodes=1", *there[1:]]
+    job = Job(line, tmp_path / "job", HOME=str(tmp_path), RAY_ADDRESS="local")
+    try:
+        assert job.wait(left_s=120) == 0, job.err.read_text()
+    finally:
+        job.end()
+    for name in ("sft/metrics.jsonl", "sft/eval.jsonl", "model/model.safetensors"):
+        assert (tmp_path / "here" / name).read_bytes() == (tmp_path / "there" / name).read_bytes(), name
+    assert sorted(path.name for path in (tmp_path / "there" / "sft" / "ranks").iterdir()) == ["rank-0.log", "rank-1.log"]
+    assert not (tmp_path / "there" / "workers").exists()  # no node
 
 
 def test_ray_is_imported_by_nothing_that_does_not_ask_for_it(demo: Path, tmp_path: Path) -> None:

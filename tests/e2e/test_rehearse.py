@@ -26,6 +26,20 @@ def _rehearse(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, 
     return code, {stage["name"]: f"{stage['state']}: {stage['said']}" for stage in tree["stages"]}, tree["left_out"]
 
 
+def test_the_papers_hdpo_config_rehearses_with_the_native_engine(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    out = tmp_path / "kept"
+    here = ["rollout.engine=native", "rollout.vllm.sleep=0", "train.backend=torch", f"--out={out}"]
+    code, said, _ = _rehearse(capsys, _CONFIGS / "qwen3vl_8b_hdpo.yaml", *here, *_SMALL)
+    assert code == 0, said
+    assert list(said) == ["stand-ins", "tools and judge", "train", "eval"]
+    steps = [json.loads(line) for line in (out / "run" / "metrics.jsonl").read_text().splitlines()]
+    norms = [update["grad_norm"] for step in steps for update in step.get("updates", [])]
+    assert len(norms) == 4 and all(norm > 0 for norm in norms)
+    files = [path for path in out.rglob("*") if path.is_file()]
+    assert len(files) > 40 and not [path for path in files if KEY_VALUE.encode() in path.read_bytes()]
+
+
+@pytest.mark.slow
 def test_the_papers_hdpo_config_rehearses_with_vllm_and_two_ranks(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     pytest.importorskip("vllm")
     pytest.importorskip("megatron.core")

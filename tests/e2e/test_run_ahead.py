@@ -92,7 +92,7 @@ def test_one_step_off_trains_the_sequence_in_order_with_weights_one_update_old(d
     assert len(ages[0]) == 1 and all(len(age) == 2 and age[0] == 0 for age in ages[1:])
 
 
-@pytest.mark.parametrize("slow", _STAGES)
+@pytest.mark.parametrize("slow", [pytest.param("carry", marks=pytest.mark.slow), "drop"])
 def test_a_run_ahead_that_is_killed_in_every_stage_loses_no_prompt_and_trains_none_twice(
     demo: Path, tmp_path: Path, slow: str
 ) -> None:
@@ -109,11 +109,12 @@ def test_a_run_ahead_that_is_killed_in_every_stage_loses_no_prompt_and_trains_no
 @pytest.mark.parametrize(
     "moment",
     [
-        Moment("pipeline._next_batch", signal.SIGINT, delay_s=0.05),
-        Moment("pipeline._update", signal.SIGINT, entry=2, delay_s=0.005),
-        Moment("pipeline._update", signal.SIGTERM, entry=2, delay_s=0.1),
+        pytest.param(Moment("pipeline._next_batch", signal.SIGINT, delay_s=0.05), marks=pytest.mark.slow, id="batch"),
+        pytest.param(Moment("pipeline._update", signal.SIGINT, entry=2, delay_s=0.005), id="update"),
+        pytest.param(
+            Moment("pipeline._update", signal.SIGTERM, entry=2, delay_s=0.1), marks=pytest.mark.slow, id="late in an update"
+        ),
     ],
-    ids=["batch", "update", "late in an update"],
 )
 def test_ctrl_c_while_rollouts_run_ahead_ends_the_run_at_once_and_loses_no_step(
     demo: Path, tmp_path: Path, moment: Moment

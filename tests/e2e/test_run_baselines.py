@@ -1,4 +1,7 @@
-"""Every baseline and option that is a setting: two real steps, in this process, with finite numbers and changed weights."""
+"""Every baseline and option that is a setting: two real steps, in this process, with finite numbers and changed weights.
+
+Those of which a unit or parity test shows the numbers, and that change nothing else of a run, are slow ones.
+"""
 
 from __future__ import annotations
 
@@ -39,6 +42,7 @@ _VARIANTS = {
     "reference normalization": ["loss.normalization=reference"],
     "muon": ["train.optim.muon_lr=0.001"],
 }
+_QUICK = ("hdpo", "grpo", "coupled reward", "gdpo", "four mini-batches", "kl", "bfloat16", "admission at any time", "muon")
 
 
 @pytest.fixture
@@ -55,7 +59,7 @@ def _numbers(steps: list[StepStats]) -> list[float]:
     return rates + [number for u in updates for number in (u.loss, u.grad_norm, u.kl, u.entropy, u.engine_gap, u.ratio_max)]
 
 
-@pytest.mark.parametrize("variant", _VARIANTS)
+@pytest.mark.parametrize("variant", [pytest.param(one, marks=() if one in _QUICK else pytest.mark.slow) for one in _VARIANTS])
 @pytest.mark.usefixtures("one_thread")
 def test_a_variant_trains_two_steps_with_finite_numbers(demo: Path, tmp_path: Path, variant: str) -> None:
     quiet = ["train.steps=2", "data.heldout=[]", "log.tensorboard=false", "log.progress=false", f"run.dir={tmp_path / 'run'}"]

@@ -65,7 +65,7 @@ def test_a_disk_full_at_checkpoint_time_keeps_the_older_ones_and_the_run_resumes
     assert run_state(folder) == run_state(demo)
 
 
-@pytest.mark.parametrize("left", [0, 8, 24])
+@pytest.mark.parametrize("left", [pytest.param(0, marks=pytest.mark.slow), 8, pytest.param(24, marks=pytest.mark.slow)])
 def test_a_disk_full_while_a_step_is_written_is_one_line_and_the_run_resumes_exactly(
     demo: Path, tmp_path: Path, disk: _Disk, left: int
 ) -> None:

@@ -28,7 +28,10 @@ def _stopped(ended: Ended) -> None:
     assert not ended.orphans and not ended.scratch, ended
 
 
-@pytest.mark.parametrize("stage", _STAGES)
+_QUICK = ("update", "checkpoint")
+
+
+@pytest.mark.parametrize("stage", [pytest.param(one, marks=() if one in _QUICK else pytest.mark.slow) for one in _STAGES])
 def test_ctrl_c_ends_a_run_at_once_and_the_resumed_run_ends_like_an_uninterrupted_one(
     demo: Path, tmp_path: Path, stage: str
 ) -> None:

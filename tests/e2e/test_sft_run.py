@@ -4,6 +4,7 @@ named, or skipped and counted; the held-out loss is measured; what it exports is
 from __future__ import annotations
 
 import json
+import math
 import signal
 from pathlib import Path
 
@@ -39,7 +40,7 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "heldout": str(folder / "heldout.parquet"),
             "eval_every": 7,
             "freeze": ["vision"],
-            "optim": {"lr": 1e-3, "warmup_steps": 3, "final_lr": 0.0},
+            "optim": {"lr": 1e-3, "warmup_steps": 3, "schedule": "cosine", "final_lr": 0.0},
         },
     }
     path = folder / "job.yaml"
@@ -75,6 +76,7 @@ def test_it_learns_measures_and_exports_a_model_whose_tower_is_as_it_was(job: Pa
     assert sum(line["loss"] for line in steps[:3]) > 1.3 * sum(line["loss"] for line in steps[12:15])
     assert all(line["bad_rows"] == line["long_rows"] == 0 < line["loss_tokens"] < line["tokens"] for line in steps)
     assert steps[0]["lr"] == pytest.approx(1e-3 / 3) and steps[2]["lr"] == pytest.approx(1e-3) and steps[19]["lr"] == 0.0
+    assert steps[7]["lr"] == pytest.approx(1e-3 * (1 + math.cos(math.pi * 4 / 16)) / 2)
     measured = lines(whole, "eval.jsonl")
     assert [line["step"] for line in measured] == [0, 7, 14, 20]
     assert {line["rows"] for line in measured} == {10}
@@ -105,7 +107,7 @@ def test_killed_at_any_moment_it_ends_bit_identical_to_an_uninterrupted_one(job:
     assert state(broken) == state(whole)
 
 
-@pytest.mark.parametrize("entry", [3, 13])
+@pytest.mark.parametrize("entry", [pytest.param(3, marks=pytest.mark.slow), 13])
 def test_stopped_by_ctrl_c_amid_an_epoch_it_saves_the_step_and_goes_on(
     job: Path, whole: Path, tmp_path: Path, entry: int
 ) -> None:
@@ -173,6 +175,12 @@ def test_the_check_reads_every_row_and_names_what_does_not_fit(job: Path, faulty
     assert heldout["rows"] == 10 and heldout["bad"] == heldout["long"] == heldout["steps"] == 0
     assert "12 rows, 2 bad, 1 too long" in run(["sft", job, "--check", phase(faulty)], tmp_path).out
     assert run(["sft", job, "--check"], tmp_path).code == 0
+    skip = [phase(faulty), "sft.on_bad_row=skip"]
+    assert run(["sft", job, "--check", *skip], tmp_path).code == 1  # the long one
+    assert run(["sft", job, "--check", *skip, "sft.on_long_row=skip"], tmp_path).code == 0
+    (tmp_path / "none").mkdir()
+    useless = write(tmp_path / "none" / "set.parquet", [("[", []), ("[", [])])
+    assert run(["sft", job, "--check", phase(useless), "sft.on_bad_row=skip"], tmp_path).code == 1
 
 
 def test_what_cannot_be_asked_of_conversations_is_said(job: Path, tmp_path: Path) -> None:

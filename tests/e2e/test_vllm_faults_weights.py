@@ -92,7 +92,7 @@ def test_memory_that_damages_every_version_stops_the_run_and_no_engine_is_blamed
     run(go())
 
 
-@pytest.mark.parametrize("again", [False, True])
+@pytest.mark.parametrize("again", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_an_engine_that_starts_while_the_staged_version_is_damaged_waits_for_the_next_and_others_sample(
     engines: Open, prompts: list[Prompt], again: bool
 ) -> None:
@@ -144,7 +144,7 @@ def test_an_only_engine_that_starts_while_the_staged_version_is_damaged_is_not_b
     those.check(run(go()), prompts, {2})
 
 
-@pytest.mark.parametrize("fault", [Fault.KILL_LOADING, Fault.HANG_LOADING])
+@pytest.mark.parametrize("fault", [Fault.KILL_LOADING, pytest.param(Fault.HANG_LOADING, marks=pytest.mark.slow)])
 def test_an_engine_that_is_lost_while_it_loads_weights_has_them_when_it_is_up_again(
     engines: Open, prompts: list[Prompt], fault: Fault, monkeypatch: pytest.MonkeyPatch
 ) -> None:

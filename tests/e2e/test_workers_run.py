@@ -74,7 +74,7 @@ def test_workers_that_die_or_hang_in_every_step_cost_no_rollout(demo: Path, tmp_
         assert not {"infrastructure_error", "judge_error"} & json.loads(line)["outcomes"].keys()
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_no_worker_outlives_its_run(demo: Path, tmp_path: Path, number: signal.Signals) -> None:
     options = ["workers.tools=1", "workers.judges=1", "train.steps=500", *_QUICK]
     running = Command(["train", demo / "config.yaml", f"run.dir={tmp_path / 'run'}", *options], tmp_path / "process")

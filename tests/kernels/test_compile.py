@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from contract.cases import IMPLS, Case, Chosen, Options, call_loss, make_case
+from contract.cases import CPU, IMPLS, Case, Chosen, Options, call_loss, make_case
 from contract.compare import SAME, relative
 from torch import Tensor, nn
 
@@ -53,12 +53,27 @@ class Trunk(nn.Module):
 ALL_TERMS = Options(entropy_coef=0.1, kl_coef=0.2, tis_cap=1.1)
 
 
-@pytest.mark.parametrize(
-    ("options", "main_grad", "dtype"),
-    [(Options(), False, torch.float32), (Options(), True, torch.bfloat16), (ALL_TERMS, False, torch.bfloat16)],
-    ids=["float32", "main_grad", "all_terms"],
-)
-def test_one_compiled_graph_equals_eager(impl: Chosen, options: Options, main_grad: bool, dtype: torch.dtype):
+MAIN_GRAD = pytest.param(Options(), True, torch.bfloat16, id="main_grad")
+TERMS = pytest.param(ALL_TERMS, False, torch.bfloat16, id="all_terms")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("options", "main_grad", "dtype"), [MAIN_GRAD, TERMS])
+def test_one_compiled_graph_of_the_reference_equals_eager(options: Options, main_grad: bool, dtype: torch.dtype):
+    assert_compiled_equals_eager("reference", options, main_grad, dtype)
+
+
+@pytest.mark.parametrize(("options", "main_grad", "dtype"), [MAIN_GRAD, TERMS])
+@pytest.mark.parametrize("impl", [CPU, "triton"])
+def test_one_compiled_graph_of_a_fused_kernel_equals_eager(impl: Chosen, options: Options, main_grad: bool, dtype: torch.dtype):
+    assert_compiled_equals_eager(impl, options, main_grad, dtype)
+
+
+def test_one_compiled_graph_equals_eager_in_float32(impl: Chosen):
+    assert_compiled_equals_eager(impl, Options(), False, torch.float32)
+
+
+def assert_compiled_equals_eager(impl: Chosen, options: Options, main_grad: bool, dtype: torch.dtype) -> None:
     case = make_case(21, 32, 100, dtype)
     results = []
     for compiled in (False, True):
@@ -75,6 +90,7 @@ def test_one_compiled_graph_equals_eager(impl: Chosen, options: Options, main_gr
         assert eager.detach().abs().sum() > 0
 
 
+@pytest.mark.parametrize("impl", [CPU, *(pytest.param(one, marks=pytest.mark.slow) for one in ("triton", "reference"))])
 def test_an_upstream_factor_reaches_the_gradients_of_a_compiled_graph(impl: Chosen):
     case = make_case(21, 32, 100)
     model = Trunk(case, impl, Options(), main_grad=False)

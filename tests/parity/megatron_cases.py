@@ -68,11 +68,19 @@ LAYOUTS = {
 }
 
 
+SLOW = {
+    ("tp2 sp", "untied"), ("pp2", "untied"), ("dp2", "untied"), ("tp2 sp", "text"), ("dp2", "text"),
+    ("tp2 pp2", "untied"), ("tp2 pp2", "text"), ("tp2 sp pp2 full recompute", "untied"), ("pp2 dp2", "untied"),
+}  # fmt: skip
+"""Cases of which each part is in another one: the layout with another model, the model under another layout."""
+
+
 def cases(num_ranks):
     """(layout, model): every layout of so many ranks, several of them with every model."""
     found = [(name, "deep" if "interleaved" in name else "untied") for name in LAYOUTS]
     found += [(name, model) for name in ("pp2", "tp2 sp", "tp2 pp2", "dp2") for model in ("tied", "text")]
-    return [(name, model) for name, model in found if MegatronConfig(**LAYOUTS[name]).num_ranks == num_ranks]
+    own = [case for case in found if MegatronConfig(**LAYOUTS[case[0]]).num_ranks == num_ranks]
+    return [pytest.param(*case, id=" ".join(case), marks=pytest.mark.slow if case in SLOW else ()) for case in own]
 
 
 def assert_layout_computes_what_one_process_does(start, truth, models, layout, model):

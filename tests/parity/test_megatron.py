@@ -21,7 +21,7 @@ from metis_fast.train.torch_backend import TorchTrainer
 CASES = cases(2)
 
 
-@pytest.mark.parametrize(("layout", "model"), CASES, ids=[" ".join(case) for case in CASES])
+@pytest.mark.parametrize(("layout", "model"), CASES)
 def test_a_layout_computes_what_one_process_does(start, truth, models, layout, model):
     assert_layout_computes_what_one_process_does(start, truth, models, layout, model)
 
@@ -37,8 +37,21 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("layout", ["tp2 sp", "pp2"])
-@pytest.mark.parametrize("option", OPTIONS)
+QUICK = {
+    **dict.fromkeys(("kl", "entropy", "tower frozen"), "tp2 sp"),
+    **dict.fromkeys(("truncated", "engine", "embeddings frozen", "plain"), "pp2"),
+}
+"""Of each option the layout that is not slow."""
+
+
+@pytest.mark.parametrize(
+    ("option", "layout"),
+    [
+        pytest.param(option, layout, marks=() if QUICK[option] == layout else pytest.mark.slow)
+        for option in OPTIONS
+        for layout in ("tp2 sp", "pp2")
+    ],
+)
 def test_every_option_is_that_of_the_torch_back_end(start, models, groups, layout, option):
     model, (changes, part) = "tied", OPTIONS[option]
     near = [

@@ -12,7 +12,7 @@ from metis_fast.train.megatron.task import Task
 CASES = cases(4)
 
 
-@pytest.mark.parametrize(("layout", "model"), CASES, ids=[" ".join(case) for case in CASES])
+@pytest.mark.parametrize(("layout", "model"), CASES)
 def test_a_layout_computes_what_one_process_does(start, truth, models, layout, model):
     assert_layout_computes_what_one_process_does(start, truth, models, layout, model)
 
@@ -20,11 +20,11 @@ def test_a_layout_computes_what_one_process_does(start, truth, models, layout, m
 @pytest.mark.parametrize(
     ("model", "written", "others", "dtype"),
     [
-        ("tied", "tp2 pp2", ["dp2", "pp2 dp2"], "float32"),
-        ("tied", "pp2", ["tp2 sp", "dp2 whole optimizer"], "bfloat16"),
+        pytest.param("tied", "tp2 pp2", ["dp2", "pp2 dp2"], "float32", marks=pytest.mark.slow),
+        pytest.param("tied", "pp2", ["tp2 sp", "dp2 whole optimizer"], "bfloat16", marks=pytest.mark.slow),
         ("untied", "dp2 overlapped", ["tp2 pp2"], "bfloat16"),
         ("untied", "dp2 whole optimizer", ["pp2 uneven"], "float32"),
-        ("deep", "pp2 interleaved", ["tp2 dp2 overlapped"], "float32"),
+        pytest.param("deep", "pp2 interleaved", ["tp2 dp2 overlapped"], "float32", marks=pytest.mark.slow),
     ],
 )
 def test_a_checkpoint_goes_from_layout_to_layout_without_losing_a_bit(

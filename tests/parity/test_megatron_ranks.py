@@ -191,7 +191,7 @@ def test_a_defect_on_one_rank_is_named_although_the_others_break_too(own, tmp_pa
     assert 'raise KeyError("no such layer")' in (tmp_path / "ranks" / "rank-1.log").read_text()  # with its traceback
 
 
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_kill_9_of_a_rank_in_a_collective_operation_is_said_and_leaves_nothing(own, tmp_path, victim):
     ranks, pids = own
     when(tmp_path / "hangs", lambda: os.kill(pids[victim], signal.SIGKILL))
@@ -251,7 +251,7 @@ def test_an_error_amid_a_stream_ends_the_ranks_at_once(own):
     assert not alive(pids)
 
 
-@pytest.mark.parametrize("stopped", [False, True])
+@pytest.mark.parametrize("stopped", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_run_killed_with_9_takes_its_ranks_and_what_they_forked_along(tmp_path, stopped):
     run = subprocess.Popen([sys.executable, HERE / "rank_workers.py", tmp_path])
     try:

@@ -143,7 +143,7 @@ def ranks():
     return found
 
 
-@pytest.mark.parametrize("layout", [DP, PP], ids=["dp2", "pp2"])
+@pytest.mark.parametrize("layout", [pytest.param(DP, id="dp2"), pytest.param(PP, id="pp2", marks=pytest.mark.slow)])
 def test_ranks_on_ray_compute_bit_for_bit_what_those_of_this_machine_do(open_trainer, many, hold, layout):
     settings = settings_of(many, layout).model_copy()
     settings = settings.model_copy(update={"train": settings.train.model_copy(update={"prompts_per_mini_batch": 3})})
@@ -229,7 +229,7 @@ def test_a_store_that_is_full_on_fetch_is_said_and_the_next_update_works(open_tr
     assert not left()
 
 
-@pytest.mark.parametrize("victim", ["rank", "keeper"])
+@pytest.mark.parametrize("victim", [pytest.param("rank", marks=pytest.mark.slow), "keeper"])
 def test_kill_9_of_a_rank_or_of_its_keeper_is_said_and_leaves_nothing(open_trainer, many, hold, victim):
     trainer = open_trainer(settings_of(many, PP), True)
     summaries = hold(many)

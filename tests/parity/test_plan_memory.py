@@ -61,7 +61,11 @@ def settings_of(layout, groups, dtype="float32", freeze=()):
     return config(train=train, model={"dtype": dtype, "freeze": list(freeze)})
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+FULL = pytest.param("float32", marks=pytest.mark.slow)
+"""bfloat16 has masters besides, and so every part that float32 has."""
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", FULL])
 @pytest.mark.parametrize(
     ("layout", "freeze"),
     [
@@ -84,7 +88,11 @@ def test_weights_gradients_and_optimizer_are_what_a_rank_holds(ranks, model, gro
         assert optimizer == pytest.approx(expected.optimizer, rel=0.05)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_in_float32_the_weights_are_their_own_masters(ranks, model, groups):
+    test_weights_gradients_and_optimizer_are_what_a_rank_holds(ranks, model, groups, TP, (), "float32")
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", FULL])
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
 @pytest.mark.parametrize("layout", [TP, TP | {"sequence_parallel": True}, PP], ids=["tp2", "tp2 sp", "pp2"])
 def test_activations_are_what_autograd_keeps_of_a_pass(ranks, model, groups, layout, recompute, dtype):

@@ -1,4 +1,7 @@
-"""What golden forms of the `compact` protocol are of; `golden/compact.json` has them, from when it was the only protocol."""
+"""What golden forms of the `compact` protocol are of; `golden/compact.json` has them, from when it was the only protocol.
+
+Since then two things were changed on purpose: a tag in an observation is text, and errors say more of what to write instead.
+"""
 
 from __future__ import annotations
 

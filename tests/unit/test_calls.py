@@ -95,7 +95,7 @@ def test_a_message_without_a_closed_call_and_with_an_answer_or_no_tag_calls_noth
 )
 def test_an_open_call_without_a_finished_answer_is_a_malformed_one(text, syntax):
     parsed = parse_turn(text, syntax)
-    assert parsed.call == ToolCall("", "") and parsed.error == "the tool call has no </tool_call>"
+    assert parsed.call == ToolCall("", "") and parsed.error == "the tool call has no </tool_call>; write it behind the object"
 
 
 # -- what is wrong with it ------------------------------------------------------------------------------------------------

@@ -45,6 +45,13 @@ def test_a_node_is_one_bundle_with_all_that_plays_there_and_tensor_parallel_rank
     assert planned(config, ranks=False) == planned(config)[:2]
 
 
+def test_a_cold_start_has_room_for_its_ranks_alone() -> None:
+    config = settings(rollout=vllm(3, 2, sleep=True), train=MEGATRON, workers={"launcher": "ray", "nodes": 2, "tools": 3})
+    found = room.plan(config, True, on_gpus=True, plays=False)
+    assert [(each.role, each.cpus, each.gpus, each.ranks) for each in found] == [("ranks", 2, 2, 2)] * 3
+    assert room.plan(config, False, on_gpus=True, plays=False) == []
+
+
 def test_without_gpus_cpu_slots_are_asked_for() -> None:
     config = settings(rollout=vllm(2, 2, cpu_threads=3), train=MEGATRON)
     assert planned(config, on_gpus=False) == [("node", 1 + 2 * 2 * 3, 0, 0), *[("ranks", 2, 0, 2)] * 3]

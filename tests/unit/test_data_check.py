@@ -58,6 +58,9 @@ def test_the_report_counts_what_training_would_see(tmp_path: Path):
     assert report.image_bytes == len(SMALL) + len(WIDE) + len(LARGE)
     assert [(bad.row, bad.column) for bad in report.bad_rows] == [(0, "reward_model.style"), (1, "images[0]")]
     assert report.exit_code == 1
+    any_style = check_files([tmp_path], progress=False, any_style=True)
+    assert [(bad.row, bad.column) for bad in any_style.bad_rows] == [(1, "images[0]")]
+    assert any_style.styles == {"music": 1, "rule": 3}
 
 
 def test_the_check_refuses_exactly_the_rows_that_reading_refuses(tmp_path: Path):

@@ -58,7 +58,7 @@ def test_the_small_cache_of_these_tests_cuts_an_epoch_into_windows(folder: Path)
     cache_bytes=st.sampled_from([0, SMALL, LARGE]),
     steps=st.lists(st.tuples(st.integers(0, 9), st.booleans()), max_size=12),
 )
-@settings(max_examples=60)
+@settings(max_examples=30)
 def test_any_interleaving_of_next_and_resume_gives_the_same_sequence(
     folder: Path, seed: int, shuffle: bool, cache_bytes: int, steps: list[tuple[int, bool]]
 ):
@@ -91,7 +91,7 @@ def test_every_epoch_visits_each_usable_row_exactly_once(folder: Path, seed: int
 
 
 @given(seed=SEEDS, epoch=st.integers(0, 1000), cache_bytes=st.sampled_from([0, SMALL, LARGE]))
-@settings(max_examples=60)
+@settings(max_examples=30)
 def test_row_groups_in_use_always_fit_the_cache(folder: Path, seed: int, epoch: int, cache_bytes: int):
     files = PromptFiles([folder], cache_bytes)
     order = epoch_order(files.layout, seed, epoch).tolist()

@@ -264,6 +264,19 @@ def test_the_row_of_a_bad_row_counts_from_the_start_of_its_own_file(tmp_path: Pa
     assert files.read(4).uid == "b:1"
 
 
+def test_a_style_that_nobody_knows_is_no_fault_where_one_judge_takes_every_row(tmp_path: Path):
+    rows = [PLAIN | {"reward_model": {"ground_truth": "2", "style": style}} for style in ("vibes", "math")]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "set.parquet")
+    files = PromptFiles([tmp_path / "set.parquet"], any_style=True)
+    assert [files.read(row).judge_style for row in (0, 1)] == ["vibes", "math"]
+    assert [row.prompt().judge_style for row in files.raw_rows(files.row_groups[0])] == ["vibes", "math"]
+    pq.write_table(
+        pa.Table.from_pylist([PLAIN | {"reward_model": {"ground_truth": "2", "style": 1}}]), tmp_path / "set.parquet"
+    )
+    with pytest.raises(BadRowError, match=r"reward_model\.style"):  # no style at all
+        PromptFiles([tmp_path / "set.parquet"], any_style=True).read(0)
+
+
 def test_text_that_is_not_utf8_is_a_bad_row(tmp_path: Path):
     table = pa.Table.from_pylist([PLAIN])
     broken = pa.Array.from_buffers(pa.string(), 1, pa.array([b"\xff\xfe"]).buffers())

@@ -92,6 +92,7 @@ class FakeSession:
 
 class FakeToolbox:
     names = tuple(ToolName)
+    tools = ()
 
     def __init__(self) -> None:
         self._cities = {city.name: city for city in load_world().cities}

@@ -119,8 +119,11 @@ def test_a_call_that_was_cut_off_counts_but_is_not_run(episode):
             "<tool_call>{oops}</tool_call>",
             'Error: the tool call is not valid JSON: "oops}" for a name; write names in " quotes',
         ),
-        ("<tool_call>{<|im_end|>", "Error: the tool call has no </tool_call>"),
-        ('<tool_call>{"name": "python", "arguments": 3}</tool_call>', 'Error: "arguments" must be an object'),
+        ("<tool_call>{<|im_end|>", "Error: the tool call has no </tool_call>; write it behind the object"),
+        (
+            '<tool_call>{"name": "python", "arguments": 3}</tool_call>',
+            'Error: "arguments" must be an object: write "arguments": {...}',
+        ),
     ],
 )
 def test_a_malformed_call_is_a_tool_error_that_counts_and_tells_the_agent(episode, chat, message, error):

@@ -366,7 +366,7 @@ def test_groups_that_are_lost_as_an_update_begins_are_played_again_by_engines_th
             raise GroupsLost(lost)
         return ("done",)
 
-    def score(parts: Parts, groups: Sequence[GroupSummary]) -> list[ScoredSummary]:
+    def score(parts: Parts, groups: Sequence[GroupSummary], step: int) -> list[ScoredSummary]:
         return [ScoredSummary(group, ()) for group in groups]
 
     monkeypatch.setattr(pipeline, "_score", score)

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from pydantic import ValidationError
 from torch import nn
 
 from metis_fast.config import OptimConfig
@@ -164,6 +165,23 @@ def test_a_parameter_without_a_gradient_decays_and_keeps_its_average_like_one_wh
 def test_the_learning_rate_reaches_its_final_share_at_the_last_step(settings, shares):
     schedule = Schedule(OptimConfig(lr=0.01, **settings), total_steps=6)
     assert [schedule.share(step) for step in range(6)] == pytest.approx(shares)
+
+
+@pytest.mark.parametrize(("warmup", "final", "total"), [(0, 0.0, 9), (3, 0.0, 24), (2, 0.1, 7), (5, 0.5, 5), (0, 0.0, 1)])
+def test_a_cosine_is_half_a_wave_between_warm_up_and_last_step(warmup, final, total):
+    schedule = Schedule(OptimConfig(schedule="cosine", warmup_steps=warmup, final_lr=final), total_steps=total)
+    for step in range(total):
+        if step < warmup:
+            expected = (step + 1) / warmup
+        else:
+            expected = final + (1 - final) * (1 + math.cos(math.pi * (step - warmup) / max(1, total - 1 - warmup))) / 2
+        assert schedule.share(step) == pytest.approx(expected, abs=1e-12)
+    assert schedule.share(total + 50) == pytest.approx(final)  # of a run that was prolonged
+
+
+def test_a_cosine_that_falls_to_nothing_less_is_refused():
+    with pytest.raises(ValidationError, match="schedule=cosine with final_lr=1 stays at lr; set final_lr"):
+        OptimConfig(schedule="cosine")
 
 
 def test_the_learning_rate_stays_at_its_final_share_in_a_run_that_was_prolonged():

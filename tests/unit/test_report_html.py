@@ -114,7 +114,7 @@ def groups(tool_rate: dict[str, float], accuracy: dict[str, float], seed: int, p
                 tool, correct = bool(generator.random() < tool_rate[kind]), bool(generator.random() < accuracy[kind])
                 rollouts.append(conversation(uid, index, tool=tool, correct=correct))
                 r_tool = (0.5 if tool else 1.0) * correct
-                verdict = Verdict(correct, True, "42" if correct else "41")
+                verdict = Verdict(correct, True, "42" if correct else "41", f"llm {ATTACK}", f"says {ATTACK}")
                 scores.append(
                     Score(verdict, Outcome.ANSWERED, 0.9 * correct + 0.1, r_tool, 0.71, -1.22, correct, correct, True)
                 )

@@ -84,9 +84,26 @@ def test_what_ran_ahead_is_logged_and_reads_back(tmp_path: Path):
 
 def test_the_judges_missing_verdicts_are_a_share_of_what_there_was_to_judge():
     outcomes = {"answered": 5, "turn_limit": 1, "judge_error": 2, "infrastructure_error": 8}
-    assert step_scalars(stats(0, outcomes=outcomes))["share/no_verdict"] == 0.25
-    assert step_scalars(stats(0))["share/no_verdict"] == 0.0
-    assert step_scalars(stats(0, outcomes={"infrastructure_error": 8}))["share/no_verdict"] == 0.0
+    assert step_scalars(stats(0, outcomes=outcomes))["share/judge_failed_rate"] == 0.25
+    assert step_scalars(stats(0))["share/judge_failed_rate"] == 0.0
+    assert step_scalars(stats(0, outcomes={"infrastructure_error": 8}))["share/judge_failed_rate"] == 0.0
+
+
+def test_what_our_machinery_broke_off_is_a_share_of_all_rollouts():
+    outcomes = {"answered": 5, "turn_limit": 1, "judge_error": 2, "infrastructure_error": 8}
+    assert step_scalars(stats(0, outcomes=outcomes))["share/infra_failed_rate"] == 0.5
+
+
+def test_records_from_before_there_were_rates_of_failures_get_them_from_their_outcomes(tmp_path: Path):
+    outcomes = {"answered": 6, "judge_error": 2, "infrastructure_error": 8}
+    with RunLog(tmp_path, QUIET) as log:
+        log.step(stats(0, outcomes=outcomes))
+    path = tmp_path / "metrics.jsonl"
+    record = json.loads(path.read_text())
+    del record["infra_failed_rate"], record["judge_failed_rate"]
+    path.write_text(json.dumps(record) + "\n")
+    (step,) = read_steps(tmp_path)
+    assert (step.infra_failed_rate, step.judge_failed_rate) == (0.5, 0.25)
 
 
 def test_steps_of_a_run_from_before_rollouts_could_run_ahead_still_read(tmp_path: Path):

@@ -93,6 +93,17 @@ def test_everything_may_move(config: Config, tmp_path: Path) -> None:
     assert train is not None and train.read(3).uid == "train:3"
 
 
+def test_what_was_known_of_a_corpus_that_is_gone_for_a_while_is_held_to_later(config: Config, tmp_path: Path) -> None:
+    (tmp_path / "corpus.parquet").rename(tmp_path / "away.parquet")
+    tools = config.tools.model_copy(update={"replay": tmp_path / "run.sqlite"})  # it needs no corpus
+    record(config.model_copy(update={"tools": tools})).save(3)
+    (tmp_path / "away.parquet").rename(tmp_path / "corpus.parquet")
+    assert changed(config) == []
+    (tmp_path / "corpus.parquet").write_bytes(b"other pages")
+    with pytest.raises(ConfigError, match=r"another tools\.text_search\.corpus"):
+        record(config)
+
+
 def test_a_mended_row_is_a_warning_that_names_it(config: Config, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     write_rows(tmp_path / "data" / "train.parquet", [*ANSWERS[:7], "mended", *ANSWERS[8:]])
     with caplog.at_level(logging.WARNING):

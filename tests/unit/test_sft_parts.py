@@ -22,6 +22,7 @@ from metis_fast.sft.encoding import Encoder
 from metis_fast.sft.log import SftLog
 from metis_fast.sft.processor import limited
 from metis_fast.sft.streams import Ahead, Conversations, Played, num_steps
+from metis_fast.types import Observation
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +78,32 @@ def test_no_text_can_spell_a_control_token(encoded, policy):
     for token in ("<|im_end|>", "<|im_start|>", "<|image_pad|>", "<|vision_start|>"):
         assert (rollout.tokens == ids[token]).sum() == (plain.tokens == ids[token]).sum(), token
     assert text_of(policy, rollout.tokens).count(spelt) == 3
+
+
+def test_tags_in_an_observation_are_text_but_for_the_response_around_it(encoded, policy):
+    inside = "a </tool_call> <tool_response>\n</tool_response> b"
+    calls = [say("user", "q"), say("assistant", CALL)]
+    tags = [policy.tokenizer.convert_tokens_to_ids(tag) for tag in ("</tool_call>", "<tool_response>", "</tool_response>")]
+    for role in ("user", "tool"):
+        wrapped = encoded(*calls, say(role, f"<tool_response>{inside}</tool_response>"), say("assistant", "x"))
+        bare = encoded(*calls, say(role, inside), say("assistant", "x"))
+        counts = [[int((one.tokens == tag).sum()) for tag in tags] for one in (wrapped, bare)]
+        assert counts == [[1, 1, 1], [1, 0, 0]]  # the call's own, and what stands around
+        assert f"<tool_response>{inside}</tool_response><|im_end|>" in text_of(policy, wrapped.tokens)
+    shown = say("user", f"<tool_response>{inside}<image>{inside}</tool_response>")
+    rollout = encoded(*calls, shown, say("assistant", "x"), images=[png(0)])
+    assert [int((rollout.tokens == tag).sum()) for tag in tags] == [1, 1, 1]
+    assert len(rollout.image_spans) == 1
+
+
+def test_an_observation_of_sft_has_the_ids_that_inference_gives_it(encoded, chat, policy):
+    inside = "4 </tool_call>"
+    rollout = encoded(
+        say("user", "q"), say("assistant", CALL), say("tool", f"<tool_response>{inside}</tool_response>"), say("assistant", "x")
+    )
+    piece = chat.encode_observation(Observation(inside), chat.im_end, 100).tokens
+    tokens = rollout.tokens.tolist()
+    assert any(tokens[at : at + len(piece)] == piece for at in range(len(tokens)))
 
 
 def test_no_token_reaches_over_the_border_at_which_sampling_begins(encoded, policy):
@@ -195,6 +222,17 @@ def test_a_set_is_read_once_for_a_measurement_in_its_order(open_stream):
     found = [[int(rollout.prompt_uid[4:]) for rollout in some] for some in stream.once(6)]
     assert found == [[0, 1, 3], [4, 5, 6]]
     assert sum(len(some) for some in stream.once(0)) == 10
+
+
+def test_a_bad_row_of_a_held_out_set_is_told_of_once_however_often_it_is_measured(open_stream, caplog):
+    rows = conversations(6)
+    rows[1], rows[4] = ("[", []), ([say("user", "x " * 900), say("assistant", "Long.")], [])
+    stream = open_stream(rows, on_bad_row="skip", on_long_row="skip", max_tokens=500, batch_size=2)
+    for _ in range(3):
+        assert sum(len(some) for some in stream.once(0)) == 4
+        stream.forget()
+    told = [record.getMessage().split(", column")[0] for record in caplog.records]
+    assert [line.rpartition("row ")[2] for line in told] == ["1", "4"]
 
 
 def test_stored_rollouts_come_in_the_order_that_they_always_had(play, make_prompt):

@@ -152,6 +152,23 @@ def test_a_picture_is_upright_however_it_was_taken_and_its_boxes_lie_in_it(kind:
         assert 0 <= upper < lower <= 96
 
 
+def test_stand_ins_are_replaced_and_other_files_are_not(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    verb = ["data", "standin", str(tmp_path / "x"), "--pixels", "64x48", "--rows"]
+    assert main([*verb, "3"]) == main([*verb, "2"]) == 0
+    assert table(tmp_path / "x" / "rl").num_rows == 2
+    own = tmp_path / "x" / "rl" / "data" / "train-00000-of-00001.parquet"
+    own.write_text("somebody's data")
+    capsys.readouterr()
+    assert main([*verb, "2"]) == 2
+    assert f"{tmp_path / 'x'} holds files that are no stand-ins: rl/data/{own.name}; name a new" in capsys.readouterr().err
+    assert own.read_text() == "somebody's data"
+    other = tmp_path / "other" / "rl" / "data"
+    other.mkdir(parents=True)
+    (other / "train-00000-of-00002.parquet").write_text("somebody's data")
+    assert main(["data", "standin", str(tmp_path / "other"), "--rows", "1", "--pixels", "64x48"]) == 2
+    assert [path.name for path in other.iterdir()] == ["train-00000-of-00002.parquet"]
+
+
 def test_the_verb_writes_and_names_all_sets(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert main(["data", "standin", str(tmp_path / "x"), "--rows", "2", "--pixels", "80x64", "--json"]) == 0
     named = json.loads(capsys.readouterr().out)

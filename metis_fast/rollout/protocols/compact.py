@@ -8,7 +8,14 @@ from metis_fast.config import CallSyntax, ToolsConfig
 from metis_fast.errors import InfrastructureError
 from metis_fast.rollout.calls import ParsedTurn, parse_turn
 from metis_fast.rollout.protocols.base import Block, error_observation, first_blocks
-from metis_fast.tools.results import ImageSearchResult, PythonResult, Refused, TextSearchResult, ToolResult
+from metis_fast.tools.results import (
+    ContentResult,
+    ImageSearchResult,
+    PythonResult,
+    Refused,
+    TextSearchResult,
+    ToolResult,
+)
 from metis_fast.tools.search.wording import compact_images, compact_text
 from metis_fast.types import Observation, Outcome
 
@@ -59,8 +66,8 @@ class Compact:
                 return Observation(compact_text(result, self._numbered[TextSearchResult]))
             case ImageSearchResult():
                 return Observation(*compact_images(result, self._numbered[ImageSearchResult]))
-            case PythonResult():
-                return _python(result)
+            case PythonResult() | ContentResult():
+                return _in_order(result)
             case Refused():
                 return Observation(result.text.replace("<image>", "< image >"), outcome=Outcome.TOOL_ERROR)
 
@@ -75,7 +82,7 @@ class Compact:
         return [*kept, Block([*head, *mark[: left - len(head)]])]
 
 
-def _python(result: PythonResult) -> Observation:
+def _in_order(result: PythonResult | ContentResult) -> Observation:
     """What was written and shown, in that order."""
     texts = [""]  # texts[k] stands before image k
     for part in result.parts:

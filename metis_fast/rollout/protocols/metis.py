@@ -14,7 +14,15 @@ from metis_fast.config import CallSyntax, ToolsConfig
 from metis_fast.errors import InfrastructureError
 from metis_fast.rollout.calls import ParsedTurn, parse_turn
 from metis_fast.rollout.protocols.base import LONGEST_NAME, Block, error_observation, first_blocks
-from metis_fast.tools.results import ImageSearchResult, PythonResult, Refusal, Refused, TextSearchResult, ToolResult
+from metis_fast.tools.results import (
+    ContentResult,
+    ImageSearchResult,
+    PythonResult,
+    Refusal,
+    Refused,
+    TextSearchResult,
+    ToolResult,
+)
 from metis_fast.types import Observation, Outcome, ToolCall
 
 _OPEN, _CLOSE = "<tool_call>", "</tool_call>"
@@ -22,6 +30,7 @@ _TEXT_SEARCH, _PYTHON, _IMAGE_SEARCH = ("text_search", "search"), "python", "ima
 _MARK = "<image>"
 _CALL = re.compile(r"<tool_call>(.*?)</tool_call>", re.DOTALL)
 _SILENT = "Script executed successfully (no output)."
+_SILENT_TOOL = "(no output)"
 _AGAIN = (
     "image_search was called before, and its results would be the same. Do not call it again: use the results above and give "
     "your answer."
@@ -54,7 +63,7 @@ class Metis:
         if _CLOSE not in text:
             return ParsedTurn()
         if _OPEN not in text:
-            return ParsedTurn(ToolCall("", ""), None, "the tool call has no <tool_call>")
+            return ParsedTurn(ToolCall("", ""), None, "the tool call has no <tool_call>; write it before the object")
         return parse_turn(text, self._syntax)
 
     def malformed(self, turn: ParsedTurn) -> Observation:
@@ -88,6 +97,8 @@ class Metis:
                 return _seen_pages(result)
             case PythonResult():
                 return _python(result)
+            case ContentResult():
+                return _content(result)
             case Refused():
                 return Observation(_refusal(result), outcome=Outcome.TOOL_ERROR)
 
@@ -152,7 +163,7 @@ def _refusal(refused: Refused) -> str:
         case Refusal.ARGUMENTS if refused.tool in _TEXT_SEARCH:
             return "Error: Search query is empty."
         case _:
-            return refused.text
+            return _without_marks(refused.text)
 
 
 def _pages(result: TextSearchResult) -> str:
@@ -206,3 +217,10 @@ def _python(result: PythonResult) -> Observation:
     if images:
         text += "Images:\n" + _MARK * len(images)
     return Observation(text.strip(), images, Outcome.TOOL_RESULT if result.ok else Outcome.TOOL_ERROR)
+
+
+def _content(result: ContentResult) -> Observation:
+    """Texts and images in their order; the published protocol has no such tool, so these are the tool's own words."""
+    outcome = Outcome.TOOL_RESULT if result.ok else Outcome.TOOL_ERROR
+    parts = [_without_marks(part) if isinstance(part, str) else _MARK for part in result.parts]
+    return Observation("\n".join(parts).strip() or _SILENT_TOOL, result.images, outcome)

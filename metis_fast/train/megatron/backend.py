@@ -24,7 +24,7 @@ from metis_fast.train.megatron.shared import Kept, Shared, Ungrouped, no_room
 from metis_fast.train.megatron.task import Outlined, StepResult, Task
 from metis_fast.train.minibatch import Trained, imitation_packs, imitation_result, plans, prunes, update_stats
 from metis_fast.train.pack import UNSCORED, Family, Sample, split
-from metis_fast.train.protocol import TrainerState
+from metis_fast.train.protocol import GroupsLost, TrainerState
 from metis_fast.train.savings import deal
 from metis_fast.types import Group, Rollout, ScoredGroup, UpdateStats
 
@@ -180,8 +180,21 @@ class MegatronTrainer:
             yield written
 
     @contextmanager
+    def _lent(self, groups: Sequence[Kept], needed: Sequence[set[int]]) -> Iterator[Sequence[Mapping[int, str]]]:
+        """As `_brought`, of groups that are in this process, wherever the ranks are."""
+        if self._keepers is None:
+            with self._written(groups, needed) as written:
+                yield written
+            return
+        try:
+            with self._keepers.fetched(self._keepers.lend(groups), needed, _nothing) as found:
+                yield found
+        except GroupsLost:  # this process has them still, so Ray's store here is broken
+            raise TrainerError("Ray has lost a batch of this process; run the same command again") from None
+
+    @contextmanager
     def _written(self, groups: Sequence[Kept], needed: Sequence[set[int]]) -> Iterator[Sequence[Mapping[int, str]]]:
-        """As `_brought`, of groups that are here."""
+        """As `_brought`, of groups that are here, for ranks of this machine."""
         with ExitStack() as stack:
             try:
                 shared = stack.enter_context(closing(Shared()))
@@ -191,15 +204,11 @@ class MegatronTrainer:
             yield [files] * len(needed)
 
     def imitate(self, rollouts: Sequence[Rollout]) -> tuple[float, float]:
-        """See `TorchTrainer.imitate`; also raises TrainerError as `update` does. A replica's ranks read what is in their packs.
-
-        For ranks of this machine.
-        """
-        assert self._keepers is None, "ranks on Ray fetch groups from nodes"
+        """See `TorchTrainer.imitate`; also raises TrainerError as `update` does. Ranks read the packs of their replica."""
         outlined = [Outlined((RolloutSummary.of(rollout),), (UNSCORED,)) for rollout in rollouts]
         packs = imitation_packs([group.rollouts[0] for group in outlined], self._config)
         needed = self._needed(outlined, [packs])
-        with self._written([Ungrouped((rollout,)) for rollout in rollouts], needed) as files:
+        with self._lent([Ungrouped((rollout,)) for rollout in rollouts], needed) as files:
             result: StepResult = self._ranks.call("imitate", outlined, files)[0]
         self._num_updates += 1
         count = sum(rollout.num_sampled for rollout in rollouts)

@@ -1,0 +1,325 @@
+"""What crosses between a tool server and its clients: JSON, in which an image is its SHA-256.
+
+Everything is ASCII, in the spelling of Python's `json`: texts of the agent's and of web pages may hold half pairs of
+surrogates, arguments may hold NaN, and both arrive as they were sent.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+import math
+import types
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from enum import StrEnum
+from functools import cache
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from metis_fast.tools.protocol import NO_EXTRA
+from metis_fast.tools.results import ToolResult
+from metis_fast.types import ImageBlob, Observation
+
+T = TypeVar("T")
+Result = ToolResult | Observation
+
+PROTOCOL = 1
+"""Goes up when a client and a server of different numbers would misunderstand each other."""
+MAX_REQUEST_BYTES = 16 << 20
+"""Of a call or of the opening of a session; far more than an agent can write."""
+MAX_ANSWER_BYTES = 512 << 20
+"""Room for the images of one call; a client reads no further."""
+MAX_DEPTH = 64
+"""Of lists and objects in the arguments of a call. What is nested deeper is the agent's mistake: no tool takes it."""
+WAIT_S = 20.0
+"""Longest time that a reply is waited for; then the client asks again. A server that is gone is found out within it."""
+
+
+class Fault(StrEnum):
+    """Why a request was not done. None of them is the agent's: what the agent does wrong is a result."""
+
+    REQUEST = "request"  # no request of this protocol
+    UNAUTHORIZED = "unauthorized"
+    NO_SESSION = "no session"  # it ended, or the server was started again
+    IMAGES = "images"  # the server lacks some of them
+    ORDER = "order"  # the number of a call is neither the last one nor the next one
+    TOO_LARGE = "too large"
+    BUSY = "busy"  # no room for a session or a call; it may be asked for again
+    DEFECT = "defect"  # of the server
+    TOOL = "tool"  # an InfrastructureError of the tool
+    DRAINING = "draining"  # the server is about to end
+    DEADLINE = "deadline"  # of a call
+
+
+STATUS: Mapping[Fault, int] = {
+    Fault.REQUEST: 400,
+    Fault.UNAUTHORIZED: 401,
+    Fault.NO_SESSION: 404,
+    Fault.IMAGES: 409,
+    Fault.ORDER: 409,
+    Fault.TOO_LARGE: 413,
+    Fault.BUSY: 429,
+    Fault.DEFECT: 500,
+    Fault.TOOL: 502,
+    Fault.DRAINING: 503,
+    Fault.DEADLINE: 504,
+}
+"""HTTP status of each."""
+
+
+class WireError(ValueError):
+    """The other side sent what is not in this protocol."""
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """Body of a reply with a status from 400 on. missing: hashes of the images that the server lacks."""
+
+    fault: Fault
+    text: str
+    missing: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Opening:
+    """Asks for a session. images: hashes, in order. extra, seen: see `Toolbox.session`.
+
+    key: any text of the client's. Asked for again with the same one, the session is the same; empty: always a new one.
+    """
+
+    images: tuple[str, ...] = ()
+    extra: Mapping[str, object] = field(default_factory=lambda: NO_EXTRA)
+    seen: tuple[tuple[int, int], ...] = ()
+    key: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Calling:
+    """Asks for a call.
+
+    number: counts the session's calls, from 1. Asked for again with the same one, the call runs once and has one answer.
+    deadline_s: seconds that it may take, its turn included. wait_s: seconds after which the client rather asks again.
+    """
+
+    number: int
+    name: str
+    arguments: Mapping[str, object]
+    deadline_s: float
+    wait_s: float = WAIT_S
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """Of a call. fresh: images of the result that the client does not have; each goes to it once."""
+
+    result: Result
+    fresh: tuple[ImageBlob, ...] = ()
+
+
+# -- results --------------------------------------------------------------------------------------------------------------
+
+
+_KINDS: Mapping[str, type] = {kind.__name__: kind for kind in (*get_args(ToolResult), Observation)}
+
+
+@cache
+def _hints(kind: type) -> Mapping[str, Any]:
+    return get_type_hints(kind)
+
+
+def _encoded(value: object) -> object:
+    if isinstance(value, ImageBlob):
+        return value.sha256
+    if is_dataclass(value):
+        return {one.name: _encoded(getattr(value, one.name)) for one in fields(value)}
+    return [_encoded(one) for one in value] if isinstance(value, tuple) else value
+
+
+def images_of(value: object) -> Iterator[ImageBlob]:
+    """Those of a result, in order; the same one may come twice."""
+    if isinstance(value, ImageBlob):
+        yield value
+    elif is_dataclass(value):
+        for one in fields(value):
+            yield from images_of(getattr(value, one.name))
+    elif isinstance(value, tuple):
+        for part in value:
+            yield from images_of(part)
+
+
+def _decoded(hint: Any, value: object, images: Mapping[str, ImageBlob]) -> Any:
+    """`value` as the annotation says; nothing is converted that is not written that way by `_encoded`."""
+    origin, of = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        for one in of:
+            try:
+                return _decoded(one, value, images)
+            except WireError:
+                continue
+        raise WireError(f"expected {hint}, got {type(value).__name__}")
+    if origin is tuple and isinstance(value, list):
+        kinds = of[:1] * len(value) if of[1:] == (...,) else of
+        if len(kinds) != len(value):
+            raise WireError(f"expected {len(kinds)} values, got {len(value)}")
+        return tuple(_decoded(kind, one, images) for kind, one in zip(kinds, value, strict=True))
+    if hint is ImageBlob and isinstance(value, str):
+        if value not in images:
+            raise WireError(f"a result shows the image {value[:64]!r}, which was not sent")
+        return images[value]
+    if isinstance(hint, type) and is_dataclass(hint) and hint is not ImageBlob and isinstance(value, dict):
+        return _record(hint, value, images)
+    if isinstance(hint, type) and issubclass(hint, StrEnum) and isinstance(value, str):
+        try:
+            return hint(value)
+        except ValueError:
+            raise WireError(f"expected one of {', '.join(hint)}, got {value[:100]!r}") from None
+    if hint is type(None) and value is None:
+        return None
+    if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
+        return float(value)
+    if origin is None and type(value) is hint:  # `bool` is no `int` here
+        return value
+    raise WireError(f"expected {hint}, got {type(value).__name__}")
+
+
+def _record(kind: type[T], value: Mapping[str, object], images: Mapping[str, ImageBlob]) -> T:
+    hints = _hints(kind)
+    if value.keys() - hints.keys():
+        raise WireError(f"{kind.__name__} has no {', '.join(sorted(map(repr, value.keys() - hints.keys())))[:200]}")
+    try:
+        return kind(**{name: _decoded(hints[name], part, images) for name, part in value.items()})
+    except TypeError:
+        raise WireError(f"{kind.__name__} needs {', '.join(sorted(hints.keys() - value.keys()))}") from None
+
+
+def encode_answer(answer: Answer) -> bytes:
+    """JSON: kind and fields of the result, and the fresh images in base64 by their hash."""
+    blobs = {image.sha256: base64.b64encode(image.data).decode() for image in answer.fresh}
+    return to_json({"kind": type(answer.result).__name__, "result": _encoded(answer.result), "images": blobs})
+
+
+def decode_answer(body: bytes, known: Mapping[str, ImageBlob]) -> Answer:
+    """Inverse of `encode_answer`. known: images that the client has.
+
+    Raises:
+        WireError: it is no answer, or an image is not the one that its hash says.
+    """
+    match from_json(body):
+        case {"kind": str() as kind, "result": dict() as value, "images": dict() as blobs} if kind in _KINDS:
+            fresh = tuple(_blob(sha256, text) for sha256, text in blobs.items())
+            images = {**known, **{image.sha256: image for image in fresh}}
+            return Answer(_record(_KINDS[kind], value, images), fresh)
+    raise WireError("not an answer")
+
+
+def _blob(sha256: str, text: object) -> ImageBlob:
+    try:
+        image = ImageBlob.of(base64.b64decode(text if isinstance(text, str) else "?", validate=True))
+    except binascii.Error:
+        raise WireError("an image is not in base64") from None
+    if image.sha256 != sha256:
+        raise WireError("an image is not the one that its hash says")
+    return image
+
+
+# -- requests and failures ------------------------------------------------------------------------------------------------
+
+
+def to_json(value: object) -> bytes:
+    """ASCII.
+
+    Raises:
+        TypeError, ValueError, RecursionError: it has no JSON.
+    """
+    return json.dumps(value, separators=(",", ":")).encode("ascii")
+
+
+def from_json(body: bytes) -> object:
+    """Inverse of `to_json`.
+
+    Raises:
+        WireError: no JSON.
+    """
+    try:
+        return json.loads(body)
+    except (ValueError, RecursionError):
+        raise WireError("no JSON") from None
+
+
+def encode_failure(failure: Failure) -> bytes:
+    """JSON of its fields."""
+    return to_json(asdict(failure))
+
+
+def decode_failure(body: bytes) -> Failure | None:
+    """None: the reply is not a tool server's."""
+    try:
+        value = from_json(body)
+        return _record(Failure, value, {}) if isinstance(value, dict) else None
+    except WireError:
+        return None
+
+
+def encode_opening(opening: Opening) -> bytes:
+    """JSON of its fields. Raises as `to_json`."""
+    return to_json(
+        {"images": opening.images, "extra": dict(opening.extra), "seen": opening.seen, "key": opening.key}
+    )  # fmt: skip
+
+
+def decode_opening(body: bytes) -> Opening:
+    """Inverse of `encode_opening`; what is left out is empty.
+
+    Raises:
+        WireError: something else.
+    """
+    value = _object(body, Opening)
+    extra = value.pop("extra", {})
+    if not isinstance(extra, dict):
+        raise WireError("`extra` is no object")
+    hints = _hints(Opening)
+    opening = Opening(extra=extra, **{name: _decoded(hints[name], part, {}) for name, part in value.items()})
+    if opening.seen and len(opening.seen) != len(opening.images):
+        raise WireError(f"`seen` has {len(opening.seen)} sizes for {len(opening.images)} images")
+    return opening
+
+
+def encode_calling(calling: Calling) -> bytes:
+    """JSON of its fields. Raises as `to_json`."""
+    return to_json({one.name: getattr(calling, one.name) for one in fields(calling)})
+
+
+def decode_calling(body: bytes) -> Calling:
+    """Inverse of `encode_calling`.
+
+    Raises:
+        WireError: something else, or a time that is not positive.
+    """
+    value = _object(body, Calling)
+    arguments = value.pop("arguments", None)
+    if not isinstance(arguments, dict):
+        raise WireError("`arguments` is no object")
+    hints = _hints(Calling)
+    try:
+        calling = Calling(arguments=arguments, **{name: _decoded(hints[name], part, {}) for name, part in value.items()})
+    except TypeError:
+        raise WireError("a call needs number, name, arguments and deadline_s") from None
+    for seconds in (calling.deadline_s, calling.wait_s):
+        if not (math.isfinite(seconds) and seconds > 0):
+            raise WireError(f"expected a positive number of seconds, got {seconds}")
+    return calling
+
+
+def _object(body: bytes, kind: type) -> dict[str, Any]:
+    value = from_json(body)
+    if not isinstance(value, dict) or value.keys() - _hints(kind).keys():
+        raise WireError(f"expected an object with {', '.join(_hints(kind))}")
+    return value
+
+
+def is_deep(value: object, depth: int = MAX_DEPTH) -> bool:
+    """Whether lists and objects are nested deeper than that."""
+    if not isinstance(value, dict | list):
+        return False
+    return depth == 0 or any(is_deep(one, depth - 1) for one in (value.values() if isinstance(value, dict) else value))
