@@ -248,8 +248,8 @@ class ToolsConfig(Section):
     def _check_recording(self) -> Self:
         if self.record is not None and self.replay is not None:
             raise ValueError(
-                f"expected tools.record or tools.replay, got both ({self.record}, {self.replay}); a run that records uses what its "
-                "file has: remove one"
+                f"expected tools.record or tools.replay, got both ({self.record}, {self.replay}); a run that records uses "
+                "what its file has: remove one"
             )
         return self
 
