@@ -120,7 +120,7 @@ def test_the_first_mini_batch_of_mixed_versions_needs_no_pass_for_its_proximal_p
     (short, first), (full, second) = made
     largest = max(float(value.norm()) for value in second.values())
     for name, value in second.items():
-        assert float((first[name] - value).norm()) <= 1e-6 * max(float(value.norm()), 1e-3 * largest), name
+        assert float((first[name] - value).norm()) <= 5e-6 * max(float(value.norm()), 1e-3 * largest), name
     assert short.loss == pytest.approx(full.loss, abs=1e-6)
     assert short.ratio_max == short.ratio_min == 1.0
     # the gap that is logged is over all tokens: only the older ones have one
