@@ -30,6 +30,7 @@ from metis_fast.evaluate.command import add_verbs as add_benchmark_verbs
 from metis_fast.run.folder import held
 from metis_fast.score.command import add_verbs as add_judge_verbs
 from metis_fast.tools.server.command import add_verbs as add_tool_verbs
+from metis_fast.view.command import add_arguments as add_view_arguments
 
 _EPILOG = """examples:
   metis-fast demo                                       the whole story on a laptop, in a quarter of an hour
@@ -39,8 +40,8 @@ _EPILOG = """examples:
   metis-fast plan my.yaml --gpus 64                     which layout fits, and how long would a step take?
   metis-fast doctor my.yaml                             what would stop this job before its first step?
   metis-fast rehearse my.yaml                           does its whole path work, on a tiny model and stand-in data?
-Exit codes: 0 done; 1 a check found something (data check, benchmark check, judge, sft --check, doctor, rehearse, plan, bench);
-2 something that you can mend (one line on stderr says what); 130 stopped, state saved.
+Exit codes: 0 done; 1 a check found something (data check, benchmark check and run, judge, sft --check, doctor, rehearse, plan,
+bench); 2 something that you can mend (one line on stderr says what); 130 stopped, state saved.
 Settings are read from a YAML file that holds only what differs from the defaults; `metis-fast config` lists them all."""
 
 
@@ -196,6 +197,12 @@ def _report(args: argparse.Namespace) -> int:
     path = write_report(args.run_dir)
     print(json.dumps({"report": str(path)}) if args.json else path)
     return 0
+
+
+def _view(args: argparse.Namespace) -> int:
+    from metis_fast.view import command
+
+    return command.run(args)
 
 
 def _bench(args: argparse.Namespace) -> int:
@@ -386,15 +393,16 @@ def build_parser() -> argparse.ArgumentParser:
     what.add_argument("--reference", action="store_true", help="print the page of all settings (docs/settings.md)")
     text = "Check data files, make the demo set, or stand-ins for published data."
     add_data_verbs(verbs.add_parser("data", help=text).add_subparsers(required=True, metavar="VERB"), verb)
-    text = "Benchmarks: list them, check their published files, write stand-ins."
+    text = "Benchmarks: check their published files, run them, compare and tabulate results, export replies."
     add_benchmark_verbs(verbs.add_parser("benchmark", help=text).add_subparsers(required=True, metavar="VERB"), verb)
     text = "Serve the tools of a config over HTTP and MCP."
     add_tool_verbs(verbs.add_parser("tools", help=text).add_subparsers(required=True, metavar="VERB"), verb)
     text = "Try a judge on labelled examples, or judge a run's rollouts again."
     add_judge_verbs(verbs.add_parser("judge", help=text).add_subparsers(required=True, metavar="VERB"), verb)
     sub = verb(verbs, "report", _report, "Write report.html of a run folder.")
-    sub.add_argument("run_dir", type=Path, metavar="RUN_DIR")
+    sub.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="of train, sft or demo (run.dir)")
     sub.add_argument("--json", action="store_true", help="print the result as one JSON object")
+    add_view_arguments(verb(verbs, "view", _view, "A page over runs and their rollouts, live while they train; it only reads."))
     weights = verbs.add_parser("weights", help="Which rank of a layout holds which weights.").add_subparsers(
         required=True, metavar="VERB"
     )

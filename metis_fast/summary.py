@@ -16,7 +16,7 @@ from metis_fast.types import Group, ImageSpan, Outcome, Rollout, Score, Verdict
 _ERROR = 200  # characters of what broke a rollout off
 _ANSWER = 200  # characters of a judged answer that the run gets to know; the node stores all of it
 
-Data = Literal["train", "heldout"]
+Data = Literal["train", "heldout", "benchmark"]
 """Which files a row is of."""
 
 

@@ -5,6 +5,7 @@ A YAML file holds only what differs from the defaults here (the paper's recipe);
 (`load.py`); what concerns one section is checked there, what concerns several in `Config` (`tree.py`).
 """
 
+from metis_fast.config.benchmark import BenchmarkConfig
 from metis_fast.config.demo import DemoConfig
 from metis_fast.config.load import build, load, to_yaml
 from metis_fast.config.log import LogConfig
@@ -31,6 +32,7 @@ from metis_fast.config.tree import Config, by_content, deciding, known_keys
 from metis_fast.config.workers import WorkersConfig
 
 __all__ = [
+    "BenchmarkConfig",
     "CallSyntax",
     "Config",
     "DemoConfig",

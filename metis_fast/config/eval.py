@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from metis_fast.config.section import MAY_CHANGE, NonNegative, NonNegativeFloat, Positive, Section
+from metis_fast.config.section import MAY_CHANGE, NonNegative, NonNegativeFloat, Positive, Section, Several, Text
 
 
 class EvalConfig(Section):
@@ -18,3 +18,6 @@ class EvalConfig(Section):
     """Sampling temperature; 0 is greedy."""
     max_prompts: NonNegative = 0
     """Only the first ones; 0: all."""
+    benchmarks: Annotated[Several[Text], MAY_CHANGE] = ()
+    """Benchmarks that are played with the run's own engines before and after training and every `eval.every` steps, by their
+    keys in `benchmark.files`."""

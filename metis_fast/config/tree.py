@@ -8,6 +8,7 @@ from typing import Annotated, Any, Self
 
 from pydantic import model_validator
 
+from metis_fast.config.benchmark import BenchmarkConfig
 from metis_fast.config.checkpoint import CheckpointConfig
 from metis_fast.config.data import DataConfig
 from metis_fast.config.demo import DemoConfig
@@ -45,6 +46,7 @@ class Config(Section):
     sft: SftConfig = SftConfig()
     checkpoint: Annotated[CheckpointConfig, MAY_CHANGE] = CheckpointConfig()
     eval: EvalConfig = EvalConfig()
+    benchmark: Annotated[BenchmarkConfig, MAY_CHANGE] = BenchmarkConfig()
     serve: Annotated[ServeConfig, MAY_CHANGE] = ServeConfig()
     log: Annotated[LogConfig, MAY_CHANGE] = LogConfig()
     demo: DemoConfig = DemoConfig()
@@ -82,6 +84,14 @@ class Config(Section):
                 "rollout.over_provision with rollout.slow=carry trains on what older weights sampled; set loss.tis_cap (2 is "
                 "usual), or rollout.slow=drop"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _benchmarks_have_files(self) -> Self:
+        for name in self.eval.benchmarks:
+            if name not in self.benchmark.files:
+                known = ", ".join(self.benchmark.files) or "none"
+                raise ValueError(f"eval.benchmarks names {name!r}, but benchmark.files has {known}; add its file there")
         return self
 
     @model_validator(mode="after")

@@ -82,12 +82,15 @@ def checks(config: Config, offline: bool) -> Iterator[Check]:
         yield Check("data.train", lambda: [Finding("data.train", "error", "names no prompts", "set data.train, or sft.phases")])
     for key, paths in (("data.train", config.data.train), ("data.heldout", config.data.heldout)):
         if paths:
-            yield Check(key, partial(inputs.prompts, config, key, paths))
+            yield Check(key, partial(inputs.prompts, config, key, paths, offline))
     if config.data.train:  # a cold start plays nothing
-        for name in config.tools.enabled:
-            yield Check("tools", partial(services.tool, config, name, offline), what=str(name))
-        if config.tools.own or config.tools.mcp:
-            yield Check("tools", partial(services.others, config), what="others")
+        if config.tools.server.url and config.tools.replay is None:  # the server has what tools need, not this machine
+            yield Check("tools", partial(services.server, config, offline), what="tools.server")
+        else:
+            for name in config.tools.enabled:
+                yield Check("tools", partial(services.tool, config, name, offline), what=str(name))
+            if config.tools.own or config.tools.mcp:
+                yield Check("tools", partial(services.others, config), what="others")
         yield Check("judges", partial(services.judges, config, _styles(config), offline))
     if config.workers.launcher == "ray":
         yield Check("Ray", partial(services.ray, config))

@@ -19,7 +19,8 @@ from metis_fast.data.cursor import decode_all
 from metis_fast.data.parquet import PromptFiles
 from metis_fast.data.row import BadRow, BadRowError
 from metis_fast.doctor.finding import Finding, gigabytes
-from metis_fast.errors import ModelError, ToolSetupError, one_line
+from metis_fast.doctor.services import described
+from metis_fast.errors import ModelError, RecordingError, ToolSetupError, one_line
 from metis_fast.model_folder import doubts, hf_shapes, load_processor, load_tokenizer, read_config, read_json
 from metis_fast.pictures import ImagePreparer
 from metis_fast.plan.command import own_layout
@@ -27,7 +28,6 @@ from metis_fast.plan.gpus import GIB, GPUS, Gpu
 from metis_fast.plan.shape import read_model_config
 from metis_fast.rollout.chat import Chat
 from metis_fast.rollout.offer import Offer
-from metis_fast.tools import other_tools
 from metis_fast.tools.protocol import ToolSpec
 from metis_fast.train.megatron.backend import check_settings
 from metis_fast.types import Prompt
@@ -113,11 +113,11 @@ def _gpu() -> tuple[str, Gpu]:
     return "this machine's GPU", replace(like, memory=torch.cuda.get_device_properties(0).total_memory)
 
 
-def prompts(config: Config, key: str, paths: Sequence[Path]) -> Iterator[Finding]:
-    """Files, a sample of their rows with their images, judges and lengths. key: the setting."""
+def prompts(config: Config, key: str, paths: Sequence[Path], offline: bool) -> Iterator[Finding]:
+    """Files, a sample of their rows with their images, judges and lengths. key: the setting. offline: ask no tool server."""
     files = PromptFiles(paths, any_style=config.score.judge != "by_row")
     step = max(1, len(files) // _ROWS)
-    chat = _chat(config)
+    chat = _chat(config, offline)
     good: list[Prompt] = []
     bad: list[BadRow] = []
     lengths: list[int] = []
@@ -160,19 +160,19 @@ def prompts(config: Config, key: str, paths: Sequence[Path]) -> Iterator[Finding
         )
 
 
-def _chat(config: Config) -> Chat | None:
+def _chat(config: Config, offline: bool) -> Chat | None:
     """As a run would encode prompts; None where the model is not there (which is another finding)."""
     folder = config.model.path
     if not folder.is_dir():
         return None
     images = ImagePreparer(load_processor(folder), cache_bytes=0)
-    return Chat(load_tokenizer(folder), images, offer=Offer(config.tools, _other_tools(config)))
+    return Chat(load_tokenizer(folder), images, offer=Offer(config.tools, _tools(config, offline)))
 
 
-def _other_tools(config: Config) -> tuple[ToolSpec, ...]:
+def _tools(config: Config, offline: bool) -> Sequence[ToolSpec]:
     try:
-        return other_tools(config.tools)
-    except ToolSetupError:  # the check of the tools says so
+        return described(config, offline)
+    except (ToolSetupError, RecordingError):  # the check of the tools says so
         return ()
 
 

@@ -6,7 +6,7 @@ import asyncio
 import os
 import tempfile
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
 
@@ -20,9 +20,11 @@ from metis_fast.run.room import ranks_by_ray
 from metis_fast.score.judge import open_judge
 from metis_fast.sft.trainers import training_config
 from metis_fast.tools import open_toolbox, other_tools
-from metis_fast.tools.protocol import Toolbox
+from metis_fast.tools.protocol import Toolbox, ToolSpec
 from metis_fast.tools.results import PythonResult, TextSearchResult, ToolResult
 from metis_fast.tools.search.web import WebText
+from metis_fast.tools.server.client import ServerToolbox
+from metis_fast.tools.server.link import ServerAddress
 from metis_fast.tools.toolbox import LocalToolbox
 from metis_fast.types import Observation, ToolName
 
@@ -64,6 +66,41 @@ def others(config: Config) -> Iterator[Finding]:
                 yield Finding(f"tools.{key}", "error", one_line(error), "see docs/own-tools.md")
                 continue
             yield Finding(f"tools.{key}", "ok", f"opens: {names}; nothing was asked of it")
+
+
+def server(config: Config, offline: bool) -> Iterator[Finding]:
+    """The tool server that has the run's tools: it is asked for them, as the job asks it at its start; no call is made."""
+    what, ours = "tools.server", config.tools.server
+    if config.workers.tools:
+        yield Finding(
+            what, "error", f"workers.tools={config.workers.tools} and tools.server.url both run the tools", "choose one"
+        )
+    if offline:
+        yield Finding(what, "ok", f"{ServerAddress(ours)} was not asked")
+        return
+    with closing(ServerToolbox(config.tools)) as toolbox:
+        names = ", ".join(toolbox.names)
+        yield Finding(what, "ok", f"{toolbox.address} has the tools of these settings: {names}; none of them was called")
+    if ours.token_env and not os.environ.get(ours.token_env):
+        yield Finding(what, "ok", f"{ours.token_env} is not set: requests go without a token")
+
+
+def described(config: Config, offline: bool) -> Sequence[ToolSpec]:
+    """The tools that prompts of the job tell of, from where it has them; none where that cannot be asked.
+
+    Raises:
+        ToolSetupError, RecordingError: they cannot be opened.
+    """
+    recording = open_recording(config) if config.tools.replay is not None else None
+    if recording is not None:
+        with closing(recording):
+            return ReplayingToolbox(config.tools, recording).tools
+    if not config.tools.server.url:
+        return other_tools(config.tools)
+    if offline:
+        return ()
+    with closing(ServerToolbox(config.tools)) as toolbox:
+        return toolbox.tools
 
 
 def _replayed(config: Config, what: str) -> Finding:

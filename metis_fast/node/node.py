@@ -106,6 +106,8 @@ class Node:
         self._look = {data: prompts(part, check) for data, part in files.items()}
         self._ahead: OrderedDict[tuple[Data, int], Prompt] = OrderedDict()
         self._ahead_lock = threading.Lock()  # one thread looks at rows while others begin to play some
+        self._reading = threading.Lock()
+        self._benchmark_chat = chat.by_row() if "benchmark" in files else chat
         self._verdicts: dict[object, tuple[Judged, ...]] = {}
         self._places = asyncio.Semaphore(config.rollout.max_concurrent)
         self._stores = {"rollouts": RolloutStore(config.run.dir / "rollouts")} if "train" in files else {}
@@ -130,7 +132,8 @@ class Node:
     def _prompts(self, jobs: Sequence[Job]) -> list[Prompt]:
         with self._ahead_lock:
             ahead = [self._ahead.pop((job.data, job.row), None) for job in jobs]
-        return [one or self._files[job.data].read(job.row) for job, one in zip(jobs, ahead, strict=True)]
+        with self._reading:  # of a benchmark many groups begin at once, and no row was looked at before
+            return [one or self._files[job.data].read(job.row) for job, one in zip(jobs, ahead, strict=True)]
 
     # -- groups -------------------------------------------------------------------------------------------------------
 
@@ -139,6 +142,10 @@ class Node:
         rollout, held_out = self._config.rollout, self._config.eval
         if data == "train":
             return rollout, rollout.rollouts_per_prompt
+        if data == "benchmark":
+            benchmark = self._config.benchmark
+            asked = {"temperature": benchmark.temperature, "top_p": benchmark.top_p, "top_k": benchmark.top_k}
+            return rollout.model_copy(update=asked), benchmark.rollouts
         greedy = {"temperature": held_out.temperature, "top_p": 1.0, "top_k": 0}
         return rollout.model_copy(update=greedy), held_out.rollouts_per_prompt
 
@@ -148,11 +155,21 @@ class Node:
         first = jobs[0].order
         assert [job.order for job in jobs] == [first + i * repeats for i in range(len(jobs))], "these do not follow each other"
         own = await asyncio.to_thread(self._prompts, jobs)
+        chat, seed = self._chat_of(jobs[0].data), self._config.run.seed
         groups = await collect(
-            own, repeats, self.chat, self.engine, self.toolbox, rollout, self._config.run.seed, jobs[0].stream,
+            own, repeats, chat, self.engine, self.toolbox, rollout, seed, jobs[0].stream,
             lambda: on_done(1), first,
         )  # fmt: skip
-        return self._kept(groups, await judge_groups(groups, self.judge), jobs)
+        return self._kept(groups, await self._judged(groups, jobs[0].data), jobs)
+
+    def _chat_of(self, data: Data) -> Chat:
+        return self._benchmark_chat if data == "benchmark" else self.chat
+
+    async def _judged(self, groups: Sequence[Group], data: Data) -> Sequence[tuple[Judged, ...]]:
+        """Replies to a benchmark are scored later, by its own rules."""
+        if data == "benchmark":
+            return [(None,) * len(group.rollouts) for group in groups]
+        return await judge_groups(groups, self.judge)
 
     async def play_one(
         self, job: Job, started: Callable[[], object], on_done: Callable[[int], object] = lambda num: None
@@ -162,9 +179,10 @@ class Node:
         (prompt,) = await asyncio.to_thread(self._prompts, [job])
         key = SampleKey(self._config.run.seed, job.stream, job.order)
         group = await play_group(
-            prompt, repeats, self.chat, self.engine, self.toolbox, rollout, key, self._places, started, lambda: on_done(1)
-        )
-        return self._kept([group], await judge_groups([group], self.judge), [job])[0]
+            prompt, repeats, self._chat_of(job.data), self.engine, self.toolbox, rollout, key, self._places, started,
+            lambda: on_done(1),
+        )  # fmt: skip
+        return self._kept([group], await self._judged([group], job.data), [job])[0]
 
     def _kept(self, groups: Sequence[Group], verdicts: Sequence[tuple[Judged, ...]], jobs: Sequence[Job]) -> list[GroupSummary]:
         kept = []

@@ -13,7 +13,7 @@ from enum import StrEnum
 from hashlib import sha256
 from typing import Any, get_args
 
-from metis_fast.config import ToolsConfig, deciding
+from metis_fast.config import ToolsConfig, by_content, deciding
 from metis_fast.errors import RecordingError, one_line
 from metis_fast.tools.results import Page, Refusal, SeenPage, ToolResult
 from metis_fast.types import ImageBlob, Observation, Outcome, ToolName, Verdict
@@ -73,6 +73,11 @@ class History:
     ) -> None:
         """images, extra, seen: see `Toolbox.session`."""
         self._settings = deciding(config)
+        for tool, section in ((ToolName.TEXT_SEARCH, config.text_search), (ToolName.IMAGE_SEARCH, config.image_search)):
+            # which files there are; their content is compared where the recording is opened
+            self._settings[tool] |= {name: path is not None for name, path in by_content(section)}
+        # a run may go on at another address; another run that finds its answers there has its own
+        self._settings[ToolName.TEXT_SEARCH] |= {"url": config.text_search.url}
         pictures = [image.sha256 for image in images]
         sizes = list(seen) if config.python.images == "seen" else []
         self._there = [self._settings[name] for name in _THERE]

@@ -14,7 +14,7 @@ from urllib.parse import quote
 from metis_fast.errors import RecordingError, one_line
 from metis_fast.recording.asking import Answer, Asked
 
-_APPLICATION, _FORMAT = 0x4D465243, 1  # "MFRC"; the format goes up when keys or tables change
+_APPLICATION, _FORMAT = 0x4D465243, 2  # "MFRC"; the format goes up when keys or tables change
 _WAIT_S = 60.0  # for another process that writes
 _CONNECTION: dict[str, Any] = {"timeout": _WAIT_S, "isolation_level": None, "check_same_thread": False}
 _TABLES = (
@@ -215,7 +215,9 @@ class Recording:
         advice = {
             sqlite3.SQLITE_FULL: "make room on that disk, then resume",
             sqlite3.SQLITE_BUSY: "another process held it too long: put it on a local disk",
-            sqlite3.SQLITE_NOTADB: "name a recording, or a new file",
+            sqlite3.SQLITE_NOTADB: "name a recording, or a new file"
+            if self.writable
+            else "set it to one that tools.record made",
         }.get(
             code, "give a file that you can write, on a local disk" if self.writable else "give a recording that you can read"
         )

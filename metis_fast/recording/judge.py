@@ -6,11 +6,15 @@ import asyncio
 from typing import Protocol, cast
 
 from metis_fast.config import ScoreConfig, deciding
+from metis_fast.errors import JudgeError, RecordingError
 from metis_fast.judge_styles import known_style
 from metis_fast.recording.asking import Asked, canonical, digest, read_answer, write_answer
 from metis_fast.recording.file import Recording
 from metis_fast.recording.tools import missing
+from metis_fast.score.llm import find_models
+from metis_fast.score.llm_prompt import packaged_prompt
 from metis_fast.score.llm_reply import READING
+from metis_fast.score.protocol import JudgeUnavailable
 from metis_fast.score.response import whole_response
 from metis_fast.types import Prompt, Rollout, Verdict
 
@@ -41,10 +45,18 @@ class _Questions:
     def __init__(self, config: ScoreConfig) -> None:
         self._style = None if config.judge == "by_row" else config.judge
         self._settings = {name: value for name, value in deciding(config).items() if name not in _NO_MATTER}
+        # the content of one's own is compared where the file is opened: a replay need not have it
+        prompt = digest(packaged_prompt()) if config.llm.prompt is None else "own"
+        self._of_models = [self._settings["llm"], prompt]
+        self.about_models = f"models of {digest(*self._of_models)[:16]}"
+
+    def style(self, prompt: Prompt) -> str:
+        """Which judge is asked."""
+        return self._style or known_style(prompt.judge_style) or prompt.judge_style
 
     def ask(self, prompt: Prompt, rollout: Rollout) -> Asked:
-        style = self._style or known_style(prompt.judge_style) or prompt.judge_style
-        settings = self._settings if style == "llm" else self._settings | {"llm": None}
+        style = self.style(prompt)
+        settings = self._settings | {"llm": self._of_models if style == "llm" else None}
         read = [prompt.question, prompt.answers, rollout.response_text, whole_response(rollout.turns)]
         key = digest("judge", READING if style == "llm" else 0, style, settings, read)
         shown = {"question": prompt.question[:_SHOWN], "response": rollout.response_text[-_SHOWN:]}
@@ -56,14 +68,19 @@ class RecordingJudge:
 
     def __init__(self, judge: RunJudge, config: ScoreConfig, recording: Recording) -> None:
         self._judge, self._questions, self._recording = judge, _Questions(config), recording
+        self._config = config
+        self._knows_models = all(one.model for one in config.llm.each())
+        self._naming: asyncio.Task[None] | None = None
 
     async def judge(self, prompt: Prompt, rollout: Rollout) -> Verdict:
         """See `Judge.judge`. That there is no verdict is never recorded.
 
         Raises:
-            RecordingError: the file cannot be read or written.
+            RecordingError: the file cannot be read or written, or a model that is not named is another one than before.
             JudgeUnavailable: see there.
         """
+        if self._questions.style(prompt) == "llm":
+            await self._know_models()
         asked = self._questions.ask(prompt, rollout)
         answer = await asyncio.to_thread(self._recording.find, asked)
         if answer is None:
@@ -74,6 +91,31 @@ class RecordingJudge:
     async def check(self) -> None:
         """See `StyleJudge.check`."""
         await self._judge.check()
+        if self._config.judge == "llm":
+            try:
+                await self._know_models()
+            except JudgeUnavailable as error:
+                raise JudgeError(str(error)) from None
+
+    async def _know_models(self) -> None:
+        """Where the settings name no model, keys do not say whose verdicts they are of; so a recording is of one."""
+        if self._knows_models:
+            return
+        loop = asyncio.get_running_loop()
+        if self._naming is None or self._naming.done() or self._naming.get_loop() is not loop:
+            self._naming = loop.create_task(self._compare_models())
+        await asyncio.shield(self._naming)
+
+    async def _compare_models(self) -> None:
+        about, names = self._questions.about_models, canonical(await find_models(self._config.llm))
+        known = await asyncio.to_thread(self._recording.about, about)
+        if known not in (None, names):
+            raise RecordingError(
+                f"{self._recording} holds verdicts of the model {known}, and {names} is served now, while the settings name "
+                "none; name it in score.llm.model (or judges), or record into a new file"
+            )
+        await asyncio.to_thread(self._recording.describe, {about: names})
+        self._knows_models = True
 
     def close(self) -> None:
         """Close the other judge."""

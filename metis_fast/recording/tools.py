@@ -9,9 +9,10 @@ from typing import cast
 
 from metis_fast.config import ToolsConfig
 from metis_fast.errors import InfrastructureError, RecordingError
-from metis_fast.recording.asking import Answer, Asked, History, canonical, read_answer, write_answer
+from metis_fast.recording.asking import Answer, Asked, History, read_answer, write_answer
 from metis_fast.recording.file import Recording
 from metis_fast.recording.rollout import PLAYED
+from metis_fast.tools.arguments import too_deep
 from metis_fast.tools.protocol import NO_EXTRA, Toolbox, ToolSession, ToolSpec
 from metis_fast.tools.results import ToolResult
 from metis_fast.types import ImageBlob, Observation
@@ -30,7 +31,8 @@ class RecordingToolbox:
     def __init__(self, toolbox: Toolbox, config: ToolsConfig, recording: Recording) -> None:
         self._toolbox, self._config, self._recording = toolbox, config, recording
         tools = [{"name": tool.name, "description": tool.description, "schema": dict(tool.schema)} for tool in toolbox.tools]
-        recording.describe({_TOOLS: canonical(tools)})
+        # a prompt shows a schema as it is written, so a replay has to find its keys in the same order
+        recording.describe({_TOOLS: json.dumps(tools)})
 
     @property
     def names(self) -> Sequence[str]:
@@ -65,6 +67,8 @@ class _RecordingSession:
             RecordingError: the file cannot be read or written.
             InfrastructureError: see there.
         """
+        if refused := too_deep(name, arguments):  # a key could not be made of them
+            return refused
         asked = self._history.ask(name, arguments)
         answer = await asyncio.to_thread(self._recording.find, asked) if asked.scope is None else None
         if answer is None:
@@ -132,6 +136,8 @@ class _ReplayingSession:
         Raises:
             RecordingError: nothing is known of this call. It ends the run: it is neither an observation nor a failure to retry.
         """
+        if refused := too_deep(name, arguments):
+            return refused
         played = PLAYED.get()
         asked = self._history.ask(name, arguments)
         answer = await asyncio.to_thread(self._recording.find, asked, played.name)

@@ -70,7 +70,8 @@ def write_report(run_dir: Path) -> Path:
     steps, evaluations = ([], []) if alone else (read_steps(run_dir), read_evaluations(run_dir))
     summary = read_summary(run_dir / "summary.json") if (run_dir / "summary.json").exists() else None
     conversations = sample_conversations(run_dir / "rollouts", steps[-1].step if steps else None)
-    if not (steps or evaluations or summary or conversations or cold):
+    benchmarks = _benchmarks(run_dir)
+    if not (steps or evaluations or summary or conversations or cold or benchmarks):
         raise DataError(
             f"{run_dir}: expected a run's metrics.jsonl, eval.jsonl, summary.json, rollouts/ or sft/, found none; give the "
             "folder that `run.dir` names"
@@ -92,12 +93,26 @@ def write_report(run_dir: Path) -> Path:
         outcomes=_total_outcomes([stats.outcomes for stats in steps]),
         tool_errors=sum(stats.tool_errors for stats in steps),
         conversations=conversations,
+        benchmarks=benchmarks,
     )
     path = run_dir / "report.html"
     scratch = path.with_name(".report.html.tmp")
     scratch.write_text(page, encoding="utf-8")
     scratch.replace(path)
     return path
+
+
+def _benchmarks(run_dir: Path) -> str:
+    """Results beside the published ones as HTML, with those of the first and of the last step; "" where there are none."""
+    folder = run_dir / "benchmarks"
+    steps = sorted({path.parents[1] for path in folder.glob("step-*/*/result.json")})
+    places = [run_dir] if any(folder.glob("*/result.json")) else []
+    places += steps[:1] + steps[1:][-1:]
+    if not places:
+        return ""
+    from metis_fast.evaluate.table import as_html, make_table  # most runs have none
+
+    return as_html(make_table(places, paper=True))
 
 
 def _total_outcomes(counts: list[Mapping[str, int]]) -> dict[str, int]:

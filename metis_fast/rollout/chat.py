@@ -9,6 +9,7 @@ nothing: only what was sampled ends a message, and is read as a call.
 from __future__ import annotations
 
 import asyncio
+import copy
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -72,6 +73,12 @@ class Chat:
         self._ends = tuple(ids[token] for token in self.dialect.end_tokens if token in ids)
         self.stop_ids = (ids["</tool_call>"], *self._ends)
         self.stop = self.dialect.stop
+
+    def by_row(self) -> Chat:
+        """See `Offer.by_row`."""
+        chat = copy.copy(self)
+        chat.offer = self.offer.by_row()
+        return chat
 
     async def unusable(self, images: Sequence[ImageBlob]) -> dict[str, str]:
         """What is wrong with images that are damaged behind their header, by SHA-256; the others are prepared, in threads."""

@@ -23,6 +23,7 @@ from metis_fast.tools.protocol import Toolbox, ToolSession
 from metis_fast.types import Group, ImageBlob, ImageSpan, Outcome, Prompt, Rollout, ToolCall, Turn
 
 log = logging.getLogger(__name__)
+_NAMED = 3  # prompts that an error names; the others are counted
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,9 +217,11 @@ async def encode_prompts(prompts: Sequence[Prompt], chat: Chat, config: RolloutC
             too_long.append(f"prompt {prompt.uid} has {len(pieces[-1].tokens)} tokens")
     if too_long:
         rows = "row" if len(too_long) == 1 else "rows"
+        more = f" and {len(too_long) - _NAMED} more" if len(too_long) > _NAMED else ""
         wrong.append(
-            f"{', '.join(too_long)}, rollout.max_prompt_tokens is {config.max_prompt_tokens}; raise the limit or remove the "
-            f"{rows} (metis-fast data check FILE --model FOLDER finds all of a file)"
+            f"{', '.join(too_long[:_NAMED])}{more}, rollout.max_prompt_tokens is {config.max_prompt_tokens}; raise the limit "
+            f"or remove the {rows} (metis-fast data check FILE --model FOLDER finds all of a file; tools that are told of in a "
+            "prompt count, see tools.describe)"
         )
     if wrong:
         raise DataError("; ".join(wrong))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 
 from metis_fast.config import ToolsConfig
@@ -21,6 +22,12 @@ class Offer:
         self._names = [tool.name for tool in tools]
         built_in = {name.value for name in ToolName}
         self._described = [tool for tool in tools if tool.name not in built_in] if config.describe else []
+
+    def by_row(self) -> Offer:
+        """The same tools, of which a row may leave out some, whatever `tools.offer` says: for benchmarks without tools."""
+        offer = copy.copy(self)
+        offer._by_row = True
+        return offer
 
     def allowed(self, prompt: Prompt) -> frozenset[str] | None:
         """Names of the tools that a row restricts its rollouts to; None: all."""

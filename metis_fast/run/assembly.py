@@ -7,6 +7,7 @@ import os
 import random
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -36,6 +37,7 @@ from metis_fast.workers.launch import engine_gpus
 
 if TYPE_CHECKING:
     from metis_fast.cluster.room import Room
+    from metis_fast.evaluate.promptset import PromptSet
 
 
 def _open_trainer(config: Config, policy: Policy, interrupts: Interrupts, room: Room | None) -> Trainer:
@@ -104,8 +106,12 @@ def host_here(config: Config, interrupts: Interrupts, training: bool, alone: boo
 
 
 @contextmanager
-def open_parts(config: Config, interrupts: Interrupts, training: bool = True) -> Iterator[Parts]:
+def open_parts(
+    config: Config, interrupts: Interrupts, training: bool = True, benchmarks: Sequence[Path] = ()
+) -> Iterator[Parts]:
     """Open everything that a run needs, cheapest checks first, and close it in reverse order.
+
+    benchmarks: prompts of some, one file behind another (`evaluate.promptset`).
 
     Raises:
         ConfigError, DataError, ModelError, ToolSetupError, JudgeError: whatever cannot work is found here, before a rollout.
@@ -130,6 +136,9 @@ def open_parts(config: Config, interrupts: Interrupts, training: bool = True) ->
     styles = {style for part in files.values() for style in part.styles()}
     if config.data.on_bad_row == "skip" and config.score.judge == "by_row":
         styles = {style for style in styles if known_style(style)}  # rows of others are bad ones
+    sets = _benchmarks(config) if training else ()
+    if benchmarks or sets:  # no judge is asked
+        files["benchmark"] = PromptFiles([*benchmarks, *(one.parquet for one in sets)], any_style=True)
     with ExitStack() as stack:
         record = None
         if training:
@@ -162,7 +171,7 @@ def open_parts(config: Config, interrupts: Interrupts, training: bool = True) ->
         shared = trainer is not None and trainer.shares_policy and room is None and config.rollout.engine == "native"
         parts = Parts(
             config, interrupts, policy, fleet, trainer, train, heldout, record, source,
-            shared and models.sampler() is policy, _publisher(config, trainer),
+            shared and models.sampler() is policy, _publisher(config, trainer), sets,
         )  # fmt: skip
         if training:
             stack.callback(parts.log.close)
@@ -170,6 +179,14 @@ def open_parts(config: Config, interrupts: Interrupts, training: bool = True) ->
             if schedule is not None:
                 stack.callback(lambda: interrupts.finish(schedule.close()))
         yield parts
+
+
+def _benchmarks(config: Config) -> Sequence[PromptSet]:
+    if not config.eval.benchmarks:
+        return ()
+    from metis_fast.evaluate.training import open_sets  # which only runs that need it import, with the client of judges
+
+    return open_sets(config)
 
 
 class _Models:

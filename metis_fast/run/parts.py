@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
@@ -34,6 +35,9 @@ from metis_fast.summary import GroupSummary, Job, ScoredSummary
 from metis_fast.train.protocol import GroupsLost, Trainer
 from metis_fast.types import Score
 
+if TYPE_CHECKING:
+    from metis_fast.evaluate.promptset import PromptSet
+
 log = logging.getLogger(__name__)
 
 
@@ -49,8 +53,8 @@ class Parts:
     """What a run consists of. Made by `open_parts`.
 
     state: between steps, with what resumes and saves it. schedule: samples ahead of training; None in the plain synchronous
-    mode. shared: whether all nodes sample with the trainer's own module. publish: see `TrainerWeights`,
-    for a version.
+    mode. benchmarks: of `eval.benchmarks`. shared: whether all nodes sample with the trainer's own module. publish: see
+    `TrainerWeights`, for a version.
     """
 
     def __init__(
@@ -66,6 +70,7 @@ class Parts:
         source: Source | None = None,
         shared: bool = False,
         publish: Callable[[int], object] = lambda version: (),
+        benchmarks: Sequence[PromptSet] = (),
     ) -> None:
         self.config, self.interrupts, self.policy, self.fleet = config, interrupts, policy, fleet
         self.missing = MissingVerdicts(config.score)
@@ -73,6 +78,7 @@ class Parts:
         self._heldout: list[int] | None = None
         self._probes: list[int] | None = None
         self._shared, self._publish = shared, publish
+        self.benchmarks = benchmarks
         if trainer is None or files is None or record is None or source is None:
             return
         self.trainer, self._source = trainer, source

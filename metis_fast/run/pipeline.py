@@ -53,6 +53,7 @@ def train(config: Config, seconds_before: float = 0.0) -> Summary | None:
                 synced = clock("sync", parts.sync(step))
                 clock("gate", _gate_if_due(parts, step, first))
                 rates = _evaluate_if_due(parts, step)
+                _benchmarks_if_due(parts, step)
                 if step > first and _due(step, config.checkpoint.every, config.train.steps):
                     parts.state.save(step, rates)
                 if step == config.train.steps:
@@ -229,6 +230,14 @@ def _evaluate_if_due(parts: Parts, step: int) -> tuple[float, ...] | None:
     rates = _evaluate(parts, "eval")
     parts.log.evaluation(step, rates)
     return rates["all"].accuracy, -rates["all"].tool_calls
+
+
+def _benchmarks_if_due(parts: Parts, step: int) -> None:
+    """`eval.benchmarks`, as often as the held-out prompts are played."""
+    if parts.benchmarks and (step == 0 or _due(step, parts.config.eval.every, parts.config.train.steps)):
+        from metis_fast.evaluate.training import play_benchmarks  # with the client of judges, which only such runs need
+
+        play_benchmarks(parts, step)
 
 
 def _staleness(step: int, scored: Sequence[ScoredSummary]) -> tuple[int, ...]:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 from metis_fast.config import ScoreConfig
+from metis_fast.errors import one_line
 from metis_fast.judge_styles import STYLES, known_style
 from metis_fast.score.examples import Example
 from metis_fast.score.flow import in_turn
@@ -49,13 +50,15 @@ class Disagreement:
 class JudgeCheck:
     """What a judge says of examples.
 
-    styles: known style -> its table. failures: why there was no verdict -> how often. contradictions: lines of examples of
-    which it said both, asked several times. cost: of all that was asked. wall_s: seconds that it took.
+    styles: known style -> its table. failures: why there was no verdict -> how often. first_failures: the same -> the first of
+    them in full, with what to do. contradictions: lines of examples of which it said both, asked several times. cost: of all
+    that was asked. wall_s: seconds that it took.
     """
 
     styles: Mapping[str, Confusion]
     disagreements: tuple[Disagreement, ...]
     failures: Mapping[str, int]
+    first_failures: Mapping[str, str]
     contradictions: tuple[int, ...]
     cost: Cost
     wall_s: float
@@ -122,12 +125,14 @@ def _check(
 ) -> JudgeCheck:
     tables: dict[str, Counter[str]] = {}
     disagreements, failures, contradictions = [], Counter[str](), []
+    first_failures: dict[str, str] = {}
     for number, example in enumerate(examples):
         style = (known_style(example.style) or example.style) if config.judge == "by_row" else config.judge
         one = said[0][number]
         tables.setdefault(style, Counter())[_cell(example.label, one)] += 1
         if isinstance(one, JudgeUnavailable):
             failures[one.reason] += 1
+            first_failures.setdefault(one.reason, one_line(one))
         elif one.correct != example.label:
             disagreements.append(Disagreement(example, one.judge, one.reason))
         every = [again[number] for again in said]
@@ -137,6 +142,7 @@ def _check(
         styles={style: Confusion(**tables[style]) for style in STYLES if style in tables},
         disagreements=tuple(disagreements),
         failures=dict(failures.most_common()),
+        first_failures=first_failures,
         contradictions=tuple(contradictions),
         cost=cost,
         wall_s=wall_s,
@@ -161,7 +167,10 @@ def render_text(check: JudgeCheck) -> str:
     for style, table in check.styles.items():
         cells = f"{table.right_said_right:10} {table.missed:10}  {table.invented:10} {table.wrong_said_wrong:10}"
         lines.append(f"{style:8} {table.total:8}  {cells}  {table.unjudged:10}")
-    lines += [f"no verdict: {count} x {reason}" for reason, count in check.failures.items()]
+    for reason, count in check.failures.items():
+        lines.append(f"no verdict: {count} x {reason}")
+        if check.first_failures[reason] != reason:
+            lines.append(f"  the first: {check.first_failures[reason]}")
     if check.contradictions:
         shown = ", ".join(map(str, check.contradictions[:_MOST_SHOWN]))
         lines.append(f"contradicted itself: {len(check.contradictions)} examples, of lines {shown}")

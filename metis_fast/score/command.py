@@ -28,7 +28,7 @@ def add_verbs(judge: argparse._SubParsersAction, verb: AddVerb) -> None:
     )
     text = "Judge a run's stored rollouts again, with its own or another judge; exit code 1 if verdicts are missing."
     sub = verb(judge, "rescore", _rescore, text)
-    sub.add_argument("run_dir", type=Path, metavar="RUN")
+    sub.add_argument("run_dir", type=Path, metavar="RUN", help="run folder (run.dir), with its stored rollouts")
     _add_settings(sub, "YAML file; none: the config of the run")
     sub.add_argument("--out", type=Path, metavar="FILE", help="for the verdicts; default: RUN/verdicts/<judge>.jsonl")
 
@@ -79,15 +79,16 @@ def _check(args: argparse.Namespace) -> int:
 
 
 def _rescore(args: argparse.Namespace) -> int:
-    from metis_fast.score.rescore import count_rollouts, default_out, parts_of, rescore
+    from metis_fast.score.rescore import count_rollouts, default_out, named, parts_of, rescore
     from metis_fast.score.rescore_report import render_json, render_text
 
     parts = parts_of(args.run_dir)
     own = args.run_dir / "config.yaml"
     config = config_module.load(args.config or (own if own.exists() else None), args.overrides)
     styles = count_rollouts(parts, config.score)
-    out = args.out or default_out(args.run_dir, config.score)
+    score = asyncio.run(named(config.score, styles))
+    out = args.out or default_out(args.run_dir, score)
     with progress(styles.total(), "judge", config.log, "rollout") as bar:
-        found = asyncio.run(rescore(parts, styles, config.score, out, bar.update))
+        found = asyncio.run(rescore(parts, styles, score, out, bar.update))
     print(render_json(found) if args.json else render_text(found))
     return int(bool(found.failures))

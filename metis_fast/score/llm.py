@@ -17,7 +17,7 @@ from metis_fast.config import LlmJudgeConfig
 from metis_fast.errors import JudgeError
 from metis_fast.score.llm_endpoint import Endpoint
 from metis_fast.score.llm_prompt import Message, read_prompt
-from metis_fast.score.llm_reply import READING, Said, read_reply, tokens_in
+from metis_fast.score.llm_reply import READING, Said, read_reply, read_text, tokens_in
 from metis_fast.score.protocol import Cost, JudgeUnavailable, Match, TryAgain, shown
 from metis_fast.score.verdict_cache import VerdictCache
 from metis_fast.types import Prompt
@@ -93,7 +93,7 @@ class LlmMatcher:
         truths = list(dict.fromkeys(truth for truth in prompt.answers if truth.strip()))
         if not answer or len(answer) > _MAX_ANSWER_CHARS or not truths:
             return _wrong_without_request(answer)
-        await self._name_model()
+        await self.find_model()
         asked = (self._compare_one(prompt.question, truth, answer) for truth in truths)
         found = await asyncio.gather(*asked, return_exceptions=True)
         failures = [one for one in found if isinstance(one, BaseException)]
@@ -138,7 +138,7 @@ class LlmMatcher:
         """
         for answer, correct in (("2", True), ("7", False)):
             try:
-                await self._name_model()
+                await self.find_model()
                 verdict = await self._ask(self._prompt.messages("What is 1 + 1?", "2", answer))
             except JudgeUnavailable as error:
                 raise JudgeError(f"{self}: {error}") from None
@@ -163,7 +163,7 @@ class LlmMatcher:
             self._lane = _Lane(loop, self._endpoint.client(), asyncio.Semaphore(self._config.concurrency))
         return self._lane
 
-    async def _name_model(self) -> None:
+    async def find_model(self) -> None:
         """Once, where none is configured; here, too, and not in `check` alone: a worker may have started again.
 
         Raises:
@@ -183,6 +183,22 @@ class LlmMatcher:
             prompt_tokens, completion_tokens = tokens_in(body)
             self._cost += Cost(prompt_tokens=prompt_tokens, completion_tokens=completion_tokens)
             return read_reply(body)
+
+        return await self._tried(request)
+
+    async def say(self, messages: list[Message], temperature: float = 0.0) -> str:
+        """What the model answers, its thoughts left out; asked again as often as the settings say where nothing came.
+
+        Raises:
+            JudgeUnavailable: nothing came.
+        """
+        await self.find_model()
+
+        async def request(client: httpx2.AsyncClient) -> str:
+            body = await self._endpoint.complete(client, messages, temperature)
+            prompt_tokens, completion_tokens = tokens_in(body)
+            self._cost += Cost(prompt_tokens=prompt_tokens, completion_tokens=completion_tokens)
+            return read_text(body)
 
         return await self._tried(request)
 
@@ -219,6 +235,24 @@ class LlmMatcher:
         except TimeoutError:
             advice = "raise score.llm.timeout_s, lower score.llm.concurrency, or see the log of the server"
             raise TryAgain(f"no answer within {timeout_s:g} s{self._endpoint.way}", advice=advice) from None
+
+
+async def find_models(config: LlmJudgeConfig) -> tuple[str, ...]:
+    """The model of every single judge of `config`: as the settings name it, else the one that the endpoint serves.
+
+    Raises:
+        JudgeUnavailable: there is not one model and no other, or the endpoint does not tell.
+        JudgeError: see `LlmMatcher`.
+    """
+    names: list[str] = []
+    for one in config.each():
+        matcher = LlmMatcher(one.model_copy(update={"cache": None}))
+        try:
+            await matcher.find_model()
+            names.append(matcher.model)
+        finally:
+            matcher.close()
+    return tuple(names)
 
 
 def _wrong_without_request(answer: str) -> Match:

@@ -221,7 +221,7 @@ class Endpoint:
             raise JudgeUnavailable(reason, told, advice)
         self.model = names[0]
 
-    async def complete(self, client: httpx2.AsyncClient, messages: Sequence[Message]) -> bytes:
+    async def complete(self, client: httpx2.AsyncClient, messages: Sequence[Message], temperature: float = 0.0) -> bytes:
         """The body of a chat completion.
 
         Raises:
@@ -229,7 +229,7 @@ class Endpoint:
         """
         refused = self._refused
         while True:
-            body = self._body(messages, refused)
+            body = self._body(messages, refused, temperature)
             reply = await self._post(client, body)
             more = self._refused_in(reply, body)
             if not more:
@@ -240,10 +240,10 @@ class Endpoint:
         self._refused |= refused
         return reply.body
 
-    def _body(self, messages: Sequence[Message], refused: frozenset[str]) -> dict[str, Any]:
+    def _body(self, messages: Sequence[Message], refused: frozenset[str], temperature: float) -> dict[str, Any]:
         if "system" in refused:
             messages = [{"role": "user", "content": "\n\n".join(message["content"] for message in messages)}]
-        optional = {"max_tokens": self._config.max_tokens, "temperature": 0.0}
+        optional = {"max_tokens": self._config.max_tokens, "temperature": temperature}
         if "max_tokens" in refused:
             optional["max_completion_tokens"] = optional.pop("max_tokens")
         kept = {name: value for name, value in optional.items() if name not in refused}

@@ -43,6 +43,11 @@ def _quoted(text: str) -> str:
     return re.sub("[\x85\u2028\u2029]", lambda end: f"\\u{ord(end[0]):04x}", json.dumps(text, ensure_ascii=False))
 
 
+def packaged_prompt() -> str:
+    """The text of the packaged prompt, which verdicts are kept under."""
+    return files("metis_fast.score").joinpath("prompts/judge.txt").read_text("utf-8")
+
+
 def read_prompt(path: Path | None) -> JudgePrompt:
     """The prompt in a file, or the packaged one.
 
@@ -50,7 +55,7 @@ def read_prompt(path: Path | None) -> JudgePrompt:
         JudgeError: it cannot be read, or its user message lacks a place.
     """
     if path is None:
-        return _parsed(files("metis_fast.score").joinpath("prompts/judge.txt").read_text("utf-8"), "the packaged prompt")
+        return _parsed(packaged_prompt(), "the packaged prompt")
     name = f"score.llm.prompt={path}"
     try:
         text = path.read_text("utf-8-sig")

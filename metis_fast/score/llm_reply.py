@@ -117,6 +117,37 @@ def read_reply(body: bytes) -> Said:
     Raises:
         TryAgain: there is none, or it is in doubt.
     """
+    text, message = _whole_reply(body)
+    verdict = verdict_in(text)
+    if verdict is not None:
+        return Said(verdict, _thought_before(text, message))
+    if not text.strip() and (message.reasoning_content or message.reasoning):
+        raise _only_thought()
+    got = f"got {one_line(text, from_end=True)!r}"
+    advice = "make the model say the word alone with score.llm.extra_body (docs/scoring.md)"
+    raise TryAgain("expected CORRECT or INCORRECT and nothing else", got, advice)
+
+
+def read_text(body: bytes) -> str:
+    """What a chat completion says behind its thoughts, stripped, whatever it is.
+
+    Raises:
+        TryAgain: it is none, or cut off, refused, or thinking alone.
+    """
+    text, message = _whole_reply(body)
+    said = without_thoughts(text)
+    if said is None or (not said.strip() and (message.reasoning_content or message.reasoning)):
+        raise _only_thought()
+    return said.strip()
+
+
+def _only_thought() -> TryAgain:
+    advice = "turn thinking off (docs/scoring.md), or start the server without its reasoning parser"
+    return TryAgain("the reply has thinking and nothing after it", advice=advice)
+
+
+def _whole_reply(body: bytes) -> tuple[str, _Message]:
+    """The text of a chat completion that came to its end, with its message. Raises TryAgain: there is none."""
     try:
         tree = json.loads(body.decode("utf-8-sig"), object_pairs_hook=_each_name_once)
         if isinstance(tree, dict) and tree.get("error") and not tree.get("choices"):
@@ -152,15 +183,7 @@ def read_reply(body: bytes) -> Said:
         raise TryAgain("the reply was cut off before its end", one_line(text), advice)
     if end not in _ENDS:
         raise TryAgain(f"the reply ended with finish_reason {one_line(end)!r}", one_line(text))
-    verdict = verdict_in(text)
-    if verdict is not None:
-        return Said(verdict, _thought_before(text, message))
-    if not text.strip() and (message.reasoning_content or message.reasoning):
-        advice = "turn thinking off (docs/scoring.md), or start the server without its reasoning parser"
-        raise TryAgain("the reply has thinking and nothing after it", advice=advice)
-    got = f"got {one_line(text, from_end=True)!r}"
-    advice = "make the model say the word alone with score.llm.extra_body (docs/scoring.md)"
-    raise TryAgain("expected CORRECT or INCORRECT and nothing else", got, advice)
+    return text, message
 
 
 def _thought_before(text: str, message: _Message) -> str:

@@ -11,7 +11,7 @@ import fcntl
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from hashlib import sha256
@@ -21,9 +21,12 @@ from typing import Any
 
 from metis_fast.config import ScoreConfig, deciding
 from metis_fast.errors import ConfigError, DataError, JudgeError
+from metis_fast.judge_styles import known_style
 from metis_fast.rollout.store import StoredRollout, read_rollouts, stored_styles
 from metis_fast.score.flow import in_turn
 from metis_fast.score.judge import open_judge
+from metis_fast.score.llm import find_models
+from metis_fast.score.llm_prompt import packaged_prompt
 from metis_fast.score.llm_reply import READING
 from metis_fast.score.protocol import Cost, Judge, JudgeUnavailable
 from metis_fast.types import Outcome, Prompt, Verdict
@@ -111,11 +114,31 @@ def _header(config: ScoreConfig) -> bytes:
     settings = {name: value for name, value in deciding(config).items() if name in _DECIDING}
     prompt = config.llm.prompt
     try:
-        own = sha256(prompt.read_bytes()).hexdigest() if prompt else ""
+        own = sha256(prompt.read_bytes() if prompt else packaged_prompt().encode()).hexdigest()
     except OSError:  # which opening the judge tells of
         own = str(prompt)
     tree = {"metis_fast.verdicts": _FORMAT, "reading": READING, "score": settings, "prompt": own}
     return json.dumps(tree, sort_keys=True).encode() + b"\n"
+
+
+async def named(config: ScoreConfig, styles: Collection[str]) -> ScoreConfig:
+    """`config` with the models that its endpoints serve where it names none: a verdict is a model's, not an address's.
+
+    styles: of what is judged; without one for a model nothing is asked.
+
+    Raises:
+        JudgeError: there is not one model and no other.
+    """
+    asked = {known_style(style) if config.judge == "by_row" else config.judge for style in styles}
+    if "llm" not in asked or all(one.model for one in config.llm.each()):
+        return config
+    try:
+        models = await find_models(config.llm)
+    except JudgeUnavailable as error:
+        raise JudgeError(str(error)) from None
+    peers = [peer.model_copy(update={"model": model}) for peer, model in zip(config.llm.judges, models, strict=False)]
+    found = {"judges": tuple(peers)} if peers else {"model": models[0]}
+    return config.model_copy(update={"llm": config.llm.model_copy(update=found)})
 
 
 def count_rollouts(parts: Sequence[Path], config: ScoreConfig) -> Counter[str]:
@@ -152,6 +175,7 @@ async def rescore(
         DataError: a part or `out` cannot be read.
         JudgeError: the judge does not work, or gives no verdict for more than `score.max_missing_share`.
     """
+    config = await named(config, styles)
     judge = open_judge(config, styles)
     try:
         await judge.check()

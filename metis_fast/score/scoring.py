@@ -19,7 +19,13 @@ from metis_fast.types import Group, Outcome, Prompt, Rollout, Score, ScoredGroup
 
 async def judge_groups(groups: Sequence[Group], judge: Judge) -> list[tuple[Judged, ...]]:
     """Verdicts of every rollout, by group. One that ended in INFRASTRUCTURE_ERROR is not judged."""
-    every = await asyncio.gather(*(_judged(judge, group.prompt, rollout) for group in groups for rollout in group.rollouts))
+    asked = [asyncio.ensure_future(_judged(judge, group.prompt, rollout)) for group in groups for rollout in group.rollouts]
+    try:
+        every = await asyncio.gather(*asked)
+    finally:  # an error ends the run; the others would meet a recording that is closed, and log that
+        for one in asked:
+            one.cancel()
+        await asyncio.gather(*asked, return_exceptions=True)
     following = iter(every)
     return [tuple(next(following) for _ in group.rollouts) for group in groups]
 

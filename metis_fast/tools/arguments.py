@@ -15,7 +15,11 @@ from referencing.exceptions import Unresolvable
 
 from metis_fast.errors import InfrastructureError, one_line
 from metis_fast.tools.protocol import ToolSpec
+from metis_fast.tools.results import Refusal, Refused
 
+MAX_DEPTH = 64
+"""Of lists and objects in the arguments of a call. What is nested deeper is the agent's mistake: no tool takes it, and on its
+way to some it could not even be written."""
 _LONGEST = 300  # characters of what is wrong; the value itself may be huge
 _EXAMPLES: dict[str, object] = {
     "string": "...",
@@ -59,6 +63,19 @@ class Arguments:
         place = "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in error.absolute_path).lstrip(".")
         wrong = f"{place[:100]}: {_message(error)}" if place else _message(error)
         return f"{self._name} {self._expected}: {wrong}."
+
+
+def too_deep(name: str, arguments: Mapping[str, object]) -> Refused | None:
+    """The refusal of arguments that are nested too deep; None: they are not. Wherever tools run, the limit is the same."""
+    if not _is_deep(dict(arguments), MAX_DEPTH):
+        return None
+    return Refused(f"The arguments are nested deeper than {MAX_DEPTH} levels.", Refusal.ARGUMENTS, name)
+
+
+def _is_deep(value: object, depth: int) -> bool:
+    if not isinstance(value, dict | list):
+        return False
+    return depth == 0 or any(_is_deep(one, depth - 1) for one in (value.values() if isinstance(value, dict) else value))
 
 
 def schema_problem(schema: object) -> str:

@@ -41,7 +41,7 @@ from metis_fast import pixels
 from metis_fast.config import McpServerConfig
 from metis_fast.errors import InfrastructureError, ToolSetupError, one_line
 from metis_fast.machine import num_cores
-from metis_fast.tools.arguments import schema_problem
+from metis_fast.tools.arguments import Arguments, schema_problem
 from metis_fast.tools.protocol import MAX_CALL_IMAGES, ToolSpec
 from metis_fast.tools.results import ContentResult
 from metis_fast.tools.tool import ToolPrompt, shorten
@@ -166,6 +166,8 @@ class McpSession:
             result = await connection.call(source.theirs[name], arguments)
             if crash := _crash(result, source.theirs[name], source.config.failures):
                 raise _Failed(f"it failed in the server: {crash}{connection.last_words()}")
+            if result.is_error:
+                await connection.check_offer(source.theirs[name], arguments)
             return await _content(result, source.max_chars)
         except _Failed as error:
             await self.close()  # what it keeps is lost, or not to be trusted
@@ -250,6 +252,26 @@ class _Connection:
             raise _Failed(f"no answer within {limit:g} s (timeout_s)") from None
         except Exception as error:  # as above: an answer that is none, or does not fit the tool's output schema
             raise _Failed(f"{_said(error)}{self.last_words()}") from error
+
+    async def check_offer(self, name: str, arguments: Mapping[str, object]) -> None:
+        """Whether the server still offers what prompts tell of, so that an error of a call can be the agent's.
+
+        Raises:
+            _Failed: it has no such tool any more, or one that does not take these arguments, which the schema of before does.
+        """
+        limit = self._source.config.connect_s
+        try:
+            async with asyncio.timeout(limit + _SLACK_S):
+                listed = {tool.name: tool for tool in await _listed(self._client.result())}
+        except TimeoutError:
+            raise _Failed(f"no list of tools within {limit:g} s (connect_s) after an error") from None
+        except Exception as error:  # as above
+            raise _Failed(f"no list of tools after an error ({_said(error)}){self.last_words()}") from error
+        if name not in listed:
+            raise _Failed(f"the server no longer has {name}, which prompts offer")
+        schema = dict(listed[name].input_schema)
+        if schema_problem(schema) or Arguments(ToolSpec(name, "", schema)).problem(arguments):
+            raise _Failed(f"the schema of {name} is no longer the one that prompts tell of; start the run again")
 
     def last_words(self) -> str:
         """What the server wrote last to stderr, for errors."""
@@ -361,12 +383,18 @@ async def _content(result: CallToolResult, max_chars: int) -> ContentResult:
     """Raises: _Failed: an image that is none."""
     parts: list[str | int] = []
     images: list[ImageBlob] = []
-    left_out, room = 0, max_chars
+    left_out, cut, room = 0, 0, max_chars
 
     def say(text: str) -> None:
-        nonlocal room
+        nonlocal cut, room
+        if not room:
+            cut += len(text)
+            return
         text = shorten(text, room)
         room = max(0, room - len(text))
+        put(text)
+
+    def put(text: str) -> None:
         if parts and isinstance(parts[-1], str):
             parts[-1] += f"\n{text}"
         else:
@@ -382,8 +410,10 @@ async def _content(result: CallToolResult, max_chars: int) -> ContentResult:
             images.append(await _image(block))
     if not parts and result.structured_content is not None:
         say(json.dumps(result.structured_content, ensure_ascii=False))
+    if cut:
+        put(f"[{cut} more characters cut]")
     if left_out:
-        say(f"[{left_out} more images are not shown]")
+        put(f"[{left_out} more images are not shown]")
     return ContentResult(tuple(parts), tuple(images), ok=not result.is_error)
 
 

@@ -19,6 +19,7 @@ from typing import get_args
 from metis_fast.config import ImageSearchConfig, TextSearchConfig, ToolsConfig
 from metis_fast.errors import InfrastructureError, ToolSetupError
 from metis_fast.own_folder import OwnFolder
+from metis_fast.tools.arguments import too_deep
 from metis_fast.tools.builtin import SPECS
 from metis_fast.tools.protocol import NO_EXTRA, ToolSpec
 from metis_fast.tools.python_tool import longest_s
@@ -210,6 +211,8 @@ class RemoteSession:
 
     async def call(self, name: str, arguments: Mapping[str, object]) -> ToolResult | Observation:
         """Run one tool; see `ToolSession.call`. After a lost worker the session's next call opens it anew, on another."""
+        if refused := too_deep(name, arguments):
+            return refused
         try:
             if self._place is None:
                 self._place = self._toolbox.place()

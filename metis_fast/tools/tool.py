@@ -18,10 +18,11 @@ import re
 import sys
 import threading
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol, cast
 
+from metis_fast import pixels
 from metis_fast.errors import InfrastructureError, ToolSetupError, one_line
 from metis_fast.tools.arguments import schema_problem
 from metis_fast.tools.protocol import MAX_CALL_IMAGES, NO_EXTRA, ToolSession, ToolSpec
@@ -259,7 +260,7 @@ class OwnSession:
         """See `ToolSession.call`."""
         own = self._own
         try:
-            return _answer(own.spec.name, await self._asked(arguments), own.max_chars)
+            return await _answer(own.spec.name, await self._asked(arguments), own.max_chars)
         except ToolFault as fault:
             return Refused(shorten(str(fault), own.max_chars), Refusal.OTHER, own.spec.name)
         except InfrastructureError:
@@ -316,18 +317,39 @@ def _checked(tool: Tool | StatefulTool, place: str) -> ToolSpec:
     return ToolSpec(name, description.strip(), dict(cast(Mapping[str, object], schema)))
 
 
-def _answer(name: str, value: object, max_chars: int) -> ContentResult | Observation:
+async def _answer(name: str, value: object, max_chars: int) -> ContentResult | Observation:
     """Raises: InfrastructureError: the tool returned what is no answer."""
     if isinstance(value, str):
         return ContentResult((shorten(value, max_chars),))
     if not isinstance(value, Observation):
         raise InfrastructureError(f"tool {name}: expected text or an Observation from its call, got {type(value).__name__}")
+    text, images = cast(object, value.text), cast(object, value.images)
+    if (
+        not isinstance(text, str)
+        or not isinstance(images, tuple | list)
+        or not all(isinstance(one, ImageBlob) for one in images)
+    ):
+        raise InfrastructureError(
+            f"tool {name}: expected an Observation with a text and a tuple of ImageBlob, got {type(text).__name__} and "
+            f"{images!r:.100}; make images with ImageBlob.of(DATA)"
+        )
     if value.outcome not in (Outcome.TOOL_RESULT, Outcome.TOOL_ERROR) or len(value.images) > MAX_CALL_IMAGES:
         raise InfrastructureError(
             f"tool {name}: expected an Observation with outcome tool_result or tool_error and at most {MAX_CALL_IMAGES} "
             f"images, got {value.outcome} and {len(value.images)}"
         )
-    return value
+    return replace(value, text=shorten(text, max_chars), images=tuple([await _usable(name, one) for one in value.images]))
+
+
+async def _usable(name: str, image: ImageBlob) -> ImageBlob:
+    """The image, by the hash that it has. Raises: InfrastructureError: it is none."""
+    try:
+        checked = await asyncio.to_thread(ImageBlob.of, image.data)
+    except TypeError:
+        raise InfrastructureError(f"tool {name}: expected bytes in an image, got {type(image.data).__name__}") from None
+    if problem := await asyncio.to_thread(pixels.problem, checked.data):
+        raise InfrastructureError(f"tool {name}: it returned an image that cannot be used: {problem}")
+    return checked
 
 
 def shorten(text: str, limit: int) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 from metis_fast.config import McpServerConfig, ToolsConfig
 from metis_fast.errors import ToolSetupError
 from metis_fast.machine import num_cores
-from metis_fast.tools.arguments import Arguments
+from metis_fast.tools.arguments import Arguments, too_deep
 from metis_fast.tools.builtin import ALIASES, ImageSearchSource, PythonSource, TextSearchSource
 from metis_fast.tools.protocol import NO_EXTRA, ToolSession, ToolSpec
 from metis_fast.tools.python_tool import PythonServer
@@ -145,6 +145,8 @@ class LocalSession:
 
     async def call(self, name: str, arguments: Mapping[str, object]) -> ToolResult | Observation:
         """Run one tool; see `ToolSession.call`."""
+        if refused := too_deep(name, arguments):
+            return refused
         entry = self._toolbox.find(name)
         if entry is None:
             names = ", ".join(self._toolbox.names) or "none"

@@ -39,6 +39,6 @@ def test_an_unknown_op_is_one_line_and_exit_code_2(command):
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].endswith(
         "unknown op 'attention'; expected one of group_advantage, linear_logprob, hdpo_loss, prefix_attention, full_attention, "
-        "patchify, update_step, rollout, scale"
+        "patchify, update_step, rollout, scale, tools"
     )
     assert len(done.stderr.splitlines()) == 1

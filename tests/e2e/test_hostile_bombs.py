@@ -143,6 +143,10 @@ PNGS = {
     "with a wrong checksum": ("good[:30] + b'xxxx' + good[34:]", 0),
     "with an unknown filter": ("sign + header(1, 1) + chunk(b'IDAT', zlib.compress(b'\\x09abc')) + end", 0),
     "of no colour": ("good.replace(bytes([8, 2, 0, 0, 0]), bytes([8, 0, 0, 0, 0]))", 0),
+    "in many small pieces": (
+        "sign + header(3, 2) + b''.join(chunk(b'IDAT', bytes([x])) for x in zlib.compress(rows(3, 2))) + end",
+        0,
+    ),
     "that is a GIF": ("b'GIF89a' + bytes(99)", 0),
 }
 
@@ -170,6 +174,12 @@ SHARED = "f = os.open('/dev/shm/x', os.O_CREAT | os.O_RDWR)\nos.posix_fallocate(
 TOGETHER = {
     "in children": f"for _ in range(6):\n    if not os.fork(): {TAKE}time.sleep(60)",
     "in children of children": f"for _ in range(6):\n    if os.fork(): {TAKE}time.sleep(60)",
+    "in a process whose first thread has ended": f"import ctypes, threading\nlibc = ctypes.CDLL(None)\n"
+    f"for _ in range(6):\n    if not os.fork():\n        def take():\n            {TAKE}"
+    "        threading.Thread(target=take).start()\n        libc.syscall(60 if os.uname().machine == 'x86_64' else 93, 0)\n"
+    "time.sleep(60)",
+    "in sockets": "import socket\nfor _ in range(8):\n"
+    "    if not os.fork(): held = [socket.socketpair() for _ in range(110)]; time.sleep(60)\ntime.sleep(60)",
     "in files and children": f"{SHARED}for _ in range(4):\n    if not os.fork(): {TAKE}time.sleep(60)",
 }
 

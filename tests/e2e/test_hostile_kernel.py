@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
 
 import pytest
 from hostile import SYSCALL, attack
-from python_calls import serve
+from python_calls import LIMIT, WORD, serve
 
 from metis_fast.tools.python_server import PythonServer
+from metis_fast.tools.python_tool import PythonTool
 from metis_fast.types import Observation, Outcome
 
 
@@ -82,7 +84,6 @@ CALLS = {
     "setpriority": "141, 140, 0, 0, 19",
     "sched_setscheduler": "144, 119, 0, 5, bytes(4)",
     "ioprio_set": "251, 30, 1, 0, 0",
-    "flock": "73, 32, 0, 2",
     "sync": "162, 81",
     "vmsplice": "278, 75, 1, 0, 0, 0",
     "tee": "276, 77, 0, 1, 1, 0",
@@ -104,6 +105,13 @@ def test_a_system_call_is_refused(server: PythonServer, name: str) -> None:
 def test_system_calls_that_a_newer_kernel_may_have_are_unknown(server: PythonServer) -> None:
     got = attack(server, f"{SYSCALL}print(syscall(435, 435, 0, 0), syscall(463, 463), syscall(1000, 1000))")
     assert got == [Observation("ENOSYS ENOSYS ENOSYS")]
+
+
+def test_a_lock_of_a_shared_file_is_what_this_file_system_does_not_have(server: PythonServer) -> None:
+    """So libraries take another way, as they do not where it is forbidden."""
+    code = "import errno, fcntl, os\ntry: fcntl.flock(os.open(os.__file__, os.O_RDONLY), 2)\n"
+    code += "except OSError as error: print(errno.errorcode[error.errno])"
+    assert attack(server, code) == [Observation("ENOSYS")]
 
 
 @pytest.mark.skipif("__import__('os').uname().machine != 'x86_64'", reason="x32 and 32-bit calls are those of x86-64")
@@ -162,7 +170,8 @@ REFUSED = {
     "fiemap": "fcntl.ioctl(os.open('/usr/lib', os.O_RDONLY), 0xC020660B, bytes(32))",
     "pipe size": "fcntl.fcntl(os.pipe()[0], 1031, 1 << 20)",
     "lease": "fcntl.fcntl(os.open('file', os.O_CREAT | os.O_RDONLY), 1024, 0)",
-    "lock of a shared file": "fcntl.flock(os.open(os.__file__, os.O_RDONLY), 2)",
+    "hint of a file": "fcntl.fcntl(os.open('file', os.O_CREAT | os.O_RDONLY), 1036, bytes(8))",
+    "data out of band": "socket.socketpair()[0].send(b'x', socket.MSG_OOB)",
     "shared memory without a file": "mmap.mmap(-1, 4096)",
     "huge pages": "mmap.mmap(-1, 1 << 21, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x40000)",
     "a device": "os.mknod('device', 0o20666, os.makedev(1, 1))",
@@ -172,8 +181,33 @@ REFUSED = {
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_an_operation_is_refused(server: PythonServer, name: str) -> None:
-    (got,) = attack(server, f"import fcntl, mmap, os\n{REFUSED[name]}")
+    (got,) = attack(server, f"import fcntl, mmap, os, socket\n{REFUSED[name]}")
     assert got.outcome is Outcome.TOOL_ERROR and "[Errno 1] Operation not permitted" in got.text
+
+
+def test_no_socket_holds_more_than_others(server: PythonServer) -> None:
+    """Where a machine's network is tuned, it could be megabytes, which no limit counts."""
+    code = "import socket\na, b = socket.socketpair()\nbefore = a.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF)\n"
+    code += "a.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)\na.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)\n"
+    code += "print(*(a.getsockopt(socket.SOL_SOCKET, kind) for kind in (socket.SO_SNDBUF, socket.SO_PASSCRED)), before)"
+    (got,) = attack(server, code)
+    now, passes, before = got.text.split()
+    assert (now, passes) == (before, "1")
+
+
+def test_signals_that_wait_are_few_and_those_of_other_sessions_do_not_count(server: PythonServer) -> None:
+    code = "import ctypes, os, signal\nsignal.pthread_sigmask(signal.SIG_BLOCK, range(34, 64))\n"
+    code += "libc, num = ctypes.CDLL(None), 0\nwhile not libc.sigqueue(os.getpid(), 40, 0): num += 1\nprint(num)"
+
+    async def story() -> list[str]:
+        tools = [PythonTool(server, (), 60.0, LIMIT) for _ in range(2)]
+        try:
+            return [WORD(await tool.call(code)).text for tool in tools]
+        finally:
+            for tool in tools:
+                await tool.close()
+
+    assert asyncio.run(story()) == ["1024", "1024"]
 
 
 def test_no_process_of_the_session_can_be_made_unreadable_or_traceable(server: PythonServer) -> None:

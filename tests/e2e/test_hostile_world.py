@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ctypes
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +14,7 @@ import pytest
 from hostile import SYSCALL, attack
 from python_calls import LIMIT, WORD, serve
 
+from metis_fast.config import PythonToolConfig
 from metis_fast.tools.python_server import PythonServer
 from metis_fast.tools.python_tool import PythonTool
 from metis_fast.types import Observation, Outcome
@@ -130,9 +133,9 @@ def test_sessions_share_nothing(server: PythonServer) -> None:
     async def story() -> list[str]:
         one, other = (PythonTool(server, (), 60.0, LIMIT) for _ in range(2))
         try:
-            await one.call("import os, socket\nopen('/dev/shm/x', 'w').write('x'); open('/tmp/y', 'w').write('y')\nz = 1")
+            await one.call("import os, socket\nopen('/dev/shm/x', 'w').write('x'); open('y', 'w').write('y')\nz = 1")
             await one.call("s = socket.socket(socket.AF_UNIX); s.bind('\\0name'); s.listen()")
-            look = "import os, socket\nprint(os.listdir('/tmp'), os.listdir('/dev/shm'), 'z' in globals())"
+            look = "import os, socket\nprint(os.listdir('.'), os.listdir('/dev/shm'), 'z' in globals())"
             reach = "socket.socket(socket.AF_UNIX).connect('\\0name')"
             kill = "print([os.kill(n, 9) for n in (-1,)] if len(os.listdir('/proc/self/task')) > 99 else os.getpid())"
             return [WORD(await other.call(code)).text for code in (look, reach, kill)] + [WORD(await one.call("z")).text]
@@ -143,6 +146,29 @@ def test_sessions_share_nothing(server: PythonServer) -> None:
     look, reach, own, kept = asyncio.run(story())
     assert look == "[] [] False" and reach.endswith("ConnectionRefusedError: [Errno 111] Connection refused")
     assert (own, kept) == ("1", "1")
+
+
+def test_what_a_session_sets_of_its_standard_input_no_other_sees(server: PythonServer) -> None:
+    leave = "import fcntl, os\nfcntl.fcntl(0, 10, 37); fcntl.fcntl(0, fcntl.F_SETFL, os.O_NONBLOCK)\n"
+    look = "print(fcntl.fcntl(0, 11), fcntl.fcntl(0, fcntl.F_GETFL) & os.O_NONBLOCK, os.read(0, 1))"
+    assert attack(server, leave + look) == [Observation("37 2048 b''")]
+    assert attack(server, f"import fcntl, os\n{look}") == [Observation("0 0 b''")]
+
+
+def test_what_the_trainer_ignores_and_blocks_is_no_matter_of_sessions(tmp_path: Path) -> None:
+    ignored = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGCHLD, signal.SIGTERM)}
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGALRM})
+    try:
+        opened = PythonServer(PythonToolConfig(max_output_chars=LIMIT), tmp_path)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+        for number, handler in ignored.items():
+            signal.signal(number, handler)
+    with contextlib.closing(opened) as server:
+        late = "import signal, time\nsignal.signal(signal.SIGALRM, lambda *_: print('alarm')); signal.alarm(1)\ntime.sleep(2)"
+        child = "import subprocess, sys\nchild = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])\n"
+        got = attack(server, late, f"{child}child.terminate()\nprint(child.wait())")
+    assert got == [Observation("alarm"), Observation("-15")]
 
 
 def test_no_signal_leaves_the_session(server: PythonServer) -> None:

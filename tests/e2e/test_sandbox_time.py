@@ -20,6 +20,7 @@ from metis_fast.tools import python_server, python_tool
 from metis_fast.tools.python_server import PythonServer
 from metis_fast.tools.python_tool import PythonTool
 from metis_fast.tools.sandbox.board import Usage
+from metis_fast.tools.sandbox.kernel import SCRATCH
 from metis_fast.tools.slots import Lease, Slots
 from metis_fast.types import Observation, Outcome
 
@@ -231,7 +232,7 @@ def test_a_session_that_is_killed_from_outside_is_not_the_agents_error(server: P
     async def story() -> Observation:
         tool = PythonTool(server, (), 60.0, LIMIT)
         await call(tool, "import os")
-        name = f"/tmp/{os.getpid()}-mine"
+        name = f"{SCRATCH}/{os.getpid()}-mine"
         await call(tool, f"open({name!r}, 'w').close()")
         (session,) = [pid for pid in sessions(server) if os.path.exists(f"/proc/{pid}/root{name}")]
         running = asyncio.create_task(call(tool, "import time\ntime.sleep(60)"))

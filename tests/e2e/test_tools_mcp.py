@@ -192,6 +192,31 @@ def test_a_session_that_is_lost_is_our_failure_and_the_next_call_has_a_new_one(t
     box.close()
 
 
+@pytest.mark.parametrize("coded", [False, True])
+@pytest.mark.parametrize(
+    ("change", "said"), [("fewer", "no longer has sometimes"), ("town", "schema of sometimes is no longer")]
+)
+def test_an_error_is_not_the_agents_where_the_server_offers_other_tools_than_before(
+    tmp_path: Path, change: str, said: str, coded: bool
+) -> None:
+    box = open_toolbox(config(tiny(tmp_path)), tmp_path)
+    if coded:
+        (tmp_path / "coded").touch()
+
+    async def story() -> None:
+        session = box.session(())
+        wrong = await session.call("sometimes", {"street": "none"})
+        assert wrong == ContentResult(("no such street",), ok=False)
+        assert await session.call("sometimes", {"street": "x"}) == ContentResult(("here",))
+        (tmp_path / change).touch()  # while the session is open
+        with pytest.raises(InfrastructureError, match=said):
+            await session.call("sometimes", {"street": "x"})
+        await session.close()
+
+    asyncio.run(story())
+    box.close()
+
+
 def test_a_server_that_hangs_is_our_failure_and_is_gone(tmp_path: Path) -> None:
     box = open_toolbox(config(tiny(tmp_path, timeout_s=0.5)), tmp_path / "scratch")
     hung, fine = ask(box, ("hang", {}), ("count", {}))
@@ -236,6 +261,16 @@ def test_a_rollout_that_is_cancelled_leaves_no_server(tmp_path: Path) -> None:
         assert not servers(tmp_path)
 
     asyncio.run(story())
+    box.close()
+
+
+@pytest.mark.parametrize("then", ["pid", "die", "hang"])
+def test_what_a_server_has_started_ends_with_its_session(tmp_path: Path, then: str) -> None:
+    """Here a daemon whose parent has ended, in a session of its own."""
+    box = open_toolbox(config(tiny(tmp_path, timeout_s=2)), tmp_path / "scratch")
+    made, _ = ask(box, ("daemon", {}), (then, {}))
+    assert isinstance(made, ContentResult), made
+    assert not psutil.pid_exists(int(str(made.parts[0])))
     box.close()
 
 

@@ -166,3 +166,14 @@ def test_the_settings_may_stand_in_a_file(tmp_path: Path, capsys: pytest.Capture
     out = capsys.readouterr().out
     assert code == 1 and "line 2: rule: 'four' for '4' is right, but llm grader: says INCORRECT for the ground truth '4'" in out
     assert "cost: 2 requests, 0 tokens in, 0 out, " in out
+
+
+def test_a_judge_that_cannot_be_reached_is_told_with_what_to_do(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    (tmp_path / "good.tsv").write_text(TSV)
+    with serving(JudgeServer()) as url:
+        pass  # nobody listens there now
+    settings = ["score.judge=llm", f"score.llm.base_url={url}", "score.llm.model=m", "score.llm.retries=0"]
+    assert cli.main(["judge", "check", str(tmp_path / "good.tsv"), *settings]) == 1
+    out = capsys.readouterr().out
+    assert "no verdict: 2 x no connection\n  the first: no connection (" in out
+    assert "; start it, or set score.llm.base_url\n" in out

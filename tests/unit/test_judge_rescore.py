@@ -21,7 +21,7 @@ from metis_fast.config import Config, ScoreConfig
 from metis_fast.errors import ConfigError, DataError, JudgeError
 from metis_fast.rollout.store import RolloutStore
 from metis_fast.score.judge import open_judge
-from metis_fast.score.rescore import Again, Rescoring, count_rollouts, default_out, parts_of, rescore
+from metis_fast.score.rescore import Again, Rescoring, count_rollouts, default_out, named, parts_of, rescore
 from metis_fast.score.rescore_report import render_json, render_text
 from metis_fast.score.scoring import score_groups
 from metis_fast.testing.judge import JudgeServer, Reply, by_equality, completion, serving, text_rollout
@@ -235,6 +235,19 @@ def test_a_store_of_an_older_version_needs_a_judge_for_all(run: Path):
 def test_a_run_without_rollouts_is_refused(tmp_path: Path):
     with pytest.raises(DataError, match="expected stored rollouts in its folder `rollouts`, found none"):
         parts_of(tmp_path)
+
+
+def test_a_model_that_is_not_named_is_another_judge_where_another_one_is_served(run: Path):
+    lenient = JudgeServer(lambda task: completion("INCORRECT" if task["candidate_answer"] == "7" else "CORRECT"), models=("a",))
+    with serving(lenient) as url:
+        again(run, llm(url, model=""))
+        assert again(run, llm(url, model="a"), default_out(run, llm(url, model=""))).resumed == 27
+    with serving(JudgeServer(models=("b",))) as url:
+        with pytest.raises(ConfigError, match=r"holds verdicts of another judge \(score\.llm\)"):
+            again(run, llm(url, model=""))
+        config = asyncio.run(named(llm(url, model=""), {"rule"}))
+        assert config.llm.model == "b" and again(run, config).resumed == 0
+        assert asyncio.run(named(ScoreConfig(), {"rule"})) == ScoreConfig()
 
 
 def told(arguments: Sequence[object], capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:

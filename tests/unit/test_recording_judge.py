@@ -131,3 +131,31 @@ def test_a_model_of_another_name_is_another_judge(judges: Callable[..., RunJudge
     assert not _missing(judges(judge="llm", llm={"model": "large", "timeout_s": 1}), prompt)
     assert _missing(judges(judge="llm", llm={"model": "small"}), prompt)
     assert _missing(judges(judge="llm", llm={"model": "large", "extra_body": {"seed": 1}}), prompt)
+
+
+def test_a_model_that_is_not_named_is_the_same_one_in_all_of_a_recording(
+    judges: Callable[..., RunJudge], make_prompt: Callable[..., Prompt]
+) -> None:
+    def opened(url: str, **llm: Any) -> RunJudge:
+        return judges(lambda config: open_judge(config.score, ["rule"]), judge="llm", llm={"base_url": url, **llm})
+
+    with serving(JudgeServer(models=("a",))) as first, serving(JudgeServer(models=("b",))) as second:
+        for url in (first, first):
+            assert judged(opened(url), make_prompt(), RIGHT)[0].judge == "llm a"
+        with pytest.raises(RecordingError, match=r'holds verdicts of the model \["a"\], and \["b"\] is served now'):
+            judged(opened(second), make_prompt(), RIGHT)
+        assert judged(opened(second, model="b"), make_prompt(), RIGHT)[0].judge == "llm b"
+        by_row = judges(lambda config: open_judge(config.score, ["rule"]), llm={"base_url": second})
+        assert judged(by_row, make_prompt(), RIGHT)[0].judge != "llm a"  # `rule` asks nobody
+
+
+def test_verdicts_under_the_packaged_prompt_are_not_those_of_ones_own(
+    judges: Callable[..., RunJudge], make_prompt: Callable[..., Prompt], tmp_path: Path
+) -> None:
+    own = tmp_path / "own.txt"
+    own.write_text("{question} {truth} {answer}")
+    for prompt, other in ((None, own), (own, None)):
+        (tmp_path / "run.sqlite").unlink(missing_ok=True)
+        judged(judges(lambda config: FakeJudge(), judge="llm", llm={"model": "m", "prompt": prompt}), make_prompt(), RIGHT)
+        assert not _missing(judges(judge="llm", llm={"model": "m", "prompt": prompt}), make_prompt())
+        assert _missing(judges(judge="llm", llm={"model": "m", "prompt": other}), make_prompt())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -160,6 +161,19 @@ def test_each_rollout_is_told_again_what_it_was_told(boxes: Callable[..., Toolbo
     assert replay.names == list(NeverTheSame.names) and replay.tools == tuple(NeverTheSame().tools)
 
 
+def test_a_replay_describes_tools_to_the_model_letter_for_letter(boxes: Callable[..., Toolbox]) -> None:
+    schema = {"type": "object", "properties": {"b": {"type": "string"}, "a": {"title": "A"}}, "required": ["b", "a"]}
+
+    class Telling(NeverTheSame):
+        @property
+        def tools(self) -> Sequence[ToolSpec]:
+            return [ToolSpec("dice", "throws", schema)]
+
+    boxes(Telling())
+    (tool,) = boxes().tools
+    assert json.dumps(dict(tool.schema)) == json.dumps(schema)  # the order of the keys is what the model reads, too
+
+
 def test_a_search_is_made_once_and_code_runs_each_time(boxes: Callable[..., Toolbox]) -> None:
     inner = NeverTheSame()
     box = boxes(inner)
@@ -267,7 +281,7 @@ def test_a_doctor_asks_the_file_and_nothing_else(
     found += services.judges(config, {"llm"}, offline=False)  # nobody says where that is
     assert [finding.state for finding in found] == ["ok"] * 4, found
     (tmp_path / "run.sqlite").write_bytes(b"none")
-    with pytest.raises(RecordingError, match="name a recording"):
+    with pytest.raises(RecordingError, match=r"set it to one that tools\.record made"):
         list(services.tool(config, ToolName.PYTHON, offline=False))
 
 

@@ -40,6 +40,7 @@ def answer(machine: str, number: int, *arguments: int, arch: int | None = None) 
             return {0x7FFF0000: ALLOW, 0x80000000: KILL, 0x50000: errno.errorcode.get(detail, "")}[kind]
 
 
+SENDS = [((44, 206), (3, 0, 0, 0x4000)), ((46, 211), (3, 0, 0x4000)), ((307, 269), (3, 0, 0, 0x4000))]
 # Numbers of the same call on x86-64 and aarch64, its arguments, and the answer.
 CASES = [
     ((0, 63), (), ALLOW),  # read
@@ -71,7 +72,13 @@ CASES = [
     ((157, 167), (15,), ALLOW),  # prctl, a name
     *(((157, 167), (option,), "EPERM") for option in (4, 8, 22, 24, 28, 35, 36, 59, 62)),
     ((72, 25), (0, 1), ALLOW),  # fcntl
-    ((72, 25), (0, 1031), "EPERM"),
+    *(((72, 25), (0, command), "EPERM") for command in (1024, 1026, 1031, 1036, 1038)),
+    ((54, 208), (3, 1, 7), ""),  # setsockopt, size of a buffer: done, and nothing has happened
+    ((54, 208), (3, 1, 16), ALLOW),
+    ((54, 208), (3, 6, 7), ALLOW),
+    ((73, 32), (0, 2), "ENOSYS"),  # flock
+    *((numbers, flags, ALLOW) for numbers, flags in SENDS),
+    *((numbers, (*flags[:-1], flags[-1] | 1), "EPERM") for numbers, flags in SENDS),  # out of band
     ((16, 29), (0, 0x5401), ALLOW),  # ioctl
     ((16, 29), (0, 0x5412), "EPERM"),
     *((pair, (), "EPERM") for pair in ((425, 425), (323, 282), (321, 280), (101, 117), (250, 219), (272, 97), (319, 279))),

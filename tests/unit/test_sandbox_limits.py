@@ -89,12 +89,14 @@ def test_a_session_group_has_the_limits(tmp_path: Path) -> None:
     assert not groups.was_full(7)
     (group / "memory.events").write_text("low 0\noom 3\noom_kill 2\n")
     groups.make(8)
+    (tmp_path / groups._names[8] / "memory.events").write_text("low 0\noom 0\noom_kill 2\n")  # the machine was short of it
     assert groups.was_full(7) and not groups.was_full(8)
     groups.remove(7)  # not empty: as if the kernel were late
     groups.make(7)
     assert not groups.was_full(7)
     for name in written:
         (group / name).unlink()
+    (tmp_path / groups._names[8] / "memory.events").unlink()
     groups.remove(8)
     groups.remove(7)
     assert list(tmp_path.iterdir()) == []
@@ -145,6 +147,51 @@ def test_the_watchdog_counts_a_whole_family(tells: bool, monkeypatch: pytest.Mon
     assert 0 < second.cpu_ns <= 1.1 * passed and second.cpu_ns + second.delay_ns > 0.5 * passed
     gone = exact.measure()
     assert gone.tasks in (0, 1, 2, 3) and gone.cpu_ns >= second.cpu_ns
+
+
+def test_much_memory_is_measured_in_several_looks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watchdog, "_EXACT_S", 0.0)
+    with subprocess.Popen([sys.executable, "-c", FAMILY], stdout=subprocess.PIPE, start_new_session=True) as family:
+        try:
+            assert family.stdout is not None and family.stdout.readline() == b"ready\n"
+            roughly = Watch(family.pid, "", 1 << 40).measure().memory
+            watch = Watch(family.pid, "", roughly - (1 << 20))
+            part, whole, *later = [watch.measure().memory for _ in range(4)]
+        finally:
+            os.killpg(family.pid, 9)
+    assert 40 << 20 < part < whole < roughly and later == pytest.approx([whole, whole], abs=4 << 20)
+
+
+CHURN = """
+import ctypes, os, signal, time
+ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # orphans are its own children, as those of the first process of a namespace
+signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+def hop():
+    while True:
+        if os.fork(): os._exit(0)
+        end = time.monotonic() + 0.001
+        while time.monotonic() < end: pass
+for _ in range(8):
+    if not os.fork(): hop()
+print("ready", flush=True)
+while True: pass
+"""
+
+
+def test_who_keeps_himself_from_running_with_short_lived_children_is_not_kept_from_it_by_others() -> None:
+    with subprocess.Popen([sys.executable, "-c", CHURN], stdout=subprocess.PIPE, start_new_session=True) as family:
+        try:
+            assert family.stdout is not None and family.stdout.readline() == b"ready\n"
+            watch = Watch(family.pid, "/tmp", 1 << 40)
+            seen = [watch.measure()]
+            for _ in range(20):
+                time.sleep(0.05)
+                seen.append(watch.measure())
+        finally:
+            os.killpg(family.pid, 9)
+    passed = seen[-1].at_ns - seen[0].at_ns
+    assert seen[-1].delay_ns < 0.3 * passed and seen[-1].cpu_ns > 0.3 * passed
 
 
 RESTRICTED = """

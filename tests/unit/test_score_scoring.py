@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 from metis_fast.config import Config, LossConfig, ScoreConfig
-from metis_fast.errors import JudgeError
+from metis_fast.errors import JudgeError, RecordingError
 from metis_fast.score.judge import open_judge
 from metis_fast.score.reward import accuracy_reward, tool_reward
 from metis_fast.score.scoring import score_groups
 from metis_fast.testing.judge import FakeJudge, text_rollout
-from metis_fast.types import Group, Outcome, Prompt, Score, Verdict
+from metis_fast.types import Group, Outcome, Prompt, Rollout, Score, Verdict
 
 CALL = "<reason>look</reason><tool_call>{}</tool_call>"
 
@@ -150,6 +150,21 @@ def test_reference_normalisation_switches_the_recipes_noise_on():
     assert {s.adv_acc for s in exact.scores} == {0.0} and not any(s.needs_gradient for s in exact.scores)
     assert [s.adv_acc for s in noisy.scores] == pytest.approx([-0.056] * 16, abs=5e-4)
     assert all(s.needs_gradient for s in noisy.scores)
+
+
+class _Lacking:
+    """A replay in which no verdict is found, and some are looked for longer than others."""
+
+    async def judge(self, prompt: Prompt, rollout: Rollout) -> Verdict:
+        await asyncio.sleep(0.01 * rollout.index)
+        raise RecordingError(f"no verdict on rollout {rollout.index}; record it")
+
+
+def test_an_error_that_ends_the_run_leaves_nobody_judging():
+    with asyncio.Runner() as runner:  # its loop lives on, as a run's does while the run is wound up
+        with pytest.raises(RecordingError, match="rollout 0"):
+            runner.run(score_groups([a_group("p", *[answers("4")] * 3)], _Lacking(), Config()))
+        assert not asyncio.all_tasks(runner.get_loop())
 
 
 def test_advantages_are_float32_values():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import socket
 import threading
 import time
@@ -70,6 +71,29 @@ def test_images_go_to_the_server_once_and_come_back_once(picture: Callable[..., 
 
         asyncio.run(go())
     assert own.prompts == [((first, second), {"index": 7}, ((1, 2), (3, 4))), ((second,), {"index": 7}, ())]
+
+
+@pytest.mark.parametrize("changed", [{"enabled": ["text_search"]}, {"python": {"timeout_s": 3}}])
+def test_a_server_that_was_started_again_with_other_tools_ends_the_run(
+    changed: dict[str, object],
+):
+    with serving(HeldToolbox(), config()) as (url, _):
+        toolbox = ServerToolbox(config(url))
+    other, again = HeldToolbox(), ToolsConfig.model_validate({"enabled": ["python"], **changed})
+    with serving(other, again) as (url, _), serving(other, config()) as (same, _):
+
+        async def go(where: str) -> str:
+            toolbox.address = ServerAddress(config(where).server)
+            session = toolbox.session(())
+            try:
+                return await run_code(session, "a")
+            finally:
+                await session.close()
+
+        with pytest.raises(ToolSetupError, match="has other tools or settings, or is of another release"):
+            asyncio.run(go(url))
+        assert asyncio.run(go(same)) == "1 a"
+    assert other.ran == ["a"]
 
 
 def test_half_pairs_of_surrogates_arrive_as_they_are():
@@ -400,12 +424,19 @@ def test_no_server_is_told_at_the_start():
     assert "no tool server at tools.server.url" in refusal(config(f"http://127.0.0.1:{free_port()}"))
 
 
-def test_another_server_is_told_at_the_start():
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        (b'{"protocol": 2, "tools": "all", "settings": {}}', "is no tool server of this version"),
+        (b'{"protocol": 1, "version": "0.0.9", "tools": []}', r"protocol 1 \(release 0.0.9\), and this run protocol 2"),
+    ],
+)
+def test_another_server_is_told_at_the_start(body: bytes, words: str):
     class Other(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             self.send_response(200)
             self.end_headers()
-            self.wfile.write(b'{"protocol": 1, "tools": "all", "settings": {}}')
+            self.wfile.write(body)
 
         def log_message(self, format: str, *args: object) -> None:
             pass
@@ -414,7 +445,7 @@ def test_another_server_is_told_at_the_start():
         threading.Thread(target=server.serve_forever).start()
         said = refusal(config(f"http://127.0.0.1:{server.server_port}"))
         server.shutdown()
-    assert "is no tool server of this version" in said
+    assert re.search(words, said)
 
 
 def test_a_wrong_token_is_told_at_the_start(monkeypatch: pytest.MonkeyPatch):

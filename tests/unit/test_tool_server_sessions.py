@@ -11,6 +11,7 @@ from tool_servers import HeldToolbox, printed
 
 from metis_fast.config import ToolServeConfig
 from metis_fast.errors import InfrastructureError
+from metis_fast.tools.protocol import NO_EXTRA
 from metis_fast.tools.server.blobs import BlobStore
 from metis_fast.tools.server.metrics import Metrics
 from metis_fast.tools.server.sessions import Rejected, SessionTable
@@ -195,6 +196,53 @@ def test_names_that_an_agent_invents_are_counted_together():
         await table.close()
 
     asyncio.run(go())
+
+
+def test_a_key_of_another_prompts_session_is_refused():
+    toolbox = HeldToolbox()
+
+    async def go() -> None:
+        table = table_over(toolbox)
+        name = table.open(Opening(extra={"index": 1}, key="a"))
+        with pytest.raises(Rejected, match="session with another prompt") as caught:
+            table.open(Opening(extra={"index": 2}, key="a"))
+        assert caught.value.failure.fault is Fault.ORDER
+        assert table.open(Opening(extra={"index": 1}, key="a")) == name
+        await table.close()
+
+    asyncio.run(go())
+
+
+class _NoClose(HeldToolbox):
+    """Its sessions cannot be closed."""
+
+    def session(self, images: Any, extra: Any = NO_EXTRA, seen: Any = ()) -> Any:
+        session = super().session(images, extra, seen)
+
+        async def fail() -> None:
+            raise OSError("as the test says")
+
+        session.close = fail
+        return session
+
+
+def test_a_session_that_cannot_be_ended_keeps_no_other_one(caplog: pytest.LogCaptureFixture):
+    async def go() -> None:
+        table = table_over(_NoClose(), idle_s=0.05)
+        watch = asyncio.create_task(table.watch())
+        for _ in range(2):
+            for _ in range(3):
+                table.open(Opening())
+            while len(table):
+                await asyncio.sleep(0.01)
+                assert not watch.done(), watch.exception()
+        watch.cancel()
+        table.open(Opening())
+        await table.close()
+        assert len(table) == 0
+
+    asyncio.run(asyncio.wait_for(go(), 20))
+    assert caplog.text.count("could not be ended") == 7
 
 
 def test_idle_sessions_end_and_those_with_a_call_do_not():

@@ -20,7 +20,6 @@ from metis_fast.tools.results import (
     TextSearchResult,
 )
 from metis_fast.tools.server.wire import (
-    MAX_DEPTH,
     Answer,
     Calling,
     Failure,
@@ -37,7 +36,6 @@ from metis_fast.tools.server.wire import (
     encode_failure,
     encode_opening,
     images_of,
-    is_deep,
 )
 from metis_fast.types import ImageBlob, Observation, Outcome
 
@@ -149,10 +147,3 @@ def test_what_is_no_opening_is_refused(body: bytes):
 @pytest.mark.parametrize("body", [b"", b"<html>", b'{"detail": "Not Found"}', b'{"fault": "none of ours", "text": ""}'])
 def test_other_servers_failures_are_none_of_a_tool_server(body: bytes):
     assert decode_failure(body) is None
-
-
-def test_depth_is_counted_in_lists_and_objects():
-    value: object = "leaf"
-    for _ in range(MAX_DEPTH):
-        value = [value] if isinstance(value, dict) else {"a": value}
-    assert not is_deep(value) and is_deep([value])

@@ -106,13 +106,15 @@ class Cgroups:
         self._write(f"{self._names[number]}/cgroup.procs", "0")
 
     def was_full(self, number: int) -> bool:
-        """Whether the kernel has killed because of its memory limit."""
+        """Whether the kernel has killed because of its memory limit, and not because the machine was short of memory."""
         try:
             fd = os.open(f"{self._names[number]}/memory.events", os.O_RDONLY | os.O_CLOEXEC, dir_fd=self._folder)
         except OSError:
             return False
         with os.fdopen(fd, encoding="ascii") as file:
-            return any(int(line.split()[1]) > 0 for line in file if line.startswith("oom_kill "))
+            counts = dict(line.split() for line in file)
+        # the second also counts kills for which the limit was not the reason
+        return int(counts.get("oom", 0)) > 0 and int(counts.get("oom_kill", 0)) > 0
 
     def remove(self, number: int) -> None:
         """Once its processes have ended; where the kernel has not yet seen that, it is tried again with the next one."""

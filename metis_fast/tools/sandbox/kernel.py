@@ -44,6 +44,7 @@ _SESSION_ID = 1000  # who they are in their own
 MAX_PROCESSES = 64
 MAX_FILES = 256
 MAX_INODES = 16384
+_MAX_SIGNALS = 1024  # that wait to be delivered
 _FIRST_TO_GO = "1000"  # where the machine runs out of memory, a session goes and not the trainer
 _RESERVE, _RESERVE_A_CHARACTER = 16 << 20, 64  # bytes of memory to say what a call did that took all it may
 
@@ -350,8 +351,9 @@ def limit_process(limits: Limits) -> None:
         resource.RLIMIT_NOFILE: MAX_FILES,
         resource.RLIMIT_CORE: 1,  # 0 would not keep the kernel from giving a dump to a program (core(5)), 1 does
     }
-    if not limits.unsafe:  # outside a user namespace it would count all of the user's processes
+    if not limits.unsafe:  # outside a user namespace they would count all of the user's
         values[resource.RLIMIT_NPROC] = MAX_PROCESSES
+        values[resource.RLIMIT_SIGPENDING] = _MAX_SIGNALS
     for name, value in values.items():
         hard = resource.getrlimit(name)[1]
         value = value if hard == resource.RLIM_INFINITY else min(value, hard)

@@ -60,8 +60,8 @@ getuid 102 174; geteuid 107 175; getgid 104 176; getegid 108 177; getresuid 118 
 getgroups 115 158; capget 125 90; uname 63 160; sysinfo 99 179; getrandom 318 278
 
 bind 49 200; listen 50 201; accept 43 202; accept4 288 242; connect 42 203
-getsockname 51 204; getpeername 52 205; sendto 44 206; recvfrom 45 207; sendmsg 46 211; recvmsg 47 212
-sendmmsg 307 269; recvmmsg 299 243; shutdown 48 210; setsockopt 54 208; getsockopt 55 209
+getsockname 51 204; getpeername 52 205; recvfrom 45 207; recvmsg 47 212
+recvmmsg 299 243; shutdown 48 210; getsockopt 55 209
 """
 _NEWEST = 462  # the last number that was looked at; what follows is answered as by an older kernel
 
@@ -80,7 +80,10 @@ _AF_UNIX, _AF_INET, _AF_INET6 = 1, 2, 10
 _STREAM, _DATAGRAM, _SEQPACKET, _TYPE = 1, 2, 5, 0xF
 _NEW_NAMESPACES = 0x20000 | 0x2000000 | 0x4000000 | 0x8000000 | 0x10000000 | 0x20000000 | 0x40000000
 _MAP_SHARED, _MAP_ANONYMOUS, _MAP_TYPE, _MAP_HUGETLB = 0x1, 0x20, 0xF, 0x40000
-_F_SETLEASE, _F_NOTIFY, _F_SETPIPE_SZ = 1024, 1026, 1031
+# F_SETLEASE, F_NOTIFY, F_SETPIPE_SZ, F_SET_RW_HINT, F_SET_FILE_RW_HINT; hints stay with a file, for others to read
+_REFUSED_FCNTLS = (1024, 1026, 1031, 1036, 1038)
+_MSG_OOB = 1  # data out of band, which nobody needs, was often a defect of the kernel
+_SOL_SOCKET, _SO_SNDBUF = 1, 7
 # TCGETS, TIOCGPGRP, TIOCGWINSZ, FIONREAD, FIONBIO, FIONCLEX, FIOCLEX, TCGETS2: what isatty() and sockets ask
 _IOCTLS = (0x5401, 0x540F, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451, 0x802C542A)
 # SET_PDEATHSIG, GET_PDEATHSIG, GET_DUMPABLE, SET_NAME, GET_NAME, CAPBSET_READ, SET_TIMERSLACK, GET_TIMERSLACK,
@@ -158,6 +161,16 @@ _SOCKET: Block = (
     *_REFUSED,
 )
 
+# Megabytes a socket, where the machine's network is tuned; no limit counts them. To ask is a hint, so it is ignored.
+_SETSOCKOPT: Block = (
+    _argument(1),
+    (_IF_EQUAL, 0, 2, _SOL_SOCKET),
+    _argument(2),
+    (_IF_EQUAL, 1, 0, _SO_SNDBUF),
+    *_end(_ALLOW),
+    *_end(_fail(0)),
+)
+
 
 def _blocks(machine: str) -> dict[int, Block]:
     column = _COLUMN[machine]
@@ -169,8 +182,13 @@ def _blocks(machine: str) -> dict[int, Block]:
     blocks[435] = _end(_fail(errno.ENOSYS))  # clone3: its flags lie in memory; the C library then uses clone
     blocks[41 if x86 else 198] = _SOCKET
     blocks[53 if x86 else 199] = _one_of(0, (_AF_UNIX,))  # socketpair
+    blocks[54 if x86 else 208] = _SETSOCKOPT
+    blocks[44 if x86 else 206] = _no_bit(3, _MSG_OOB)  # sendto
+    blocks[46 if x86 else 211] = _no_bit(2, _MSG_OOB)  # sendmsg
+    blocks[307 if x86 else 269] = _no_bit(3, _MSG_OOB)  # sendmmsg
+    blocks[73 if x86 else 32] = _end(_fail(errno.ENOSYS))  # flock: libraries do without where a file system has none
     blocks[16 if x86 else 29] = _one_of(1, _IOCTLS)
-    blocks[72 if x86 else 25] = _none_of(1, (_F_SETLEASE, _F_NOTIFY, _F_SETPIPE_SZ))  # fcntl
+    blocks[72 if x86 else 25] = _none_of(1, _REFUSED_FCNTLS)  # fcntl
     blocks[157 if x86 else 167] = _one_of(0, _PRCTLS)
     return blocks
 

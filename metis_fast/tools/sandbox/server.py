@@ -250,6 +250,9 @@ def start_session(number: int, data: int, output: int, setting: Setting, folder:
             os.environ[name] = os.getcwd()
         signal.signal(signal.SIGINT, signal.default_int_handler)
         kernel.limit_process(limits)
+        # Not the server's: what one session sets of an open file, all that have it would see.
+        os.close(0)
+        os.set_inheritable(os.open(os.devnull, os.O_RDONLY), True)
         for fd in (1, 2):
             os.dup2(output, fd)
         os.dup2(data, _DATA, inheritable=False)
@@ -301,6 +304,14 @@ def _probe(setting: Setting) -> bool:
     return False
 
 
+def _forget_signals() -> None:
+    """Undo what the trainer, or whoever started it, blocks or ignores: that is inherited, by sessions too."""
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+    for number in signal.valid_signals() - {signal.SIGPIPE, signal.SIGXFSZ}:  # these Python itself ignores
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, signal.SIG_DFL)
+
+
 def main() -> Iterator[interpreter.Interpreter]:
     """Serve. In the process of a session, iterating gives its calls; in the server it never gives any.
 
@@ -313,6 +324,7 @@ def main() -> Iterator[interpreter.Interpreter]:
     trainer, folder, limits = int(sys.argv[4]), sys.argv[5], Limits.from_json(sys.argv[6])
     libraries = [name for name in sys.argv[7].split(",") if name]
     kernel.rename_arguments("metis_fast.tools.sandbox.server")
+    _forget_signals()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # Not PR_SET_PDEATHSIG here: that would follow the trainer's *thread*, and a restart runs in a worker thread.
     parent = os.pidfd_open(trainer)

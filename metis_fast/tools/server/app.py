@@ -31,6 +31,7 @@ from metis_fast.tools.server.wire import (
     decode_opening,
     encode_answer,
     encode_failure,
+    offer_of,
     to_json,
 )
 from metis_fast.types import ImageBlob
@@ -60,7 +61,10 @@ class _Routes:
     """The handlers of requests."""
 
     def __init__(self, toolbox: Toolbox, config: ToolsConfig, table: SessionTable, blobs: BlobStore, metrics: Metrics) -> None:
-        self._toolbox, self._config, self._table, self._blobs, self._metrics = toolbox, config, table, blobs, metrics
+        self._config, self._table, self._blobs, self._metrics = config, table, blobs, metrics
+        tools = [{"name": one.name, "description": one.description, "schema": one.schema} for one in toolbox.tools]
+        self._told = to_json({"protocol": PROTOCOL, "version": __version__, "tools": tools, "settings": settings_of(config)})
+        self._offer = offer_of(self._told)
 
     async def health(self) -> Response:
         """Whether new sessions are taken."""
@@ -73,9 +77,7 @@ class _Routes:
 
     async def tools(self) -> Response:
         """The tools, and the settings that decide what they answer."""
-        tools = [{"name": one.name, "description": one.description, "schema": one.schema} for one in self._toolbox.tools]
-        told = {"protocol": PROTOCOL, "version": __version__, "tools": tools, "settings": settings_of(self._config)}
-        return Response(to_json(told), media_type=_JSON)
+        return Response(self._told, media_type=_JSON)
 
     async def has_blob(self, sha256: str) -> Response:
         """Whether an image is here."""
@@ -96,6 +98,8 @@ class _Routes:
     async def open(self, request: Request) -> Response:
         """Open a session."""
         opening = decode_opening(await _body(request, MAX_REQUEST_BYTES))
+        if opening.offer and opening.offer != self._offer:
+            raise Rejected(Fault.TOOLS, "the server was started again with other tools, settings or another release")
         return Response(to_json({"session": self._table.open(opening)}), 201, media_type=_JSON)
 
     async def call(self, session: str, request: Request) -> Response:

@@ -14,12 +14,12 @@ from collections.abc import Mapping, Sequence
 
 from metis_fast.config import ToolsConfig
 from metis_fast.errors import InfrastructureError, ToolSetupError
+from metis_fast.tools.arguments import too_deep
 from metis_fast.tools.protocol import NO_EXTRA, ToolSpec
-from metis_fast.tools.results import Refusal, Refused, ToolResult
+from metis_fast.tools.results import ToolResult
 from metis_fast.tools.server.link import Link, Reply, ServerAddress, ask_once
 from metis_fast.tools.server.settings import different, settings_of
 from metis_fast.tools.server.wire import (
-    MAX_DEPTH,
     PROTOCOL,
     WAIT_S,
     Answer,
@@ -31,7 +31,7 @@ from metis_fast.tools.server.wire import (
     encode_calling,
     encode_opening,
     from_json,
-    is_deep,
+    offer_of,
 )
 from metis_fast.types import ImageBlob, Observation, ToolName
 
@@ -54,7 +54,8 @@ class ServerToolbox:
     def __init__(self, config: ToolsConfig) -> None:
         self.config = config.server
         self.address = ServerAddress(config.server)
-        self._tools = _read_tools(ask_once(self.address, "/tools"), self.address, config)
+        told = ask_once(self.address, "/tools")
+        self._tools, self.offer = _read_tools(told, self.address, config), offer_of(told.body)
         self.closed = False
 
     @property
@@ -95,9 +96,13 @@ class ServerToolSession:
         self._number = 0
 
     async def call(self, name: str, arguments: Mapping[str, object]) -> ToolResult | Observation:
-        """Run one tool; see `ToolSession.call`. After a failure of ours the next call begins anew, in another session."""
-        if is_deep(dict(arguments)):
-            return Refused(f"The arguments are nested deeper than {MAX_DEPTH} levels.", Refusal.ARGUMENTS, name)
+        """Run one tool; see `ToolSession.call`. After a failure of ours the next call begins anew, in another session.
+
+        Raises:
+            ToolSetupError: the server was started again with other tools or settings. It ends the run.
+        """
+        if refused := too_deep(name, arguments):
+            return refused
         if self._toolbox.closed:
             raise InfrastructureError("the toolbox is closed")
         end = time.monotonic() + self._toolbox.config.timeout_s
@@ -123,7 +128,8 @@ class ServerToolSession:
     async def _open(self, end: float) -> str:
         """The path of a new session."""
         self._number, self._known = 0, {image.sha256: image for image in self._images}
-        opening = Opening(tuple(image.sha256 for image in self._images), self._extra, self._seen, secrets.token_hex(16))
+        images, key = tuple(image.sha256 for image in self._images), secrets.token_hex(16)
+        opening = Opening(images, self._extra, self._seen, key, self._toolbox.offer)
         body = encode_opening(opening)
         reply = await self._ask("POST", "/sessions", body, end)
         for _ in range(_PUTS):
@@ -139,6 +145,12 @@ class ServerToolSession:
         match _json(reply) if reply.status == 201 else None:
             case {"session": str() as session} if session.isalnum() and session.isascii():
                 return f"/sessions/{session}"
+        if reply.failure is not None and reply.failure.fault is Fault.TOOLS:
+            # another session would be opened, and read as if its tools were what the run has
+            raise ToolSetupError(
+                f"the tool server at {self._toolbox.address} has other tools or settings, or is of another release, than when "
+                "this run began; start it as it was, then resume"
+            )
         raise self._failure(reply)
 
     async def _answer(self, name: str, arguments: Mapping[str, object], end: float) -> Answer:
@@ -189,6 +201,12 @@ def _read_tools(reply: Reply, address: ServerAddress, config: ToolsConfig) -> Se
         token = config.server.token_env or "no variable, see tools.server.token_env"
         said = reply.failure.text if reply.failure is not None else "HTTP status 401"
         raise ToolSetupError(f"{where} refuses the token ({token}): {said}; set the variable to the server's token")
+    match _json(reply) if reply.status == 200 else None:
+        case {"protocol": int() as protocol, "version": str() as version} if protocol != PROTOCOL:
+            raise ToolSetupError(
+                f"{where} speaks protocol {protocol} (release {version}), and this run protocol {PROTOCOL}; install the same "
+                "release for both, and start the server again"
+            )
     told = _decoded(reply)
     if told is None:
         raise ToolSetupError(

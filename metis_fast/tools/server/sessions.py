@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import logging
 import secrets
 import time
+from collections.abc import Sequence
 
 from metis_fast.config import ToolServeConfig
 from metis_fast.errors import InfrastructureError
 from metis_fast.tools.protocol import Toolbox, ToolSession
 from metis_fast.tools.server.blobs import BlobStore
 from metis_fast.tools.server.metrics import Metrics, outcome_of
-from metis_fast.tools.server.wire import Answer, Calling, Failure, Fault, Opening, images_of, to_json
+from metis_fast.tools.server.wire import Answer, Calling, Failure, Fault, Opening, encode_opening, images_of, to_json
 
+_LOG = logging.getLogger(__name__)
 _PICKED_UP_S = 2.0  # that an answer waits for its client while the server ends
 _LONGEST_SLEEP_S = 30.0
 
@@ -33,8 +36,9 @@ class Rejected(Exception):
 class _Session:
     """known: hashes of images that the client has. used: when it was last asked for something, on the monotonic clock."""
 
-    def __init__(self, name: str, key: str, tools: ToolSession, known: set[str]) -> None:
-        self.name, self.key, self.tools, self.known = name, key, tools, known
+    def __init__(self, opening: Opening, tools: ToolSession) -> None:
+        self.name, self.key, self.tools, self.known = secrets.token_hex(16), opening.key, tools, set(opening.images)
+        self.opened = _known_as(opening)
         self.used = time.monotonic()
         self.number = 0
         self.asked = b""  # what the last call is, see `_digest`
@@ -65,10 +69,12 @@ class SessionTable:
         """A new session, or the one of that key; starts nothing. Returns its name, which nobody can guess.
 
         Raises:
-            Rejected: IMAGES, BUSY, DRAINING.
+            Rejected: IMAGES, BUSY, DRAINING; ORDER: the key is that of another prompt's session.
         """
         again = self._by_key.get(opening.key) if opening.key else None
         if again is not None:
+            if again.opened != _known_as(opening):
+                raise Rejected(Fault.ORDER, "the key is that of a session with another prompt; use a new one for each session")
             return again.name
         if self.draining:
             raise Rejected(Fault.DRAINING, "the server is about to end and opens no sessions")
@@ -78,7 +84,7 @@ class SessionTable:
         if missing:
             raise Rejected(Fault.IMAGES, f"{len(missing)} images are not here; put them under /blobs first", missing)
         tools = self._toolbox.session(self._blobs.take(opening.images), opening.extra, opening.seen)
-        session = _Session(secrets.token_hex(16), opening.key, tools, set(opening.images))
+        session = _Session(opening, tools)
         self._sessions[session.name] = session
         if session.key:
             self._by_key[session.key] = session
@@ -184,10 +190,9 @@ class SessionTable:
         while True:
             await asyncio.sleep(min(self._config.idle_s / 4, _LONGEST_SLEEP_S))
             oldest = time.monotonic() - self._config.idle_s
-            for session in list(self._sessions.values()):
-                if not session.runs and session.used < oldest:
-                    self._metrics.idle.inc()
-                    await self.end(session.name)
+            idle = [one.name for one in self._sessions.values() if not one.runs and one.used < oldest]
+            self._metrics.idle.inc(len(idle))
+            await self._end_all(idle)
 
     async def drain(self) -> None:
         """Open and start nothing more; wait for the calls that run, for at most `drain_s`, and until their answers are read."""
@@ -201,7 +206,17 @@ class SessionTable:
     async def close(self) -> None:
         """End all sessions."""
         self.draining = True
-        await asyncio.gather(*(self.end(name) for name in list(self._sessions)))
+        await self._end_all(list(self._sessions))
+
+    async def _end_all(self, names: Sequence[str]) -> None:
+        """Each of them, whatever becomes of the others: one that cannot be ended must not keep the rest for ever."""
+        for name, error in zip(names, await asyncio.gather(*map(self.end, names), return_exceptions=True), strict=True):
+            if isinstance(error, Exception):
+                _LOG.error("session %s could not be ended: its tools failed", name[:8], exc_info=error)
+
+
+def _known_as(opening: Opening) -> bytes:
+    return hashlib.sha256(encode_opening(opening)).digest()
 
 
 def _digest(calling: Calling) -> bytes:

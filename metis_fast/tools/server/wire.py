@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import hashlib
 import json
 import math
 import types
@@ -24,14 +25,12 @@ from metis_fast.types import ImageBlob, Observation
 T = TypeVar("T")
 Result = ToolResult | Observation
 
-PROTOCOL = 1
+PROTOCOL = 2
 """Goes up when a client and a server of different numbers would misunderstand each other."""
 MAX_REQUEST_BYTES = 16 << 20
 """Of a call or of the opening of a session; far more than an agent can write."""
 MAX_ANSWER_BYTES = 512 << 20
 """Room for the images of one call; a client reads no further."""
-MAX_DEPTH = 64
-"""Of lists and objects in the arguments of a call. What is nested deeper is the agent's mistake: no tool takes it."""
 WAIT_S = 20.0
 """Longest time that a reply is waited for; then the client asks again. A server that is gone is found out within it."""
 
@@ -43,7 +42,8 @@ class Fault(StrEnum):
     UNAUTHORIZED = "unauthorized"
     NO_SESSION = "no session"  # it ended, or the server was started again
     IMAGES = "images"  # the server lacks some of them
-    ORDER = "order"  # the number of a call is neither the last one nor the next one
+    TOOLS = "tools"  # those of the server are not the ones that the client knows
+    ORDER = "order"  # the number of a call is neither the last one nor the next one, or stands for something else
     TOO_LARGE = "too large"
     BUSY = "busy"  # no room for a session or a call; it may be asked for again
     DEFECT = "defect"  # of the server
@@ -58,6 +58,7 @@ STATUS: Mapping[Fault, int] = {
     Fault.NO_SESSION: 404,
     Fault.IMAGES: 409,
     Fault.ORDER: 409,
+    Fault.TOOLS: 412,
     Fault.TOO_LARGE: 413,
     Fault.BUSY: 429,
     Fault.DEFECT: 500,
@@ -86,12 +87,14 @@ class Opening:
     """Asks for a session. images: hashes, in order. extra, seen: see `Toolbox.session`.
 
     key: any text of the client's. Asked for again with the same one, the session is the same; empty: always a new one.
+    offer: `offer_of` the tools that the client was told of, which the server then must have; empty: whatever it has.
     """
 
     images: tuple[str, ...] = ()
     extra: Mapping[str, object] = field(default_factory=lambda: NO_EXTRA)
     seen: tuple[tuple[int, int], ...] = ()
     key: str = ""
+    offer: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -261,11 +264,15 @@ def decode_failure(body: bytes) -> Failure | None:
         return None
 
 
+def offer_of(told: bytes) -> str:
+    """What a server offers, in short. told: its answer to `GET /tools`."""
+    return hashlib.sha256(told).hexdigest()
+
+
 def encode_opening(opening: Opening) -> bytes:
     """JSON of its fields. Raises as `to_json`."""
-    return to_json(
-        {"images": opening.images, "extra": dict(opening.extra), "seen": opening.seen, "key": opening.key}
-    )  # fmt: skip
+    tree = {one.name: getattr(opening, one.name) for one in fields(opening)}
+    return to_json(tree | {"extra": dict(opening.extra)})
 
 
 def decode_opening(body: bytes) -> Opening:
@@ -316,10 +323,3 @@ def _object(body: bytes, kind: type) -> dict[str, Any]:
     if not isinstance(value, dict) or value.keys() - _hints(kind).keys():
         raise WireError(f"expected an object with {', '.join(_hints(kind))}")
     return value
-
-
-def is_deep(value: object, depth: int = MAX_DEPTH) -> bool:
-    """Whether lists and objects are nested deeper than that."""
-    if not isinstance(value, dict | list):
-        return False
-    return depth == 0 or any(is_deep(one, depth - 1) for one in (value.values() if isinstance(value, dict) else value))
