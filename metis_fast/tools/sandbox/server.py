@@ -96,13 +96,13 @@ class _Server:
     def _look(self) -> float | None:
         """Measure sessions, if it is time to; seconds until it is again.
 
-        Those in which a call runs often, all others once in a while: what they have started may go on between calls.
+        Often those in which a call runs, or something that a call has started; all others once in a while.
         """
         if not self._live:
             return None
         now = time.monotonic()
         if self._called and now >= self._next_look:
-            running = [session for session in self._live if self._board.is_running(session.number)]
+            running = [one for one in self._live if self._board.is_running(one.number) or one.watch.tasks > 1]
             for session in running:
                 self._measure(session)
             self._called = bool(running)
@@ -112,6 +112,7 @@ class _Server:
             self._oom_kills = _oom_kills()
             for session in self._live:
                 self._measure(session)
+            self._called = self._called or any(session.watch.tasks > 1 for session in self._live)
             took = time.monotonic() - now
             self._next_round = now + took + max(_ROUND_S, took * _REST)
         return max(0.0, min(self._next_round, self._next_look if self._called else self._next_round) - time.monotonic())

@@ -79,6 +79,11 @@ class Watch:
         self._measured = 0  # bytes of the others
         self._exact = 0  # what the last one gave
 
+    @property
+    def tasks(self) -> int:
+        """Processes and threads when it was last measured."""
+        return self._usage.tasks
+
     def measure(self) -> Usage:
         """What it uses now. Threads that began and ended since the last time are not in it, but for an estimate."""
         processes: list[list[str]] = []  # paths of the threads of each
