@@ -1,4 +1,4 @@
-"""The verbs of `metis-fast benchmark`: list them, check their files, write stand-ins for those."""
+"""The verbs of `metis-fast benchmark`: list them, check their files, write stand-ins for those; run them (`running_verbs`)."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from metis_fast.errors import ConfigError, DataError
+from metis_fast.evaluate.running_verbs import add_running_verbs
 
 if TYPE_CHECKING:
     from metis_fast.data.command import AddVerb
@@ -35,6 +36,7 @@ def add_verbs(benchmark: argparse._SubParsersAction, verb: AddVerb) -> None:
     sub.add_argument("--any-md5", action="store_true", help="take files whose MD5 is not a published one")
     sub.add_argument("--no-images", action="store_true", help="do not open the images, which takes as long as reading the file")
     sub.add_argument("--json", action="store_true", help="print the result as one JSON object")
+    add_running_verbs(benchmark, verb)
     sub = verb(benchmark, "standin", _standin, "Write small files in the published forms, to rehearse before a download.")
     sub.add_argument("out", type=Path, metavar="FOLDER")
     sub.add_argument("names", nargs="*", metavar="NAME", help="of benchmarks; none: all of them")

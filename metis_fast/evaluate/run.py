@@ -1,0 +1,131 @@
+"""Runs benchmarks: prompts are written, played by the nodes of a run, and the stored replies are scored."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import closing
+
+from metis_fast.config import Config
+from metis_fast.evaluate.judging import LlmJudges, check_settings, judges_of, rule_marks, rules_of, without_reply
+from metis_fast.evaluate.playing import Play, Table, open_table
+from metis_fast.evaluate.promptset import PromptSet, prepare
+from metis_fast.evaluate.question import Mark
+from metis_fast.evaluate.result import Json, write_result
+from metis_fast.report.progress import progress
+from metis_fast.run.assembly import open_parts
+from metis_fast.run.fleet import Fleet
+from metis_fast.run.interrupt import Interrupts
+from metis_fast.score.protocol import Cost
+
+
+def run_benchmarks(config: Config, keys: Sequence[str] = ()) -> dict[str, Json]:
+    """Play what is missing of some benchmarks, and score what is there; key -> result. The folder of the run is ours meanwhile.
+
+    keys: of `benchmark.files`; none: all of them. Replies that are there are not played again; where none is missing, no model
+    is loaded.
+
+    Raises:
+        ConfigError, DataError, ModelError, ToolSetupError, JudgeError: whatever cannot work; most of it before a rollout.
+        Interrupted: a stop was asked for; the same command goes on.
+    """
+    keys = tuple(keys) or tuple(config.benchmark.files)
+    check_settings(config, keys)
+    sets = [prepare(config, key, config.log.progress) for key in keys]
+    tables = open_tables(config, sets)
+    results: dict[str, Json] = {}
+    with Interrupts() as interrupts:
+        if any(table.replies.missing() for table in tables):
+            alone = _playing(config)
+            with open_parts(alone, interrupts, training=False, benchmarks=[one.parquet for one in sets]) as parts:
+                for table in tables:
+                    play(alone, parts.fleet, table, interrupts)
+        for table in tables:
+            results[table.prompt_set.key] = score(config, table, interrupts)
+    return results
+
+
+def open_tables(config: Config, sets: Sequence[PromptSet], step: int | None = None) -> list[Table]:
+    """The benchmarks of prompt sets, whose files stand one behind another in the data of the nodes."""
+    tables, first = [], 0
+    for one in sets:
+        tables.append(open_table(config, one, first, step))
+        first += len(one.questions)
+    return tables
+
+
+def _playing(config: Config) -> Config:
+    """The settings of nodes that play benchmarks alone: no judges, and no tools where none are wanted."""
+    workers = config.workers.model_copy(update={"judges": 0})
+    tools = config.tools
+    if config.benchmark.tools == "off":
+        none = {"enabled": (), "own": (), "mcp": (), "server": tools.server.model_copy(update={"url": ""})}
+        tools = tools.model_copy(update=none)
+        workers = workers.model_copy(update={"tools": 0})
+    score = config.score.model_copy(update={"judge": "by_row"})
+    data = config.data.model_copy(update={"train": (), "heldout": ()})
+    update = {"workers": workers, "tools": tools, "score": score, "data": data}
+    return config.model_copy(update=update)
+
+
+def play(config: Config, fleet: Fleet, table: Table, interrupts: Interrupts) -> None:
+    """Have what is missing played, with whatever weights the engines have."""
+    total = len(table.prompt_set.questions) * config.benchmark.rollouts
+    with progress(total, table.prompt_set.key, config.log, "rollout") as bar:
+        bar.update(len(table.replies))
+        interrupts.run(Play(fleet, config, table, bar.update).run())
+    table.replies.finish()
+
+
+def score(config: Config, table: Table, interrupts: Interrupts) -> Json:
+    """Score the replies that are there, and write the result.
+
+    Raises:
+        JudgeError: the judge cannot be used.
+    """
+    began = time.monotonic()
+    benchmark, questions = table.prompt_set.benchmark, table.prompt_set.questions
+    replies, rollouts = list(table.replies), config.benchmark.rollouts
+    marks: dict[str, list[Mark]] = {}
+    model, cost = "", Cost()
+    rules, judges = rules_of(config, benchmark), judges_of(config, benchmark)
+    with progress(len(replies) * (len(rules) + len(judges)), f"scoring {table.prompt_set.key}", config.log, "mark") as bar:
+
+        def tick() -> None:
+            interrupts.check()
+            bar.update(1)
+
+        for name in rules:
+            marks[name] = rule_marks(benchmark, name, questions, replies, tick)
+        if judges:
+            with closing(LlmJudges(config, benchmark, table.folder)) as llm:
+                interrupts.run(llm.check())
+                marks |= interrupts.run(llm.marks(questions, replies, tick))
+                model, cost = llm.model, llm.cost
+    for name, own in marks.items():
+        own += without_reply(name, questions, replies, rollouts)
+    return write_result(config, table, marks, model, cost, time.monotonic() - began)
+
+
+def summary(results: Mapping[str, Json]) -> str:
+    """Results for people: a line for each scorer."""
+    lines = []
+    for key, result in results.items():
+        for name, scored in result["scorers"].items():
+            figure = scored["figures"][0]
+            value = "-" if figure["value"] is None else f"{100 * figure['value']:.1f}"
+            error = "" if figure["error"] is None else f" ± {100 * figure['error']:.1f}"
+            missing = f", {scored['no_verdict']} of {scored['marks']} without a verdict" if scored["no_verdict"] else ""
+            lines.append(f"{key:20} {name:16} {figure['name']:16} {value}{error}{missing}")
+        rate, failed = result["tool_rate"]["value"], result["infrastructure_failures"]["num"]
+        used = "-" if rate is None else f"{100 * rate:.1f} %"
+        broken = f"; {failed} replies are missing, as tools or engines failed: run the same command again" if failed else ""
+        lines.append(f"{key:20} tools used in {used} of {result['replies']} replies{broken}")
+        lines += [f"{key:20} warning: {warning}" for warning in result["warnings"]]
+    return "\n".join(lines)
+
+
+def as_json(results: Mapping[str, Json]) -> str:
+    """Results for programs."""
+    return json.dumps(results)

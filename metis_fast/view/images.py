@@ -1,0 +1,86 @@
+"""The images of a run's rollouts by content hash, decoded and encoded afresh before anything of them reaches a browser."""
+
+from __future__ import annotations
+
+import io
+import threading
+from pathlib import Path
+
+import pyarrow as pa
+from PIL import Image
+
+from metis_fast import pixels, seal
+from metis_fast.errors import DataError, one_line
+from metis_fast.pixels import ImageError
+from metis_fast.types import ImageBlob
+
+THUMB_PX = 480
+FULL_PX = 2048
+"""Longest sides of the two sizes that are served."""
+
+
+class Images:
+    """The `images` folder beside a run's parts. Files in it are never changed, so that each is looked at once."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._lock = threading.Lock()
+        self._seen = set[str]()
+        self._where: dict[str, tuple[pa.ChunkedArray, int]] = {}
+        self._damaged: dict[str, str] = {}
+
+    def _refresh(self) -> None:
+        for path in sorted(self._folder.glob("*.arrow")):
+            if path.name in self._seen:
+                continue
+            self._seen.add(path.name)
+            try:
+                seal.check_seal(path)  # Arrow ends the process at some damage in its metadata
+                table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+                hashes, data = table["sha256"].to_pylist(), table["data"]
+            except (OSError, pa.ArrowException, KeyError, ValueError) as error:
+                self._damaged[path.name] = one_line(error)
+                continue
+            self._where.update((sha256, (data, row)) for row, sha256 in enumerate(hashes))
+
+    def blob(self, sha256: str) -> ImageBlob:
+        """The stored bytes.
+
+        Raises:
+            DataError: the image is missing or damaged.
+        """
+        with self._lock:
+            if sha256 not in self._where:
+                self._refresh()
+            found = self._where.get(sha256)
+            damaged = [*self._damaged.values()]
+        if found is None:
+            raise DataError(f"image {sha256[:64]} is missing in {self._folder}{': ' + damaged[0] if damaged else ''}")
+        blob = ImageBlob.of(found[0][found[1]].as_py())
+        if blob.sha256 != sha256:
+            raise DataError(f"image {sha256[:64]} is damaged in {self._folder}")
+        return blob
+
+    def picture(self, sha256: str) -> Image.Image:
+        """The decoded image.
+
+        Raises:
+            DataError: it is missing, damaged, or no image.
+        """
+        try:
+            return pixels.decode(self.blob(sha256).data)
+        except ImageError as error:
+            raise DataError(f"image {sha256[:64]} cannot be shown: {error}") from None
+
+    def png(self, sha256: str, longest: int) -> bytes:
+        """The image as a PNG with sides of at most `longest` pixels: pixels only, nothing else that its file holds.
+
+        Raises:
+            DataError: it is missing, damaged, or no image.
+        """
+        picture = self.picture(sha256)
+        picture.thumbnail((longest, longest))
+        fresh = Image.frombytes("RGB", picture.size, picture.tobytes())
+        out = io.BytesIO()
+        fresh.save(out, "PNG", compress_level=3)
+        return out.getvalue()

@@ -1,0 +1,76 @@
+"""Append-only JSON lines that somebody else writes: read without a lock, only what is new, and never with an error.
+
+A last line without its end is still being written, or was cut by a kill: it is left for the next reading. A line that is no
+record of a kind that we know is counted and passed over.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from metis_fast.errors import one_line
+
+T = TypeVar("T")
+_HEAD = 256  # bytes that tell a file that was written anew under the same inode
+
+
+@dataclass(frozen=True, slots=True)
+class Lines(Generic[T]):
+    """What a file holds. notes: what is missing of it, a line each."""
+
+    records: tuple[T, ...]
+    notes: tuple[str, ...]
+
+
+class JsonLines(Generic[T]):
+    """One file, which need not be there. Not for several threads at once."""
+
+    def __init__(self, path: Path, make: Callable[[dict[str, Any]], T]) -> None:
+        """make: a record of a line; it may raise ValueError, TypeError, KeyError or AttributeError."""
+        self._path, self._make = path, make
+        self._forget()
+
+    def _forget(self) -> None:
+        self._inode, self._head, self._offset, self._number = -1, b"", 0, 0
+        self._records = list[T]()
+        self._bad = list[str]()
+
+    def read(self) -> Lines[T]:
+        """All records by now."""
+        name = self._path.name
+        try:
+            with self._path.open("rb") as file:
+                head, inode = file.read(_HEAD), self._path.stat().st_ino
+                size = file.seek(0, 2)
+                if inode != self._inode or size < self._offset or not head.startswith(self._head):
+                    self._forget()
+                self._inode, self._head = inode, head
+                file.seek(self._offset)
+                rest = file.read()
+        except FileNotFoundError:
+            self._forget()
+            return Lines((), (f"{name} is missing",))
+        except OSError as error:
+            self._forget()
+            return Lines((), (f"{name} cannot be read: {error.strerror}",))
+        whole = rest.rfind(b"\n") + 1
+        for line in rest[:whole].splitlines():
+            self._take(line)
+        self._offset += whole
+        notes = []
+        if self._bad:
+            notes.append(f"{name}: {len(self._bad)} lines are no records of this version and are left out; {self._bad[0]}")
+        if len(rest) > whole:
+            notes.append(f"{name}: its last line has no end yet and is left out")
+        return Lines(tuple(self._records), tuple(notes))
+
+    def _take(self, line: bytes) -> None:
+        self._number += 1
+        try:
+            self._records.append(self._make(json.loads(line)))
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            self._bad.append(f"the first is line {self._number}: {one_line(repr(error))[:160]}")

@@ -1,0 +1,71 @@
+// Elements, addresses and numbers. Text goes in as text: nothing here, or anywhere on the page, parses markup.
+
+export function h(tag, attributes = {}, ...children) {
+  const element = document.createElement(tag);
+  for (const [name, value] of Object.entries(attributes)) {
+    if (value === undefined || value === null || value === false) continue;
+    if (name.startsWith("on")) element.addEventListener(name.slice(2), value);
+    else if (name === "class") element.className = value;
+    else if (name === "value") element.value = value;
+    else element.setAttribute(name, value === true ? "" : value);
+  }
+  element.append(...children.flat(Infinity).filter((child) => child !== null && child !== undefined && child !== false));
+  return element;
+}
+
+/** kept: parts of the query that count though they may be empty. */
+export async function ask(path, query = {}, kept = {}) {
+  const response = await fetch(`api/${path}?${new URLSearchParams({ ...clean(query), ...kept })}`);
+  if (response.status === 401) throw new Error("The token is not known here: open the address that metis-fast view printed.");
+  const tree = await response.json();
+  if (!response.ok) throw new Error(tree.error ?? `status ${response.status}`);
+  return tree;
+}
+
+export function clean(query) {
+  return Object.fromEntries(Object.entries(query).filter(([, value]) => value !== "" && value !== undefined && value !== null));
+}
+
+export function link(page, query = {}) {
+  return `#/${page}?${new URLSearchParams(clean(query))}`;
+}
+
+export function here() {
+  const [page, query] = location.hash.replace(/^#\/?/, "").split("?");
+  return { page: page || "overview", query: Object.fromEntries(new URLSearchParams(query ?? "")) };
+}
+
+export const percent = (value) => (value === null || value === undefined ? "–" : `${(100 * value).toFixed(1)}\u00a0%`);
+
+export function number(value, digits = 3) {
+  if (value === null || value === undefined) return "–";
+  if (Number.isInteger(value) && Math.abs(value) < 1e6) return String(value);
+  if (value !== 0 && (Math.abs(value) >= 1e6 || Math.abs(value) < 1e-3)) return value.toExponential(2);
+  return value.toFixed(digits);
+}
+
+export const signed = (value) => (value > 0 ? "+" : "") + number(value);
+
+export function duration(seconds) {
+  const whole = Math.round(seconds);
+  const hours = Math.floor(whole / 3600);
+  const minutes = Math.floor(whole / 60) % 60;
+  if (hours) return `${hours} h ${String(minutes).padStart(2, "0")} min`;
+  return minutes ? `${minutes} min ${String(whole % 60).padStart(2, "0")} s` : `${whole} s`;
+}
+
+export function badge(text, kind = "") {
+  return h("span", { class: `badge ${kind}` }, text);
+}
+
+export function verdict(row) {
+  if (row.correct === 1) return badge("right", "good");
+  if (row.correct === 0) return badge("wrong", "bad");
+  return badge("no verdict", "none");
+}
+
+export function notes(texts) {
+  if (!texts.length) return null;
+  return h("details", { class: "notes" }, h("summary", {}, `${texts.length} ${texts.length === 1 ? "thing is" : "things are"} missing`),
+    h("ul", {}, texts.map((text) => h("li", {}, text))));
+}

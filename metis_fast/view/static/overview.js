@@ -1,0 +1,112 @@
+// What became of the runs: before and after, what is sick, curves.
+
+import { ask, badge, duration, h, here, link, notes, number, percent } from "./dom.js";
+import { plot } from "./plot.js";
+
+function change(before, after, key) {
+  return h("td", { class: "num" }, percent(before?.[key]), " → ", h("strong", {}, percent(after?.[key])));
+}
+
+const KINDS = ["all", "direct", "uncertain", "tool_needed"];
+
+function rates(run, rows, label) {
+  return h("div", { class: "scroll", tabindex: "0", role: "group", "aria-label": `${label}, ${run.name}` }, h("table", { class: "headline" },
+    h("caption", {}, label),
+    h("thead", {}, h("tr", {}, h("th", { scope: "col" }, "Prompts"), h("th", { scope: "col", class: "num" }, "Tool rate"), h("th", { scope: "col", class: "num" }, "Accuracy"))),
+    h("tbody", {}, rows.map((row) => h("tr", { class: row.indent ? "inner" : "" }, h("th", { scope: "row" }, row.name.split("/").at(-1)),
+      change(row.before, row.after, "tool_rate"), change(row.before, row.after, "accuracy"))))));
+}
+
+function headline(run) {
+  if (!run.before_after.length) return h("p", { class: "quiet" }, "No evaluation yet.");
+  const label = run.ended ? "Held out, before → after" : "Held out, first → last evaluation so far";
+  const kinds = run.before_after.filter((row) => !row.indent && KINDS.includes(row.name));
+  const others = run.before_after.filter((row) => !kinds.includes(row));
+  return [kinds.length ? rates(run, kinds, label) : null,
+    others.length ? h("details", { class: "settings", open: !kinds.length }, h("summary", {}, "By ability"), rates(run, others, label)) : null];
+}
+
+/** Several runs in one table: what they are now. */
+function comparison(runs) {
+  if (runs.length < 2) return "";
+  const kinds = KINDS.filter((kind) => runs.some((run) => run.before_after.some((row) => row.name === kind)));
+  const after = (run, kind, key) => percent(run.before_after.find((row) => row.name === kind)?.after?.[key]);
+  const columns = [["variant", (run) => run.variant], ["seed", (run) => String(run.seed ?? "–")], ["steps", (run) => String(run.steps)],
+    ...kinds.map((kind) => [`tool rate, ${kind}`, (run) => after(run, kind, "tool_rate")]),
+    ...kinds.map((kind) => [`accuracy, ${kind}`, (run) => after(run, kind, "accuracy")])];
+  return h("div", { class: "card scroll", tabindex: "0", role: "group", "aria-label": "Comparison of runs" }, h("table", { class: "listed" },
+    h("caption", {}, "Held out, at the last evaluation"),
+    h("thead", {}, h("tr", {}, h("th", { scope: "col" }, "run"), columns.map(([name]) => h("th", { scope: "col" }, name)))),
+    h("tbody", {}, runs.map((run) => h("tr", {}, h("th", { scope: "row" }, run.name), columns.map(([name, of]) => h("td", { "data-name": name }, of(run))))))));
+}
+
+function advisories(run) {
+  if (!run.advisories.length) return h("p", { class: "healthy" }, badge("nothing sick", "good"), " No advisory holds at the last step.");
+  return h("ul", { class: "advisories" }, run.advisories.map((one) => h("li", { class: one.sick ? "sick" : "watch" },
+    h("h4", {}, badge(one.sick ? "sick" : "note", one.sick ? "bad" : "warn"), " ", one.title),
+    h("p", {}, "Since ", h("a", { href: link("rollouts", { run: run.name, step_min: one.step, step_max: one.step }) }, `step ${one.step}`), ". ", one.why),
+    h("p", {}, h("strong", {}, "Try: "), one.attempt))));
+}
+
+function saved(flops) {
+  const total = Object.values(flops).reduce((sum, value) => sum + value, 0);
+  if (!total) return "–";
+  return `${percent(1 - (flops.run ?? 0) / total)} of ${number(total)}`;
+}
+
+function facts(run) {
+  const pairs = [
+    ["Steps", run.planned ? `${run.steps} of ${run.planned}` : String(run.steps)],
+    ["Time", duration(run.seconds)],
+    ["Seed", run.seed ?? "–"],
+    ["Rollouts stored", String(run.stored)],
+    ["FLOPs avoided", saved(run.flops)],
+    ["Tool errors", String(run.tool_errors)],
+  ];
+  return h("dl", { class: "facts" }, pairs.map(([name, value]) => h("div", {}, h("dt", {}, name), h("dd", {}, String(value)))));
+}
+
+function outcomes(run) {
+  return h("p", { class: "outcomes" }, Object.entries(run.outcomes).map(([name, count]) => [
+    h("a", { href: link("rollouts", { run: run.name, outcome: name }) }, `${name} ${count}`), " "]));
+}
+
+function settings(run) {
+  if (!run.settings.length) return null;
+  return h("details", { class: "settings" }, h("summary", {}, `${run.settings.length} settings differ from the defaults`),
+    h("div", { class: "scroll", tabindex: "0", role: "group", "aria-label": `Settings of ${run.name}` }, h("table", {},
+      h("thead", {}, h("tr", {}, h("th", {}, "setting"), h("th", {}, "here"), h("th", {}, "default"))),
+      h("tbody", {}, run.settings.map((one) => h("tr", {}, h("th", { scope: "row" }, one.name), h("td", {}, one.value), h("td", {}, one.default)))))));
+}
+
+function card(run, several) {
+  return h("section", { class: "card run", "aria-label": run.name },
+    h("h2", {}, run.name, " ", badge(run.ended ? "ended" : "not ended", run.ended ? "none" : "warn"), several ? h("small", {}, ` ${run.variant}`) : null),
+    facts(run), notes(run.notes), advisories(run), headline(run), outcomes(run), settings(run));
+}
+
+function chooser(runs, chosen, bands) {
+  if (runs.length < 2) return null;
+  const go = () => {
+    const names = [...box.querySelectorAll("input[name=run]:checked")].map((input) => input.value);
+    location.hash = link("overview", { runs: names.length === runs.length ? "" : names.join(","), bands: box.querySelector("[name=bands]").checked ? "1" : "" });
+  };
+  const box = h("fieldset", { class: "chooser", onchange: go }, h("legend", {}, "Runs"),
+    runs.map((run) => h("label", {}, h("input", { type: "checkbox", name: "run", value: run.name, checked: chosen.includes(run.name) }), run.name)),
+    h("label", { class: "bands" }, h("input", { type: "checkbox", name: "bands", checked: bands }), "seeds as bands (mean, least, most)"));
+  return box;
+}
+
+export async function overview(root, runs) {
+  const { query } = here();
+  const tree = await ask("overview", { runs: query.runs, bands: query.bands });
+  const chosen = tree.runs.map((run) => run.name);
+  root.replaceChildren(
+    h("h1", {}, "Overview"),
+    chooser(runs, chosen, query.bands === "1") ?? "",
+    comparison(tree.runs),
+    h("div", { class: "cards" }, tree.runs.map((run) => card(run, tree.runs.length > 1))),
+    h("h2", {}, "Curves"),
+    tree.pictures.length ? h("div", { class: "plots" }, tree.pictures.map(plot)) : h("p", { class: "quiet" }, "No step yet."),
+  );
+}
