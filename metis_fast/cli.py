@@ -27,6 +27,7 @@ from metis_fast.config import Config
 from metis_fast.data.command import add_verbs as add_data_verbs
 from metis_fast.errors import ConfigError, Interrupted, MetisError
 from metis_fast.evaluate.command import add_verbs as add_benchmark_verbs
+from metis_fast.plan.arguments import add_plan_arguments
 from metis_fast.run.folder import held
 from metis_fast.score.command import add_verbs as add_judge_verbs
 from metis_fast.tools.server.command import add_verbs as add_tool_verbs
@@ -244,30 +245,6 @@ def _plan(args: argparse.Namespace) -> int:
     return command.run(args)
 
 
-def _add_plan(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("config", type=Path, help="YAML file with what differs from the defaults")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that go before the file's")
-    parser.add_argument("--gpus", type=int, metavar="N", help="GPUs in all; default: those of train.megatron, else 8")
-    parser.add_argument("--gpu", choices=["h100", "h200", "b200"], default="h100")
-    parser.add_argument("--model", type=Path, metavar="FILE_OR_FOLDER", help="config.json; default: model.path, model.config")
-    parser.add_argument(
-        "--engine-share", type=float, metavar="F",
-        help="share of every GPU's memory that a rollout engine keeps; 0: it has other GPUs, or sleeps "
-        "(default 0.3, with rollout.vllm.sleep 0)",
-    )  # fmt: skip
-    parser.add_argument("--prompt-tokens", type=int, metavar="N", help="mean; default: an eighth of rollout.max_prompt_tokens")
-    parser.add_argument("--response-tokens", type=int, metavar="N", help="mean, observations included; default: an eighth")
-    parser.add_argument("--sampled", type=float, default=0.5, metavar="F", help="share of the response that is sampled")
-    parser.add_argument("--images", type=int, default=1, metavar="N", help="of a prompt (default 1)")
-    parser.add_argument("--image-tokens", type=int, default=1024, metavar="N", help="of an image (default 1024)")
-    parser.add_argument("--uniform", type=float, default=0.2, metavar="F", help="share of groups without any advantage")
-    parser.add_argument("--image-megapixels", type=float, default=3.1, metavar="F", help="of an image in the data (3.1)")
-    parser.add_argument("--calls", type=float, default=1.0, metavar="F", help="of tools, a rollout (default 1)")
-    parser.add_argument("--cores", type=float, default=96.0, metavar="N", help="of a machine (default 96); above: a warning")
-    parser.add_argument("--memory-gb", type=float, default=1024.0, metavar="N", help="of a machine, in GiB (default 1024)")
-    parser.add_argument("--json", action="store_true", help="print all layouts as one JSON object")
-
-
 def _doctor(args: argparse.Namespace) -> int:
     from metis_fast.doctor import command
 
@@ -410,7 +387,9 @@ def build_parser() -> argparse.ArgumentParser:
         "Names, shapes and bytes of a model's weights on every rank, checked both ways; exit code 1 if no layout can hold them."
     )
     _add_weights_map(verb(weights, "map", _weights_map, text))
-    _add_plan(verb(verbs, "plan", _plan, "Memory and step time of every Megatron layout, predicted; exit code 1 if none fits."))
+    add_plan_arguments(
+        verb(verbs, "plan", _plan, "Memory and step time of every Megatron layout, predicted; exit code 1 if none fits.")
+    )
     _add_doctor(verb(verbs, "doctor", _doctor, "What can be known of a job before it is submitted; exit code 1 on errors."))
     _add_rehearse(
         verb(verbs, "rehearse", _rehearse, "A config's own path on stand-ins, two steps; exit code 1 if a stage fails.")
