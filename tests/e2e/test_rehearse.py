@@ -39,7 +39,6 @@ def test_the_papers_hdpo_config_rehearses_with_the_native_engine(capsys: pytest.
     assert len(files) > 40 and not [path for path in files if KEY_VALUE.encode() in path.read_bytes()]
 
 
-@pytest.mark.slow
 def test_the_papers_hdpo_config_rehearses_with_vllm_and_two_ranks(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     pytest.importorskip("vllm")
     pytest.importorskip("megatron.core")
