@@ -73,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
             f"an engine with {engine_share:.2f} of a GPU's memory cannot hold the weights and one rollout of {longest} "
             f"tokens; set --engine-share to {needed:.2f} or more, or to 0 where it has GPUs of its own"
         )
-    options.check(config.rollout.max_turns)
+    options.check(config.rollout)
     found = candidates(setting, model_config, own)
     around = host(setting, recommended(found), options)
     said = json.dumps(to_json(setting, args.gpu, found, around)) if args.json else to_text(setting, args.gpu, found, around)

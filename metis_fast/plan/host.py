@@ -100,7 +100,7 @@ def host(setting: Setting, one: Candidate, options: HostOptions, costs: HostCost
     Raises:
         ConfigError: an option is out of its range.
     """
-    options.check(setting.config.rollout.max_turns)
+    options.check(setting.config.rollout)
     costs = costs or HostCosts()
     places = roles(setting, one.layout)
     work = load(setting, one.layout, options.calls, places)

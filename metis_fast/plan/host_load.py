@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from metis_fast.config import MegatronConfig
+from metis_fast.config import MegatronConfig, RolloutConfig
 from metis_fast.errors import ConfigError
 from metis_fast.plan.duration import DECODE, DELTA_SHARE, ENCODE, Setting
 from metis_fast.plan.gpus import GIB, NODE
@@ -67,7 +67,7 @@ class HostOptions:
     image_megapixels: float = 3.1
     calls: float = 1
 
-    def check(self, max_turns: int) -> None:
+    def check(self, rollout: RolloutConfig) -> None:
         """Raises ConfigError for a number out of its range."""
         for option, number, low, high in (
             ("--cores", self.cores, 1, 4096),
@@ -76,9 +76,12 @@ class HostOptions:
         ):
             if not low <= number <= high:
                 raise ConfigError(f"{option}: expected a number from {low} to {high}, got {number}; change it")
-        if not 0 <= self.calls <= max_turns - 1:
+        compact = rollout.protocol == "compact"  # whose last turn answers; in the other one a further message does
+        most = rollout.max_turns - compact
+        if not 0 <= self.calls <= most:
+            less = "one less than " if compact else ""
             raise ConfigError(
-                f"--calls: expected 0 to {max_turns - 1}, one less than rollout.max_turns={max_turns}, got {self.calls}; "
+                f"--calls: expected 0 to {most}, {less}rollout.max_turns={rollout.max_turns}, got {self.calls}; "
                 "change one of the two"
             )
 

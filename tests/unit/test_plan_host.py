@@ -437,6 +437,13 @@ def test_options_out_of_range_are_refused(options, says):
     assert says in str(refused.value) and "\n" not in str(refused.value)
 
 
+def test_in_the_published_protocol_every_turn_may_call():
+    metis = {"rollout": {"protocol": "metis"}}
+    assert plan(8, changes=metis, calls=10)
+    with pytest.raises(ConfigError, match="expected 0 to 10, rollout.max_turns=10, got 11"):
+        plan(8, changes=metis, calls=11)
+
+
 # -- the command ------------------------------------------------------------------------------------------------------------
 
 
