@@ -440,7 +440,7 @@ def test_options_out_of_range_are_refused(options, says):
 def test_in_the_published_protocol_every_turn_may_call():
     metis = {"rollout": {"protocol": "metis"}}
     assert plan(8, changes=metis, calls=10)
-    with pytest.raises(ConfigError, match="expected 0 to 10, rollout.max_turns=10, got 11"):
+    with pytest.raises(ConfigError, match=r"expected 0 to 10, rollout.max_turns=10, got 11"):
         plan(8, changes=metis, calls=11)
 
 
