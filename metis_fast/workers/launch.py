@@ -88,7 +88,7 @@ SCRATCH = "METIS_FAST_SCRATCH"
 """Variable with a worker's folder for temporary files, which nobody needs after it."""
 
 _SOCKET_PATH = 107  # bytes that the path of a Unix socket may have
-_REMOVALS, _REMOVAL_S = 20, 0.05
+_REMOVALS, _REMOVAL_S = 100, 0.05
 _NAME = 64  # of them, for what is below TMPDIR: this folder's name, and the longest that vLLM, torch and Python choose
 
 

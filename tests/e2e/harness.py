@@ -215,7 +215,7 @@ class Command:
             return []
 
     def wait(self) -> Ended:
-        """Until it ends; whatever it leaves running is given a second, and reported."""
+        """Until it ends; whatever it leaves running is given some seconds, and reported."""
         family: dict[int, psutil.Process] = {}
         deadline = time.monotonic() + _LIMIT_S
         while self.alive and time.monotonic() < deadline:
@@ -225,7 +225,7 @@ class Command:
         if self.alive:
             self._process.kill()
             raise AssertionError(f"still running after {_LIMIT_S:g} s: {self.read('err')}")
-        left = [process for process in psutil.wait_procs(family.values(), timeout=2)[1] if not _zombie(process)]
+        left = [process for process in psutil.wait_procs(family.values(), timeout=8)[1] if not _zombie(process)]
         mark = self.folder / "mark"
         return Ended(
             code=self._process.exitcode if self._process.exitcode is not None else -1,
