@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import textwrap
 from collections.abc import Iterator
 from typing import Any
 
@@ -41,13 +42,17 @@ def _sections(node: dict[str, Any], path: str) -> Iterator[str]:
         free = " *May change.*" if "x-may-change" in part else " *Known by content.*" if "x-by-content" in part else ""
         rows.append(f"| `{name}` | {_values(part)} | {default} | {part['description'].replace('|', '&#124;')}{free} |")
     if rows:
-        yield f"## {path}\n\n{node['description']}\n\n| key | values | default | meaning |\n| --- | --- | --- | --- |"
+        yield f"## {path}\n\n{_prose(node)}\n\n| key | values | default | meaning |\n| --- | --- | --- | --- |"
         yield from rows
         yield ""
     elif path:
-        yield f"## {path}\n\n{node['description']}\n"
+        yield f"## {path}\n\n{_prose(node)}\n"
     for key, part in inner:
         yield from _sections(part, key)
+
+
+def _prose(node: dict[str, Any]) -> str:
+    return textwrap.fill(node["description"], 120, break_long_words=False, break_on_hyphens=False)
 
 
 def _default(value: object) -> str:

@@ -69,7 +69,7 @@ class Recording:
     def _connected(database: sqlite3.Connection, check: Callable[[sqlite3.Connection], None]) -> sqlite3.Connection:
         try:
             check(database)
-        except BaseException:
+        except BaseException:  # whatever it is, it goes on when this is closed
             database.close()
             raise
         return database
@@ -205,7 +205,7 @@ class Recording:
         try:
             yield
             database.execute("COMMIT")
-        except BaseException:
+        except BaseException:  # whatever it is, it goes on; nothing of the transaction may stay
             with suppress(sqlite3.Error):  # a full disk has ended it already
                 database.execute("ROLLBACK")
             raise

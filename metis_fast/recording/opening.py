@@ -26,7 +26,7 @@ def open_recording(config: Config) -> Recording | None:
     recording = Recording(path, writable=tools.record is not None)
     try:
         _check_files(config, recording)
-    except BaseException:
+    except BaseException:  # whatever it is, it goes on when this is closed
         recording.close()
         raise
     return recording
@@ -59,7 +59,7 @@ def recorded_toolbox(config: Config, recording: Recording | None, open: Callable
     toolbox = open()
     try:
         return RecordingToolbox(toolbox, config.tools, recording)
-    except BaseException:
+    except BaseException:  # whatever it is, it goes on when this is closed
         toolbox.close()
         raise
 

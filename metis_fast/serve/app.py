@@ -167,7 +167,7 @@ class _Routes:
         place = self._episodes.enter()  # before its body is read: those of all who wait are in memory
         try:
             asked = await self._begin(request, place)
-        except BaseException:
+        except BaseException:  # a client that left, too: the place is free again, and it goes on
             place.leave()
             raise
         if asked.request.stream:
