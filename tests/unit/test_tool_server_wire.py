@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -44,11 +45,22 @@ IMAGE = st.builds(ImageBlob.of, st.binary(max_size=40))
 IMAGES = st.lists(IMAGE, max_size=3).map(tuple)
 PARTS = st.lists(TEXT | st.integers(0, 7), max_size=4).map(tuple)
 PAGE = st.builds(Page, st.integers(1, 20), TEXT, TEXT, TEXT)
+
+
+def _fitting(result: PythonResult | ContentResult) -> PythonResult | ContentResult:
+    """With parts that show images which are there."""
+    num = len(result.images)
+    return replace(
+        result,
+        parts=tuple(part if isinstance(part, str) else part % num for part in result.parts if num or isinstance(part, str)),
+    )
+
+
 RESULT: st.SearchStrategy[Result] = st.one_of(
     st.builds(TextSearchResult, TEXT, st.lists(PAGE, max_size=3).map(tuple)),
     st.builds(ImageSearchResult, st.lists(st.builds(SeenPage, TEXT, TEXT, st.none() | IMAGE), max_size=3).map(tuple)),
-    st.builds(PythonResult, PARTS, TEXT, TEXT, IMAGES, st.booleans(), TEXT),
-    st.builds(ContentResult, PARTS, IMAGES, st.booleans()),
+    st.builds(PythonResult, PARTS, TEXT, TEXT, IMAGES, st.booleans(), TEXT).map(_fitting),
+    st.builds(ContentResult, PARTS, IMAGES, st.booleans()).map(_fitting),
     st.builds(Refused, TEXT, st.sampled_from(Refusal), TEXT),
     st.builds(Observation, TEXT, IMAGES, st.sampled_from([Outcome.TOOL_RESULT, Outcome.TOOL_ERROR])),
 )
@@ -113,6 +125,11 @@ PYTHON = {"parts": ["a"], "stdout": "a", "stderr": "", "images": [], "ok": True,
         json.dumps({"kind": "PythonResult", "result": PYTHON, "images": {"0" * 64: "AAAA"}}).encode(),
         json.dumps({"kind": "PythonResult", "result": PYTHON, "images": {"0" * 64: "?"}}).encode(),
         json.dumps({"kind": "Refused", "result": {"text": "a", "why": "no reason"}, "images": {}}).encode(),
+        json.dumps({"kind": "PythonResult", "result": PYTHON | {"parts": [0]}, "images": {}}).encode(),
+        json.dumps({"kind": "PythonResult", "result": PYTHON | {"parts": [-1]}, "images": {}}).encode(),
+        json.dumps(
+            {"kind": "Observation", "result": {"text": "a", "images": [], "outcome": "answered"}, "images": {}}
+        ).encode(),
     ],
 )
 def test_what_is_no_answer_is_not_taken_for_one(body: bytes):

@@ -19,8 +19,8 @@ from functools import cache
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from metis_fast.tools.protocol import NO_EXTRA
-from metis_fast.tools.results import ToolResult
-from metis_fast.types import ImageBlob, Observation
+from metis_fast.tools.results import ContentResult, PythonResult, ToolResult
+from metis_fast.types import ImageBlob, Observation, Outcome
 
 T = TypeVar("T")
 Result = ToolResult | Observation
@@ -212,8 +212,20 @@ def decode_answer(body: bytes, known: Mapping[str, ImageBlob]) -> Answer:
         case {"kind": str() as kind, "result": dict() as value, "images": dict() as blobs} if kind in _KINDS:
             fresh = tuple(_blob(sha256, text) for sha256, text in blobs.items())
             images = {**known, **{image.sha256: image for image in fresh}}
-            return Answer(_record(_KINDS[kind], value, images), fresh)
+            result: Result = _record(_KINDS[kind], value, images)
+            if not _is_possible(result):
+                raise WireError(f"a {kind} that no tool gives: an image that it lacks, or an outcome of no call")
+            return Answer(result, fresh)
     raise WireError("not an answer")
+
+
+def _is_possible(result: Result) -> bool:
+    match result:
+        case PythonResult() | ContentResult():
+            return all(isinstance(part, str) or 0 <= part < len(result.images) for part in result.parts)
+        case Observation():
+            return result.outcome in (Outcome.TOOL_RESULT, Outcome.TOOL_ERROR)
+    return True
 
 
 def _blob(sha256: str, text: object) -> ImageBlob:
