@@ -1,7 +1,7 @@
 """What the run knows of groups that lie elsewhere: the control plane. No token array, no image, at most a few KiB a rollout.
 
 A node plays a `Job` and answers with a `GroupSummary`; the run adds scores (`ScoredSummary`) and hands that to the trainer, who
-fetches the group from where it lies, and back to the node, which stores it.
+fetches the group from where it lies. The node stores it, and is told its `Scores` alone.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol
 
+from metis_fast.compact import Compact
 from metis_fast.types import Group, ImageSpan, Outcome, Rollout, Score, Verdict
 
 _ERROR = 200  # characters of what broke a rollout off
@@ -21,7 +22,7 @@ Data = Literal["train", "heldout", "benchmark"]
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
+class Job(Compact):
     """A group to play: all that its rollouts follow from, but for the weights, whoever plays them.
 
     row: of the data files. stream, order: name the sampling noise (`SampleKey`); order is that of its first rollout.
@@ -55,7 +56,7 @@ class Outline(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class RolloutSummary:
+class RolloutSummary(Compact):
     """A rollout without its tokens and images.
 
     num_tokens: S. num_tool_errors: turns that ended in TOOL_ERROR. versions: (weight version, tokens that it sampled).
@@ -95,7 +96,7 @@ class RolloutSummary:
 
 
 @dataclass(frozen=True, slots=True)
-class NoVerdict:
+class NoVerdict(Compact):
     """Why a judge gave none. reason: the same words for the same kind of failure. text: all that is known."""
 
     reason: str
@@ -107,7 +108,7 @@ Judged = Verdict | NoVerdict | None
 
 
 @dataclass(frozen=True, slots=True)
-class GroupSummary:
+class GroupSummary(Compact):
     """A finished group. verdicts: one a rollout, long answers cut. node: the number of who holds it. key: what it is found by:
     on this machine a number of the node's, in a cluster an object of Ray's, which lives as long as somebody holds this."""
 
@@ -136,8 +137,16 @@ class GroupSummary:
 
 
 @dataclass(frozen=True, slots=True)
-class ScoredSummary:
-    """A group as the run hands it to its trainer and back to its node."""
+class Scores(Compact):
+    """Of a group, on their way to the node that keeps it. key: see `GroupSummary`."""
+
+    key: object
+    scores: tuple[Score, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ScoredSummary(Compact):
+    """A group as the run hands it to its trainer."""
 
     group: GroupSummary
     scores: tuple[Score, ...]

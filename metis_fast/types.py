@@ -24,6 +24,8 @@ from enum import StrEnum
 import numpy as np
 import numpy.typing as npt
 
+from metis_fast.compact import Compact
+
 JsonScalar = str | int | float | bool | None
 
 
@@ -166,7 +168,7 @@ class Turn:
 
 
 @dataclass(frozen=True, slots=True)
-class ImageSpan:
+class ImageSpan(Compact):
     """Where an image's placeholder tokens stand in a rollout.
 
     grid: (t, h, w) in patches, before spatial merging; t * h * w / merge**2 = stop - start.
@@ -261,7 +263,7 @@ class Group:
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
+class Verdict(Compact):
     """What a judge says of one rollout.
 
     correct: r_ans in {0, 1}. format_ok: r_fmt in {0, 1}.
@@ -278,7 +280,7 @@ class Verdict:
 
 
 @dataclass(frozen=True, slots=True)
-class Score:
+class Score(Compact):
     """One rollout's rewards and advantages (ALGORITHM sections 2 and 3).
 
     verdict: None where the judge or our machinery failed; such a rollout left its group and all numbers are 0.

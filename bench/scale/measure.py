@@ -35,7 +35,7 @@ from metis_fast.run.fleet import Fleet
 from metis_fast.run.parts import training_job
 from metis_fast.run.weights import TrainerWeights
 from metis_fast.score.scoring import score
-from metis_fast.summary import GroupSummary, RolloutSummary, ScoredSummary
+from metis_fast.summary import GroupSummary, RolloutSummary, ScoredSummary, Scores
 from metis_fast.train.flops import FlopModel
 from metis_fast.train.megatron import shared
 from metis_fast.train.megatron.task import Outlined
@@ -84,8 +84,8 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """Bytes a rollout, pickled: of summaries, which come in; of jobs, of summaries with scores, which go back to nodes, and of
-    what ranks are told, which go out."""
+    """Bytes a rollout, pickled: of summaries, which come in; of jobs and of scores, which go to nodes, and of what ranks are told,
+    which go out."""
 
     summaries: float = 0.0
     jobs: float = 0.0
@@ -201,14 +201,13 @@ def _differing(groups: Sequence[Outlined], files: Sequence[Mapping[int, str]]) -
 def _sizes(scored: Sequence[ScoredSummary], jobs: Sequence[object], told: int) -> Sizes:
     """What crosses in a step, without Ray's keys and envelopes."""
     bare = [replace(one.group, key=None) for one in scored]
+    scores = [Scores(None, one.scores) for one in scored]
     rollouts = sum(len(one.rollouts) for one in scored)
 
     def each(things: Sequence[object]) -> float:
         return sum(len(pickle.dumps(one, 5)) for one in things) / rollouts
 
-    return Sizes(
-        each(bare), each(jobs), each([replace(one, group=own) for one, own in zip(scored, bare, strict=True)]), told / rollouts
-    )
+    return Sizes(each(bare), each(jobs), each(scores), told / rollouts)
 
 
 class _Run:

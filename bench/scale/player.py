@@ -12,7 +12,7 @@ from metis_fast.errors import EngineError
 from metis_fast.node.node import Node
 from metis_fast.node.protocol import Head, Weights
 from metis_fast.rollout.engine import SyncReport
-from metis_fast.summary import Data, GroupSummary, Job, RolloutSummary, ScoredSummary
+from metis_fast.summary import Data, GroupSummary, Job, RolloutSummary, Scores
 
 from .groups import Script, Work
 
@@ -62,11 +62,11 @@ class ScriptedNode:
         self._version = weights.version
         return SyncReport(weights.version, "full")
 
-    async def write(self, folder: str, name: str, scored: Sequence[ScoredSummary]) -> None:
+    async def write(self, folder: str, name: str, scored: Sequence[Scores]) -> None:
         """See `NodeClient`. Nothing is stored: it is compared with what was told."""
         for one in scored:
-            if self._told.get(one.group.key) != one.rollouts or len(one.scores) != len(one.rollouts):
-                raise EngineError(f"{name}: the run gave back another summary of row {one.group.job.row} than it was told")
+            if len(one.scores) != len(self._told.get(one.key, ())):
+                raise EngineError(f"{name}: the run gave {len(one.scores)} scores for a group that was told otherwise, or not")
 
     def forget(self, keys: Sequence[Any]) -> None:
         """See `Node`."""

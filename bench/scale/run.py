@@ -162,13 +162,13 @@ def to_json(rows: Sequence[Row], wanted: Request, machine: Machine) -> dict[str,
 
 
 _COLUMNS = (
-    "nodes", "ranks", "CPU ms/rollout", "idle CPU ms/s", "TCP in B", "out", "summary B", "job", "scored", "told", "MiB before",
+    "nodes", "ranks", "CPU ms/rollout", "idle CPU ms/s", "TCP in B", "out", "summary B", "job", "scores", "told", "MiB before",
     "after", "groups/s", "fetched", "most",
 )  # fmt: skip
 NOTES = (
     "CPU: user and system of the run's process, all threads, an idle one's taken off; median (least..most) of the steps. "
     "Groups/s are those of fake nodes that all share this machine.",
-    "bytes a rollout: TCP, on all connections of the process, Ray's own included; summary (comes in), job, scored (back to the "
+    "bytes a rollout: TCP, on all connections of the process, Ray's own included; summary (comes in), job and scores (to the "
     "node) and told (to the ranks, once): pickled.",
     "fetched: bytes that a rank fetched in a step, over an even share of all groups; mean, and of the rank and step with most.",
     "Checked before anything is shown: each group is trained once and none is lost; what ranks fetched is what its summary "

@@ -32,7 +32,7 @@ from metis_fast.node.opening import share_of
 from metis_fast.node.protocol import Head, NodeLost, Weights
 from metis_fast.rollout.engine import SyncReport
 from metis_fast.rollout.layers import Layers
-from metis_fast.summary import Data, GroupSummary, Job, ScoredSummary
+from metis_fast.summary import Data, GroupSummary, Job, Scores
 from metis_fast.tools.remote import mcp_environment
 from metis_fast.tools.search import keys
 from metis_fast.types import Group
@@ -153,7 +153,7 @@ class RemoteNode:
             if keys and self._actor is not None:
                 self._actor.drop.remote(keys)
 
-    async def write(self, folder: str, name: str, scored: Sequence[ScoredSummary]) -> None:
+    async def write(self, folder: str, name: str, scored: Sequence[Scores]) -> None:
         """See `NodeClient`."""
         await self._answer("write", folder, name, list(scored))
 

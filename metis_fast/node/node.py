@@ -28,9 +28,9 @@ from metis_fast.rollout.layers import Layers
 from metis_fast.rollout.store import RolloutStore
 from metis_fast.score.protocol import Judge
 from metis_fast.score.scoring import judge_groups
-from metis_fast.summary import Data, GroupSummary, Job, Judged, ScoredSummary
+from metis_fast.summary import Data, GroupSummary, Job, Judged, Scores
 from metis_fast.tools.protocol import Toolbox
-from metis_fast.types import Group, Prompt, ScoredGroup, Verdict
+from metis_fast.types import Group, Prompt, Score, ScoredGroup, Verdict
 
 _AHEAD_BYTES = 1 << 30  # of the images of prompts that were looked at and are not played yet
 
@@ -211,11 +211,11 @@ class Node:
             self._keep.drop(key)
             self._verdicts.pop(key, None)
 
-    async def write(self, folder: str, name: str, scored: Sequence[ScoredSummary]) -> None:
+    async def write(self, folder: str, name: str, scored: Sequence[Scores]) -> None:
         """See `NodeClient`."""
         if folder not in self._stores:
             self._stores[folder] = RolloutStore(self._config.run.dir / folder)
-        groups = [whole(self._keep.get(one.group.key), one, self._verdicts[one.group.key]) for one in scored]
+        groups = [whole(self._keep.get(one.key), one.scores, self._verdicts[one.key]) for one in scored]
         await asyncio.to_thread(self._stores[folder].write, name, groups)
 
     # -- the engine ---------------------------------------------------------------------------------------------------
@@ -250,13 +250,12 @@ class Node:
         self.engine.wait(check)
 
 
-def whole(group: Group, scored: ScoredSummary, verdicts: Sequence[Judged] | None = None) -> ScoredGroup:
+def whole(group: Group, scores: Sequence[Score], verdicts: Sequence[Judged] | None = None) -> ScoredGroup:
     """A group with its scores. verdicts: with whole answers, where these are at hand."""
-    scores = scored.scores
     if verdicts is not None:
         pairs = zip(scores, verdicts, strict=True)
-        scores = tuple(replace(score, verdict=own) if isinstance(own, Verdict) else score for score, own in pairs)
-    return ScoredGroup(group.prompt, group.rollouts, scores)
+        scores = [replace(score, verdict=own) if isinstance(own, Verdict) else score for score, own in pairs]
+    return ScoredGroup(group.prompt, group.rollouts, tuple(scores))
 
 
 def _size(prompt: Prompt) -> int:

@@ -12,7 +12,7 @@ from torch import Tensor
 from metis_fast.data.row import BadRowError
 from metis_fast.rollout.engine import SyncReport
 from metis_fast.rollout.layers import Layers
-from metis_fast.summary import Data, GroupSummary, Job, ScoredSummary
+from metis_fast.summary import Data, GroupSummary, Job, Scores
 from metis_fast.types import Group
 
 
@@ -94,7 +94,7 @@ class NodeClient(Protocol):
         """Keep these no longer."""
         ...
 
-    async def write(self, folder: str, name: str, scored: Sequence[ScoredSummary]) -> None:
+    async def write(self, folder: str, name: str, scored: Sequence[Scores]) -> None:
         """Store groups that it keeps, below `run.dir`."""
         ...
 

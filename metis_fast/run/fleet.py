@@ -24,7 +24,7 @@ from metis_fast.node.node import whole
 from metis_fast.node.protocol import Head, NodeClient, NodeLost, Weights
 from metis_fast.rollout.engine import SyncReport
 from metis_fast.rollout.layers import Layers
-from metis_fast.summary import Data, GroupSummary, Job, ScoredSummary
+from metis_fast.summary import Data, GroupSummary, Job, ScoredSummary, Scores
 from metis_fast.train.protocol import GroupsLost
 from metis_fast.types import Group, ScoredGroup
 
@@ -220,7 +220,7 @@ class Fleet:
 
     def fetch_scored(self, scored: Sequence[ScoredSummary]) -> list[ScoredGroup]:
         """As `fetch`, with their scores."""
-        return [whole(group, one) for group, one in zip(self.fetch([one.group for one in scored]), scored, strict=True)]
+        return [whole(group, one.scores) for group, one in zip(self.fetch([one.group for one in scored]), scored, strict=True)]
 
     def drop(self, groups: Sequence[GroupSummary]) -> None:
         """These are trained, or not wanted."""
@@ -246,7 +246,7 @@ class Fleet:
         kept = [one for one in scored if node.holds(one.group)]
         try:
             if kept:
-                await node.write(folder, name, kept)
+                await node.write(folder, name, [Scores(one.group.key, one.scores) for one in kept])
         except NodeLost as lost:
             _LOG.warning("%s", lost)
             kept = []

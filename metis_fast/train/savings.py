@@ -70,6 +70,26 @@ def _spans(family: Family) -> list[ImageSpan]:
     return in_prompt + [span for s in family.samples for span in s.rollout.image_spans if span.start >= prompt]
 
 
+def _apart(samples: Sequence[Sample], flops: FlopModel) -> dict[int, Layout]:
+    """Of each sample as a pack of its own, by its `id`: what `layout` gives, without a family for each."""
+    found: dict[int, Layout] = {}
+    for sample in samples:
+        rollout, num = sample.rollout, sample.num_response
+        pairs = _triangle(rollout.prompt_len) + rollout.prompt_len * num + _triangle(num)
+        tower, image_tokens = _tower(rollout.image_spans, flops)
+        found[id(sample)] = Layout(rollout.num_tokens, pairs, tower, image_tokens, rollout.num_tokens, rollout.num_tokens)
+    return found
+
+
+def _sum(apart: Iterable[Layout]) -> Layout:
+    every = list(apart)
+    tokens = sum(one.tokens for one in every)
+    tower = 0.0  # from here: the order in which `layout` adds
+    for one in every:
+        tower += one.tower
+    return Layout(tokens, sum(one.pairs for one in every), tower, sum(one.image_tokens for one in every), tokens, tokens)
+
+
 def layout(packs: Sequence[Sequence[Family]], flops: FlopModel, share_images: bool) -> Layout:
     """Of packs, with the LM head on every token."""
     tokens = pairs = image_tokens = 0
@@ -115,11 +135,11 @@ def account(
 ) -> tuple[int, float, Savings]:
     """Tokens through the decoder, FLOPs, and what was avoided.
 
-    every: rollouts with a verdict. run: those that are run, in `packs`. head_rows: tokens at the LM head in training and in
+    every: rollouts with a verdict. run: those of them that are run, in `packs`. head_rows: tokens at the LM head in training and in
     passes for log-probabilities; None: every token.
     """
-    plain = layout([[Family((sample,))] for sample in every], flops, share_images=False)
-    alone = layout([[Family((sample,))] for sample in run], flops, share_images=False)
+    apart = _apart(every, flops)
+    plain, alone = _sum(apart.values()), _sum(apart[id(sample)] for sample in run)
     prompts = layout(packs, flops, share_images=False)
     images = layout(packs, flops, share_images)
     final = images if head_rows is None else replace(images, rows=head_rows[0], forward_rows=head_rows[1])

@@ -17,7 +17,7 @@ from metis_fast.errors import DataError, EngineError
 from metis_fast.node.protocol import Head, NodeClient, NodeLost, Weights
 from metis_fast.rollout.engine import SyncReport
 from metis_fast.run.fleet import Fleet, shares
-from metis_fast.summary import Data, GroupSummary, Job, ScoredSummary
+from metis_fast.summary import Data, GroupSummary, Job, ScoredSummary, Scores
 from metis_fast.train.protocol import GroupsLost
 from metis_fast.types import Group, Prompt
 
@@ -100,10 +100,10 @@ class FakeNode:
     def drop(self, groups: Sequence[GroupSummary]) -> None:
         self.kept.difference_update(group.key for group in groups)
 
-    async def write(self, folder: str, name: str, scored: Sequence[ScoredSummary]) -> None:
+    async def write(self, folder: str, name: str, scored: Sequence[Scores]) -> None:
         if not self.alive:
             raise NodeLost("not there")
-        assert all(self.holds(one.group) for one in scored), "nobody has them any more"
+        assert {one.key for one in scored} <= self.kept, "nobody has them any more"
         self.written.append(name)
 
     async def layer_outputs(self, order: int, group: GroupSummary) -> None:

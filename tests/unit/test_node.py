@@ -27,7 +27,7 @@ from metis_fast.rollout.native import NativeEngine
 from metis_fast.rollout.store import read_rollouts
 from metis_fast.score.protocol import JudgeUnavailable
 from metis_fast.score.scoring import score
-from metis_fast.summary import Data, GroupSummary, Job, NoVerdict, RolloutSummary, ScoredSummary
+from metis_fast.summary import Data, GroupSummary, Job, NoVerdict, RolloutSummary, Scores
 from metis_fast.testing.fakes import FakeToolbox
 from metis_fast.types import ImageBlob, ImageSpan, Outcome, Prompt, Rollout, Verdict
 
@@ -167,7 +167,7 @@ def test_stored_groups_have_the_scores_of_the_run_and_the_answers_of_the_node(
     node = open_node()
     told = asyncio.run(node.play(jobs([0, 1])))
     scores = score(told, Config.model_validate({"score": {"max_missing_share": 1.0}}))
-    scored = [ScoredSummary(group, own) for group, own in zip(told, scores, strict=True)]
+    scored = [Scores(group.key, own) for group, own in zip(told, scores, strict=True)]
     asyncio.run(node.write("rollouts", "step-000000", scored))
     stored = list(read_rollouts(tmp_path / "run" / "rollouts"))
     assert [one.score.adv_acc for one in stored] == [own.adv_acc for group in scores for own in group]

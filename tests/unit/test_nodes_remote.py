@@ -35,7 +35,7 @@ from metis_fast.run import pipeline
 from metis_fast.run.fleet import Fleet
 from metis_fast.run.interrupt import Interrupts
 from metis_fast.run.parts import Parts
-from metis_fast.summary import Data, GroupSummary, Job, ScoredSummary
+from metis_fast.summary import Data, GroupSummary, Job, ScoredSummary, Scores
 from metis_fast.train.protocol import GroupsLost
 from metis_fast.types import Group, Outcome, Prompt, Rollout, Verdict
 
@@ -262,9 +262,9 @@ def test_what_a_lost_node_kept_is_not_asked_of_its_successor(
     nodes = start(2)
     fleet, written = fleet_of(nodes), list[tuple[int, int]]()
 
-    async def write(self: Playing, folder: str, name: str, scored: Sequence[ScoredSummary]) -> None:
+    async def write(self: Playing, folder: str, name: str, scored: Sequence[Scores]) -> None:
         for one in scored:
-            self._keep.get(one.group.key)  # raises where its owner is dead
+            self._keep.get(one.key)  # raises where its owner is dead
         written.append((self.number, len(scored)))
 
     monkeypatch.setattr(Playing, "write", write)
