@@ -135,8 +135,8 @@ def account(
 ) -> tuple[int, float, Savings]:
     """Tokens through the decoder, FLOPs, and what was avoided.
 
-    every: rollouts with a verdict. run: those of them that are run, in `packs`. head_rows: tokens at the LM head in training and in
-    passes for log-probabilities; None: every token.
+    every: rollouts with a verdict. run: those of them that are run, in `packs`. head_rows: tokens at the LM head in training
+    and in passes for log-probabilities; None: every token.
     """
     apart = _apart(every, flops)
     plain, alone = _sum(apart.values()), _sum(apart[id(sample)] for sample in run)
