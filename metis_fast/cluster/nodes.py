@@ -40,6 +40,7 @@ from metis_fast.types import Group
 _LOG = logging.getLogger(__name__)
 _POLL_S = 1.0  # of a quiet node
 _TOGETHER_S, _TOGETHER_MORE_S, _MOST_TOGETHER_S = 0.1, 0.025, 0.5
+_RIDE_S = 0.02  # for what is asked for upon news, to go with the next poll
 _NEWS_S = 15.0  # between two lines that say what is waited for
 _PAUSE_S, _LONGEST_PAUSE_S = 1.0, 30.0  # after a start that failed; twice as long after every further one
 _LEAVE_S = 10.0  # for a node to end its workers
@@ -88,6 +89,8 @@ class RemoteNode:
         self._kept: set[Any] = set()
         self._tickets: dict[int, _Ticket] = {}
         self._asked: list[Asked] = []  # and not sent yet
+        self._polls = True  # it is being heard now; if not, what is asked may go with the next poll
+        self._has_asked = threading.Event()
         self._numbers = itertools.count()
         self._lock = threading.Lock()
         self._up, self._closed, self._awake = threading.Event(), threading.Event(), threading.Event()
@@ -119,7 +122,7 @@ class RemoteNode:
     def look(self, data: Data, rows: Sequence[int]) -> Sequence[Head | BadRowError]:
         """See `NodeClient`."""
         ticket = self._ask("look", data, list(rows))
-        self._send()  # now, with what a loop has left to its next turn: it may stand still until this is answered
+        self._send(at_once=True)  # with what a loop has left to its next turn: it may stand still until this is answered
         return ticket.future.result()
 
     async def play(self, jobs: Sequence[Job], on_done: Callable[[int], object]) -> list[GroupSummary]:
@@ -193,8 +196,11 @@ class RemoteNode:
         ticket.future.add_done_callback(lambda future: self._over(number, future.cancelled()))
         return ticket
 
-    def _send(self) -> None:
+    def _send(self, at_once: bool = False) -> None:
         with self._lock:
+            if not self._polls and not at_once:
+                self._has_asked.set()
+                return
             asked, self._asked = self._asked, []
             if asked and self._actor is not None:
                 self._actor.submit.remote(asked)
@@ -314,10 +320,14 @@ class RemoteNode:
         actor = self._actor
         if self._closed.is_set() or actor is None:
             raise _Ended
+        with self._lock:
+            asked, self._asked, self._polls = self._asked, [], True
+            self._has_asked.clear()
         try:
-            events = _get(actor.poll.remote(_POLL_S), max(_POLL_S, began + limit_s - time.monotonic()))
+            events = _get(actor.poll.remote(_POLL_S, asked), max(_POLL_S, began + limit_s - time.monotonic()))
         except GetTimeoutError:
             raise NodeLost(f"it has not answered for {limit_s:g} s") from None
+        self._polls = not any(event.kind == "finished" for event in events)  # what is played next is asked for soon then
         for event in events:
             ticket = self._tickets.get(event.ticket)
             groups = _groups(event.value) if event.kind == "finished" else []
@@ -325,6 +335,8 @@ class RemoteNode:
                 self._kept.update(group.key for group in groups)
             if ticket is None or not ticket.tell(event):  # cancelled while this was on its way
                 self.drop(groups)
+        if not self._polls:
+            self._has_asked.wait(_RIDE_S)
 
     def _lose(self, why: str, leave_s: float = 0.0) -> None:
         """Give the actor up, and all that was asked of it."""

@@ -106,6 +106,7 @@ class Player:
         self._version: int | None = None  # of the weights that its engine was given last, whole
         self._played: Counter[str] = Counter()  # groups by stream, since it was given weights
         self._tasks: dict[int, asyncio.Task[None]] = {}
+        self._cancelled: set[int] = set()  # and not begun
         self._events: deque[Event] = deque()  # filled by one thread, emptied by another
 
     async def open(self, setup: Setup) -> int:
@@ -163,6 +164,9 @@ class Player:
     async def submit(self, asked: Sequence[Asked]) -> None:
         """Begin what `poll` tells the end of."""
         for one in asked:
+            if one[0] in self._cancelled:
+                self._cancelled.remove(one[0])
+                continue
             task = asyncio.get_running_loop().create_task(self._run(*one))
             self._tasks[one[0]] = task
             task.add_done_callback(lambda _, ticket=one[0]: self._tasks.pop(ticket, None))
@@ -172,6 +176,8 @@ class Player:
         task = self._tasks.pop(ticket, None)
         if task is not None:
             task.cancel()
+        else:  # over, or asked for with a poll that another loop still has
+            self._cancelled.add(ticket)
 
     async def drop(self, keys: Sequence[Any]) -> None:
         """Keep these groups no longer."""
@@ -229,8 +235,14 @@ class Player:
         self._events.append(event)
 
     @ray.method(concurrency_group="news")
-    async def poll(self, wait_s: float) -> list[Event]:
-        """What has happened since the last call, in order; waits so long for something. On a loop of its own."""
+    async def poll(self, wait_s: float, asked: Sequence[Asked] = ()) -> list[Event]:
+        """What has happened since the last call, in order; waits so long for something. On a loop of its own.
+
+        asked: to `submit` first, since a call of its own costs as much as this one.
+        """
+        if asked:
+            assert self._loop is not None, "nothing is asked of a node that is not open"
+            asyncio.run_coroutine_threadsafe(self.submit(asked), self._loop)
         deadline = time.monotonic() + wait_s
         while not self._events and time.monotonic() < deadline:
             await asyncio.sleep(_LOOK_S)

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ import pytest
 
 pytest.importorskip("ray")
 
-from ray_threads import Rays
+from ray_threads import Actor, Rays
 
 from metis_fast.cluster import nodes as nodes_module
 from metis_fast.cluster import player as player_module
@@ -106,6 +107,7 @@ class Scripted(Player):
         if isinstance(happens, Exception):
             raise happens
         await asyncio.sleep(happens)
+        self._loop = asyncio.get_running_loop()
         self._together_s, self._node = SCRIPT.together_s, Playing(setup.number, setup.config)
         SCRIPT.nodes[setup.number] = self._node
         return 1
@@ -279,6 +281,35 @@ def test_what_a_lost_node_kept_is_not_asked_of_its_successor(
 
     asyncio.run(go())
     assert written == [(0, 2)]
+
+
+def test_what_is_asked_for_upon_news_goes_with_the_next_poll(
+    start: Callable[..., Any], rays: Rays, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(nodes_module, "_RIDE_S", 1.0)
+    (node,) = start()
+    called, call = Counter[str](), Actor.call
+    monkeypatch.setattr(Actor, "call", lambda self, name, given: (called.update([name]), call(self, name, given))[1])
+
+    async def go() -> None:
+        for job in jobs(10):
+            assert (await node.play_one(job, lambda: None)).job == job
+
+    asyncio.run(go())
+    assert called["submit"] == 1 and called["poll"] >= 9
+
+
+def test_a_job_that_is_cancelled_before_its_node_began_it_is_not_begun(start: Callable[..., Any], rays: Rays) -> None:
+    start()
+    player = rays.actors[-1].one
+
+    async def go() -> None:
+        await player.cancel(77)
+        await player.submit([(77, "play", (jobs(1),)), (78, "play", (jobs(1),))])
+        assert set(player._tasks) == {78}
+        await player._tasks[78]
+
+    asyncio.run(go())
 
 
 # -- starts -----------------------------------------------------------------------------------------------------------------
