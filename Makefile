@@ -1,6 +1,7 @@
 # make train   set up everything and run the main job (data, cold start, HDPO, report) in runs/demo
 # make test    set up everything and run the tests
 # make lint    ruff and pyright
+# make docs    the site of the documentation: build/docs/index.html
 # make test-slow, make test-gpu   what takes minutes, what needs a CUDA device
 # make bench-gpu   test-gpu and every kernel beside its peers, as one page: runs/gpu_report.md
 PYTHON ?= python3
@@ -8,7 +9,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: setup train test lint test-slow test-gpu bench-gpu clean
+.PHONY: setup train test lint docs test-slow test-gpu bench-gpu clean
 .DEFAULT_GOAL := help
 
 # one line, where this platform has no wheel of something
@@ -24,7 +25,7 @@ endef
 export SAY_MISSING
 
 help:
-	@sed -n 's/^# //p' Makefile | head -5
+	@sed -n 's/^# //p' Makefile | head -6
 
 setup: $(VENV)/.installed
 
@@ -62,6 +63,11 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+
+docs: setup
+	$(BIN)/python docs/pictures.py
+	$(BIN)/python -m sphinx -q -W --keep-going -b html -d build/doctrees docs build/docs
+	@echo "build/docs/index.html"
 
 clean:
 	rm -rf $(VENV) build runs .pytest_cache .ruff_cache

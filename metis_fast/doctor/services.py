@@ -139,7 +139,7 @@ def _search(what: str, toolbox: Toolbox) -> Finding:
     try:
         result = asyncio.run(_call(toolbox, ToolName.TEXT_SEARCH, {"query": _QUERY}))
     except InfrastructureError as error:
-        return Finding(what, "error", one_line(error), "see the key, the address and the provider's status (docs/search.md)")
+        return Finding(what, "error", one_line(error), "see key, address and the provider's status (docs/web-search.md)")
     assert isinstance(result, TextSearchResult)
     return Finding(what, "ok", f"answers: {len(result.pages)} pages for {_QUERY!r}")
 
@@ -150,7 +150,7 @@ def _web_search(what: str, config: TextSearchConfig) -> Finding:
     try:
         asyncio.run(source.check())
     except ToolSetupError as error:
-        return Finding(what, "error", one_line(error), "see the key, the address and the provider's status (docs/search.md)")
+        return Finding(what, "error", one_line(error), "see key, address and the provider's status (docs/web-search.md)")
     finally:
         source.close()
     if config.offline:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from metis_fast.checkpoint.digest import files_digest
 from metis_fast.config import Config, by_content
 from metis_fast.errors import RecordingError
 from metis_fast.recording.file import Recording
 from metis_fast.recording.judge import RecordingJudge, ReplayingJudge, RunJudge
 from metis_fast.recording.tools import RecordingToolbox, ReplayingToolbox
-from metis_fast.run.record import files_digest
 from metis_fast.tools.protocol import Toolbox
 
 

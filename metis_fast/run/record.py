@@ -23,7 +23,7 @@ from typing import Any
 from tqdm import tqdm
 
 from metis_fast import config as config_module
-from metis_fast.checkpoint.export import COPIED
+from metis_fast.checkpoint.digest import files_digest
 from metis_fast.config import Config, LogConfig, by_content, deciding, known_keys
 from metis_fast.data.content import DataRecord
 from metis_fast.data.parquet import PromptFiles
@@ -32,10 +32,6 @@ from metis_fast.report.progress import progress
 
 _LOG = logging.getLogger(__name__)
 _CONFIG, _INPUTS, _CHANGES = "config.yaml", "inputs.json", "changes.jsonl"
-_WEIGHTS = (".safetensors", ".parquet", ".arrow")  # of a folder, these and what a model is copied with; not what lies beside
-_BLOCK, _BLOCKS = 1 << 16, 64  # of large files so many bytes in so many places are read: weights of 17 GB are not read twice
-
-MODEL_FILES = frozenset({"config.json", "model.safetensors.index.json", *COPIED})
 
 _WAIT_S = 0.2
 
@@ -189,26 +185,6 @@ def open_record(
     kept = {key: one for key, one in old.items() if key not in data and paths.get(key, key) is not None}
     later = {key: _Digests(files) for key, files in opened.items()} if known is None else {}
     return RunRecord(config, kept | inputs, tuple(changes), later, check)
-
-
-def files_digest(path: Path) -> str:
-    """What a file, or the model, corpus or trajectories of a folder, are known by: names, sizes, and bytes from all over."""
-    digest = sha256()
-    inside = ("*", "images/*", "data/*.parquet")  # the last: as the hub has data sets
-    found = [path] if path.is_file() else sorted(file for pattern in inside for file in path.glob(pattern))
-    for file in found:
-        if file != path and not (file.is_file() and (file.suffix in _WEIGHTS or file.name in MODEL_FILES)):
-            continue
-        size = file.stat().st_size
-        digest.update(f"{file.relative_to(path)}:{size}\n".encode(errors="surrogateescape"))
-        with file.open("rb") as opened:
-            if size <= _BLOCK * _BLOCKS:
-                digest.update(opened.read())
-                continue
-            for block in range(_BLOCKS):  # the first and the last bytes are among them: shapes, and statistics of columns
-                opened.seek((size - _BLOCK) * block // (_BLOCKS - 1))
-                digest.update(opened.read(_BLOCK))
-    return f"sha256 {digest.hexdigest()[:16]}"
 
 
 def _checksum(tree: object) -> str:

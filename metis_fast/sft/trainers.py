@@ -14,8 +14,8 @@ from metis_fast.errors import ConfigError
 from metis_fast.model import Policy, first_device
 from metis_fast.model_folder import hf_shapes, load_processor
 from metis_fast.pictures import ImagePreparer
-from metis_fast.sft.processor import limited
 from metis_fast.train.megatron.backend import MegatronTrainer
+from metis_fast.train.processor import limited
 from metis_fast.train.protocol import Trainer
 from metis_fast.train.torch_backend import TorchTrainer
 from metis_fast.types import Rollout

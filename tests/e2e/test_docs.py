@@ -19,7 +19,9 @@ from metis_fast.plan.shape import read_model_config
 from metis_fast.train.megatron import layout
 
 _ROOT = Path(__file__).parents[2]
-_PAGES = [path for path in (_ROOT / "README.md", *sorted((_ROOT / "docs").glob("*.md"))) if path.exists()]
+_PAGES = [
+    path for path in (_ROOT / "README.md", _ROOT / "CONTRIBUTING.md", *sorted((_ROOT / "docs").rglob("*.md"))) if path.exists()
+]
 # A page that is written for readers names files of their own like this; all other files have to be in the repository.
 _READERS_OWN = re.compile(r"^(my[./]|runs/|path/|/)")
 

@@ -15,10 +15,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from metis_fast.checkpoint.digest import files_digest
 from metis_fast.config import Config, build, by_content, load
 from metis_fast.data.parquet import PromptFiles
 from metis_fast.errors import ConfigError, DataError
-from metis_fast.run.record import RunRecord, files_digest, open_record
+from metis_fast.run.record import RunRecord, open_record
 
 
 def write_rows(path: Path, answers: list[str]) -> Path:

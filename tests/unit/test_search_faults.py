@@ -1,4 +1,4 @@
-"""Web search when things go wrong: each fault has the outcome that docs/search.md names, and the key is nowhere."""
+"""Web search when things go wrong: each fault has the outcome that docs/web-search.md names, and the key is nowhere."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def organic(**names: str) -> Reply:
 
 PAGES = Reply(200, organic().body)
 REDIRECT = Reply(302, b"", {"Location": f"https://elsewhere.example/take?api_key={KEY}"})
-# Row of the table in docs/search.md -> what comes, how often it is tried, and what the failure says.
+# Row of the table in docs/web-search.md -> what comes, how often it is tried, and what the failure says.
 FAULTS: dict[str, tuple[Reply, int, str]] = {
     "429": (
         Reply(429, b'{"message": "slow down"}'),
@@ -118,7 +118,7 @@ def test_what_may_pass_is_tried_again_and_leaves_no_trace(fault: str) -> None:
 
 
 def test_the_documented_faults_are_those_tested() -> None:
-    text = (Path(__file__).parents[2] / "docs" / "search.md").read_text()
+    text = (Path(__file__).parents[2] / "docs" / "web-search.md").read_text()
     table = text.partition("| what comes |")[2].partition("\n\n")[0].splitlines()[2:]
     rows = [[cell.strip() for cell in row.strip("|").split("|")] for row in table]
     assert [name for name, *_ in rows] == [*FAULTS, "no connection", "no such host"]

@@ -62,7 +62,7 @@ def test_a_tool_worker_without_its_key_is_told_at_the_start(tmp_path: Path, monk
 
 def test_the_documented_settings_are_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MY_SEARCH_KEY", KEY)
-    page = (Path(__file__).parents[2] / "docs" / "search.md").read_text()
+    page = (Path(__file__).parents[2] / "docs" / "web-search.md").read_text()
     blocks = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
     assert len(blocks) == 3
     for block in blocks:

@@ -32,7 +32,6 @@ from metis_fast.cluster.weights import pack as pack_weights
 from metis_fast.errors import NonFiniteError
 from metis_fast.model_folder import hf_shapes, load_processor, may_have, read_config
 from metis_fast.pictures import ImagePreparer
-from metis_fast.sft.processor import limited
 from metis_fast.summary import Outline
 from metis_fast.sync.manifest import Place
 from metis_fast.train.flops import FlopModel
@@ -63,6 +62,7 @@ from metis_fast.train.minibatch import (
 )
 from metis_fast.train.optimizer import Schedule
 from metis_fast.train.pack import UNSCORED, Family, Pack, Sample, build, filler, itself, split
+from metis_fast.train.processor import limited
 from metis_fast.train.savings import deal
 from metis_fast.types import Rollout
 from metis_kernels import Segments
