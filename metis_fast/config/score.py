@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, JsonValue, field_validator, model_validator
@@ -80,13 +79,24 @@ class LlmJudgeConfig(Section):
 
     @model_validator(mode="after")
     def _judges_differ(self) -> Self:
-        models = [(one.model, json.dumps(one.extra_body, sort_keys=True)) for one in self.each() if one.model]
-        twice = [model for i, (model, body) in enumerate(models) if (model, body) in models[:i]]
-        if twice:
+        if self.quorum != "majority" and not self.judges:
             raise ValueError(
-                f"score.llm.judges has {twice[0]!r} twice, which would be one vote counted twice; remove one of them"
+                f"score.llm.quorum={self.quorum} is for several judges, and score.llm.judges names none; name them, or remove "
+                "quorum"
             )
+        named = [one for one in self.each() if one.model]
+        for i, one in enumerate(named):
+            if any(one.is_as(other) for other in named[:i]):
+                raise ValueError(
+                    f"score.llm.judges has {one.model!r} twice, which would be one vote counted twice; remove one of them"
+                )
         return self
+
+    def is_as(self, other: LlmJudgeConfig) -> bool:
+        """Whether another judge is the same model: at the same address, whatever else is asked of it; or, wherever it is
+        served, with the same `extra_body`."""
+        here, there = (one.base_url.strip().rstrip("/").removesuffix("/v1") for one in (self, other))
+        return self.model == other.model and (here == there or self.extra_body == other.extra_body)
 
     def each(self) -> tuple[LlmJudgeConfig, ...]:
         """The settings of every single judge: of `judges`, or these."""
@@ -100,6 +110,7 @@ class LlmJudgeConfig(Section):
                     "api_key_env": one.api_key_env or self.api_key_env,
                     "extra_body": self.extra_body if one.extra_body is None else one.extra_body,
                     "judges": (),
+                    "quorum": "majority",
                 }
             )
             for one in self.judges

@@ -30,6 +30,8 @@ _MEGAPIXELS = (0.1, 0.25, 0.5, 1, 2, 4, 8, 16)
 _TOKENS = (256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
 _SMALL, _FEW = 32 << 20, 256  # bytes, and prompts to count, that are done before other processes would have started
 
+_LISTED = "extra_info.tools"
+
 CountTokens = Callable[[Prompt], int]
 
 
@@ -43,6 +45,7 @@ class _Found:
     styles: Counter[str] = field(default_factory=Counter)
     sources: Counter[str] = field(default_factory=Counter)
     tools: Counter[str] = field(default_factory=Counter)
+    listed: Counter[str] = field(default_factory=Counter)
     image_bytes: int = 0
     sizes: Counter[tuple[int, int]] = field(default_factory=Counter)
     tokens: Counter[int] = field(default_factory=Counter)
@@ -61,7 +64,7 @@ class _Found:
         self.first = other.first | self.first
 
     def _counters(self) -> tuple[Counter[Any], ...]:
-        return self.abilities, self.styles, self.sources, self.tools, self.sizes, self.tokens
+        return self.abilities, self.styles, self.sources, self.tools, self.listed, self.sizes, self.tokens
 
     def see(self, prompt: Prompt) -> None:
         """A row that can be used."""
@@ -73,6 +76,9 @@ class _Found:
         for tool in offered_tools(prompt):
             self.tools[tool] += 1
             self.first.setdefault(tool, prompt.uid)
+        for tool in dict.fromkeys(prompt.tools or ()):
+            self.listed[tool] += 1
+            self.first.setdefault(f"{_LISTED}.{tool}", prompt.uid)
         if not asks_for_answer(prompt):
             self.never_asking += 1
             self.first.setdefault("", prompt.uid)
@@ -179,6 +185,7 @@ def check_files(
         over_limit=None if open_counter is None else found.over_limit,
         tools=dict(sorted(found.tools.items())),
         unknown_tools={name: num for name, num in sorted(found.tools.items()) if name not in known},
+        unknown_listed={name: num for name, num in sorted(found.listed.items()) if name not in known},
         never_asking=found.never_asking,
         warnings=tuple(_warnings(found, known)),
     )
@@ -190,10 +197,14 @@ def _warnings(found: _Found, known: Collection[str]) -> Iterator[str]:
             f"{found.never_asking} rows (first {found.first['']}) never ask for <answer> in their prompt, and what does not "
             "stand in <answer> is wrong; say so in the system message"
         )
+    names = ", ".join(sorted(known))
     for name, num in sorted(found.tools.items()):
         if name not in known:
-            names = ", ".join(sorted(known))
             yield f"{num} rows (first {found.first[name]}) offer the tool {name!r}, which nobody answers; known are {names}"
+    for name, num in sorted(found.listed.items()):
+        if name not in known:
+            first = found.first[f"{_LISTED}.{name}"]
+            yield f"{num} rows (first {first}) list the tool {name!r} in {_LISTED}, which nobody answers; known are {names}"
 
 
 def _megapixels(sizes: Mapping[tuple[int, int], int]) -> Counter[float]:

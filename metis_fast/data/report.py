@@ -23,6 +23,7 @@ class CheckReport:
     longest_prompt: its tokens; tokens: rows by tokens of the prompt ("to 1024"); over_limit: rows that are bad because they
         have too many. None where tokens were not counted.
     tools: rows by the tools that their system message offers. unknown_tools: those among them that nobody answers.
+    unknown_listed: rows by the tools that `extra_info.tools` names and nobody answers.
     never_asking: rows whose prompt never asks for `<answer>`.
     warnings: what lets rows be used and yet deserves a look, a line each.
     """
@@ -42,6 +43,7 @@ class CheckReport:
     over_limit: int | None
     tools: Mapping[str, int]
     unknown_tools: Mapping[str, int]
+    unknown_listed: Mapping[str, int]
     never_asking: int
     warnings: tuple[str, ...]
 

@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass
-from enum import StrEnum
+from dataclasses import dataclass
 from hashlib import sha256
-from typing import Any, get_args
+from typing import get_args
 
 from metis_fast.config import ToolsConfig, by_content, deciding
 from metis_fast.errors import RecordingError, one_line
-from metis_fast.tools.results import Page, Refusal, SeenPage, ToolResult
-from metis_fast.types import ImageBlob, Observation, Outcome, ToolName, Verdict
+from metis_fast.tools.result_tree import from_tree, images_of, to_tree
+from metis_fast.tools.results import ToolResult
+from metis_fast.types import ImageBlob, Observation, ToolName, Verdict
 
 _SEARCHES = (ToolName.TEXT_SEARCH, "search")
 """Names of the one tool that keeps no state."""
@@ -112,34 +112,15 @@ class History:
 
 # -- answers --------------------------------------------------------------------------------------------------------------
 
-_KINDS: dict[str, Callable[..., object]] = {
-    kind.__name__: kind for kind in (*get_args(ToolResult), Page, SeenPage, Observation, Verdict)
-}
-_WORDS: dict[str, type[StrEnum]] = {kind.__name__: kind for kind in (Refusal, Outcome)}
+_KINDS: dict[str, type] = {kind.__name__: kind for kind in (*get_args(ToolResult), Observation, Verdict)}
 
 
 def write_answer(value: object) -> Answer:
     """A result, an observation or a verdict."""
-    images: dict[str, bytes] = {}
-    return Answer(canonical(_tree(value, images)), images)
-
-
-def _tree(value: object, images: dict[str, bytes]) -> object:
-    if isinstance(value, ImageBlob):
-        images[value.sha256] = value.data
-        return {"image": value.sha256}
-    if isinstance(value, StrEnum) and type(value).__name__ in _WORDS:
-        return {"word": type(value).__name__, "is": value.value}
-    if isinstance(value, str):
-        return str(value)
-    if value is None or isinstance(value, bool | int | float):
-        return value
-    if isinstance(value, tuple):
-        return [_tree(part, images) for part in value]
-    if is_dataclass(value) and type(value).__name__ in _KINDS:
-        has = {field.name: _tree(getattr(value, field.name), images) for field in fields(value)}
-        return {"kind": type(value).__name__, "has": has}
-    raise TypeError(f"expected a result of tools.results, an Observation or a Verdict, got {type(value).__name__}")
+    kind = type(value).__name__
+    if kind not in _KINDS:
+        raise TypeError(f"expected a result of tools.results, an Observation or a Verdict, got {kind}")
+    return Answer(canonical({"kind": kind, "has": to_tree(value)}), {one.sha256: one.data for one in images_of(value)})
 
 
 def read_answer(body: str, image: Callable[[str], bytes]) -> object:
@@ -149,23 +130,12 @@ def read_answer(body: str, image: Callable[[str], bytes]) -> object:
         RecordingError: another release wrote it.
     """
     try:
-        return _value(json.loads(body), image)
+        tree = json.loads(body)
+        return from_tree(_KINDS[tree["kind"]], tree["has"], lambda sha256: ImageBlob(image(sha256), sha256))
     except RecordingError:  # of an image
         raise
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise RecordingError(
             f"an answer in the recording cannot be read ({type(error).__name__}: {one_line(error)}); replay it with the "
             "release that recorded it, or record again"
         ) from None
-
-
-def _value(tree: Any, image: Callable[[str], bytes]) -> object:
-    if isinstance(tree, list):
-        return tuple(_value(part, image) for part in tree)
-    if not isinstance(tree, dict):
-        return tree
-    if "image" in tree:
-        return ImageBlob(image(tree["image"]), tree["image"])
-    if "word" in tree:
-        return _WORDS[tree["word"]](tree["is"])
-    return _KINDS[tree["kind"]](**{name: _value(part, image) for name, part in tree["has"].items()})

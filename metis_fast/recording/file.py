@@ -14,7 +14,7 @@ from urllib.parse import quote
 from metis_fast.errors import RecordingError, one_line
 from metis_fast.recording.asking import Answer, Asked
 
-_APPLICATION, _FORMAT = 0x4D465243, 2  # "MFRC"; the format goes up when keys or tables change
+_APPLICATION, _FORMAT = 0x4D465243, 3  # "MFRC"; the format goes up when keys, tables or answers change
 _WAIT_S = 60.0  # for another process that writes
 _CONNECTION: dict[str, Any] = {"timeout": _WAIT_S, "isolation_level": None, "check_same_thread": False}
 _TABLES = (

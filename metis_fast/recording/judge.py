@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from typing import Protocol, cast
 
 from metis_fast.config import ScoreConfig, deciding
@@ -11,10 +12,11 @@ from metis_fast.judge_styles import known_style
 from metis_fast.recording.asking import Asked, canonical, digest, read_answer, write_answer
 from metis_fast.recording.file import Recording
 from metis_fast.recording.tools import missing
+from metis_fast.score.judge import StyleJudge
 from metis_fast.score.llm import find_models
 from metis_fast.score.llm_prompt import packaged_prompt
 from metis_fast.score.llm_reply import READING
-from metis_fast.score.protocol import JudgeUnavailable
+from metis_fast.score.protocol import JudgeUnavailable, Match
 from metis_fast.score.response import whole_response
 from metis_fast.types import Prompt, Rollout, Verdict
 
@@ -62,6 +64,49 @@ class _Questions:
         shown = {"question": prompt.question[:_SHOWN], "response": rollout.response_text[-_SHOWN:]}
         return Asked(key, f"judge {style}", canonical(shown))
 
+    def ask_answer(self, prompt: Prompt, answer: str) -> Asked:
+        """Of an answer that nobody had to find."""
+        style = self.style(prompt)
+        settings = self._settings | {"llm": self._of_models if style == "llm" else None}
+        key = digest("answer", READING if style == "llm" else 0, style, settings, prompt.question, prompt.answers, answer)
+        shown = {"question": prompt.question[:_SHOWN], "answer": answer[-_SHOWN:]}
+        return Asked(key, f"judge {style}", canonical(shown))
+
+
+class _Models:
+    """Where the settings name no model, keys do not say whose verdicts they are of; so a recording is of one."""
+
+    def __init__(self, config: ScoreConfig, about: str, recording: Recording) -> None:
+        self._config, self._about, self._recording = config, about, recording
+        self._known = all(one.model for one in config.llm.each())
+        self._naming: asyncio.Task[None] | None = None
+
+    async def know(self) -> None:
+        """Raises RecordingError where another one than before is served, JudgeUnavailable where none can be found."""
+        if self._known:
+            return
+        loop = asyncio.get_running_loop()
+        if self._naming is None or self._naming.done() or self._naming.get_loop() is not loop:
+            self._naming = loop.create_task(self._compare())
+        await asyncio.shield(self._naming)
+
+    async def _compare(self) -> None:
+        names = canonical(await find_models(self._config.llm))
+        known = await asyncio.to_thread(self._recording.about, self._about)
+        if known not in (None, names):
+            raise RecordingError(
+                f"{self._recording} holds verdicts of the model {known}, and {names} is served now, while the settings name "
+                "none; name it in score.llm.model (or judges), or record into a new file"
+            )
+        await asyncio.to_thread(self._recording.describe, {self._about: names})
+        self._known = True
+
+
+def recorded_models(config: ScoreConfig, recording: Recording) -> list[str]:
+    """The models whose verdicts a recording holds, where the settings name none; none: it does not say."""
+    known = recording.about(_Questions(config).about_models)
+    return [] if known is None else json.loads(known)
+
 
 class RecordingJudge:
     """Writes down what another judge says; what is there already is not asked again."""
@@ -69,8 +114,7 @@ class RecordingJudge:
     def __init__(self, judge: RunJudge, config: ScoreConfig, recording: Recording) -> None:
         self._judge, self._questions, self._recording = judge, _Questions(config), recording
         self._config = config
-        self._knows_models = all(one.model for one in config.llm.each())
-        self._naming: asyncio.Task[None] | None = None
+        self._models = _Models(config, self._questions.about_models, recording)
 
     async def judge(self, prompt: Prompt, rollout: Rollout) -> Verdict:
         """See `Judge.judge`. That there is no verdict is never recorded.
@@ -80,7 +124,7 @@ class RecordingJudge:
             JudgeUnavailable: see there.
         """
         if self._questions.style(prompt) == "llm":
-            await self._know_models()
+            await self._models.know()
         asked = self._questions.ask(prompt, rollout)
         answer = await asyncio.to_thread(self._recording.find, asked)
         if answer is None:
@@ -93,29 +137,9 @@ class RecordingJudge:
         await self._judge.check()
         if self._config.judge == "llm":
             try:
-                await self._know_models()
+                await self._models.know()
             except JudgeUnavailable as error:
                 raise JudgeError(str(error)) from None
-
-    async def _know_models(self) -> None:
-        """Where the settings name no model, keys do not say whose verdicts they are of; so a recording is of one."""
-        if self._knows_models:
-            return
-        loop = asyncio.get_running_loop()
-        if self._naming is None or self._naming.done() or self._naming.get_loop() is not loop:
-            self._naming = loop.create_task(self._compare_models())
-        await asyncio.shield(self._naming)
-
-    async def _compare_models(self) -> None:
-        about, names = self._questions.about_models, canonical(await find_models(self._config.llm))
-        known = await asyncio.to_thread(self._recording.about, about)
-        if known not in (None, names):
-            raise RecordingError(
-                f"{self._recording} holds verdicts of the model {known}, and {names} is served now, while the settings name "
-                "none; name it in score.llm.model (or judges), or record into a new file"
-            )
-        await asyncio.to_thread(self._recording.describe, {about: names})
-        self._knows_models = True
 
     def close(self) -> None:
         """Close the other judge."""
@@ -145,3 +169,31 @@ class ReplayingJudge:
 
     def close(self) -> None:
         """Nothing runs."""
+
+
+class RecordedAnswers:
+    """Answers that were already found, each judged and written down, or found in a recording."""
+
+    def __init__(self, judge: StyleJudge | None, config: ScoreConfig, recording: Recording) -> None:
+        """judge: who is asked about what is not known; None in a replay."""
+        self._judge, self._questions, self._recording = judge, _Questions(config), recording
+        self._models = _Models(config, self._questions.about_models, recording)
+
+    async def compare(self, prompt: Prompt, answer: str) -> Match:
+        """See `StyleJudge.compare`. That there is no verdict is never recorded.
+
+        Raises:
+            RecordingError: as of `RecordingJudge.judge` and `ReplayingJudge.judge`.
+        """
+        if self._judge is not None and self._questions.style(prompt) == "llm":
+            await self._models.know()
+        asked = self._questions.ask_answer(prompt, answer)
+        known = await asyncio.to_thread(self._recording.find, asked)
+        if known is None:
+            if self._judge is None:
+                raise missing(self._recording, asked, f"example {prompt.uid}")
+            match = await self._judge.compare(prompt, answer)
+            verdict = Verdict(match.correct, True, answer, match.judge, match.reason)
+            known = await asyncio.to_thread(self._recording.keep, asked, write_answer(verdict))
+        said = cast(Verdict, read_answer(known.body, self._recording.image))
+        return Match(said.correct, said.judge, said.reason)

@@ -9,8 +9,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 from metis_fast.config import ScoreConfig
-from metis_fast.errors import one_line
+from metis_fast.errors import ConfigError, one_line
 from metis_fast.judge_styles import STYLES, known_style
+from metis_fast.recording.file import Recording
+from metis_fast.recording.judge import RecordedAnswers
 from metis_fast.score.examples import Example
 from metis_fast.score.flow import in_turn
 from metis_fast.score.judge import StyleJudge, open_judge
@@ -74,23 +76,35 @@ async def check_examples(
     config: ScoreConfig,
     repeats: int = 1,
     on_done: Callable[[int], object] = lambda num: None,
+    recording: Recording | None = None,
 ) -> JudgeCheck:
     """Ask the judge of `config` about every example.
 
     repeats: how often each is asked, past all caches if more than once: of a judge that contradicts itself no single verdict
-        is one. Tables are of the first time. on_done: gets the number of judgements that were finished.
+        is one. Tables are of the first time. on_done: gets the number of judgements that were finished. recording: what it
+        has is not asked, and what it does not have ends a replay.
 
     Raises:
-        ConfigError, JudgeError: the judge cannot be opened, or its cache not be used.
+        ConfigError, JudgeError: the judge cannot be opened, or its cache not be used; or a recording, which has one answer for
+            each question, is to be asked several times.
+        RecordingError: see `RecordedAnswers.compare`.
     """
+    if repeats > 1 and recording is not None:
+        raise ConfigError(
+            f"--repeats {repeats} asks anew each time, and {recording} has one answer for each question; leave one of them out"
+        )
     if repeats > 1:
         config = config.model_copy(update={"llm": config.llm.model_copy(update={"cache": None})})
     began, cost = time.perf_counter(), Cost()
     said: list[dict[int, Match | JudgeUnavailable]] = []
     for _ in range(repeats):
+        if recording is not None and not recording.writable:
+            said.append(await _asked(RecordedAnswers(None, config, recording), examples, config.llm.concurrency, on_done))
+            continue
         judge = open_judge(config, {example.style for example in examples})  # a new one: each remembers what it said
         try:
-            said.append(await _asked(judge, examples, config.llm.concurrency, on_done))
+            asked = judge if recording is None else RecordedAnswers(judge, config, recording)
+            said.append(await _asked(asked, examples, config.llm.concurrency, on_done))
             cost += judge.cost
         finally:
             judge.close()
@@ -98,7 +112,7 @@ async def check_examples(
 
 
 async def _asked(
-    judge: StyleJudge, examples: Sequence[Example], concurrency: int, on_done: Callable[[int], object]
+    judge: StyleJudge | RecordedAnswers, examples: Sequence[Example], concurrency: int, on_done: Callable[[int], object]
 ) -> dict[int, Match | JudgeUnavailable]:
     """By the number of the example."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 from metis_fast import config as config_module
@@ -66,19 +67,24 @@ class _FileOrSetting(argparse.Action):
 
 
 def _check(args: argparse.Namespace) -> int:
+    from metis_fast.recording.opening import open_recording
     from metis_fast.score.check import check_examples, render_json, render_text
     from metis_fast.score.examples import read_examples
 
     if args.repeats < 1:
         raise ConfigError(f"--repeats: expected a number from 1 on, got {args.repeats}")
     config, examples = config_module.load(args.config, args.overrides), read_examples(args.file)
-    with progress(len(examples) * args.repeats, "judge", config.log, "example") as bar:
-        found = asyncio.run(check_examples(examples, config.score, args.repeats, bar.update))
+    with ExitStack() as stack:
+        if recording := open_recording(config):
+            stack.callback(recording.close)
+        bar = stack.enter_context(progress(len(examples) * args.repeats, "judge", config.log, "example"))
+        found = asyncio.run(check_examples(examples, config.score, args.repeats, bar.update, recording))
     print(render_json(found) if args.json else render_text(found))
     return found.exit_code
 
 
 def _rescore(args: argparse.Namespace) -> int:
+    from metis_fast.recording.opening import open_recording
     from metis_fast.score.rescore import count_rollouts, default_out, named, parts_of, rescore
     from metis_fast.score.rescore_report import render_json, render_text
 
@@ -86,9 +92,12 @@ def _rescore(args: argparse.Namespace) -> int:
     own = args.run_dir / "config.yaml"
     config = config_module.load(args.config or (own if own.exists() else None), args.overrides)
     styles = count_rollouts(parts, config.score)
-    score = asyncio.run(named(config.score, styles))
-    out = args.out or default_out(args.run_dir, score)
-    with progress(styles.total(), "judge", config.log, "rollout") as bar:
-        found = asyncio.run(rescore(parts, styles, score, out, bar.update))
+    with ExitStack() as stack:
+        if recording := open_recording(config):
+            stack.callback(recording.close)
+        score = asyncio.run(named(config.score, styles, recording))
+        out = args.out or default_out(args.run_dir, score)
+        bar = stack.enter_context(progress(styles.total(), "judge", config.log, "rollout"))
+        found = asyncio.run(rescore(parts, styles, config.score, out, bar.update, recording))
     print(render_json(found) if args.json else render_text(found))
     return int(bool(found.failures))

@@ -76,9 +76,9 @@ class LlmMatcher:
         return self._endpoint.model
 
     @property
-    def identity(self) -> str:
-        """Equal for judges that say the same of everything: the same model under the same settings."""
-        return json.dumps([self._endpoint.model, self._config.extra_body], sort_keys=True)
+    def found(self) -> LlmJudgeConfig:
+        """Its settings, with the model that is asked and the address as requests have it."""
+        return self._config.model_copy(update={"model": self._endpoint.model, "base_url": str(self._endpoint)})
 
     async def compare(self, prompt: Prompt, answer: str) -> Match:
         """Whether the model says that the answer is right by one of the ground truths, each of which it is asked about alone.

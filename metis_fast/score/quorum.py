@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections.abc import Sequence
 from functools import reduce
+from itertools import combinations
 from operator import add
 
 from metis_fast.config import LlmJudgeConfig
@@ -87,13 +88,12 @@ class QuorumMatcher:
             JudgeError: it does not; the message says what to do.
         """
         await asyncio.gather(*(matcher.check() for matcher in self._matchers))
-        asked = [matcher.identity for matcher in self._matchers]
-        for number, identity in enumerate(asked):
-            if identity in asked[:number]:
-                first = asked.index(identity) + 1
+        found = [matcher.found for matcher in self._matchers]
+        for (first, one), (second, other) in combinations(enumerate(found, start=1), 2):
+            if other.is_as(one):
                 raise JudgeError(
-                    f"judges {first} and {number + 1} of score.llm.judges are both {self._matchers[number].model!r}, which "
-                    "would be one vote counted twice; remove one of them, or name another model"
+                    f"judges {first} and {second} of score.llm.judges are both {one.model!r}, which would be one vote "
+                    "counted twice; remove one of them, or name another model"
                 )
 
     def close(self) -> None:

@@ -22,9 +22,11 @@ from typing import Any
 from metis_fast.config import ScoreConfig, deciding
 from metis_fast.errors import ConfigError, DataError, JudgeError
 from metis_fast.judge_styles import known_style
+from metis_fast.recording.file import Recording
+from metis_fast.recording.judge import RecordingJudge, ReplayingJudge, RunJudge, recorded_models
 from metis_fast.rollout.store import StoredRollout, read_rollouts, stored_styles
 from metis_fast.score.flow import in_turn
-from metis_fast.score.judge import open_judge
+from metis_fast.score.judge import StyleJudge, open_judge
 from metis_fast.score.llm import find_models
 from metis_fast.score.llm_prompt import packaged_prompt
 from metis_fast.score.llm_reply import READING
@@ -121,10 +123,11 @@ def _header(config: ScoreConfig) -> bytes:
     return json.dumps(tree, sort_keys=True).encode() + b"\n"
 
 
-async def named(config: ScoreConfig, styles: Collection[str]) -> ScoreConfig:
+async def named(config: ScoreConfig, styles: Collection[str], recording: Recording | None = None) -> ScoreConfig:
     """`config` with the models that its endpoints serve where it names none: a verdict is a model's, not an address's.
 
-    styles: of what is judged; without one for a model nothing is asked.
+    styles: of what is judged; without one for a model nothing is asked. recording: one that is replayed says whose verdicts it
+    has.
 
     Raises:
         JudgeError: there is not one model and no other.
@@ -133,9 +136,14 @@ async def named(config: ScoreConfig, styles: Collection[str]) -> ScoreConfig:
     if "llm" not in asked or all(one.model for one in config.llm.each()):
         return config
     try:
-        models = await find_models(config.llm)
+        if recording is not None and not recording.writable:
+            models = recorded_models(config, recording)
+        else:
+            models = await find_models(config.llm)
     except JudgeUnavailable as error:
         raise JudgeError(str(error)) from None
+    if not models:  # a replay that will find nothing, unless nobody had to be asked
+        return config
     peers = [peer.model_copy(update={"model": model}) for peer, model in zip(config.llm.judges, models, strict=False)]
     found = {"judges": tuple(peers)} if peers else {"model": models[0]}
     return config.model_copy(update={"llm": config.llm.model_copy(update=found)})
@@ -165,21 +173,27 @@ async def rescore(
     config: ScoreConfig,
     out: Path,
     on_done: Callable[[int], object] = lambda num: None,
+    recording: Recording | None = None,
 ) -> Rescoring:
     """Judge every rollout of `parts` that `out` has no verdict of.
 
-    styles: from `count_rollouts`. on_done: gets the number of rollouts that are done.
+    styles: from `count_rollouts`. on_done: gets the number of rollouts that are done. recording: what it has is not asked, and
+    what it does not have ends a replay.
 
     Raises:
         ConfigError: `out` holds verdicts of another judge, or another process writes to it.
         DataError: a part or `out` cannot be read.
         JudgeError: the judge does not work, or gives no verdict for more than `score.max_missing_share`.
+        RecordingError: see `RecordingJudge` and `ReplayingJudge`.
     """
-    config = await named(config, styles)
-    judge = open_judge(config, styles)
+    found = await named(config, styles, recording)
+    replays = recording is not None and not recording.writable
+    asked = None if replays else open_judge(found, styles)
+    judge: RunJudge = _recorded(asked, config, recording)
+    config = found
     try:
         await judge.check()
-        before = judge.cost
+        before = asked.cost if asked is not None else Cost()
         with _opened(out, config) as (file, known):
             tally = _Tally(config, out, known)
 
@@ -191,12 +205,20 @@ async def rescore(
                 file.write(json.dumps(asdict(again)).encode() + b"\n")
                 file.flush()
                 tally.add(stored, again)
-                tally.stop_if_dead()
+                tally.stop_if_dead(again)
                 on_done(1)
             os.fsync(file.fileno())
-        return tally.result(judge.cost - before)
+        return tally.result(asked.cost - before if asked is not None else Cost())
     finally:
         judge.close()
+
+
+def _recorded(judge: StyleJudge | None, config: ScoreConfig, recording: Recording | None) -> RunJudge:
+    """config: as in a run, without models that were found: so its verdicts have the keys of the run's."""
+    if recording is not None:
+        return ReplayingJudge(config, recording) if judge is None else RecordingJudge(judge, config, recording)
+    assert judge is not None
+    return judge
 
 
 async def _judged(judge: Judge, part: Path, stored: StoredRollout) -> Again:
@@ -224,7 +246,8 @@ class _Tally:
         self._counts: dict[str, Counter[tuple[Side, Side]]] = {}
         self._changed: list[Changed] = []
         self._failures = Counter[str]()
-        self._formats = self._broken = self._resumed = self._asked = 0
+        self._formats = self._broken = self._resumed = 0
+        self._asked = 0  # now, of rollouts with an answer; what the file has says nothing of how the judge is
 
     def pending(self, parts: Sequence[Path], on_done: Callable[[int], object]) -> Iterator[tuple[Path, StoredRollout]]:
         """What is still to be judged. The rest is counted on the way. A judge that failed is asked again."""
@@ -248,7 +271,6 @@ class _Tally:
         was = None if verdict is None else verdict.correct
         style = stored.judge_style if self._config.judge == "by_row" else self._config.judge
         self._counts.setdefault(style, Counter())[was, again.correct] += 1
-        self._asked += bool(again.answer) or again.correct is None
         if again.correct is None:
             self._failures[again.reason] += 1
         if verdict is not None and again.format_ok is not None:
@@ -257,8 +279,9 @@ class _Tally:
             who, why = _before(stored, verdict)
             self._changed.append(Changed(style, stored.question, stored.answers, was, who, why, again))
 
-    def stop_if_dead(self) -> None:
-        """Raise JudgeError if too many verdicts are missing by now."""
+    def stop_if_dead(self, again: Again) -> None:
+        """Raise JudgeError if too many verdicts are missing of those that were asked for now. again: the last of them."""
+        self._asked += bool(again.answer) or again.correct is None
         failed, config = self._failures.total(), self._config
         if self._asked >= _FEWEST and failed > config.max_missing_share * self._asked:
             told = " | ".join(f"{count} x {reason}" for reason, count in self._failures.most_common(3))

@@ -13,6 +13,7 @@ from metis_fast.score.advantage import GroupAdvantages, GroupRewards, advantages
 from metis_fast.score.missing import MissingVerdicts, Played
 from metis_fast.score.protocol import Judge, JudgeUnavailable
 from metis_fast.score.reward import accuracy_reward, tool_reward
+from metis_fast.spans import Lane, span
 from metis_fast.summary import Judged, NoVerdict
 from metis_fast.types import Group, Outcome, Prompt, Rollout, Score, ScoredGroup, Verdict
 
@@ -34,7 +35,8 @@ async def _judged(judge: Judge, prompt: Prompt, rollout: Rollout) -> Judged:
     if rollout.outcome is Outcome.INFRASTRUCTURE_ERROR:
         return None
     try:
-        return await judge.judge(prompt, rollout)
+        with span(Lane.JUDGE, prompt.judge_style or "judge"):
+            return await judge.judge(prompt, rollout)
     except JudgeUnavailable as error:
         return NoVerdict(error.reason, str(error))
 

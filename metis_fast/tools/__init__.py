@@ -30,17 +30,23 @@ def open_toolbox(config: ToolsConfig, scratch: Path) -> Toolbox:
 
 
 def other_tools(config: ToolsConfig) -> tuple[ToolSpec, ...]:
-    """What tools of one's own and of MCP servers say of themselves; they are opened for it, and closed again.
+    """What tools of one's own and of MCP servers say of themselves; they are opened for it, and closed again. Where the tools
+    are a tool server's, it is asked.
 
     Raises:
-        ToolSetupError: one of them cannot be opened.
+        ToolSetupError: one of them cannot be opened, or the server has other tools than the run.
     """
     if not config.own and not config.mcp:
         return ()
     from pathlib import Path
 
-    toolbox = open_toolbox(config.model_copy(update={"enabled": ()}), Path())
+    if config.server.url:
+        from metis_fast.tools.server.client import ServerToolbox
+
+        toolbox: Toolbox = ServerToolbox(config)
+    else:
+        toolbox = open_toolbox(config.model_copy(update={"enabled": ()}), Path())
     try:
-        return tuple(toolbox.tools)
+        return tuple(tool for tool in toolbox.tools if tool.name not in config.enabled)
     finally:
         toolbox.close()

@@ -86,6 +86,20 @@ def _state(path: Path) -> str:
     return f"{status.st_size}:{status.st_mtime_ns} "
 
 
+def content_hash(files: Sequence[Path]) -> str:
+    """SHA-256 over the hashes of files: equal for equal bytes, whatever their names and times. Raises OSError."""
+    whole = hashlib.sha256()
+    for path in files:
+        with path.open("rb") as file:
+            whole.update(hashlib.file_digest(file, "sha256").digest())
+    return whole.hexdigest()
+
+
+def files_of(path: Path) -> list[Path]:
+    """What the path of a corpus stands for: a file, or every `*.parquet` in a folder, sorted by name."""
+    return sorted(path.glob("*.parquet")) if path.is_dir() else [path]
+
+
 @dataclass(frozen=True, slots=True)
 class Corpus:
     """The pages of a search tool: rows of Parquet files, in the order of their names.
@@ -110,7 +124,7 @@ class Corpus:
         if path is None:
             raise ToolSetupError(f"{tool} has no corpus; set tools.{tool}.corpus or remove {tool} from tools.enabled")
         path = path.absolute()
-        found = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
+        found = files_of(path)
         if not found:
             raise ToolSetupError(f"the corpus of {tool}, {path}, is a folder without *.parquet files; set tools.{tool}.corpus")
         corpus = Corpus(tool, path, tuple((file, _check_file(tool, file, columns)) for file in found))
@@ -127,14 +141,10 @@ class Corpus:
         Raises:
             ToolSetupError: a file cannot be read.
         """
-        whole = hashlib.sha256()
-        for path, _ in self.files:
-            try:
-                with path.open("rb") as file:
-                    whole.update(hashlib.file_digest(file, "sha256").digest())
-            except OSError as error:
-                raise self._unreadable(path, error) from None
-        return whole.hexdigest()
+        try:
+            return content_hash([path for path, _ in self.files])
+        except OSError as error:
+            raise self._unreadable(Path(error.filename or self.path), error) from None
 
     def texts(self, *names: str) -> Iterator[tuple[str, ...]]:
         """The cells of text columns, row after row.

@@ -42,6 +42,7 @@ from metis_fast.config import McpServerConfig
 from metis_fast.errors import InfrastructureError, ToolSetupError, one_line
 from metis_fast.machine import num_cores
 from metis_fast.tools.arguments import Arguments, schema_problem
+from metis_fast.tools.mcp_noise import Noise, count_in
 from metis_fast.tools.protocol import MAX_CALL_IMAGES, ToolSpec
 from metis_fast.tools.results import ContentResult
 from metis_fast.tools.tool import ToolPrompt, shorten
@@ -82,6 +83,7 @@ class McpSource:
         self._lock = threading.Lock()
         self._connections: dict[_Connection, asyncio.AbstractEventLoop] = {}
         self._gate: tuple[asyncio.AbstractEventLoop, asyncio.Semaphore] | None = None  # a semaphore belongs to its loop
+        self._told_of_noise = False
 
     @staticmethod
     def open(config: McpServerConfig, key: str, folder: Path, max_chars: int) -> McpSource:
@@ -145,6 +147,10 @@ class McpSource:
         """It has ended."""
         with self._lock:
             self._connections.pop(connection, None)
+            tells = connection.noise.lines > 0 and not self._told_of_noise
+            self._told_of_noise = self._told_of_noise or tells
+        if tells:  # of one session: each would say the same
+            _LOG.warning("%s: %s; have it write them to stderr", self.what, connection.noise)
 
 
 class McpSession:
@@ -202,11 +208,13 @@ class _Connection:
         self._ending = asyncio.Event()
         self._client: asyncio.Future[Client] = asyncio.get_running_loop().create_future()
         self._log = _stderr()
+        self.noise = Noise()
         self._task = asyncio.create_task(self._serve(), name=f"session with {source.what}")
         source.keep(self)
 
     async def _serve(self) -> None:
         try:
+            count_in(self.noise)
             async with _client(self._source.config, self._source.folder, self._log) as client:
                 names = {tool.name for tool in await _listed(client)}
                 if gone := [name for name in self._source.theirs.values() if name not in names]:
@@ -249,7 +257,7 @@ class _Connection:
                 return CallToolResult(content=[TextContent(text=error.message)], is_error=True)
             raise _Failed(f"{_said(error)} (code {error.code}){self.last_words()}") from error
         except TimeoutError:
-            raise _Failed(f"no answer within {limit:g} s (timeout_s)") from None
+            raise _Failed(f"no answer within {limit:g} s (timeout_s){self.last_words()}") from None
         except Exception as error:  # as above: an answer that is none, or does not fit the tool's output schema
             raise _Failed(f"{_said(error)}{self.last_words()}") from error
 
@@ -274,8 +282,9 @@ class _Connection:
             raise _Failed(f"the schema of {name} is no longer the one that prompts tell of; start the run again")
 
     def last_words(self) -> str:
-        """What the server wrote last to stderr, for errors."""
-        return "" if self._log.closed else _last_words(self._log)
+        """What the server wrote last to stderr, and whether it wrote there what belongs there, for errors."""
+        noise = f"; {self.noise}" if self.noise.lines else ""
+        return noise + ("" if self._log.closed else _last_words(self._log))
 
     def abandon(self) -> None:
         """End it, from its loop, without waiting."""
@@ -336,6 +345,7 @@ def _tethered(command: Sequence[str]) -> Sequence[str]:
 
 async def _tools(config: McpServerConfig, folder: Path) -> list[Tool]:
     """Of a session for this alone. Raises: _Failed: there is none."""
+    count_in(Noise())  # a session of the run will tell
     with _stderr() as log:
         try:
             async with asyncio.timeout(config.connect_s + _SLACK_S), _client(config, folder, log) as client:

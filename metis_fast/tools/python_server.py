@@ -271,8 +271,8 @@ class PythonServer:
         if self._closed:
             return
         poll = select.poll()
-        poll.register(self._control, select.POLLOUT)
-        with contextlib.suppress(OSError):  # it is gone
+        with contextlib.suppress(OSError, ValueError):  # it is gone, or closed by the thread that starts the next one
+            poll.register(self._control, select.POLLOUT)
             if poll.poll(0):  # otherwise it has not yet read what it was told before
                 self._control.send(WATCH)
 

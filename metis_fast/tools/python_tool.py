@@ -14,7 +14,7 @@ from metis_fast.tools.python_server import PythonServer
 from metis_fast.tools.python_session import End, SandboxProcess, SessionEndedError
 from metis_fast.tools.results import PythonResult
 from metis_fast.tools.sandbox.wire import MAX_IMAGES, SESSION_LOST, EndedBy, Limits, Reply, WireError
-from metis_fast.tools.slots import Lease
+from metis_fast.tools.slots import BUSIEST, Lease
 from metis_fast.types import ImageBlob
 
 __all__ = ["PythonServer", "PythonTool", "longest_s"]
@@ -24,15 +24,19 @@ _MAX_PARTS = 64  # of an answer; an honest one has text before, between and behi
 _SHOWN_CALLS = 4  # the images of a rollout may take as much as those of this many calls
 _FIRST_LOOK_S, _LOOK_S = 0.05, 0.1  # into a running call; most end before the first
 _OLD_S = 0.3  # of a measurement by the server, which looks more often
-_IDLE = 0.1  # of the time: who used less of the processor sleeps
+_IDLE = 0.1  # of the time: who used and wanted less of the processor sleeps
 _READ_S = 1.0  # to read an answer that had begun to come in time
 _LONGEST = 16  # times a call's time, that it may take where the processor has too much to do
+_SHARES = 2  # of a core, that a slot stands for
 _LATE_S = 10.0
 
 
-def longest_s(timeout_s: float) -> float:
-    """Seconds that a call may take on a machine that has too much to do, where its own time is `timeout_s`."""
-    return _LONGEST * timeout_s + _LATE_S
+def longest_s(timeout_s: float, crowd: float = BUSIEST) -> float:
+    """Seconds that a call may take on a machine that has too much to do, where its own time is `timeout_s`.
+
+    crowd: calls that compute, for each slot; the most by default.
+    """
+    return max(_LONGEST, _SHARES * crowd) * timeout_s + _LATE_S
 
 
 def _checked(images: Sequence[bytes], max_pixels: int) -> list[ImageBlob | None]:
@@ -65,6 +69,11 @@ class _Now:
     own_s: float
     cpu_s: float
     is_old: bool
+
+    @property
+    def wanted_s(self) -> float:
+        """Seconds of the processor that it used or waited for."""
+        return self.cpu_s + self.wall_s - self.own_s
 
 
 class _Clock:
@@ -165,22 +174,24 @@ class PythonTool:
         self._server.set_running(process, True)
         exchange = asyncio.ensure_future(process.exchange(code, images, self._sizes if images else ()))
         try:
-            step, last = min(_FIRST_LOOK_S, self._timeout_s), _Now(0.0, 0.0, 0.0, False)
+            step, last = lease.next_look_s(min(_FIRST_LOOK_S, self._timeout_s)), _Now(0.0, 0.0, 0.0, False)
+            crowd = lease.crowd
             while not (await asyncio.wait((exchange,), timeout=step))[0]:
                 now = clock.look()
-                lease.look(now.is_old or now.cpu_s - last.cpu_s > _IDLE * (now.wall_s - last.wall_s))
+                lease.look(now.is_old or now.wanted_s - last.wanted_s > _IDLE * (now.wall_s - last.wall_s))
+                crowd = max(crowd, lease.crowd)
                 spent = max(now.own_s, min(now.wall_s, now.cpu_s))
                 if spent >= self._timeout_s and not (now.is_old and now.wall_s < self._timeout_s + _READ_S):
                     # What came in time and was not read is an answer: it may be this process that was late.
                     if process.has_more and (await asyncio.wait((exchange,), timeout=_READ_S))[0]:
                         break
                     raise TimeoutError
-                if now.wall_s > longest_s(self._timeout_s):
+                if now.wall_s > longest_s(self._timeout_s, crowd):
                     raise InfrastructureError(
                         f"a call of python had {now.own_s:.1f} s of {now.wall_s:.1f} s on the processor: the machine has too "
                         "much to do"
                     )
-                step, last = min(_LOOK_S, max(self._timeout_s - now.own_s, _LOOK_S / 10)), now
+                step, last = lease.next_look_s(min(_LOOK_S, max(self._timeout_s - now.own_s, _LOOK_S / 10))), now
             return exchange.result()
         finally:
             self._server.set_running(process, False)

@@ -1,8 +1,8 @@
 """Which calls of the Python tool may run at the same time, so that few share the processor and none waits for a sleeper.
 
 A call holds a slot when it begins. It lends it to the next one once its session uses no CPU, or after half a second, and goes
-on without. So what others do delays a short call by half a second at most, as long as not more than `busiest` of them compute:
-beyond that, calls wait for one that ends.
+on without; almost at once where somebody has waited for a quarter of a second. So what others do delays a short call by less
+than a second, as long as not more than `busiest` of them compute: beyond that, calls wait for one that ends.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator
 
-_HOLD_S = 0.5
-_BUSIEST = 8  # calls that compute, for each slot
+_HOLD_S, _LEAST_HOLD_S = 0.5, 0.01
+_PATIENCE_S = 0.25
+BUSIEST = 32  # calls that compute, for each slot: a time slice of each is less than half a second
 
 
 class Lease:
@@ -22,15 +23,24 @@ class Lease:
 
     def __init__(self, slots: Slots) -> None:
         self._slots = slots
-        self._until = time.monotonic() + _HOLD_S
+        self._begun = time.monotonic()
         self.holds = True
         self.busy = True
 
     def look(self, busy: bool) -> None:
-        """Say whether the call has used the processor since the last time; gives up the slot where another can have it."""
+        """Say whether the call computed, or would have, since the last time; gives up the slot where another can have it."""
         self.busy = busy
-        self.holds = self.holds and busy and time.monotonic() < self._until
+        self.holds = self.holds and busy and time.monotonic() < self._begun + self._slots.hold_s
         self._slots.admit()
+
+    def next_look_s(self, most: float) -> float:
+        """Seconds until the slot may be given up, where it is held; `most` at most."""
+        return min(most, self._slots.hold_s) if self.holds else most
+
+    @property
+    def crowd(self) -> float:
+        """Calls that compute, for each slot."""
+        return self._slots.num_busy / self._slots.num
 
 
 class Slots:
@@ -38,18 +48,29 @@ class Slots:
 
     def __init__(self, num: int) -> None:
         self.num = num
-        self.busiest = _BUSIEST * num
+        self.busiest = BUSIEST * num
         self._leases: set[Lease] = set()
-        self._waiting: deque[asyncio.Future[Lease]] = deque()
+        self._waiting: deque[tuple[asyncio.Future[Lease], float]] = deque()  # and since when
 
     @property
     def num_holding(self) -> int:
         """Calls that hold a slot."""
         return sum(lease.holds for lease in self._leases)
 
+    @property
+    def num_busy(self) -> int:
+        """Calls that hold a slot or compute."""
+        return sum(lease.holds or lease.busy for lease in self._leases)
+
+    @property
+    def hold_s(self) -> float:
+        """Seconds that a call may hold its slot now."""
+        if not self._waiting:
+            return _HOLD_S
+        return max(_LEAST_HOLD_S, _PATIENCE_S - (time.monotonic() - self._waiting[0][1]))
+
     def _has_room(self) -> bool:
-        busy = sum(lease.holds or lease.busy for lease in self._leases)
-        return self.num_holding < self.num and busy < self.busiest
+        return self.num_holding < self.num and self.num_busy < self.busiest
 
     def _take(self) -> Lease:
         lease = Lease(self)
@@ -59,7 +80,7 @@ class Slots:
     def admit(self) -> None:
         """Let calls begin that wait, first come first served, as far as there is room."""
         while self._waiting and self._has_room():
-            waiter = self._waiting.popleft()
+            waiter, _ = self._waiting.popleft()
             if not waiter.done():
                 waiter.set_result(self._take())
 
@@ -80,12 +101,13 @@ class Slots:
         if not self._waiting and self._has_room():
             return self._take()
         waiter: asyncio.Future[Lease] = asyncio.get_running_loop().create_future()
-        self._waiting.append(waiter)
+        entry = (waiter, time.monotonic())
+        self._waiting.append(entry)
         try:
             return await waiter
         except asyncio.CancelledError:
             if waiter.done() and not waiter.cancelled():  # its turn came just then
                 self._give_back(waiter.result())
-            elif waiter in self._waiting:
-                self._waiting.remove(waiter)
+            elif entry in self._waiting:
+                self._waiting.remove(entry)
             raise

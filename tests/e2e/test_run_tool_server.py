@@ -12,7 +12,7 @@ from harness import Command, Ended
 from metis_fast.rollout.store import StoredRollout, read_rollouts
 from metis_fast.types import Outcome
 
-_STEPS, _ROLLOUTS = 8, 16
+_STEPS, _ROLLOUTS = 5, 16
 
 
 def _server(running: Command) -> psutil.Process | None:

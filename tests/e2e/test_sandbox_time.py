@@ -18,7 +18,7 @@ from metis_fast.config import PythonToolConfig
 from metis_fast.errors import InfrastructureError
 from metis_fast.tools import python_server, python_tool
 from metis_fast.tools.python_server import PythonServer
-from metis_fast.tools.python_tool import PythonTool
+from metis_fast.tools.python_tool import PythonTool, longest_s
 from metis_fast.tools.sandbox.board import Usage
 from metis_fast.tools.sandbox.kernel import SCRATCH
 from metis_fast.tools.slots import Lease, Slots
@@ -99,9 +99,48 @@ def test_a_slot_is_lent_by_who_sleeps_or_has_held_it_long_enough(monkeypatch: py
 
 def _past(lease: Lease) -> Lease:
     """It computes, and has had its time."""
-    lease._until = 0.0
+    lease._begun = 0.0
     lease.look(True)
     return lease
+
+
+def test_where_many_wait_each_holds_its_slot_for_a_shorter_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+
+    async def story() -> tuple[int, float]:
+        slots, rounds = Slots(4), 0
+        async with contextlib.AsyncExitStack() as stack:
+            leases: list[Lease] = []
+
+            async def compute() -> None:
+                leases.append(await stack.enter_async_context(slots.lease()))
+
+            others = [asyncio.create_task(compute()) for _ in range(64)]
+            mine = asyncio.create_task(stack.enter_async_context(slots.lease()))
+            while not mine.done():
+                await asyncio.sleep(0)
+                await asyncio.sleep(0)
+                now[0] += min((lease.next_look_s(0.05) for lease in leases if lease.holds), default=0.0)
+                for lease in leases:
+                    lease.look(True)
+                rounds += 1
+            await asyncio.gather(*others)
+            assert mine.result().crowd == 65 / 4
+        return rounds, now[0]
+
+    rounds, took = asyncio.run(story())
+    assert rounds > 8 and took < 1.0, "the last of 65 begins within a second, and all slots are held meanwhile"
+
+
+def test_a_call_that_is_kept_from_the_processor_counts_as_one_that_computes() -> None:
+    waits, sleeps = python_tool._Now(10.0, 0.5, 0.3, False), python_tool._Now(10.0, 10.0, 0.3, False)
+    assert waits.wanted_s == pytest.approx(9.8) and sleeps.wanted_s == pytest.approx(0.3)
+
+
+def test_a_call_may_take_as_long_as_all_that_compute_need_together() -> None:
+    assert longest_s(20.0, 0.5) == longest_s(20.0, 8.0) == 330.0  # sixteen times its own time
+    assert longest_s(20.0, 32.0) == longest_s(20.0) == 1290.0  # where 64 a core compute
 
 
 def test_calls_that_compute_are_not_without_number() -> None:

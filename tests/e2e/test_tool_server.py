@@ -25,9 +25,9 @@ from PIL import Image
 from metis_fast.config import ToolsConfig
 from metis_fast.errors import InfrastructureError, ToolSetupError
 from metis_fast.tools import open_toolbox
+from metis_fast.tools.result_tree import images_of
 from metis_fast.tools.results import PythonResult
 from metis_fast.tools.server.client import ServerToolbox
-from metis_fast.tools.server.wire import images_of
 from metis_fast.types import ImageBlob
 
 TOKEN = "0123456789abcdef0123456789abcdef"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import os
 import re
 import socket
@@ -17,6 +18,7 @@ from pathlib import Path
 import httpx2
 import psutil
 import pytest
+from tool_calls import ask
 
 from metis_fast.config import RolloutConfig, ToolsConfig, WorkersConfig
 from metis_fast.errors import InfrastructureError, ToolSetupError
@@ -29,7 +31,7 @@ from metis_fast.testing.fakes import FakeEngine
 from metis_fast.tools import open_toolbox
 from metis_fast.tools.protocol import Toolbox
 from metis_fast.tools.remote import RemoteToolbox, start_tool_workers
-from metis_fast.tools.results import ContentResult, Refusal, Refused, ToolResult
+from metis_fast.tools.results import ContentResult, Refusal, Refused
 from metis_fast.types import Observation, Outcome
 from metis_fast.workers.hub import Hub
 from metis_fast.workers.launch import LocalLauncher
@@ -38,7 +40,6 @@ from metis_fast.workers.worker import wait_ready
 pytest.importorskip("mcp")
 SERVER, TINY = (str(Path(__file__).with_name(name)) for name in ("mcp_server.py", "tiny_mcp_server.py"))
 TIME = [sys.executable, "-m", "mcp_server_time", "--local-timezone", "UTC"]
-Answer = ToolResult | Observation | InfrastructureError
 
 
 def config(*servers: Mapping[str, object], **more: object) -> ToolsConfig:
@@ -62,23 +63,6 @@ def servers(part: object) -> list[psutil.Process]:
     """Processes with that in their command."""
     mine = psutil.Process().children(recursive=True)
     return [one for one in mine if one.is_running() and one.status() != "zombie" and str(part) in one.cmdline()]
-
-
-def ask(box: Toolbox, *calls: tuple[str, Mapping[str, object]]) -> list[Answer]:
-    """What a session answers to calls one after the other."""
-
-    async def story() -> list[Answer]:
-        session, answers = box.session(()), []
-        for name, arguments in calls:
-            try:
-                answers.append(await session.call(name, arguments))
-            except InfrastructureError as error:
-                answers.append(error)
-        await session.close()
-        await session.close()
-        return answers
-
-    return asyncio.run(story())
 
 
 @pytest.fixture(scope="module")
@@ -190,6 +174,18 @@ def test_a_session_that_is_lost_is_our_failure_and_the_next_call_has_a_new_one(t
     assert isinstance(odd, InfrastructureError) and "tool no_result of the MCP server" in str(odd), odd
     assert strange == ContentResult(("and still an answer",))  # a line that is no message is passed over
     box.close()
+
+
+def test_thousands_of_lines_that_are_no_messages_are_one_line_of_ours(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    box = open_toolbox(config(tiny(tmp_path)), tmp_path)
+    for _ in range(2):  # sessions
+        assert ask(box, ("garbage", {}), ("noise", {})) == [
+            ContentResult(("and still an answer",)),
+            ContentResult(("after all that",)),
+        ]
+    box.close()
+    (said,) = (record.getMessage() for record in caplog.records if record.levelno >= logging.INFO and "mcp" in record.name)
+    assert re.search(r"the MCP server .*: it wrote 2,001 lines to stdout that are no messages; have it write", said)
 
 
 @pytest.mark.parametrize("coded", [False, True])

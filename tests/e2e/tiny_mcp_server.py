@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 folder = Path(sys.argv[1])
-TOOLS = ["count", "pid", "environment", "hang", "die", "garbage", "no_result", "daemon"]
+TOOLS = ["count", "pid", "environment", "hang", "die", "garbage", "noise", "no_result", "daemon"]
 calls = 0
 
 
@@ -41,6 +41,10 @@ def call(name: str) -> str:
         case "garbage":
             os.write(1, b"this is no message\n")
             return "and still an answer"
+        case "noise":
+            for number in range(2000):
+                os.write(1, b"{progress: %d}\n" % number)
+            return "after all that"
     return "here"
 
 

@@ -347,6 +347,12 @@ def test_unknown_tools_are_named(tmp_path: Path):
         "1 rows (first set:0) offer the tool 'zoom_in', which nobody answers; "
         "known are image_search, python, search, text_search",
     )
+    listed = {"index": "1", "tools": ["python", "rotate"]}
+    report = check_files([one_row(tmp_path / "set.parquet", prompt=messages, extra_info=listed)], progress=False)
+    assert (report.unknown_tools, report.unknown_listed) == ({"zoom_in": 1}, {"rotate": 1})
+    assert report.warnings[1].startswith(
+        "1 rows (first set:0) list the tool 'rotate' in extra_info.tools, which nobody answers"
+    )
     schema = '<tools>\n{"type": "function", "function": {"name": "crop", "description": "x", "parameters": {}}}\n</tools>'
     messages[0]["content"] = f"Answer in <answer>. {schema}"
     assert check_files([one_row(tmp_path / "set.parquet", prompt=messages)], progress=False).unknown_tools == {"crop": 1}

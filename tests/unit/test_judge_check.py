@@ -157,6 +157,30 @@ def test_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert cli.main(["judge", "check", str(bad), "--repeats", "0"]) == 2
 
 
+def test_what_is_recorded_is_replayed_without_the_judge(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    path, file = tmp_path / "examples.tsv", tmp_path / "kept.sqlite"
+    path.write_text(TSV)
+    asked = [str(path), "score.judge=llm", "score.llm.model=grader", "--json"]
+
+    def told(*words: str) -> tuple[int, dict[str, Any]]:
+        code = cli.main(["judge", "check", *asked, *words])
+        return code, json.loads(capsys.readouterr().out or "{}")
+
+    server = JudgeServer(lambda task: completion("CORRECT"))
+    with serving(server) as url:
+        code, first = told(f"score.llm.base_url={url}", f"tools.record={file}")
+        assert told(f"score.llm.base_url={url}", f"tools.record={file}")[1]["cost"]["requests"] == 0
+    assert code == 1 and first["cost"]["requests"] == 2
+    code, second = told(f"tools.replay={file}")
+    assert code == 1 and (second["styles"], second["disagreements"]) == (first["styles"], first["disagreements"])
+    for words, said in (
+        (["--repeats", "2"], "has one answer for each question"),
+        (["score.number_tolerance=0.1"], "has no answer for judge llm"),
+    ):
+        assert cli.main(["judge", "check", *asked, f"tools.replay={file}", *words]) == 2
+        assert said in capsys.readouterr().err
+
+
 def test_the_settings_may_stand_in_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     (tmp_path / "good.tsv").write_text(TSV)
     server = JudgeServer()

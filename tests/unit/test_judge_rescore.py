@@ -8,6 +8,7 @@ import fcntl
 import json
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,11 @@ import pytest
 from metis_fast import cli
 from metis_fast import config as config_module
 from metis_fast.config import Config, ScoreConfig
-from metis_fast.errors import ConfigError, DataError, JudgeError
+from metis_fast.errors import ConfigError, DataError, JudgeError, RecordingError
+from metis_fast.recording.file import Recording
 from metis_fast.rollout.store import RolloutStore
 from metis_fast.score.judge import open_judge
+from metis_fast.score.protocol import Cost
 from metis_fast.score.rescore import Again, Rescoring, count_rollouts, default_out, named, parts_of, rescore
 from metis_fast.score.rescore_report import render_json, render_text
 from metis_fast.score.scoring import score_groups
@@ -212,6 +215,42 @@ def test_a_judge_that_dies_stops_it_and_what_it_said_is_kept(tmp_path: Path):
     assert found.resumed == len(judged) > 0 and not found.failures
 
 
+def test_a_judge_that_is_dead_now_is_not_saved_by_what_it_said_before(tmp_path: Path):
+    store = RolloutStore(tmp_path / "rollouts")
+    for step in range(60):
+        store.write(f"step-{step:06d}", played(step))
+    server = _Dies(after=100_000)
+    with serving(server) as url:
+        config = llm(url, concurrency=1)
+        parts = parts_of(tmp_path)[:35]
+        asyncio.run(rescore(parts, count_rollouts(parts, config), config, default_out(tmp_path, config)))
+        server.after = len(server.tasks) + 2  # two are the check's
+        with pytest.raises(JudgeError, match=r"no verdict for (\d+) of \1 rollouts with an answer"):
+            again(tmp_path, config)  # of all 480, fewer than half are missing
+
+
+def test_a_rescoring_is_recorded_and_replayed_without_the_judge(run: Path, tmp_path: Path):
+    server = JudgeServer(models=("grader",))
+    parts, file = parts_of(run), tmp_path / "verdicts.sqlite"
+
+    def rescored(config: ScoreConfig, writable: bool, out: str) -> Rescoring:
+        with closing(Recording(file, writable)) as recording:
+            counts = count_rollouts(parts, config)
+            return asyncio.run(rescore(parts, counts, config, tmp_path / out, recording=recording))
+
+    with serving(server) as url:
+        first = rescored(llm(url, model=""), True, "first.jsonl")
+        asked = len(server.tasks)
+        assert rescored(llm(url, model=""), True, "second.jsonl").counts == first.counts
+        assert len(server.tasks) == asked + 2  # the check's
+    third = rescored(llm("http://127.0.0.1:9", model=""), False, "third.jsonl")  # where nobody is
+    assert (third.counts, third.cost) == (first.counts, Cost())
+    said = [sorted((tmp_path / name).read_text().splitlines()) for name in ("third.jsonl", "first.jsonl")]
+    assert said[0] == said[1] and len(said[0]) == 28  # their first lines, too
+    with pytest.raises(RecordingError, match="has no answer for judge rule"):
+        rescored(ScoreConfig(), False, "fourth.jsonl")
+
+
 def older(run: Path) -> None:
     """The store as it was before verdicts had reasons."""
     for path in (run / "rollouts").glob("*.parquet"):
@@ -274,4 +313,10 @@ def test_on_the_command_line(run: Path, tmp_path: Path, capsys: pytest.CaptureFi
         (tmp_path / "my.yaml").write_text(f"score: {{judge: llm, llm: {{base_url: '{url}', model: grader}}}}\n")
         code, out = told([run, tmp_path / "my.yaml", "--out", tmp_path / "own.jsonl"], capsys)
         assert code == 0 and "(27 were there)" in out
+        own = [f"tools.record={tmp_path / 'kept.sqlite'}", "--out", tmp_path / "kept.jsonl", *words[:3]]
+        assert told([run, *own], capsys)[0] == 0
     assert Again(**lines(tmp_path / "own.jsonl")[0]).judge in ("llm grader", "")
+    code, out = told(
+        [run, f"tools.replay={tmp_path / 'kept.sqlite'}", *words[:3], "--out", tmp_path / "replayed.jsonl"], capsys
+    )
+    assert code == 0 and len(lines(tmp_path / "replayed.jsonl")) == len(lines(tmp_path / "kept.jsonl")) == 27

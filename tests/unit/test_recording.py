@@ -179,7 +179,7 @@ def test_another_format_is_refused(tmp_path: Path, writable: bool) -> None:
     database = sqlite3.connect(tmp_path / "run.sqlite")
     database.execute("PRAGMA user_version = 7")
     database.close()
-    with pytest.raises(RecordingError, match="expected a recording in format 2, found format 7; use the release"):
+    with pytest.raises(RecordingError, match="expected a recording in format 3, found format 7; use the release"):
         Recording(tmp_path / "run.sqlite", writable)
 
 

@@ -41,11 +41,14 @@ def hierarchy(root: Path, own: str, controllers: str = "cpu memory pids", delega
     return membership
 
 
-def test_a_group_stands_beside_our_own(tmp_path: Path) -> None:
-    membership = hierarchy(tmp_path / "cgroup", "user/app")
+@pytest.mark.parametrize(
+    ("delegated", "given"), [("memory pids", "+memory +pids"), ("cpu io memory pids", "+memory +pids +cpu")]
+)
+def test_a_group_stands_beside_our_own(tmp_path: Path, delegated: str, given: str) -> None:
+    membership = hierarchy(tmp_path / "cgroup", "user/app", delegated=delegated)
     group = make_group("metis", tmp_path / "cgroup", membership)
     assert group is not None and group == tmp_path / "cgroup" / "user" / "metis"
-    assert (group / "cgroup.subtree_control").read_text() == "+memory +pids"
+    assert (group / "cgroup.subtree_control").read_text() == given
 
 
 @pytest.mark.parametrize("why", ["version 1", "not delegated", "no memory", "limited", "elsewhere", "read-only"])

@@ -176,12 +176,31 @@ def test_a_verdict_that_one_of_them_has_in_a_cache_is_no_vote_of_another(tmp_pat
     assert [len(server.tasks) for server in servers] == [1, 1, 1]
 
 
-def test_the_same_judge_twice_is_refused_when_it_is_named():
+LOW = {"reasoning_effort": "low"}
+
+
+@pytest.mark.parametrize(
+    "second",
+    [
+        {"model": "m"},
+        {"model": "m", "extra_body": LOW},
+        {"model": "m", "extra_body": LOW, "base_url": "http://a/"},
+        {"model": "m", "base_url": "http://b/v1"},
+    ],
+)
+def test_the_same_judge_twice_is_refused_when_it_is_named(second: dict[str, Any]):
     with pytest.raises(ValidationError, match="has 'm' twice, which would be one vote counted twice"):
-        LlmJudgeConfig.model_validate({"base_url": "http://a/v1", "judges": [{"model": "m"}, {"model": "m"}]})
-    LlmJudgeConfig.model_validate(
-        {"base_url": "http://a/v1", "judges": [{"model": "m"}, {"model": "m", "extra_body": {"reasoning_effort": "low"}}]}
-    )
+        LlmJudgeConfig.model_validate({"base_url": "http://a/v1", "judges": [{"model": "m"}, {"model": "n"}, second]})
+
+
+def test_judges_of_other_models_are_several():
+    judges = [{"model": "m"}, {"model": "n"}, {"model": "m", "extra_body": LOW, "base_url": "http://b/v1"}]
+    assert len(LlmJudgeConfig.model_validate({"base_url": "http://a/v1", "judges": judges}).each()) == 3
+
+
+def test_a_quorum_without_judges_is_refused():
+    with pytest.raises(ConfigError, match=r"score\.llm\.quorum=unanimous is for several judges, .* names none"):
+        build({"score": {"llm": {"quorum": "unanimous", "model": "m"}}})
 
 
 def test_the_same_judge_twice_is_refused_when_it_is_found():
@@ -189,6 +208,15 @@ def test_the_same_judge_twice_is_refused_when_it_is_found():
     with serving(servers[0]) as one, serving(servers[1]) as other:
         llm = LlmJudgeConfig.model_validate({"judges": [{"base_url": one}, {"base_url": other}]})
         judge = open_judge(ScoreConfig(llm=llm), {"model"})
+        with pytest.raises(JudgeError, match=r"judges 1 and 2 of score\.llm\.judges are both 'same', .* remove one"):
+            asyncio.run(judge.check())
+        judge.close()
+
+
+def test_the_same_model_at_one_address_is_refused_when_it_is_found_whatever_else_is_asked_of_it():
+    with serving(JudgeServer(models=("same",))) as url:
+        peers = [{"base_url": url, "extra_body": LOW}, {"base_url": f"{url}/chat/completions", "model": "same"}]
+        judge = open_judge(ScoreConfig(llm=LlmJudgeConfig.model_validate({"judges": peers})), {"model"})
         with pytest.raises(JudgeError, match=r"judges 1 and 2 of score\.llm\.judges are both 'same', .* remove one"):
             asyncio.run(judge.check())
         judge.close()

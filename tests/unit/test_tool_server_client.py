@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import re
 import socket
 import threading
@@ -10,7 +11,9 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
+import httpx2
 import pytest
 from tool_servers import TOKEN, BrokenWay, HeldToolbox, client_of, config, printed, run_code, serving
 
@@ -466,6 +469,31 @@ def test_a_wrong_token_is_told_at_the_start(monkeypatch: pytest.MonkeyPatch):
         assert asyncio.run(go()) == "1 a"
         monkeypatch.setenv("MY_TOKEN", "wört")
         assert "characters that no token has" in refusal(config(url, token_env="MY_TOKEN"))
+
+
+class Searching(HeldToolbox):
+    """Says that it has `text_search` too."""
+
+    @property
+    def tools(self) -> Sequence[ToolSpec]:
+        return (*super().tools, ToolSpec("text_search", "Searches.", {"type": "object"}))
+
+
+def test_another_content_of_a_corpus_than_the_runs_is_told_at_the_start(tmp_path: Path):
+    def settings(name: str, url: str = "") -> ToolsConfig:
+        tree = config(url).model_dump() | {"enabled": ["python", "text_search"], "text_search": {"corpus": tmp_path / name}}
+        return ToolsConfig.model_validate(tree)
+
+    for name, text in (("theirs", b"a page"), ("same", b"a page"), ("ours", b"A page")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / f"{name}.parquet").write_bytes(text)
+        os.utime(tmp_path / name / f"{name}.parquet", (0, 0))
+    with serving(Searching(), settings("theirs")) as (url, _):
+        for name in ("same", "nowhere"):  # what is not here is the server's alone
+            assert len(ServerToolbox(settings(name, url)).tools) == 2
+        said = refusal(settings("ours", url))
+        assert "has another content of tools.text_search.corpus than" in said
+        assert "\n" not in said and str(tmp_path) not in httpx2.get(f"{url}/tools").text
 
 
 @pytest.mark.parametrize(

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import socket
 from collections.abc import Iterator
+from pathlib import Path
 
 import httpx2
 import pytest
 from tool_servers import TOKEN, HeldToolbox, config, serving
 
+from metis_fast import cli
 from metis_fast.config import ToolServeConfig
 from metis_fast.errors import ToolSetupError
 from metis_fast.http_serving import listen
@@ -169,3 +171,12 @@ def test_a_token_that_is_none_is_refused(token: str, monkeypatch: pytest.MonkeyP
     with pytest.raises(ToolSetupError) as caught:
         read_token(ToolServeConfig())
     assert token not in str(caught.value)
+
+
+@pytest.mark.parametrize("how", ["record", "replay"])
+def test_a_server_keeps_no_recording(how: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    (tmp_path / "my.yaml").write_text(f"tools: {{enabled: [], {how}: {tmp_path / 'run.sqlite'}}}\n")
+    assert cli.main(["tools", "serve", str(tmp_path / "my.yaml")]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and f"tools.{how}=" in said and f"tools.{how}=null" in said
+    assert not (tmp_path / "run.sqlite").exists()

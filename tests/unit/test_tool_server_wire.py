@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from metis_fast.tools.result_tree import images_of
 from metis_fast.tools.results import (
     ContentResult,
     ImageSearchResult,
@@ -36,7 +37,6 @@ from metis_fast.tools.server.wire import (
     encode_calling,
     encode_failure,
     encode_opening,
-    images_of,
 )
 from metis_fast.types import ImageBlob, Observation, Outcome
 

@@ -7,13 +7,15 @@ import json
 import re
 import sys
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from tool_calls import Answer, ask
+from tool_servers import serving
 
 from metis_fast import cli
 from metis_fast.config import Config, ToolsConfig
@@ -22,9 +24,9 @@ from metis_fast.errors import InfrastructureError, ToolSetupError
 from metis_fast.rollout.protocols import Compact, Metis
 from metis_fast.tools import open_toolbox, other_tools
 from metis_fast.tools.protocol import Toolbox
-from metis_fast.tools.results import ContentResult, Refusal, Refused, ToolResult
+from metis_fast.tools.results import ContentResult, Refusal, Refused
 from metis_fast.tools.tool import shorten
-from metis_fast.types import ImageBlob, Observation, Outcome
+from metis_fast.types import Observation, Outcome
 
 TOOLS = '''
 import asyncio, sys, threading, time
@@ -145,32 +147,10 @@ def opened(*names: str, **more: object) -> Toolbox:
     return open_toolbox(ToolsConfig.model_validate({"enabled": [], "own": own, **more}), Path("scratch"))
 
 
-Answer = ToolResult | Observation | InfrastructureError
-
-
 def read(dialect: Compact | Metis, answer: Answer) -> Observation:
     """As the agent reads it."""
     assert not isinstance(answer, InfrastructureError)
     return dialect.word(answer)
-
-
-def ask(
-    box: Toolbox, *calls: tuple[str, Mapping[str, object]], images: Sequence[ImageBlob] = (), extra: Mapping[str, object] = {}
-) -> list[Answer]:
-    """What a session answers to calls one after the other."""
-
-    async def story() -> list[Answer]:
-        session, answers = box.session(images, extra), []
-        for name, arguments in calls:
-            try:
-                answers.append(await session.call(name, arguments))
-            except InfrastructureError as error:
-                answers.append(error)
-        await session.close()
-        await session.close()
-        return answers
-
-    return asyncio.run(story())
 
 
 def test_plain_and_async_tools_answer(folder: Path, picture: Any) -> None:
@@ -415,6 +395,29 @@ def test_data_check_knows_them(folder: Path, tmp_path: Path, tiny_folder: Path, 
     assert set(found["own"]["unknown_tools"]) == {"streets"}
     assert "later" in found["own"]["warnings"][0] and "word_count" in found["own"]["warnings"][0]
     assert found["own"]["longest_prompt"] > found["plain"]["longest_prompt"] + 20  # what is told of `later`
+
+
+def test_data_check_asks_the_tool_server_that_has_them(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    row = {
+        "prompt": [{"role": "user", "content": "<answer>?"}],
+        "data_source": "set",
+        "reward_model": {"ground_truth": "b", "style": "rule"},
+        "extra_info": {"tools": ["word_count", "streets"]},
+    }
+    pq.write_table(pa.Table.from_pylist([row]), tmp_path / "rows.parquet")
+    tools = {"enabled": [], "own": ["its_tools:WordCount"], "server": {"token_env": ""}, "serve": {"token_env": ""}}
+    box = open_toolbox(ToolsConfig.model_validate(tools), tmp_path / "scratch")
+    monkeypatch.delitem(sys.modules, "its_tools", raising=False)
+    monkeypatch.chdir("/")  # where no such tool can be opened
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path not in ("", str(folder))])
+    with serving(box, ToolsConfig.model_validate(tools)) as (url, _):
+        (tmp_path / "my.yaml").write_text(json.dumps({"tools": {**tools, "server": {"token_env": "", "url": url}}}))
+        command = ["data", "check", str(tmp_path / "rows.parquet"), "--json", "--config", str(tmp_path / "my.yaml")]
+        assert cli.main(command) == 0
+    box.close()
+    assert set(json.loads(capsys.readouterr().out)["unknown_listed"]) == {"streets"}
 
 
 def test_doctor_opens_them(folder: Path) -> None:

@@ -11,9 +11,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
+from tool_calls import Call, ask
 
 from metis_fast.config import ToolsConfig
-from metis_fast.errors import ToolSetupError
+from metis_fast.errors import InfrastructureError, ToolSetupError
 from metis_fast.rollout.protocols import Compact, Metis
 from metis_fast.tools import open_toolbox
 from metis_fast.tools.protocol import Toolbox
@@ -44,15 +45,10 @@ def search_box(tmp_path: Path) -> Iterator[Toolbox]:
     box.close()
 
 
-def call(box: Toolbox, *calls: tuple[str, Mapping[str, object]], images: tuple[ImageBlob, ...] = ()) -> list[Observation]:
-    async def run() -> list[Observation]:
-        session = box.session(images)
-        results = [WORD(await session.call(name, arguments)) for name, arguments in calls]
-        await session.close()
-        await session.close()
-        return results
-
-    return asyncio.run(run())
+def call(box: Toolbox, *calls: Call, images: tuple[ImageBlob, ...] = ()) -> list[Observation]:
+    """As the agent reads the answers."""
+    answers = ask(box, *calls, images=images)
+    return [WORD(answer) for answer in answers if not isinstance(answer, InfrastructureError)]
 
 
 @pytest.mark.parametrize("name", ["python", "browser", "", "Text_Search", "<image>"])

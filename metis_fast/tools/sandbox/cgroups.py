@@ -15,6 +15,7 @@ from metis_fast.tools.sandbox.wire import Limits
 
 _ROOT = Path("/sys/fs/cgroup")
 _NEEDED = frozenset(("memory", "pids"))
+_CPU = "cpu"  # where it is delegated: then each session gets as much of the processor as others, however many processes it has
 _MEMORY, _PIDS = "memory.max", "pids.max"
 
 
@@ -36,12 +37,15 @@ def make_group(name: str, root: Path = _ROOT, membership: Path = Path("/proc/sel
     parent = (root / own).parent if own else root  # a group has processes or groups with limits, not both; the root may
     if own and _words(root / own / _MEMORY) != ["max"]:
         return None
-    if _NEEDED.difference(_words(parent / "cgroup.subtree_control")):
+    delegated = _words(parent / "cgroup.subtree_control")
+    if _NEEDED.difference(delegated):
         return None
     group = parent / name
     try:
         group.mkdir()
-        (group / "cgroup.subtree_control").write_text("+memory +pids", encoding="ascii")
+        (group / "cgroup.subtree_control").write_text(
+            " ".join(f"+{name}" for name in (*sorted(_NEEDED), *([_CPU] if _CPU in delegated else []))), encoding="ascii"
+        )
     except OSError:
         remove_group(group)
         return None

@@ -44,6 +44,7 @@ _SESSION_ID = 1000  # who they are in their own
 MAX_PROCESSES = 64
 MAX_FILES = 256
 MAX_INODES = 16384
+_NICE = 4  # has 0.4 of the trainer's weight: its event loop, and the server, answer others while hundreds of sessions compute
 _MAX_SIGNALS = 1024  # that wait to be delivered
 _FIRST_TO_GO = "1000"  # where the machine runs out of memory, a session goes and not the trainer
 _RESERVE, _RESERVE_A_CHARACTER = 16 << 20, 64  # bytes of memory to say what a call did that took all it may
@@ -340,7 +341,8 @@ def rename_arguments(title: str) -> None:
 
 
 def limit_process(limits: Limits) -> None:
-    """Set the resource limits of a session; they are inherited by whatever it starts."""
+    """Set the resource limits and the priority of a session; they are inherited by whatever it starts."""
+    os.nice(_NICE)
     with open("/proc/self/statm", encoding="ascii") as file:
         held = int(file.read().split()[0]) * resource.getpagesize()
     reserve = _RESERVE + _RESERVE_A_CHARACTER * limits.max_output_chars

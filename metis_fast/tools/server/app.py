@@ -19,7 +19,7 @@ from metis_fast.tools.server.blobs import BlobStore, is_hash
 from metis_fast.tools.server.mcp_endpoint import McpEndpoint
 from metis_fast.tools.server.metrics import Metrics
 from metis_fast.tools.server.sessions import Rejected, SessionTable
-from metis_fast.tools.server.settings import settings_of
+from metis_fast.tools.server.settings import contents_of, settings_of
 from metis_fast.tools.server.wire import (
     MAX_REQUEST_BYTES,
     PROTOCOL,
@@ -63,7 +63,8 @@ class _Routes:
     def __init__(self, toolbox: Toolbox, config: ToolsConfig, table: SessionTable, blobs: BlobStore, metrics: Metrics) -> None:
         self._config, self._table, self._blobs, self._metrics = config, table, blobs, metrics
         tools = [{"name": one.name, "description": one.description, "schema": one.schema} for one in toolbox.tools]
-        self._told = to_json({"protocol": PROTOCOL, "version": __version__, "tools": tools, "settings": settings_of(config)})
+        told = {"protocol": PROTOCOL, "version": __version__, "tools": tools, "settings": settings_of(config)}
+        self._told = to_json({**told, "contents": contents_of(config)})
         self._offer = offer_of(self._told)
 
     async def health(self) -> Response:
@@ -76,7 +77,7 @@ class _Routes:
         return Response(self._metrics.text(), media_type=METRICS_TYPE)
 
     async def tools(self) -> Response:
-        """The tools, and the settings that decide what they answer."""
+        """The tools, and the settings and contents of files that decide what they answer."""
         return Response(self._told, media_type=_JSON)
 
     async def has_blob(self, sha256: str) -> Response:
@@ -134,6 +135,9 @@ def make_app(toolbox: Toolbox, config: ToolsConfig, token: str = "") -> FastAPI:
     """Serves `toolbox`, which whoever calls this closes. Its `state.table` is the table of sessions.
 
     config: `config.serve` has the limits; clients are told the rest. token: empty: none is asked for.
+
+    Raises:
+        ToolSetupError: a file of the tools cannot be read.
     """
     serve = config.serve
     metrics, blobs = Metrics(toolbox.names), BlobStore(serve.blobs_mb << 20)

@@ -18,7 +18,7 @@ from metis_fast.tools.arguments import too_deep
 from metis_fast.tools.protocol import NO_EXTRA, ToolSpec
 from metis_fast.tools.results import ToolResult
 from metis_fast.tools.server.link import Link, Reply, ServerAddress, ask_once
-from metis_fast.tools.server.settings import different, settings_of
+from metis_fast.tools.server.settings import contents_of, different, settings_of
 from metis_fast.tools.server.wire import (
     PROTOCOL,
     WAIT_S,
@@ -213,7 +213,7 @@ def _read_tools(reply: Reply, address: ServerAddress, config: ToolsConfig) -> Se
             f"what answers at tools.server.url={address} is no tool server of this version (HTTP status {reply.status}); set "
             "the address that metis-fast tools serve prints"
         )
-    tools, settings = told
+    tools, settings, contents = told
     served = {tool.name: tool for tool in tools}
     ours, theirs = set(config.enabled), {name for name in ToolName if name in served}
     if ours != theirs:
@@ -223,13 +223,22 @@ def _read_tools(reply: Reply, address: ServerAddress, config: ToolsConfig) -> Se
         )
     if wrong := different(settings_of(config), settings):
         raise ToolSetupError(f"{where} has other settings than this run: {wrong}; give both the same tools")
+    others = [key for key, ours in contents_of(config).items() if contents.get(key, ours) != ours]
+    if others:
+        raise ToolSetupError(
+            f"{where} has another content of {', '.join(others)} than the files that this run's settings name; give both the "
+            "same files, or leave them out here"
+        )
     built_in = [served[name] for name in dict.fromkeys(config.enabled)]
     return (*built_in, *(tool for tool in tools if tool.name not in ours))
 
 
-def _decoded(reply: Reply) -> tuple[Sequence[ToolSpec], Mapping[str, object]] | None:
+def _decoded(reply: Reply) -> tuple[Sequence[ToolSpec], Mapping[str, object], Mapping[str, object]] | None:
+    """Tools, settings, and contents of files by their key; None: it is no answer of a tool server."""
     match _json(reply) if reply.status == 200 else None:
-        case {"protocol": int() as protocol, "tools": list() as tools, "settings": dict() as settings} if protocol == PROTOCOL:
+        case {"protocol": int() as protocol, "tools": list() as tools, "settings": dict() as settings, **told} if (
+            protocol == PROTOCOL
+        ):
             specs: list[ToolSpec] = []
             for tool in tools:
                 match tool:
@@ -237,7 +246,8 @@ def _decoded(reply: Reply) -> tuple[Sequence[ToolSpec], Mapping[str, object]] | 
                         specs.append(ToolSpec(name, description, schema))
                     case _:
                         return None
-            return tuple(specs), settings
+            contents = told.get("contents", {})
+            return (tuple(specs), settings, contents) if isinstance(contents, dict) else None
     return None
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from metis_fast import config as config_module
-from metis_fast.errors import ToolSetupError
+from metis_fast.errors import ConfigError, ToolSetupError
 
 AddVerb = Callable[
     ["argparse._SubParsersAction[argparse.ArgumentParser]", str, Callable[[argparse.Namespace], int], str],
@@ -35,6 +35,12 @@ def _serve(args: argparse.Namespace) -> int:
 
     extra = ["tools.python.unsafe=true"] if args.unsafe_tools else []
     tools = config_module.load(args.config, [*args.overrides, *extra]).tools
+    if tools.record is not None or tools.replay is not None:
+        name = "record" if tools.record is not None else "replay"
+        raise ConfigError(
+            f"tools.{name}={getattr(tools, name)}: a server keeps no recording, since it does not know whose rollout a call is "
+            f"of; leave it to the run that asks (here: tools.{name}=null)"
+        )
 
     def ready(url: str) -> None:
         text = json.dumps({"url": url}) if args.json else f"tool server: {url}"

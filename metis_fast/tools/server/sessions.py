@@ -16,9 +16,10 @@ from collections.abc import Sequence
 from metis_fast.config import ToolServeConfig
 from metis_fast.errors import InfrastructureError
 from metis_fast.tools.protocol import Toolbox, ToolSession
+from metis_fast.tools.result_tree import images_of
 from metis_fast.tools.server.blobs import BlobStore
 from metis_fast.tools.server.metrics import Metrics, outcome_of
-from metis_fast.tools.server.wire import Answer, Calling, Failure, Fault, Opening, encode_opening, images_of, to_json
+from metis_fast.tools.server.wire import Answer, Calling, Failure, Fault, Opening, encode_opening, to_json
 
 _LOG = logging.getLogger(__name__)
 _PICKED_UP_S = 2.0  # that an answer waits for its client while the server ends

@@ -11,18 +11,17 @@ import binascii
 import hashlib
 import json
 import math
-import types
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
 from enum import StrEnum
-from functools import cache
-from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from functools import partial
+from typing import Any, get_args
 
 from metis_fast.tools.protocol import NO_EXTRA
+from metis_fast.tools.result_tree import TreeError, from_tree, hints_of, to_tree, value_of
 from metis_fast.tools.results import ContentResult, PythonResult, ToolResult
 from metis_fast.types import ImageBlob, Observation, Outcome
 
-T = TypeVar("T")
 Result = ToolResult | Observation
 
 PROTOCOL = 2
@@ -69,8 +68,8 @@ STATUS: Mapping[Fault, int] = {
 """HTTP status of each."""
 
 
-class WireError(ValueError):
-    """The other side sent what is not in this protocol."""
+WireError = TreeError
+"""The other side sent what is not in this protocol."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,84 +121,13 @@ class Answer:
 
 # -- results --------------------------------------------------------------------------------------------------------------
 
-
-_KINDS: Mapping[str, type] = {kind.__name__: kind for kind in (*get_args(ToolResult), Observation)}
-
-
-@cache
-def _hints(kind: type) -> Mapping[str, Any]:
-    return get_type_hints(kind)
-
-
-def _encoded(value: object) -> object:
-    if isinstance(value, ImageBlob):
-        return value.sha256
-    if is_dataclass(value):
-        return {one.name: _encoded(getattr(value, one.name)) for one in fields(value)}
-    return [_encoded(one) for one in value] if isinstance(value, tuple) else value
-
-
-def images_of(value: object) -> Iterator[ImageBlob]:
-    """Those of a result, in order; the same one may come twice."""
-    if isinstance(value, ImageBlob):
-        yield value
-    elif is_dataclass(value):
-        for one in fields(value):
-            yield from images_of(getattr(value, one.name))
-    elif isinstance(value, tuple):
-        for part in value:
-            yield from images_of(part)
-
-
-def _decoded(hint: Any, value: object, images: Mapping[str, ImageBlob]) -> Any:
-    """`value` as the annotation says; nothing is converted that is not written that way by `_encoded`."""
-    origin, of = get_origin(hint), get_args(hint)
-    if origin in (Union, types.UnionType):
-        for one in of:
-            try:
-                return _decoded(one, value, images)
-            except WireError:
-                continue
-        raise WireError(f"expected {hint}, got {type(value).__name__}")
-    if origin is tuple and isinstance(value, list):
-        kinds = of[:1] * len(value) if of[1:] == (...,) else of
-        if len(kinds) != len(value):
-            raise WireError(f"expected {len(kinds)} values, got {len(value)}")
-        return tuple(_decoded(kind, one, images) for kind, one in zip(kinds, value, strict=True))
-    if hint is ImageBlob and isinstance(value, str):
-        if value not in images:
-            raise WireError(f"a result shows the image {value[:64]!r}, which was not sent")
-        return images[value]
-    if isinstance(hint, type) and is_dataclass(hint) and hint is not ImageBlob and isinstance(value, dict):
-        return _record(hint, value, images)
-    if isinstance(hint, type) and issubclass(hint, StrEnum) and isinstance(value, str):
-        try:
-            return hint(value)
-        except ValueError:
-            raise WireError(f"expected one of {', '.join(hint)}, got {value[:100]!r}") from None
-    if hint is type(None) and value is None:
-        return None
-    if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
-        return float(value)
-    if origin is None and type(value) is hint:  # `bool` is no `int` here
-        return value
-    raise WireError(f"expected {hint}, got {type(value).__name__}")
-
-
-def _record(kind: type[T], value: Mapping[str, object], images: Mapping[str, ImageBlob]) -> T:
-    hints = _hints(kind)
-    if value.keys() - hints.keys():
-        raise WireError(f"{kind.__name__} has no {', '.join(sorted(map(repr, value.keys() - hints.keys())))[:200]}")
-    try:
-        return kind(**{name: _decoded(hints[name], part, images) for name, part in value.items()})
-    except TypeError:
-        raise WireError(f"{kind.__name__} needs {', '.join(sorted(hints.keys() - value.keys()))}") from None
+_KINDS: Mapping[str, type[Result]] = {kind.__name__: kind for kind in (*get_args(ToolResult), Observation)}
 
 
 def encode_answer(answer: Answer) -> bytes:
     """JSON: kind and fields of the result, and the fresh images in base64 by their hash."""
     blobs = {image.sha256: base64.b64encode(image.data).decode() for image in answer.fresh}
-    return to_json({"kind": type(answer.result).__name__, "result": _encoded(answer.result), "images": blobs})
+    return to_json({"kind": type(answer.result).__name__, "result": to_tree(answer.result), "images": blobs})
 
 
 def decode_answer(body: bytes, known: Mapping[str, ImageBlob]) -> Answer:
@@ -212,11 +140,17 @@ def decode_answer(body: bytes, known: Mapping[str, ImageBlob]) -> Answer:
         case {"kind": str() as kind, "result": dict() as value, "images": dict() as blobs} if kind in _KINDS:
             fresh = tuple(_blob(sha256, text) for sha256, text in blobs.items())
             images = {**known, **{image.sha256: image for image in fresh}}
-            result: Result = _record(_KINDS[kind], value, images)
+            result = from_tree(_KINDS[kind], value, partial(_sent, images))
             if not _is_possible(result):
                 raise WireError(f"a {kind} that no tool gives: an image that it lacks, or an outcome of no call")
             return Answer(result, fresh)
     raise WireError("not an answer")
+
+
+def _sent(images: Mapping[str, ImageBlob], sha256: str) -> ImageBlob:
+    if sha256 not in images:
+        raise WireError(f"a result shows the image {sha256[:64]!r}, which was not sent")
+    return images[sha256]
 
 
 def _is_possible(result: Result) -> bool:
@@ -271,7 +205,7 @@ def decode_failure(body: bytes) -> Failure | None:
     """None: the reply is not a tool server's."""
     try:
         value = from_json(body)
-        return _record(Failure, value, {}) if isinstance(value, dict) else None
+        return from_tree(Failure, value, partial(_sent, {})) if isinstance(value, dict) else None
     except WireError:
         return None
 
@@ -297,8 +231,7 @@ def decode_opening(body: bytes) -> Opening:
     extra = value.pop("extra", {})
     if not isinstance(extra, dict):
         raise WireError("`extra` is no object")
-    hints = _hints(Opening)
-    opening = Opening(extra=extra, **{name: _decoded(hints[name], part, {}) for name, part in value.items()})
+    opening = Opening(extra=extra, **_typed(Opening, value))
     if opening.seen and len(opening.seen) != len(opening.images):
         raise WireError(f"`seen` has {len(opening.seen)} sizes for {len(opening.images)} images")
     return opening
@@ -319,9 +252,11 @@ def decode_calling(body: bytes) -> Calling:
     arguments = value.pop("arguments", None)
     if not isinstance(arguments, dict):
         raise WireError("`arguments` is no object")
-    hints = _hints(Calling)
+    hints = hints_of(Calling)
     try:
-        calling = Calling(arguments=arguments, **{name: _decoded(hints[name], part, {}) for name, part in value.items()})
+        calling = Calling(
+            arguments=arguments, **{name: value_of(hints[name], part, partial(_sent, {})) for name, part in value.items()}
+        )
     except TypeError:
         raise WireError("a call needs number, name, arguments and deadline_s") from None
     for seconds in (calling.deadline_s, calling.wait_s):
@@ -330,8 +265,13 @@ def decode_calling(body: bytes) -> Calling:
     return calling
 
 
+def _typed(kind: type, value: Mapping[str, object]) -> dict[str, Any]:
+    hints = hints_of(kind)
+    return {name: value_of(hints[name], part, partial(_sent, {})) for name, part in value.items()}
+
+
 def _object(body: bytes, kind: type) -> dict[str, Any]:
     value = from_json(body)
-    if not isinstance(value, dict) or value.keys() - _hints(kind).keys():
-        raise WireError(f"expected an object with {', '.join(_hints(kind))}")
+    if not isinstance(value, dict) or value.keys() - hints_of(kind).keys():
+        raise WireError(f"expected an object with {', '.join(hints_of(kind))}")
     return value
