@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
 from starlette.staticfiles import StaticFiles
@@ -18,299 +14,49 @@ from starlette.staticfiles import StaticFiles
 from metis_fast import __version__
 from metis_fast.errors import DataError
 from metis_fast.http_serving import HEALTH
-from metis_fast.report.slices import main_abilities
-from metis_fast.report.summary import summary_rows
-from metis_fast.view.advisories import advisories
-from metis_fast.view.conversation import conversation
+from metis_fast.view.answers import Answers, Json, Query, as_json
 from metis_fast.view.gate import Gate
 from metis_fast.view.images import FULL_PX, THUMB_PX
-from metis_fast.view.index import Snapshot, filter_of
-from metis_fast.view.pictures import Source, draw, points, variants
-from metis_fast.view.run import Record, Run, default_settings
+from metis_fast.view.run import Run
 
 _JSON = "application/json"
-_PAGE = 50
-_MOST_ROWS = 200
-_MOST_TOKENS = 4000  # of one answer
-_MOST_MEMBERS = 256  # of a group
 _FOREVER = "private, max-age=31536000, immutable"
-
-Json = dict[str, Any]
-
-
-def _finite(tree: Any) -> Any:
-    """NaN and infinities, which JSON lacks, as nothing."""
-    if isinstance(tree, float):
-        return tree if math.isfinite(tree) else None
-    if isinstance(tree, Mapping):
-        return {str(name): _finite(value) for name, value in tree.items()}
-    if isinstance(tree, list | tuple):
-        return [_finite(value) for value in tree]
-    return tree
 
 
 def _answer(tree: Json, status: int = 200) -> Response:
-    return Response(json.dumps(_finite(tree), separators=(",", ":"), default=str), status, media_type=_JSON)
+    return Response(as_json(tree), status, media_type=_JSON)
 
 
-def _whole(query: Mapping[str, str], name: str, otherwise: int, most: int) -> int:
-    text = query.get(name, "")
-    if not text:
-        return otherwise
-    if not text.isdecimal() or len(text) > 12:
-        raise DataError(f"{name}: expected a whole number, got {text[:40]!r}")
-    return min(int(text), most)
+def _health() -> Response:
+    """Whether the page is there."""
+    return _answer({"status": "ok"})
 
 
-class _Routes:
-    """The handlers of requests. Each runs in a thread; what they share locks itself."""
+def _route(ask: Callable[[Query], Json]) -> Callable[[Request], Response]:
+    """A handler, which runs in a thread."""
 
-    def __init__(self, runs: Sequence[Run]) -> None:
-        self._runs = {run.name: run for run in runs}
-        self._defaults = default_settings()
+    def handle(request: Request) -> Response:
+        return _answer(ask(request.query_params))
 
-    def _run(self, request: Request) -> Run:
-        name = request.query_params.get("run", "")
-        if name not in self._runs:
-            raise DataError(f"run: expected one of {', '.join(self._runs)}, got {name[:80]!r}")
-        return self._runs[name]
+    return handle
 
-    def _chosen(self, request: Request) -> list[Run]:
-        names = [name for name in request.query_params.get("runs", "").split(",") if name]
-        unknown = [name for name in names if name not in self._runs]
-        if unknown:
-            raise DataError(f"runs: expected some of {', '.join(self._runs)}, got {unknown[0][:80]!r}")
-        return [self._runs[name] for name in names] or list(self._runs.values())
 
-    def _place(self, request: Request) -> tuple[Run, Snapshot, int]:
-        run = self._run(request)
-        snapshot = run.index.snapshot()
-        return (
-            run,
-            snapshot,
-            snapshot.find(request.query_params.get("part", ""), _whole(request.query_params, "row", 0, 1 << 40)),
-        )
+def _image(answers: Answers) -> Callable[[Request], Response]:
+    """An image as PNG, encoded afresh. size: thumb or full."""
 
-    def health(self) -> Response:
-        """Whether the page is there."""
-        return _answer({"status": "ok"})
-
-    def runs(self) -> Response:
-        """All runs, with what tells whether something is new in them."""
-        records = {name: run.read() for name, run in self._runs.items()}
-        labels = variants({name: record.config for name, record in records.items()})
-        return _answer(
-            {
-                "version": __version__,
-                "runs": [
-                    {
-                        "name": name,
-                        "variant": labels[name],
-                        "steps": len(record.steps),
-                        "last": record.steps[-1].stats.step if record.steps else None,
-                        "planned": record.config.get("train.steps"),
-                        "ended": record.summary is not None,
-                        "stamp": f"{len(record.steps)}.{len(record.evaluations)}.{record.summary is not None}",
-                    }
-                    for name, record in records.items()
-                ],
-            }
-        )
-
-    def overview(self, request: Request) -> Response:
-        """Headline, curves, advisories and what is missing, of the runs that are named, or all."""
-        runs = self._chosen(request)
-        records = {run.name: run.read() for run in runs}
-        snapshots = {run.name: run.index.snapshot() for run in runs}
-        labels = variants({name: record.config for name, record in records.items()})
-        signal = {name: snapshot.signal for name, snapshot in snapshots.items()}
-        sources = [
-            Source(name, points(record.steps, record.evaluations, signal[name]), labels[name])
-            for name, record in records.items()
-        ]
-        everything = [step for record in records.values() for step in record.steps]
-        stages = list(dict.fromkeys(stage for step in everything for stage in step.stats.seconds))
-        ages = max((len(step.stats.staleness) for step in everything), default=0)
-        rated = [step.stats.slices for step in everything]
-        rated += [one.slices for record in records.values() for one in record.evaluations]
-        return _answer(
-            {
-                "pictures": draw(sources, request.query_params.get("bands") == "1", main_abilities(rated), stages, ages),
-                "runs": [self._head(name, record, snapshots[name], labels[name]) for name, record in records.items()],
-            }
-        )
-
-    def _head(self, name: str, record: Record, snapshot: Snapshot, label: str) -> Json:
-        stats = [step.stats for step in record.steps]
-        share = {int(entry["step"]): entry["acc_rollouts"] for entry in snapshot.signal}
-        changed = [
-            {"name": key, "value": str(value)[:200], "default": str(self._defaults.get(key))[:200]}
-            for key, value in record.config.items()
-            if value != self._defaults.get(key)
-        ]
-        outcomes: dict[str, int] = {}
-        for one in stats:
-            for outcome, num in one.outcomes.items():
-                outcomes[outcome] = outcomes.get(outcome, 0) + num
-        return {
-            "name": name,
-            "variant": label,
-            "steps": len(stats),
-            "planned": record.config.get("train.steps"),
-            "seed": record.config.get("run.seed"),
-            "seconds": record.summary.wall_s if record.summary else sum(sum(one.seconds.values()) for one in stats),
-            "before_after": [asdict(row) for row in summary_rows(record.summary)] if record.summary else _first_last(record),
-            "ended": record.summary is not None,
-            "outcomes": outcomes,
-            "tool_errors": sum(one.tool_errors for one in stats),
-            "flops": _flops(record),
-            "stored": snapshot.size,
-            "notes": [*record.notes, *snapshot.notes],
-            "advisories": [asdict(one) for one in advisories(stats, record.config, share)],
-            "settings": changed,
-        }
-
-    def rollouts(self, request: Request) -> Response:
-        """A page of the rollouts that a filter wants, with a histogram of all of them."""
-        run, query = self._run(request), request.query_params
-        snapshot, places = run.index.select(filter_of(query))
-        places = snapshot.ordered(places, query.get("sort") or "newest")
-        offset = _whole(query, "offset", 0, 1 << 40)
-        shown = places[offset : offset + max(1, _whole(query, "limit", _PAGE, _MOST_ROWS))]
-        steps = snapshot.columns["step"] if snapshot.size else np.zeros(0)
-        return _answer(
-            {
-                "total": len(places),
-                "all": snapshot.size,
-                "offset": offset,
-                "rows": [snapshot.row(place) for place in shown.tolist()],
-                "hist": snapshot.histogram(query.get("hist") or "calls", places),
-                "choices": snapshot.choices(),
-                "steps": [int(steps.min()), int(steps.max())] if snapshot.size else [],
-                "notes": snapshot.notes,
-            }
-        )
-
-    def rollout(self, request: Request) -> Response:
-        """One rollout: what was said, its numbers, its neighbours, and the same prompt in other steps."""
-        run, snapshot, place = self._place(request)
-        entry = snapshot.row(place)
-        row = run.index.rows.read(snapshot.parts[entry["part"]], entry["row"], tokens=False)
-        members = snapshot.group(place)
-        return _answer(
-            {
-                "head": entry,
-                "weights": self._weights(run, entry["step"]),
-                "talk": conversation(row, run.images),
-                "group": [snapshot.row(one) for one in members[:_MOST_MEMBERS]],
-                "steps": snapshot.steps_of(place),
-                "tokenizer": run.pieces().found,
-            }
-        )
-
-    def group(self, request: Request) -> Response:
-        """The rollouts of a prompt in a step, beside one another."""
-        run, snapshot, place = self._place(request)
-        members = snapshot.group(place)[:_MOST_MEMBERS]
-        entries = [snapshot.row(one) for one in members]
-        reader, answers = run.index.rows, list[str]()
-        for entry in entries:
-            row = reader.read(snapshot.parts[entry["part"]], entry["row"], tokens=False)
-            verdict, answers = row["verdict"] or {}, row["answers"] or []
-            entry["answer"] = (verdict.get("answer") or "")[:300]
-            entry["reason"] = (verdict.get("reason") or row.get("no_verdict") or row["error"] or "")[:300]
-            entry["tools"] = [(turn["call"]["name"] or "(malformed)")[:60] for turn in row["turns"] or () if turn["call"]]
-        return _answer(
-            {
-                "question": entries[0]["question"],
-                "answers": [answer[:300] for answer in answers],
-                "step": entries[0]["step"],
-                "uid": entries[0]["uid"],
-                "weights": self._weights(run, entries[0]["step"]),
-                "members": entries,
-                "steps": snapshot.steps_of(place),
-            }
-        )
-
-    def _weights(self, run: Run, step: int) -> Json:
-        """What an advantage is multiplied with in the gradient: weight and number of tokens of each channel, the mean over the
-        step's mini-batches. The number is missing where the step is not logged."""
-        record = run.read()
-        updates = next((one.stats.updates for one in record.steps if one.stats.step == step), ())
-
-        def mean(name: str) -> float | None:
-            values = [getattr(update, name) for update in updates if not update.skipped_step]
-            return sum(values) / len(values) if values else None
-
-        return {
-            "w_acc": run.setting(record.config, "loss.w_acc", self._defaults["loss.w_acc"]),
-            "w_tool": run.setting(record.config, "loss.w_tool", self._defaults["loss.w_tool"]),
-            "n_acc": mean("n_acc"),
-            "n_tool": mean("n_tool"),
-            "mini_batches": len(updates),
-        }
-
-    def tokens(self, request: Request) -> Response:
-        """Tokens of a rollout from `start` on, at most `count`, with log-prob, weight version and mask; and its image spans."""
-        run, snapshot, place = self._place(request)
-        query, entry = request.query_params, snapshot.row(place)
-        part = snapshot.parts[entry["part"]]
-        columns = run.index.rows.read(part, entry["row"], tokens=True)
-        row = run.index.rows.read(part, entry["row"], tokens=False)
-        total = len(columns["tokens"])
-        start = min(_whole(query, "start", 0, 1 << 40), total)
-        stop = min(total, start + max(1, _whole(query, "count", _MOST_TOKENS, _MOST_TOKENS)))
-        ids = columns["tokens"][start:stop].tolist()
-        return _answer(
-            {
-                "total": total,
-                "start": start,
-                "prompt_len": row["prompt_len"],
-                "ids": ids,
-                "texts": run.pieces().texts(ids),
-                "sampled": columns["sampled"][start:stop].astype(np.int8).tolist(),
-                "logp": np.round(columns["logp"][start:stop].astype(np.float64), 4).tolist(),
-                "version": columns["weight_version"][start:stop].tolist(),
-                "spans": [[span["start"], span["stop"], span["sha256"]] for span in row["image_spans"] or ()],
-            }
-        )
-
-    def image(self, request: Request) -> Response:
-        """An image as PNG, encoded afresh. size: thumb or full."""
+    def handle(request: Request) -> Response:
         query = request.query_params
         longest = FULL_PX if query.get("size") == "full" else THUMB_PX
-        data = self._run(request).images.png(query.get("sha", ""), longest)
+        data = answers.run_of(query).images.png(query.get("sha", ""), longest)
         return Response(data, media_type="image/png", headers={"Cache-Control": _FOREVER})
 
-    async def failed(self, request: Request, error: Exception) -> Response:
-        """What was asked for is not there."""
-        text = str(error.detail) if isinstance(error, HTTPException) else str(error)
-        return _answer({"error": text}, error.status_code if isinstance(error, HTTPException) else 404)
+    return handle
 
 
-def _first_last(record: Record) -> list[Json]:
-    """Of a run that goes on: the first and the last evaluation."""
-    if not record.evaluations:
-        return []
-    first, last = record.evaluations[0], record.evaluations[-1]
-    rows = []
-    for name in dict.fromkeys([*first.slices, *last.slices]):
-        sides = [
-            None if one is None else {"tool_rate": one.tool_rate, "accuracy": one.accuracy}
-            for one in (first.slices.get(name), last.slices.get(name))
-        ]
-        rows.append({"name": name, "indent": int("/" in name), "before": sides[0], "after": sides[1]})
-    return rows
-
-
-def _flops(record: Record) -> Json:
-    """Of all updates: run, and avoided by each saving."""
-    total: dict[str, float] = {}
-    for step in record.steps:
-        for tag, value in step.scalars.items():
-            if tag == "flops/run" or tag.startswith("flops_avoided/"):
-                total[tag.partition("/")[2]] = total.get(tag.partition("/")[2], 0.0) + value
-    return total
+async def _failed(request: Request, error: Exception) -> Response:
+    """What was asked for is not there."""
+    text = str(error.detail) if isinstance(error, HTTPException) else str(error)
+    return _answer({"error": text}, error.status_code if isinstance(error, HTTPException) else 404)
 
 
 class _Files(StaticFiles):
@@ -325,13 +71,14 @@ class _Files(StaticFiles):
 
 def make_app(runs: Sequence[Run], token: str) -> FastAPI:
     """Serves the page of `runs` to whoever has the token."""
-    routes = _Routes(runs)
+    answers = Answers(runs)
     app = FastAPI(title="Runs of metis-fast", version=__version__, docs_url=None, redoc_url=None, openapi_url=None)
-    app.add_api_route(HEALTH, routes.health)
-    for name in ("runs", "overview", "rollouts", "rollout", "group", "tokens", "image"):
-        app.add_api_route(f"/api/{name}", getattr(routes, name))
+    app.add_api_route(HEALTH, _health)
+    for name, ask in answers.by_name.items():
+        app.add_api_route(f"/api/{name}", _route(ask))
+    app.add_api_route("/api/image", _image(answers))
     for error in (DataError, HTTPException):
-        app.add_exception_handler(error, routes.failed)
+        app.add_exception_handler(error, _failed)
     with resources.as_file(resources.files("metis_fast.view").joinpath("static")) as folder:
         app.mount("/", _Files(directory=Path(folder), html=True))
     app.add_middleware(Gate, token=token)

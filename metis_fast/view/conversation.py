@@ -10,7 +10,7 @@ from typing import Any
 from PIL import Image
 
 from metis_fast.errors import DataError
-from metis_fast.view.crops import find_crop
+from metis_fast.view.crops import Crop, find_crop
 from metis_fast.view.images import Images
 
 Json = dict[str, Any]
@@ -81,6 +81,7 @@ def conversation(row: Mapping[str, Any], images: Images) -> Json:
     prompt_images = [span["sha256"] for span in spans if span["start"] < row["prompt_len"]]
     turns, before, problems = [], list(dict.fromkeys(prompt_images)), list[str]()
     decoded: dict[str, Image.Image | None] = {}
+    found: dict[tuple[str, str, tuple[str, ...]], Crop | None] = {}
     checked = 0
 
     def picture(sha256: str) -> Image.Image | None:
@@ -105,7 +106,10 @@ def conversation(row: Mapping[str, Any], images: Images) -> Json:
             names = before[:_MAX_SOURCES]
             shown, sources = picture(sha256), [(name, picture(name)) for name in names]
             there = [(name, source) for name, source in sources if source is not None]
-            crop = find_crop(code, shown, [source for _, source in there]) if shown is not None else None
+            key = (code, sha256, tuple(name for name, _ in there))
+            if key not in found:  # agents cut out the same box again and again
+                found[key] = find_crop(code, shown, [source for _, source in there]) if shown is not None else None
+            crop = found[key]
             if crop is not None:
                 crops.append({"image": place, "source": there[crop.source][0], "box": crop.box, "size": crop.size})
         before += [sha256 for sha256 in own if sha256 not in before]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import threading
+from collections import OrderedDict
 from pathlib import Path
 
 import pyarrow as pa
@@ -17,6 +18,9 @@ from metis_fast.types import ImageBlob
 THUMB_PX = 480
 FULL_PX = 2048
 """Longest sides of the two sizes that are served."""
+_FEW_COLOURS = 256  # drawings, which JPEG blurs and PNG packs
+_JPEG_QUALITY = 85
+_KEPT = 6  # decoded images in memory: 10 MB each, with the largest that models read
 
 
 class Images:
@@ -28,6 +32,7 @@ class Images:
         self._seen = set[str]()
         self._where: dict[str, tuple[pa.ChunkedArray, int]] = {}
         self._damaged: dict[str, str] = {}
+        self._decoded: OrderedDict[str, Image.Image] = OrderedDict()
 
     def _refresh(self) -> None:
         for path in sorted(self._folder.glob("*.arrow")):
@@ -62,15 +67,30 @@ class Images:
         return blob
 
     def picture(self, sha256: str) -> Image.Image:
-        """The decoded image.
+        """The decoded image, which is not to be changed: the rollouts of a group share it.
 
         Raises:
             DataError: it is missing, damaged, or no image.
         """
-        try:
-            return pixels.decode(self.blob(sha256).data)
-        except ImageError as error:
-            raise DataError(f"image {sha256[:64]} cannot be shown: {error}") from None
+        with self._lock:
+            found = self._decoded.get(sha256)
+        if found is None:
+            try:
+                found = pixels.decode(self.blob(sha256).data)
+            except ImageError as error:
+                raise DataError(f"image {sha256[:64]} cannot be shown: {error}") from None
+        with self._lock:
+            self._decoded[sha256] = found
+            self._decoded.move_to_end(sha256)
+            while len(self._decoded) > _KEPT:
+                self._decoded.popitem(last=False)
+        return found
+
+    def _fresh(self, sha256: str, longest: int) -> Image.Image:
+        """Its pixels alone, with sides of at most `longest`."""
+        picture = self.picture(sha256).copy()
+        picture.thumbnail((longest, longest))
+        return Image.frombytes("RGB", picture.size, picture.tobytes())
 
     def png(self, sha256: str, longest: int) -> bytes:
         """The image as a PNG with sides of at most `longest` pixels: pixels only, nothing else that its file holds.
@@ -78,9 +98,21 @@ class Images:
         Raises:
             DataError: it is missing, damaged, or no image.
         """
-        picture = self.picture(sha256)
-        picture.thumbnail((longest, longest))
-        fresh = Image.frombytes("RGB", picture.size, picture.tobytes())
         out = io.BytesIO()
-        fresh.save(out, "PNG", compress_level=3)
+        self._fresh(sha256, longest).save(out, "PNG", compress_level=3)
         return out.getvalue()
+
+    def compact(self, sha256: str, longest: int) -> tuple[str, bytes]:
+        """Media type and bytes of the image with sides of at most `longest` pixels, encoded afresh.
+
+        Few colours become a PNG, others a JPEG.
+
+        Raises:
+            DataError: it is missing, damaged, or no image.
+        """
+        fresh, out = self._fresh(sha256, longest), io.BytesIO()
+        if fresh.getcolors(_FEW_COLOURS) is not None:
+            fresh.save(out, "PNG")
+            return "image/png", out.getvalue()
+        fresh.save(out, "JPEG", quality=_JPEG_QUALITY, subsampling=0)
+        return "image/jpeg", out.getvalue()

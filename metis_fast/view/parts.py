@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -174,7 +174,8 @@ class Rows:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._kept: OrderedDict[tuple[Path, tuple[int, int, int], int, bool], pa.Table] = OrderedDict()
+        self._sizes: dict[Part, list[int]] = {}  # of its row groups
+        self._kept: OrderedDict[tuple[Part, int, bool], pa.Table] = OrderedDict()
 
     def read(self, part: Part, row: int, tokens: bool) -> dict[str, Any]:
         """All columns of a row but those a token; with `tokens`, only those, as arrays.
@@ -182,13 +183,18 @@ class Rows:
         Raises:
             DataError: there is no such row, or the part is damaged.
         """
-        with self._lock, _opened(part) as file:
-            group, first = _row_group(file.metadata, row)
-            key = (part.path, part.key, group, tokens)
+        with self._lock:
+            if part not in self._sizes:
+                with _opened(part) as file:
+                    metadata = file.metadata
+                    self._sizes[part] = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
+            group, first = _row_group(self._sizes[part], row)
+            key = (part, group, tokens)
             table = self._kept.get(key)
             if table is None:
-                names: Sequence[str] = [name for name in file.schema_arrow.names if (name in TOKENS) == tokens]
-                table = self._kept[key] = file.read_row_group(group, columns=list(names))
+                with _opened(part) as file:
+                    names = [name for name in file.schema_arrow.names if (name in TOKENS) == tokens]
+                    table = self._kept[key] = file.read_row_group(group, columns=names)
             self._kept.move_to_end(key)
             while len(self._kept) > _KEPT_ROW_GROUPS:
                 self._kept.popitem(last=False)
@@ -198,11 +204,10 @@ class Rows:
         return {name: one[name].combine_chunks().flatten().to_numpy(zero_copy_only=False) for name in one.column_names}
 
 
-def _row_group(metadata: pq.FileMetaData, row: int) -> tuple[int, int]:
+def _row_group(sizes: list[int], row: int) -> tuple[int, int]:
     """The row group that has a row, and its first row."""
     first = 0
-    for group in range(metadata.num_row_groups):
-        size = metadata.row_group(group).num_rows
+    for group, size in enumerate(sizes):
         if first <= row < first + size:
             return group, first
         first += size

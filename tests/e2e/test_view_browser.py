@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
+from browsing import ENTER, ESCAPE, LIMIT_S, MISSING, NO_AXE, RIGHT, Page, browser
 from harness import Command
 from view_runs import ABILITIES, Maker, stats, write_run
 
@@ -19,109 +18,11 @@ from metis_fast.config import LogConfig
 from metis_fast.report.log import RunLog
 from metis_fast.rollout.store import RolloutStore
 
-webdriver = pytest.importorskip("selenium.webdriver", reason="the page is tried in a browser by selenium")
-from selenium.webdriver.chrome.service import Service  # noqa: E402
-from selenium.webdriver.common.by import By  # noqa: E402
-from selenium.webdriver.common.keys import Keys  # noqa: E402
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(MISSING), reason=MISSING or "all is here")]
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-DRIVER = shutil.which("chromedriver")
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="needs chromium and its driver (apt-get install chromium-driver)"),
-]
-
-_LIMIT_S = 90.0
 STEPS, PROMPTS, SIZE = 12, 9, 6
 RUNS = ["hdpo", "grpo-1", "grpo-2"]
 ALL = STEPS * PROMPTS * SIZE
-
-
-class Page:
-    """The page in a browser."""
-
-    def __init__(self, driver: Any, url: str) -> None:
-        self.driver = driver
-        self.base = url.partition("?")[0]
-        self.open(url)
-
-    def script(self, text: str, *arguments: object) -> Any:
-        return self.driver.execute_script(text, *arguments)
-
-    def until(self, holds: Callable[[], Any], what: str) -> Any:
-        deadline = time.monotonic() + _LIMIT_S
-        while not (found := holds()):
-            assert time.monotonic() < deadline, f"{what}; the page says: {self.text[:1000]}"
-            time.sleep(0.05)
-        return found
-
-    def settle(self) -> None:
-        """Until what the address asks for is shown."""
-        shown = (
-            "const main = document.getElementById('content');"
-            "return main && !main.hasAttribute('aria-busy') && (main.dataset.hash ?? '') === location.hash"
-        )
-        self.until(lambda: self.script(shown), "the page does not settle")
-
-    def open(self, url: str) -> None:
-        self.driver.get(url)
-        self.settle()
-
-    def to(self, page: str) -> None:
-        """page: what stands behind the #."""
-        self.script("location.hash = arguments[0]", f"#/{page}")
-        self.settle()
-
-    @property
-    def at(self) -> str:
-        return self.script("return decodeURIComponent(location.hash)")
-
-    @property
-    def text(self) -> str:
-        return self.script("return document.getElementById('content').innerText")
-
-    @property
-    def heading(self) -> str:
-        return self.script("return document.querySelector('h1').textContent")
-
-    def all(self, css: str) -> list[Any]:
-        return self.driver.find_elements(By.CSS_SELECTOR, css)
-
-    def one(self, css: str) -> Any:
-        return self.driver.find_element(By.CSS_SELECTOR, css)
-
-    def press(self, *keys: str) -> None:
-        self.script("document.activeElement.blur()")
-        for key in keys:
-            self.driver.switch_to.active_element.send_keys(key)
-        time.sleep(0.1)
-        self.settle()
-
-    def choose(self, name: str, value: str) -> None:
-        """In the filters."""
-        field = self.one(f".filters [name={name}]")
-        text = "arguments[0].value = arguments[1]; arguments[0].dispatchEvent(new Event('change', {bubbles: true}))"
-        self.script(text, field, value)
-        self.until(lambda: f"{name}=" in self.at if value else f"{name}=" not in self.at, f"{name} is not in the address")
-        self.settle()
-
-    @property
-    def total(self) -> int:
-        words = self.one(".pages [role=status]").text.split()
-        return 0 if words[0] == "None" else int(words[words.index("of") + 1])
-
-    def size(self, width: int, height: int = 900) -> None:
-        metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
-        self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
-        time.sleep(0.3)
-
-    def dark(self, dark: bool) -> None:
-        feature = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
-        self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [feature]})
-
-    def complaints(self) -> list[str]:
-        """Of the console since the last call."""
-        return [entry["message"] for entry in self.driver.get_log("browser")]
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +36,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 @pytest.fixture(scope="module")
 def url(folders: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     command = Command(["view", *folders, "--port", 0, "--json"], tmp_path_factory.mktemp("server"))
-    deadline = time.monotonic() + _LIMIT_S
+    deadline = time.monotonic() + LIMIT_S
     while not command.read("out").endswith("\n"):
         assert command.alive and time.monotonic() < deadline, command.read("err")
         time.sleep(0.05)
@@ -147,16 +48,8 @@ def url(folders: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Iterat
 
 @pytest.fixture(scope="module")
 def opened(url: str) -> Iterator[Page]:
-    options = webdriver.ChromeOptions()
-    options.binary_location = CHROMIUM
-    for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--window-size=1440,900"):
-        options.add_argument(argument)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    driver = webdriver.Chrome(options=options, service=Service(DRIVER))
-    try:
+    with browser() as driver:
         yield Page(driver, url)
-    finally:
-        driver.quit()
 
 
 @pytest.fixture
@@ -252,7 +145,7 @@ def test_pages_order_and_keys_of_the_list(page: Page):
     page.press("j", "j", "k", "j")
     assert page.script("return [...document.querySelectorAll('tr')].indexOf(document.querySelector('tr.marked'))") == 2
     marked = page.one("tr.marked").get_attribute("data-href")
-    page.driver.switch_to.active_element.send_keys(Keys.ENTER)
+    page.driver.switch_to.active_element.send_keys(ENTER)
     page.until(lambda: page.script("return location.hash") == marked, "Enter does not open it")
     page.settle()
     assert page.heading.startswith("Rollout #")
@@ -260,10 +153,10 @@ def test_pages_order_and_keys_of_the_list(page: Page):
     assert page.heading == "Rollouts" and "sort=adv_acc" in page.at
     page.press("/")
     assert page.script("return document.activeElement.name") == "text"
-    page.driver.switch_to.active_element.send_keys(Keys.ESCAPE)
+    page.driver.switch_to.active_element.send_keys(ESCAPE)
     page.press("?")
     assert page.one("#help").is_displayed()
-    page.driver.switch_to.active_element.send_keys(Keys.ESCAPE)
+    page.driver.switch_to.active_element.send_keys(ESCAPE)
     page.until(lambda: not page.one("#help").is_displayed(), "the list of keys stays open")
     page.press("o")
     assert page.heading == "Overview"
@@ -285,7 +178,7 @@ def test_a_rollout_shows_what_was_said_with_the_box_of_its_crop_and_a_closer_loo
     page.until(lambda: "256 × 192" in page.one("#zoom-size").text, "the size is not said")
     page.one("[data-zoom='3']").click()
     assert page.script("return document.querySelector('#zoom img').clientWidth") == 768
-    page.driver.switch_to.active_element.send_keys(Keys.ESCAPE)
+    page.driver.switch_to.active_element.send_keys(ESCAPE)
     page.until(lambda: not page.one("#zoom").is_displayed(), "the image stays open")
 
 
@@ -328,7 +221,7 @@ def test_the_token_strip_is_coloured_five_ways(page: Page):
     page.script("document.querySelectorAll('.token.sampled')[1].click()")
     assert "log-prob -" in page.one(".detail").text and "weights" in page.one(".detail").text
     before = page.one(".detail").text
-    page.one(".strip").send_keys(Keys.ARROW_RIGHT)
+    page.one(".strip").send_keys(RIGHT)
     assert page.one(".detail").text != before
 
 
@@ -360,6 +253,25 @@ def test_nothing_is_cut_off_or_too_faint_at_any_width(page: Page, width: int, da
         ink, paper = page.script("const style = getComputedStyle(document.body); return [style.color, style.backgroundColor]")
         assert (brightness(paper) < 60) == dark and abs(brightness(ink) - brightness(paper)) > 150, name
         page.driver.save_screenshot(str(tmp_path / f"{PAGES.index(name)}-{width}-{'dark' if dark else 'light'}.png"))
+
+
+@pytest.mark.skipif(bool(NO_AXE), reason=NO_AXE or "all is here")
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+@pytest.mark.parametrize("width", [390, 768, 1440])
+def test_axe_finds_nothing_serious(page: Page, width: int, dark: bool):
+    page.to("rollouts?run=hdpo&calls_min=2&text=panel 1?")
+    rollout = page.one("tr[data-href]").get_attribute("data-href").removeprefix("#/")
+    group = page.one("tr[data-href]").get_attribute("data-group").removeprefix("#/")
+    page.size(width)
+    page.dark(dark)
+    for name in PAGES:
+        page.to({"group": group, "rollout": f"{rollout}&tokens=acc"}.get(name, name))
+        if "tokens=" in page.at:
+            page.until(lambda: page.all(".token.sampled"), "no tokens")
+        assert page.problems() == [], name
+    page.press("?")
+    assert page.problems() == []
+    page.driver.switch_to.active_element.send_keys(ESCAPE)
 
 
 def brightness(colour: str) -> float:

@@ -1,6 +1,7 @@
 // The list of rollouts: filters, a histogram that filters, pages, and a mark that the keys move.
 
-import { ask, badge, h, link, notes, number, signed, verdict } from "./dom.js";
+import { badge, h, link, notes, number, recall, remember, signed, verdict } from "./dom.js";
+import { ask } from "./source.js";
 
 const LIMIT = 50;
 const narrow = matchMedia("(max-width: 60rem)");
@@ -103,11 +104,7 @@ function line(row, run) {
 
 /** The list that was shown last, for the keys of a rollout's page: addresses in order. */
 export function lastList() {
-  try {
-    return JSON.parse(sessionStorage.getItem("list")) ?? [];
-  } catch {
-    return [];
-  }
+  return JSON.parse(recall("sessionStorage", "list") ?? "[]");
 }
 
 export async function browser(root, runs, given) {
@@ -122,16 +119,17 @@ export async function browser(root, runs, given) {
   const offset = Number(query.offset || 0);
   const page = (to) => { if (to >= 0 && to < tree.total) go({ ...query, offset: to ? String(to) : "" }); };
   const rows = tree.rows.map((row) => line(row, query.run));
-  sessionStorage.setItem("list", JSON.stringify(rows.map((row) => row.dataset.href)));
-  sessionStorage.setItem("back", location.hash);
+  remember("sessionStorage", "list", JSON.stringify(rows.map((row) => row.dataset.href)));
+  remember("sessionStorage", "back", location.hash);
   const form = filters(runs, tree, query, go);
   const panel = h("details", { class: "panel", open: !narrow.matches }, h("summary", {}, "Filters"), form, histogram(tree, query, go));
   const pages = h("div", { class: "pages" },
-    h("span", { role: "status" }, tree.total ? `${offset + 1} to ${Math.min(offset + LIMIT, tree.total)} of ${tree.total}` : "None", ` (${tree.all} stored)`),
+    h("span", { role: "status" }, tree.total ? `${offset + 1} to ${Math.min(offset + LIMIT, tree.total)} of ${tree.total}` : "None", ` (${(tree.stored ?? tree.all) === tree.all ? "" : `${tree.all} in this file, `}${tree.stored ?? tree.all} stored)`),
     h("button", { type: "button", disabled: offset === 0, onclick: () => page(Math.max(0, offset - LIMIT)) }, "Previous"),
     h("button", { type: "button", disabled: offset + LIMIT >= tree.total, onclick: () => page(offset + LIMIT) }, "Next"));
   root.append(
     h("h1", {}, "Rollouts"),
+    tree.rule ? h("details", { class: "rule", open: !narrow.matches }, h("summary", {}, "What this file holds"), h("p", { class: "quiet" }, tree.rule)) : "",
     notes(tree.notes) ?? "",
     h("div", { class: "browser" },
       panel,

@@ -13,15 +13,6 @@ export function h(tag, attributes = {}, ...children) {
   return element;
 }
 
-/** kept: parts of the query that count though they may be empty. */
-export async function ask(path, query = {}, kept = {}) {
-  const response = await fetch(`api/${path}?${new URLSearchParams({ ...clean(query), ...kept })}`);
-  if (response.status === 401) throw new Error("The token is not known here: open the address that metis-fast view printed.");
-  const tree = await response.json();
-  if (!response.ok) throw new Error(tree.error ?? `status ${response.status}`);
-  return tree;
-}
-
 export function clean(query) {
   return Object.fromEntries(Object.entries(query).filter(([, value]) => value !== "" && value !== undefined && value !== null));
 }
@@ -68,4 +59,21 @@ export function notes(texts) {
   if (!texts.length) return null;
   return h("details", { class: "notes" }, h("summary", {}, `${texts.length} ${texts.length === 1 ? "thing is" : "things are"} missing`),
     h("ul", {}, texts.map((text) => h("li", {}, text))));
+}
+
+/** What the browser keeps for this page, in `store`; nothing where it keeps nothing. */
+export function recall(store, name) {
+  try {
+    return window[store].getItem(name);
+  } catch {
+    return null;
+  }
+}
+
+export function remember(store, name, value) {
+  try {
+    window[store].setItem(name, value);
+  } catch {
+    // storage is off, or full: the page goes on without
+  }
 }

@@ -1,7 +1,11 @@
 // The rollouts of one prompt in one step, side by side: rewards, both advantages, who is in Q, which channel moves whom.
 
-import { ask, badge, h, link, number, signed, verdict } from "./dom.js";
+import { badge, h, link, number, recall, signed, verdict } from "./dom.js";
 import { moves } from "./browser.js";
+import { ask } from "./source.js";
+
+const COLUMNS = ["Rollout", "Answer", "Judged", "Calls", "r_acc", "r_tool", "A_acc", "Q", "A_tool", "Moved by", "Effect", "Tokens"];
+const NUMBERS = ["r_acc", "r_tool", "A_acc", "A_tool", "Tokens"]; // right-aligned
 
 /** What the tokens of a rollout are multiplied with in the gradient, at ratio 1: positive makes them likelier. */
 export function push(row, weights) {
@@ -35,7 +39,7 @@ export function steps(run, list, step) {
     h("div", { class: "scroll", tabindex: "0", role: "group", "aria-label": "The same prompt over steps" }, h("table", {},
       h("thead", {}, h("tr", {}, ["step", "rollouts", "right", "with a call"].map((name) => h("th", {}, name)))),
       h("tbody", {}, list.map((one) => h("tr", { class: one.step === step ? "marked" : "" },
-        h("td", {}, h("a", { href: link("group", { run, part: one.part, row: one.row }) }, String(one.step))),
+        h("td", {}, one.part === null ? `${one.step} (not in this file)` : h("a", { href: link("group", { run, part: one.part, row: one.row }) }, String(one.step))),
         h("td", {}, String(one.num)), h("td", {}, `${one.right} of ${one.judged}`), h("td", {}, `${one.called} of ${one.judged}`)))))));
 }
 
@@ -50,7 +54,7 @@ export async function group(root, runs, query) {
   const rows = members.map((row) => h("tr", { class: row.part === query.part && String(row.row) === query.row ? "marked" : "", "data-href": address(row) },
     h("th", { scope: "row" }, h("a", { href: address(row) }, `#${row.sample}`)),
     cell("answer", "", verdict(row), row.outcome === "answered" ? null : [" ", badge(row.outcome, "warn")]),
-    cell("judged", "answer", row.answer || "–", row.reason ? h("small", {}, ` ${row.reason}`) : null),
+    cell("judged", "answer", h("bdi", {}, row.answer || "–"), row.reason ? h("small", {}, ` ${row.reason}`) : null),
     cell("calls", "", String(row.calls), row.tools.length ? h("small", {}, ` ${[...new Set(row.tools)].join(", ")}`) : null),
     cell("r_acc", "num", number(row.r_acc)), cell("r_tool", "num", number(row.r_tool)),
     cell("A_acc", "num", signed(row.adv_acc), bar(row.adv_acc, most.acc)),
@@ -60,12 +64,12 @@ export async function group(root, runs, query) {
   root.append(
     h("h1", {}, `Group in step ${tree.step}`),
     h("p", { class: "asked" }, tree.question),
-    h("p", {}, h("span", { class: "quiet" }, "Expected: "), tree.answers.join(" | ") || "–", h("span", { class: "quiet" }, ` · ${tree.uid} · `),
+    h("p", {}, h("span", { class: "quiet" }, "Expected: "), h("bdi", {}, tree.answers.join(" | ") || "–"), h("span", { class: "quiet" }, " · ", h("bdi", {}, tree.uid), " · "),
       h("a", { href: link("rollouts", { run: query.run, step_min: tree.step, step_max: tree.step, text: tree.uid }) }, "as a list")),
     h("p", {}, `${inQ} of ${members.length} are in Q. `,
       withTool ? "The tool channel compares their numbers of calls." : inQ < 2 ? "The tool channel needs two." : "All made as many calls, so the tool channel has nothing to compare."),
     h("div", { class: "scroll", tabindex: "0", role: "group", "aria-label": "Rollouts of the group" }, h("table", { class: "group listed" },
-      h("thead", {}, h("tr", {}, ["Rollout", "Answer", "Judged", "Calls", "r_acc", "r_tool", "A_acc", "Q", "A_tool", "Moved by", "Effect", "Tokens"].map((name) => h("th", { scope: "col" }, name)))),
+      h("thead", {}, h("tr", {}, COLUMNS.map((name) => h("th", { scope: "col", class: NUMBERS.includes(name) ? "num" : "" }, name)))),
       h("tbody", {}, rows))),
     h("p", { class: "quiet" }, `L = ${weights.w_acc} L_acc + ${weights.w_tool} L_tool. `,
       weights.n_acc ? `Divided by ${Math.round(weights.n_acc)} and ${Math.round(weights.n_tool ?? 0)} tokens (means of the step's ${weights.mini_batches} mini-batches); "effect" is for a ratio of 1.`
@@ -82,6 +86,6 @@ export async function group(root, runs, query) {
     j: () => mark(marked + 1),
     k: () => mark(marked - 1),
     Enter: () => { location.hash = rows[Math.max(0, marked)].dataset.href; },
-    u: () => { location.hash = sessionStorage.getItem("back") ?? "#/rollouts"; },
+    u: () => { location.hash = recall("sessionStorage", "back") ?? "#/rollouts"; },
   };
 }

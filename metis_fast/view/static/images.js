@@ -1,12 +1,9 @@
 // Images of a rollout, boxes of crops upon them, and a closer look.
 
 import { h } from "./dom.js";
+import { address } from "./source.js";
 
 const SVG = "http://www.w3.org/2000/svg";
-
-export function address(run, sha, size) {
-  return `api/image?${new URLSearchParams({ run, sha, size })}`;
-}
 
 function svg(tag, attributes) {
   const element = document.createElementNS(SVG, tag);
@@ -14,7 +11,7 @@ function svg(tag, attributes) {
   return element;
 }
 
-/** crops: [{box, size, label}], in pixels of the image. */
+/** crops: [{box, size, turn}], in pixels of the image. */
 function overlay(crops) {
   if (!crops.length) return null;
   const [width, height] = crops[0].size;
@@ -28,7 +25,9 @@ function overlay(crops) {
 }
 
 function words(crops) {
-  return crops.map((crop) => `cut out in ${crop.label}: ${crop.box.join(", ")}`).join("; ");
+  const turns = new Map(); // box -> turns that cut it out
+  for (const { box, turn } of crops) turns.set(box.join(", "), [...(turns.get(box.join(", ")) ?? []), turn]);
+  return [...turns].map(([box, own]) => `cut out in ${own.length > 1 ? "turns" : "turn"} ${own.join(", ")}: ${box}`).join("; ");
 }
 
 /** A picture that opens larger. caption: what it is. crops: boxes that were cut out of it. */

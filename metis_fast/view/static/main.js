@@ -1,12 +1,13 @@
 // Which page is shown, the keys, the colours, and whether something is new.
 
-import { ask, h, here, link } from "./dom.js";
+import { h, here, link, recall, remember } from "./dom.js";
 import { browser } from "./browser.js";
 import { group } from "./group.js";
 import { overview } from "./overview.js";
 import { forget, redraw } from "./plot.js";
 import { rollout } from "./rollout.js";
 import { setUpZoom } from "./images.js";
+import { ask, fromServer } from "./source.js";
 
 const POLL_MS = 4000;
 const PAGES = { overview, rollouts: browser, rollout, group };
@@ -91,12 +92,12 @@ function setUpTheme() {
     button.textContent = `Theme: ${choice}`;
     redraw();
   };
-  let choice = localStorage.getItem("theme");
+  let choice = recall("localStorage", "theme");
   if (!choices.includes(choice)) choice = "auto";
   apply(choice);
   button.addEventListener("click", () => {
     choice = choices[(choices.indexOf(choice) + 1) % choices.length];
-    localStorage.setItem("theme", choice);
+    remember("localStorage", "theme", choice);
     apply(choice);
   });
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", redraw);
@@ -127,4 +128,4 @@ setUpKeys();
 setUpZoom();
 window.addEventListener("hashchange", show);
 await show();
-setTimeout(poll, POLL_MS);
+if (fromServer) setTimeout(poll, POLL_MS);

@@ -1,7 +1,8 @@
 // What became of the runs: before and after, what is sick, curves.
 
-import { ask, badge, duration, h, here, link, notes, number, percent } from "./dom.js";
+import { badge, duration, h, here, link, notes, number, percent } from "./dom.js";
 import { plot } from "./plot.js";
+import { ask } from "./source.js";
 
 function change(before, after, key) {
   return h("td", { class: "num" }, percent(before?.[key]), " → ", h("strong", {}, percent(after?.[key])));

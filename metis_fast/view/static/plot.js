@@ -43,7 +43,8 @@ function build(picture, width) {
   const stacked = picture.form === "stack";
   const text = format(picture);
   const data = [steps];
-  const series = [{ label: "step" }];
+  // without a pointer upon it: the last step
+  const series = [{ label: "step", value: (plot, value, which, at) => String(at === null || at === undefined ? steps.at(-1) ?? "" : value) }];
   const bands = [];
   let below = new Array(steps.length).fill(0);
   picture.lines.forEach((line, index) => {
@@ -60,7 +61,7 @@ function build(picture, width) {
       dash,
       spanGaps: true,
       points: { show: !stacked && line.steps.length < 40, size: 5 },
-      value: (plot, value, which, at) => (at === null || at === undefined ? "" : text(values[at])),
+      value: (plot, value, which, at) => text(values[at ?? values.length - 1]),
     });
     if (stacked) bands.push({ series: [data.length - 1, Math.max(0, data.length - 2)], fill: faint(colour, 0.6) });
     if (line.low) {

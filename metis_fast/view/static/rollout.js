@@ -1,9 +1,10 @@
 // One rollout as a person reads it.
 
-import { ask, badge, h, link, number, signed, verdict } from "./dom.js";
+import { badge, h, link, number, recall, signed, verdict } from "./dom.js";
 import { lastList, moves } from "./browser.js";
 import { direction, push, steps } from "./group.js";
 import { picture } from "./images.js";
+import { ask } from "./source.js";
 import { strip } from "./tokens.js";
 
 const OPEN_CHARS = 600; // an observation that is longer begins folded
@@ -53,10 +54,10 @@ function facts(tree) {
 function judged(talk, run) {
   const said = talk.verdict;
   return h("div", { class: "judged" },
-    h("p", {}, h("span", { class: "quiet" }, "Expected: "), talk.answers.join(" | ") || "–", h("span", { class: "quiet" }, " · Judged: "), said ? said.answer || "(no answer)" : "–"),
-    said?.reason ? h("p", { class: "quiet" }, `Reason: ${said.reason}`) : null,
-    talk.no_verdict ? h("p", { class: "failed" }, `The judge failed: ${talk.no_verdict}`) : null,
-    talk.error ? h("p", { class: "failed" }, `Broken off: ${talk.error}`) : null,
+    h("p", {}, h("span", { class: "quiet" }, "Expected: "), h("bdi", {}, talk.answers.join(" | ") || "–"), h("span", { class: "quiet" }, " · Judged: "), h("bdi", {}, said ? said.answer || "(no answer)" : "–")),
+    said?.reason ? h("p", { class: "quiet" }, "Reason: ", h("bdi", {}, said.reason)) : null,
+    talk.no_verdict ? h("p", { class: "failed" }, "The judge failed: ", h("bdi", {}, talk.no_verdict)) : null,
+    talk.error ? h("p", { class: "failed" }, "Broken off: ", h("bdi", {}, talk.error)) : null,
     said && !said.format_ok ? h("p", {}, badge("tags are not balanced", "warn")) : null,
     h("p", { class: "quiet" }, "Judge again: ", h("code", {}, `metis-fast judge rescore ${run}`)));
 }
@@ -78,7 +79,7 @@ export async function rollout(root, runs, query) {
   const { head, talk } = tree;
   const boxes = new Map(); // source image -> boxes that were cut out of it
   for (const turn of talk.turns) {
-    for (const crop of turn.crops) boxes.set(crop.source, [...(boxes.get(crop.source) ?? []), { ...crop, label: `turn ${turn.number + 1}` }]);
+    for (const crop of turn.crops) boxes.set(crop.source, [...(boxes.get(crop.source) ?? []), { ...crop, turn: turn.number + 1 }]);
   }
   root.append(
     h("h1", {}, `Rollout #${head.sample} in step ${head.step}`),
@@ -107,6 +108,6 @@ export async function rollout(root, runs, query) {
     "[": () => go(mates[mate - 1]),
     "]": () => go(mates[mate + 1]),
     g: () => go(link("group", own)),
-    u: () => go(sessionStorage.getItem("back") ?? link("rollouts", { run: query.run })),
+    u: () => go(recall("sessionStorage", "back") ?? link("rollouts", { run: query.run })),
   };
 }

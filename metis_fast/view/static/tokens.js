@@ -1,8 +1,8 @@
 // The tokens of a rollout, coloured by what training makes of them.
 
-import { ask, h, number, signed } from "./dom.js";
+import { h, number, signed } from "./dom.js";
 import { push } from "./group.js";
-import { address } from "./images.js";
+import { address, ask } from "./source.js";
 
 const COUNT = 2000;
 const MODES = [["logp", "log-prob"], ["acc", "coefficient, accuracy"], ["tool", "coefficient, tool"], ["version", "weight version"], ["mask", "mask"]];
@@ -55,6 +55,8 @@ export function strip(query, tree, mode) {
   const detail = h("p", { class: "detail", "aria-live": "polite" }, "Point at a token, or move through them with the arrow keys.");
   const place = h("span", {});
   const chosen = h("select", { "aria-label": "Colour tokens by" }, MODES.map(([name, text]) => h("option", { value: name, selected: name === mode }, text)));
+  const turns = [["0", "the prompt"], ...tree.talk.turns.map((turn) => [String(turn.start), `turn ${turn.number + 1}`])];
+  const jump = h("select", { "aria-label": "Go to" }, turns.map(([start, name]) => h("option", { value: start }, name)));
   const earlier = h("button", { type: "button" }, "Earlier");
   const later = h("button", { type: "button" }, "Later");
   let page = null;
@@ -106,6 +108,7 @@ export function strip(query, tree, mode) {
     }
     shown.replaceChildren(...pieces);
     place.textContent = `${page.start} to ${page.start + page.ids.length} of ${page.total}`;
+    jump.value = turns.findLast(([first]) => Number(first) <= page.start)[0];
     earlier.disabled = page.start === 0;
     later.disabled = page.start + page.ids.length >= page.total;
     paint();
@@ -113,6 +116,7 @@ export function strip(query, tree, mode) {
   const report = (error) => { detail.textContent = error.message; };
   earlier.addEventListener("click", () => load(Math.max(0, page.start - COUNT)).catch(report));
   later.addEventListener("click", () => load(page.start + COUNT).catch(report));
+  jump.addEventListener("change", () => load(Number(jump.value)).catch(report));
   chosen.addEventListener("change", paint);
   shown.addEventListener("keydown", (event) => {
     const to = { ArrowRight: at + 1, ArrowLeft: at - 1 }[event.key];
@@ -122,7 +126,7 @@ export function strip(query, tree, mode) {
   });
   const box = h("details", { class: "tokens", open: Boolean(mode) }, h("summary", {}, "Tokens"),
     tree.tokenizer ? null : h("p", { class: "quiet" }, "No tokenizer was found, so that tokens are shown by their numbers; --tokenizer FOLDER names one."),
-    h("div", { class: "bar" }, h("label", {}, "Colour by ", chosen), place, earlier, later), key, detail, shown);
+    h("div", { class: "bar" }, h("label", {}, "Colour by ", chosen), h("label", {}, "Go to ", jump), place, earlier, later), key, detail, shown);
   box.addEventListener("toggle", () => { if (box.open && !page) load(0).catch(report); });
   if (box.open) load(0).catch(report);
   return box;
