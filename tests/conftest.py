@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Callable, Sequence
 from io import BytesIO
 from pathlib import Path
@@ -30,6 +31,13 @@ settings.register_profile(
     "tests", deadline=None, derandomize=True, print_blob=True, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.load_profile("tests")
+
+
+@pytest.hookimpl(trylast=True)  # of the tests that have the marks
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files of few tests first. Those are the long ones; what is left to share at the end are short tests (tests/run.py)."""
+    num = Counter(item.path for item in items)
+    items.sort(key=lambda item: (num[item.path], item.path))
 
 
 @pytest.fixture(scope="session")

@@ -52,7 +52,8 @@ def main() -> int:
             print(f"-- {number} of {len(PARTS)}: {name}", flush=True)
             report = Path(scratch, f"{number}.xml")
             command = [sys.executable, "-m", "pytest", f"--junitxml={report}", "-o", "junit_family=xunit1", "-m", options.m]
-            command += ["-n", str(options.n), "--dist", "loadfile"] if options.n > 1 else []
+            # a file after the other as they are collected (conftest.py), so that all processes end at about the same time
+            command += ["-n", str(options.n), "--dist", "loadfile", "--no-loadscope-reorder"] if options.n > 1 else []
             command += [*more, *(str(TESTS / folder) for folder in folders)]
             child = subprocess.Popen(command, env=environment)
             code, stopped = None, False

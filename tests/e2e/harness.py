@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import inspect
 import json
 import multiprocessing
 import os
@@ -151,9 +152,9 @@ def _modules(stem: str) -> list[ModuleType]:
 
 
 def _functions(module: ModuleType, name: str) -> list[FunctionType]:
-    """Of a module and of its classes."""
+    """Of a module and of its classes; those that decorators have wrapped."""
     scopes = [vars(module), *(vars(kind) for kind in vars(module).values() if isinstance(kind, type))]
-    found = [getattr(scope[name], "__func__", scope[name]) for scope in scopes if name in scope]
+    found = [inspect.unwrap(getattr(scope[name], "__func__", scope[name])) for scope in scopes if name in scope]
     return [one for one in found if isinstance(one, FunctionType) and one.__module__ == module.__name__]
 
 
@@ -220,7 +221,7 @@ class Command:
         deadline = time.monotonic() + _LIMIT_S
         while self.alive and time.monotonic() < deadline:
             family |= {process.pid: process for process in self.family()}
-            self._process.join(0.02)
+            self._process.join(0.05)  # a look at all processes of a machine takes some ms
         ended = time.time()
         if self.alive:
             self._process.kill()
@@ -310,7 +311,7 @@ def run_state(folder: Path) -> dict[str, str]:
     """What a finished run leaves, clocks aside: two runs are the same if these are equal."""
     state = checkpoint_state(folder / "checkpoints") | rollout_state(folder / "rollouts")
     for record in _lines(folder / "metrics.jsonl"):
-        state[f"metrics {record['step']}"] = _digest(record | {"seconds": None})
+        state[f"metrics {record['step']}"] = _digest(record | {"seconds": None, "cpu_seconds": None})
     for number, record in enumerate(_lines(folder / "eval.jsonl")):
         state[f"eval {number}"] = _digest(record)
     for path in sorted((folder / "trained").iterdir()):

@@ -81,7 +81,7 @@ def test_styles_that_nobody_knows_do_not_matter_where_one_judge_takes_every_row(
     assert read_steps(tmp_path / "judged")[0].slices == read_steps(demo)[0].slices  # which the data's own `rule` judged
 
 
-@pytest.mark.parametrize("spoil", [damage, cut_image])
+@pytest.mark.parametrize("spoil", [pytest.param(damage, marks=pytest.mark.slow), cut_image])
 def test_with_the_row_skipped_it_ends_as_if_the_row_had_never_been(
     demo: Path, tmp_path: Path, spoil: Callable[[int], Callable[[list[dict[str, Any]]], None]]
 ) -> None:

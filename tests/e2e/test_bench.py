@@ -23,7 +23,7 @@ def _run(command: str, *words: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", ["installed", pytest.param("checkout", marks=pytest.mark.slow)])
 def test_bench_prints_one_object_with_the_floor_and_the_peers(command):
     words = ["--shape", "T=64,H=32,V=500", "--peers", "eager", "--threads", "1", "--device", "cpu", "--dtype", "fp32", "--json"]
     done = _run(command, "hdpo_loss", *words)
@@ -33,7 +33,7 @@ def test_bench_prints_one_object_with_the_floor_and_the_peers(command):
     assert found["machine"]["threads"] == 1
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", [pytest.param("installed", marks=pytest.mark.slow), "checkout"])
 def test_an_unknown_op_is_one_line_and_exit_code_2(command):
     done = _run(command, "attention")
     assert done.returncode == 2

@@ -72,6 +72,11 @@ def _stopped(job: Job, folder: Path) -> None:
     assert len(list((folder / "run" / "checkpoints").glob("step-*"))) == 1
 
 
+def test_a_slurm_job_stopped_before_its_time_limit_saves_its_last_step(slurm: Callable[..., Job], tmp_path: Path) -> None:
+    _stopped(slurm("train.steps=500", "checkpoint.every=0"), tmp_path)
+
+
+@pytest.mark.slow
 def test_a_slurm_job_stopped_before_its_time_limit_goes_on_when_submitted_again(
     slurm: Callable[..., Job], tmp_path: Path
 ) -> None:

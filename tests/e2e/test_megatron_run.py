@@ -65,7 +65,10 @@ def metrics(folder: Path) -> list[dict[str, float]]:
             yield at, tree
 
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [dict(leaves({key: value for key, value in record.items() if key != "seconds"}, "")) for record in records]
+    return [
+        dict(leaves({key: value for key, value in record.items() if key not in ("seconds", "cpu_seconds")}, ""))
+        for record in records
+    ]
 
 
 def assert_same_curve(folder: Path, reference: Path, rel: float, floor: float = 0.0) -> None:
@@ -96,17 +99,20 @@ def failed(ended: Ended) -> str:
 # -- the main job -----------------------------------------------------------------------------------------------------------
 
 
-def test_the_main_job_on_2_x_2_ranks_has_the_metrics_and_weights_of_the_torch_back_end(job: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("layout", [(PP,), pytest.param((TP, PP), marks=pytest.mark.slow)], ids=["pp2", "tp2 pp2"])
+def test_the_main_job_on_ranks_has_the_metrics_and_weights_of_the_torch_back_end(
+    job: Path, tmp_path: Path, layout: tuple[str, ...]
+) -> None:
     succeed(train(job, tmp_path / "torch"), tmp_path / "one")
-    succeed(train(job, tmp_path / "ranks", "train.backend=megatron", TP, PP), tmp_path / "four")
+    succeed(train(job, tmp_path / "ranks", "train.backend=megatron", *layout), tmp_path / "several")
     assert_same_curve(tmp_path / "ranks", tmp_path / "torch", 1e-4, FLOOR)
     evaluations = [(tmp_path / name / "eval.jsonl").read_text() for name in ("torch", "ranks")]
     assert evaluations[0] == evaluations[1]
-    one, four = (
+    one, several = (
         Qwen3VLForConditionalGeneration.from_pretrained(tmp_path / name / "trained", dtype=torch.float32)
         for name in ("torch", "ranks")
     )
-    weights = dict(four.named_parameters())
+    weights = dict(several.named_parameters())
     moved = 0
     start = dict(Qwen3VLForConditionalGeneration.from_pretrained(AGENT).named_parameters())
     for name, expected in one.named_parameters():
@@ -197,9 +203,9 @@ def test_sigterm_checkpoints_the_last_whole_step_and_the_run_goes_on_from_there(
 @pytest.mark.parametrize(
     "layout",
     [
-        (PP, DP),
         pytest.param((), marks=pytest.mark.slow),
-        pytest.param((DP,), marks=pytest.mark.slow),
+        (DP,),
+        pytest.param((PP, DP), marks=pytest.mark.slow),
         pytest.param((DP, "train.megatron.distributed_optimizer=false"), marks=pytest.mark.slow),
         pytest.param((TP, "train.megatron.sequence_parallel=true", "train.megatron.recompute=full"), marks=pytest.mark.slow),
         pytest.param((TP, PP, DP), marks=pytest.mark.slow),
@@ -237,6 +243,7 @@ def test_a_run_does_not_go_on_with_the_other_back_end(job: Path, uninterrupted: 
 # -- checkpoints ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow  # test_cli_errors.py has a quick one, of the torch back end
 def test_a_truncated_checkpoint_is_warned_of_and_the_one_before_taken(job: Path, uninterrupted: Path, tmp_path: Path) -> None:
     folder = copy(uninterrupted, tmp_path / "run", STEPS - 1)
     part = max((folder / "checkpoints" / f"step-{STEPS - 1:06d}" / "trainer").glob("*.distcp"))

@@ -57,7 +57,7 @@ def test_two_nodes_on_ray_are_bit_for_bit_two_in_one_process(on_ray: Callable[..
     records = [_records(tmp_path / name) for name in ("here", "run")]
     for one, other in zip(*records, strict=True):
         assert other["sync_bytes"] > 0  # weights had to be sent
-        own = {"seconds": 0, "sync_bytes": 0}
+        own = {"seconds": 0, "cpu_seconds": 0, "sync_bytes": 0}
         assert one | own == other | own
     assert {k: v for k, v in here.items() if "metrics" not in k} == {k: v for k, v in there.items() if "metrics" not in k}
     logs = sorted(str(path.relative_to(tmp_path / "run" / "workers")) for path in (tmp_path / "run" / "workers").glob("*/*"))

@@ -26,6 +26,7 @@ def _rehearse(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, 
     return code, {stage["name"]: f"{stage['state']}: {stage['said']}" for stage in tree["stages"]}, tree["left_out"]
 
 
+@pytest.mark.slow  # the next one goes the same way, with all that a real job has
 def test_the_papers_hdpo_config_rehearses_with_the_native_engine(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     out = tmp_path / "kept"
     here = ["rollout.engine=native", "rollout.vllm.sleep=0", "train.backend=torch", f"--out={out}"]

@@ -42,7 +42,7 @@ _VARIANTS = {
     "reference normalization": ["loss.normalization=reference"],
     "muon": ["train.optim.muon_lr=0.001"],
 }
-_QUICK = ("hdpo", "grpo", "coupled reward", "gdpo", "four mini-batches", "kl", "bfloat16", "admission at any time", "muon")
+_QUICK = ("grpo", "coupled reward", "gdpo", "kl", "bfloat16", "admission at any time", "muon")
 
 
 @pytest.fixture
@@ -74,6 +74,7 @@ def test_a_variant_trains_two_steps_with_finite_numbers(demo: Path, tmp_path: Pa
     assert any(not torch.equal(before[name], after[name].to(before[name].dtype)) for name in before)
 
 
+@pytest.mark.slow  # parity/test_trainer.py has a quick one, of every saving
 @pytest.mark.usefixtures("one_thread")
 def test_what_only_changes_memory_and_speed_does_not_change_what_is_sampled_and_barely_the_loss(
     demo: Path, tmp_path: Path

@@ -28,7 +28,7 @@ def _stopped(ended: Ended) -> None:
     assert not ended.orphans and not ended.scratch, ended
 
 
-_QUICK = ("update", "checkpoint")
+_QUICK = ("update",)  # a kill at a checkpoint is among those of test_run_kill.py
 
 
 @pytest.mark.parametrize("stage", [pytest.param(one, marks=() if one in _QUICK else pytest.mark.slow) for one in _STAGES])
@@ -45,6 +45,7 @@ def test_ctrl_c_ends_a_run_at_once_and_the_resumed_run_ends_like_an_uninterrupte
     assert run_state(tmp_path / "run") == run_state(demo)
 
 
+@pytest.mark.slow  # test_megatron_run.py has one quick test of it
 def test_sigterm_is_taken_as_ctrl_c(demo: Path, tmp_path: Path) -> None:
     command = ["train", demo / "config.yaml", f"run.dir={tmp_path / 'run'}"]
     _stopped(run(command, tmp_path / "first", Moment("pipeline._rollout", signal.SIGTERM, entry=3, delay_s=0.05)))
@@ -76,6 +77,7 @@ def test_ctrl_c_to_the_whole_process_group_and_a_second_one_end_the_run_without_
     assert not ended.orphans, ended
 
 
+@pytest.mark.slow  # test_sft_run.py has a quick one, on files of conversations
 def test_ctrl_c_in_a_cold_start_keeps_its_last_step(demo: Path, tmp_path: Path) -> None:
     both = phases((demo / "trajectories" / "base", 12), (demo / "trajectories" / "cold_start", 3))
     command = ["sft", demo / "config.yaml", both, f"model.path={demo / 'model'}", "checkpoint.every=0"]

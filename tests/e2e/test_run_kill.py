@@ -37,6 +37,7 @@ def test_a_run_killed_in_every_stage_ends_bit_identical_to_an_uninterrupted_one(
     assert run_state(tmp_path / "run") == run_state(demo)
 
 
+@pytest.mark.slow  # test_sft_run.py has a quick one, on files of conversations
 def test_a_cold_start_killed_at_any_moment_ends_bit_identical_to_an_uninterrupted_one(demo: Path, tmp_path: Path) -> None:
     both = phases((demo / "trajectories" / "base", 20), (demo / "trajectories" / "cold_start", 12))
     command = ["sft", demo / "config.yaml", both, "checkpoint.every=1", f"model.path={demo / 'model'}"]

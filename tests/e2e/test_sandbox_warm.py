@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -28,7 +29,7 @@ USES: dict[WarmLibrary, tuple[str, str]] = {
         "(999, 999)",
     ),
 }
-INSTALLED = [name for name in USES if importlib.util.find_spec(name) is not None]
+INSTALLED: list[WarmLibrary] = [name for name in USES if importlib.util.find_spec(name) is not None]
 
 
 def serve(tmp_path: Path, *warm: WarmLibrary) -> contextlib.closing[PythonServer]:
@@ -39,17 +40,30 @@ def test_all_are_known() -> None:
     assert list(MODULES) == list(USES)
 
 
+@pytest.fixture(scope="module")
+def warm_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PythonServer]:
+    """With all libraries that are here."""
+    folder = tmp_path_factory.mktemp("warm")
+    with serve(folder, *INSTALLED) as server:
+        yield server
+    assert list(folder.iterdir()) == []
+
+
+@pytest.fixture(scope="module")
+def cold_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PythonServer]:
+    """With none."""
+    with serve(tmp_path_factory.mktemp("cold")) as server:
+        yield server
+
+
 @pytest.mark.parametrize("name", INSTALLED)
-def test_a_library_works_warm_and_cold(tmp_path: Path, name: WarmLibrary) -> None:
+def test_a_library_works_warm_and_cold(warm_server: PythonServer, cold_server: PythonServer, name: WarmLibrary) -> None:
     use, shows = USES[name]
     loaded = f"import sys\n[name for name in {MODULES[name]!r} if name in sys.modules]"
-    with serve(tmp_path / "warm", name) as server:
-        there, warm = observations(server, loaded, use)
-    with serve(tmp_path / "cold") as server:
-        absent, cold = observations(server, loaded, use)
+    there, warm = observations(warm_server, loaded, use)
+    absent, cold = observations(cold_server, loaded, use)
     assert (there.text, absent.text) == (str(list(MODULES[name])), "[]")
     assert warm.text == cold.text == shows and "metis_fast" not in warm.text
-    assert list((tmp_path / "warm").iterdir()) == []
 
 
 def test_one_that_is_not_installed_is_named_as_pip_knows_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

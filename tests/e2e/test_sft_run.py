@@ -195,8 +195,11 @@ def test_what_cannot_be_asked_of_conversations_is_said(job: Path, tmp_path: Path
     assert "max_tokens=4000 is more than tokens_per_micro_batch=2000" in line
 
 
-def test_four_ranks_of_megatron_learn_what_the_torch_back_end_does_and_resume(job: Path, whole: Path, tmp_path: Path) -> None:
-    ranks = ["train.backend=megatron", "train.megatron.tensor_parallel=2", "train.megatron.pipeline_parallel=2"]
+@pytest.mark.parametrize("axes", [("tensor",), pytest.param(("tensor", "pipeline"), marks=pytest.mark.slow)], ids=" x ".join)
+def test_ranks_of_megatron_learn_what_the_torch_back_end_does_and_resume(
+    job: Path, whole: Path, tmp_path: Path, axes: tuple[str, ...]
+) -> None:
+    ranks = ["train.backend=megatron", *(f"train.megatron.{axis}_parallel=2" for axis in axes)]
     folder = tmp_path / "run"
     moment = Moment("backend.imitate", signal.SIGKILL, entry=13)
     ended = run(command(job, folder, *ranks), tmp_path / "killed", moment)
@@ -205,9 +208,9 @@ def test_four_ranks_of_megatron_learn_what_the_torch_back_end_does_and_resume(jo
     for name in ("metrics.jsonl", "eval.jsonl"):
         for one, other in zip(lines(folder, name), lines(whole, name), strict=True):
             assert one == pytest.approx(other, rel=1e-3, abs=1e-6)
-    one, four = (
+    one, several = (
         dict(Qwen3VLForConditionalGeneration.from_pretrained(run / "model", dtype=torch.float32).named_parameters())
         for run in (whole, folder)
     )
     for name, expected in one.items():
-        assert float((four[name] - expected).detach().norm()) <= 1e-3 * float(expected.detach().norm()), name
+        assert float((several[name] - expected).detach().norm()) <= 1e-3 * float(expected.detach().norm()), name

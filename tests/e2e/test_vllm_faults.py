@@ -52,24 +52,17 @@ from metis_fast.rollout.gate import choose, probe
 from metis_fast.testing.faults import Fault
 from metis_fast.types import Group, Prompt
 
-_GARBAGE = [
-    Fault.NAN,
-    Fault.POSITIVE,
-    Fault.OUTSIDE,
-    Fault.PLACEHOLDER,
-    Fault.TOO_MANY,
-    Fault.NOTHING,
-    Fault.SHORT,
-    Fault.NO_ARRAY,
-    Fault.NO_REPLY,
-    Fault.WRONG_END,
-    Fault.ABORTED,
-    Fault.FUTURE,
-]
+# The quick ones: numbers, tokens, a length, a reply, a version.
+_GARBAGE = [Fault.NAN, Fault.PLACEHOLDER, Fault.SHORT, Fault.NO_REPLY, Fault.FUTURE]
+_MORE_GARBAGE = [
+    Fault.POSITIVE, Fault.OUTSIDE, Fault.TOO_MANY, Fault.NOTHING, Fault.NO_ARRAY, Fault.WRONG_END, Fault.ABORTED,
+]  # fmt: skip
 _IN_A_STEP = [Fault.KILL, Fault.STOP, Fault.RAISE, Fault.EXIT, Fault.HANG, Fault.BLOCK]
 
 
-@pytest.mark.parametrize("fault", [*_IN_A_STEP, Fault.REFUSE, *_GARBAGE])
+@pytest.mark.parametrize(
+    "fault", [*_IN_A_STEP, Fault.REFUSE, *_GARBAGE, *(pytest.param(one, marks=pytest.mark.slow) for one in _MORE_GARBAGE)]
+)
 def test_rollouts_of_an_engine_that_fails_go_on_elsewhere_from_their_last_whole_message(
     engines: Open, prompts: list[Prompt], fault: Fault, caplog: pytest.LogCaptureFixture
 ) -> None:

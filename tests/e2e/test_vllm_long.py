@@ -210,7 +210,11 @@ def test_a_message_that_is_cancelled_while_its_images_are_prepared_leaves_them_t
     ("change", "match"),
     [
         ({"arguments": {"max_num_batched_tokens": 2048}}, "max_num_batched_tokens=2048, which may cut a prompt"),
-        ({"arguments": {"enable_chunked_prefill": True}}, "enable_chunked_prefill=True, which may cut"),
+        pytest.param(
+            {"arguments": {"enable_chunked_prefill": True}},
+            "enable_chunked_prefill=True, which may cut",
+            marks=pytest.mark.slow,
+        ),
         ({"image_cache_gb": 0.01}, r"image_cache_gb=0.01 is less than .* of 4096 tokens can take; set 0.1 or more"),
     ],
 )

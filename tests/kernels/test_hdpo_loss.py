@@ -53,8 +53,16 @@ def test_value_and_gradients_equal_float64_at_every_shape(impl: Chosen, shape: t
     check_loss(got, loss_truth(case), case)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize(
+    ("options", "dtype"),
+    [
+        *(pytest.param(one, torch.float32, id=f"{name} float32") for name, one in OPTIONS.items()),
+        *(
+            pytest.param(OPTIONS[name], torch.bfloat16, id=f"{name} bfloat16")
+            for name in ("paper", "entropy_alone", "all_terms")
+        ),
+    ],
+)
 def test_every_option_equals_float64(impl: Chosen, options: Options, dtype: torch.dtype):
     case = make_case(31, 32, 252, dtype, drift=0.5)
     # float32: a bfloat16 dHead would add a third rounding to those of p and of the scaled hidden states
@@ -256,8 +264,13 @@ def test_a_split_into_micro_batches_does_not_matter(impl: Chosen, cuts: tuple[in
     assert relative(main_grad, whole.d_head_VH) <= SAME
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("off_by", [0.0, 5.0, -5.0, 100.0, -100.0, 1e4, -1e4])
+@pytest.mark.parametrize(
+    ("off_by", "dtype"),
+    [
+        *((off_by, torch.float32) for off_by in (0.0, 5.0, -5.0, 100.0, -1e4)),
+        *((off_by, torch.bfloat16) for off_by in (0.0, -100.0, 1e4)),
+    ],
+)
 def test_an_anchor_however_bad_changes_no_result(impl: Chosen, off_by: float, dtype: torch.dtype):
     case = make_case(31, 32, 252, dtype)
     want = loss_truth(case)
@@ -265,7 +278,7 @@ def test_an_anchor_however_bad_changes_no_result(impl: Chosen, off_by: float, dt
     check_loss(run_loss(case, impl, anchor_T=anchor), want, case)
 
 
-@pytest.mark.parametrize("off_by", [100.0, -100.0, 1e4, -1e4])
+@pytest.mark.parametrize("off_by", [100.0, -1e4])
 def test_bad_anchors_change_no_result_with_all_terms_on(impl: Chosen, off_by: float):
     options = OPTIONS["all_terms"]
     case = make_case(21, 32, 252)

@@ -71,9 +71,16 @@ def exact_anchor(case: Case, temperature: float = 1.0) -> Tensor:
     return torch.logsumexp(case.hidden_TH.double() @ case.head_VH.double().T / temperature, -1).float()
 
 
+# what a dtype rounds, and where, depends on no option but the entropy bonus, which is one of all terms
 @pytest.mark.usefixtures("many_parts")
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize(
+    ("options", "dtype"),
+    [
+        pytest.param(options, dtype, id=f"{name} {dtype}")
+        for name, options in OPTIONS.items()
+        for dtype in (DTYPES if name in ("paper", "all_terms") else DTYPES[:1])
+    ],
+)
 def test_split_rows_in_several_chunks_equal_float64(options: Options, dtype: torch.dtype):
     case = make_case(32, 24, 300, dtype, drift=0.5)
     main_grad = torch.zeros(case.head_VH.shape)  # float32: what the op computes, without a last rounding
@@ -111,10 +118,14 @@ ANCHORS = {
 }
 
 
+ENTROPY = Options(entropy_coef=0.1, kl_coef=0.2, temperature=0.7)
+
+
 @pytest.mark.usefixtures("many_parts")
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    "options", [Options(), Options(entropy_coef=0.1, kl_coef=0.2, temperature=0.7)], ids=["paper", "entropy"]
+    ("options", "dtype"),
+    [*((Options(), dtype) for dtype in DTYPES), (ENTROPY, torch.float32)],
+    ids=[*map(str, DTYPES), "entropy"],
 )
 @pytest.mark.parametrize("offsets", ANCHORS.values(), ids=ANCHORS)
 def test_no_anchor_changes_a_result(offsets: tuple[float, ...], options: Options, dtype: torch.dtype):

@@ -59,11 +59,15 @@ def same_bits(one: Tensor, other: Tensor) -> bool:
     return one.dtype == other.dtype and torch.equal(one.view(whole), other.view(whole))
 
 
-# patches of 14 and of 16 pixels in blocks of two are Qwen2-VL's and Qwen3-VL's; the interpreter takes its time
-@pytest.mark.parametrize(("impl", "num", "most"), [("cpu", 200, 700), ("reference", 200, 700), ("triton", 200, 84)])
+MOST = {"cpu": 700, "reference": 700, "triton": 84}  # pixels of a side; the interpreter takes its time
+MANY = [pytest.param(impl, 200, marks=pytest.mark.slow) for impl in MOST]
+
+
+# patches of 14 and of 16 pixels in blocks of two are Qwen2-VL's and Qwen3-VL's
+@pytest.mark.parametrize(("impl", "num"), [("cpu", 60), ("reference", 60), ("triton", 30), *MANY])
 @pytest.mark.parametrize(("patch", "numbers"), [(14, QWEN2), (16, QWEN3)], ids=["qwen2", "qwen3"])
-def test_random_sizes_are_those_of_the_image_processor(impl: Impl, num: int, most: int, patch: int, numbers: dict[str, Any]):
-    for index, (height, width) in enumerate(sizes(num // 2, 2 * patch, most)):
+def test_random_sizes_are_those_of_the_image_processor(impl: Impl, num: int, patch: int, numbers: dict[str, Any]):
+    for index, (height, width) in enumerate(sizes(num // 2, 2 * patch, MOST[impl])):
         image = picture(height, width)
         want = theirs(image, patch, 2, 2, **numbers)
         dtype = DTYPES[index % len(DTYPES)]

@@ -25,8 +25,9 @@ PACKS = {
 HEADS = [(4, 4, 8), (4, 2, 34), (6, 1, 64), (2, 1, 128), (2, 2, 5)]
 CASES = [
     *itertools.product(("cpu", "reference"), HEADS, PACKS),
-    # the interpreter takes its time: the other packs go through the same blocks
-    *itertools.product(("triton",), HEADS[1:], list(PACKS)[1:3]),
+    # the interpreter takes its time: the other packs go through the same blocks, and a size of heads needs no second pack
+    *itertools.product(("triton",), HEADS[1:], list(PACKS)[1:2]),
+    ("triton", (2, 2, 5), list(PACKS)[2]),
     *itertools.product(("triton",), [(2, 1, 34), (1, 1, 128)], ("blocks and tails of triton", "no sharing", "one token")),
 ]
 LIMITS = {torch.float32: 2e-6, torch.bfloat16: 2**-7}

@@ -5,6 +5,7 @@ Shape letters: T tokens, H hidden size, V vocabulary.
 
 from __future__ import annotations
 
+import functools
 import multiprocessing
 from collections import Counter
 from pathlib import Path
@@ -15,7 +16,7 @@ from contract import ranks
 from contract.cases import IMPLS, Chosen
 from contract.compare import SAME, check_gradient, check_head, relative
 from contract.ranks import LogprobOnRank, LossOnRank, LossRun
-from contract.truth import head_truth, loss_truth
+from contract.truth import LossTruth, head_truth, loss_truth
 from torch.multiprocessing.spawn import start_processes
 
 from metis_kernels import cpu_library_status
@@ -44,6 +45,13 @@ def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     return {size: [torch.load(folder / f"{size}_{r}.pt", weights_only=False) for r in range(size)] for size in SIZES}
 
 
+@functools.cache
+def alone_and_true(impl: Chosen, run: LossRun) -> tuple[LossOnRank, LossTruth]:
+    """What one process gives, and float64."""
+    case = ranks.edge_case(ranks.tokens(impl))
+    return ranks.shard_loss(case, run, None, slice(None)), loss_truth(case, ranks.OPTIONS[run.options])
+
+
 @pytest.mark.parametrize("size", SIZES)
 def test_sharded_log_probabilities_equal_one_process_and_float64(impl: Chosen, results: Ranks, size: int):
     case = ranks.edge_case(ranks.tokens(impl))
@@ -60,11 +68,8 @@ def test_sharded_log_probabilities_equal_one_process_and_float64(impl: Chosen, r
 
 @pytest.mark.parametrize("size", SIZES)
 def test_the_sharded_loss_equals_one_process_and_float64(impl: Chosen, results: Ranks, size: int):
-    case = ranks.edge_case(ranks.tokens(impl))
-    truth = {name: loss_truth(case, options) for name, options in ranks.OPTIONS.items()}
-    alone = {run: ranks.shard_loss(case, run, None, slice(None)) for run in ranks.loss_runs(impl, size)}
     for run in ranks.loss_runs(impl, size):
-        want = alone[run]
+        want, truth = alone_and_true(impl, run)
         got = [losses[run] for _, losses in results[size]]
         d_head = torch.cat([rank.d_head_VH for rank in got])
         d_hidden = [rank.d_hidden_TH for rank in got]
@@ -75,10 +80,10 @@ def test_the_sharded_loss_equals_one_process_and_float64(impl: Chosen, results: 
             assert relative(rank.logp_L, want.logp_L) <= SAME, run
             assert relative(rank.lse_L, want.lse_L) <= SAME, run
         assert relative(d_head, want.d_head_VH) <= SAME, run
-        check_gradient(f"dHead, {run}", d_head, truth[run.options].d_head_VH, torch.float32)
+        check_gradient(f"dHead, {run}", d_head, truth.d_head_VH, torch.float32)
         for d in d_hidden:
             assert relative(d, want.d_hidden_TH) <= SAME, run
-            check_gradient(f"dHidden, {run}", d, truth[run.options].d_hidden_TH, torch.float32)
+            check_gradient(f"dHidden, {run}", d, truth.d_hidden_TH, torch.float32)
 
 
 @pytest.mark.parametrize("size", SIZES[1:])

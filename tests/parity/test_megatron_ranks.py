@@ -16,6 +16,7 @@ import psutil
 import pytest
 import torch
 
+from metis_fast import cli
 from metis_fast.config import MegatronConfig
 from metis_fast.errors import CheckpointError, ConfigError, Interrupted, NonFiniteError, TrainerError
 from metis_fast.run.interrupt import Interrupts
@@ -202,6 +203,7 @@ def test_kill_9_of_a_rank_in_a_collective_operation_is_said_and_leaves_nothing(o
     assert not alive(pids)  # what the killed one had forked too
 
 
+@pytest.mark.slow
 def test_kill_9_of_a_rank_between_calls_is_said_by_the_next_one(own):
     ranks, pids = own
     os.kill(pids[1], signal.SIGKILL)
@@ -368,7 +370,10 @@ def test_a_wrong_key_is_turned_away_and_a_missing_rank_named(joining, tmp_path):
 
 @pytest.mark.parametrize(
     ("numbers", "problem"),
-    [(("0", "0"), "two ranks with number 0, on .* give each its own"), (("2",), "rank 2 of .* is not one of the layout's 2")],
+    [
+        (("0", "0"), "two ranks with number 0, on .* give each its own"),
+        pytest.param(("2",), "rank 2 of .* is not one of the layout's 2", marks=pytest.mark.slow),
+    ],
 )
 def test_a_number_twice_or_out_of_range_is_refused_on_both_sides(joining, tmp_path, numbers, problem):
     layout, join = joining
@@ -380,12 +385,14 @@ def test_a_number_twice_or_out_of_range_is_refused_on_both_sides(joining, tmp_pa
     assert all(code != 0 for _, code in ended)
 
 
-def test_the_verb_says_what_it_misses(joining):
-    _, join = joining
-    for process, message in (
-        (join("--wait", "0", METIS_RANK_KEY=""), "metis-fast: which rank is this? Give --rank N, or set RANK"),
-        (join("--rank", "0", METIS_RANK_KEY=""), "metis-fast: METIS_RANK_KEY is not set; give the run and all its ranks"),
-        (join("--rank", "0", "--wait", "0"), "metis-fast: no run at 127.0.0.1:"),
-    ):
-        _, err = process.communicate(timeout=100)
-        assert process.returncode == 2 and err.startswith(message), err
+def test_the_verb_says_what_it_misses(joining, monkeypatch, capsys):
+    layout, join = joining
+    for name in ("SLURM_PROCID", "RANK", "METIS_RANK_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    assert cli.main(["rank", "--join", layout.listen, "--wait", "0"]) == 2
+    assert capsys.readouterr().err.startswith("metis-fast: which rank is this? Give --rank N, or set RANK")
+    assert cli.main(["rank", "--join", layout.listen, "--rank", "0"]) == 2
+    assert capsys.readouterr().err.startswith("metis-fast: METIS_RANK_KEY is not set; give the run and all its ranks")
+    process = join("--rank", "0", "--wait", "0", METIS_RANK_KEY="the secret")
+    _, err = process.communicate(timeout=100)
+    assert process.returncode == 2 and err.startswith("metis-fast: no run at 127.0.0.1:"), err

@@ -23,7 +23,19 @@ out = llm.generate([{"prompt_token_ids": [5, 6, 7]}], vllm.SamplingParams(max_to
 print(len(out[0].outputs[0].token_ids))
 """
 
+# vLLM itself takes long to import; the folder is set before
+_FOLDER = """
+import contextlib, os, sys
+sys.modules["vllm"] = None
+from metis_fast.errors import EngineError
+from metis_fast.rollout.vllm import library
+with contextlib.suppress(EngineError):
+    library.load()
+print(os.environ["%s"])
+"""
 
+
+@pytest.mark.slow  # in quick tests sync_vllm_process.py is such a script
 def test_a_script_of_a_user_runs_vllm_on_an_empty_machine(tmp_path: Path) -> None:
     pytest.importorskip("vllm")
     build_tiny(tmp_path / "model", HEADS_OF_32, TEXTS * 5, seed=0)
@@ -42,9 +54,8 @@ def test_a_script_of_a_user_runs_vllm_on_an_empty_machine(tmp_path: Path) -> Non
 
 def test_code_that_was_compiled_for_other_instructions_is_not_found(tmp_path: Path) -> None:
     """torch's cache does not tell them apart: with AVX2 allowed and then not, vLLM died of what was there."""
-    pytest.importorskip("vllm")
     name = "TORCHINDUCTOR_CACHE_DIR"
-    script = f"import os; from metis_fast.rollout.vllm import library; library.load(); print(os.environ['{name}'])"
+    script = _FOLDER % name
     folders = {
         subprocess.run(
             [sys.executable, "-c", script],

@@ -123,6 +123,7 @@ def test_a_wrong_step_is_one_line_without_figures(folder, monkeypatch):
         images.step(folder, Request(WORK, 5, 1))
 
 
+@pytest.mark.slow  # test_bench_update_step.py has a quick one
 def test_a_process_that_dies_is_named(tmp_path):
     with pytest.raises(BenchError, match=r"the process of the step ended with code 1: .*policy"):
         images.step(tmp_path, Request(WORK, 5, 1))

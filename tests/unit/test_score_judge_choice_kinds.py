@@ -80,7 +80,7 @@ def letters_written(draw: st.DrawFn, letters: list[str]) -> str:
     return draw(st.sampled_from(LETTER_FORMS)).format(letters[0])
 
 
-@settings(max_examples=700)  # of three pairs each
+@settings(max_examples=200)  # of three pairs each
 @given(st.data())
 def test_choice_takes_every_spelling_of_the_letters_and_no_other_letters(data: st.DataObject) -> None:
     options = data.draw(questions())
@@ -115,7 +115,7 @@ SPOILT = (
 )
 
 
-@settings(max_examples=500)
+@settings(max_examples=200)
 @given(st.data())
 def test_choice_takes_no_letter_that_is_taken_back(data: st.DataObject) -> None:
     options = data.draw(questions())

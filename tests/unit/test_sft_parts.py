@@ -20,8 +20,8 @@ from metis_fast.model_folder import load_processor
 from metis_fast.pictures import ImagePreparer
 from metis_fast.sft.encoding import Encoder
 from metis_fast.sft.log import SftLog
-from metis_fast.train.processor import limited
 from metis_fast.sft.streams import Ahead, Conversations, Played, num_steps
+from metis_fast.train.processor import limited
 from metis_fast.types import Observation
 
 

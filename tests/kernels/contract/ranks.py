@@ -90,9 +90,13 @@ def anchors(case: Case, kind: str) -> Tensor | None:
 
 
 def loss_runs(impl: Chosen, size: int) -> list[LossRun]:
-    """Every option with every anchor, partial sums of dHidden, and several chunks."""
-    if size == 8:  # slow on few cores, and nothing but the edges of the shards is new
-        return [LossRun(impl, "paper", "given", reduce_hidden=True), LossRun(impl, "paper", "none", reduce_hidden=False)]
+    """On two ranks every option with every anchor, partial sums of dHidden, and several chunks."""
+    if size != 2:  # slow on few cores, and nothing but the edges of the shards is new
+        return [
+            LossRun(impl, "paper", "given", reduce_hidden=True),
+            LossRun(impl, "paper", "none", reduce_hidden=False),
+            *([] if size == 8 else [LossRun(impl, "all_terms", "bad", reduce_hidden=True)]),
+        ]
     runs = [LossRun(impl, options, anchor, reduce_hidden=True) for options in OPTIONS for anchor in ANCHORS]
     partial = [LossRun(impl, options, "given", reduce_hidden=False) for options in OPTIONS]
     return [*runs, *partial, LossRun(impl, "all_terms", "none", reduce_hidden=True, chunk=5)]
