@@ -84,8 +84,8 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """Bytes a rollout, pickled: of summaries, which come in; of jobs and of scores, which go to nodes, and of what ranks are told,
-    which go out."""
+    """Bytes a rollout, pickled: of summaries, which come in; of jobs and of scores, which go to nodes; of what ranks are
+    told."""
 
     summaries: float = 0.0
     jobs: float = 0.0

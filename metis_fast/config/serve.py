@@ -34,7 +34,8 @@ class ServeConfig(Section):
     """Name that requests call the model by; empty: that of the folder `model.path`."""
     system: OrNone[FilePath] = None
     """File with the agent's system text, used as it is; `{tools}` in it stands for the sections of the tools. An empty file: no
-    system text. Not set: a text in the form of the published rows, in words of ours."""
+    system text. A Parquet file, such as those of Metis-RL: the system message of its first row, to the letter. Not set: a text
+    in the form of the published rows, in words of ours."""
     client_system: Literal["before", "refuse"] = "before"
     """A system message of the client: `before` puts it in front of the agent's own text, `refuse` answers with an error."""
     tools: bool = True

@@ -49,6 +49,8 @@ def checked_letter(row: Row, options: Mapping[str, str], *names: str) -> str:
     Raises:
         MisfitError: it is none.
     """
+    if not options:
+        raise MisfitError("A", "options in columns A, B, ...", None)
     letter = row.text(*names).strip().strip("().").upper()
     if letter not in options:
         raise MisfitError(names[0], f"one of the letters {', '.join(options)}", row.text(*names))

@@ -12,8 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from metis_fast.errors import ConfigError, DataError
+from metis_fast.evaluate.asking import NA_WORDS
+from metis_fast.evaluate.benchmarks import find
 from metis_fast.evaluate.files.table import IMAGE_COLUMNS
 from metis_fast.evaluate.files.tsv import TsvTable
+from metis_fast.evaluate.promptset import asked_text
+from metis_fast.evaluate.question import Question
 from metis_fast.evaluate.replies import read_lines
 from metis_fast.evaluate.result import Stored
 
@@ -82,10 +86,15 @@ def _rows(stored: Stored, source: Path, rollout: int) -> tuple[list[str], Iterat
             reply = replies.get(index)
             said: list[object] = [FAILED, 0, "{}", "infrastructure_error"]
             if reply is not None:
-                said = [reply["prediction"], sum(reply["calls"].values()), json.dumps(reply["calls"]), reply["outcome"]]
+                said = [_kept(reply["prediction"]), sum(reply["calls"].values()), json.dumps(reply["calls"]), reply["outcome"]]
             yield [*(row.cells.get(column, "") for column in columns), *said]
 
     return [*columns, *_EXTRA], rows()
+
+
+def _kept(prediction: str) -> str:
+    """As pandas keeps it: it reads "" and "None" as missing, where VLMEvalKit's rules stop. They strip the blank."""
+    return f"{prediction} " if prediction in NA_WORDS else prediction
 
 
 def _write_tsv(path: Path, columns: Sequence[str], rows: Iterator[Sequence[object]]) -> None:
@@ -102,20 +111,33 @@ def _cell(value: object) -> object:
 
 def _write_xlsx(path: Path, columns: Sequence[str], rows: Iterator[Sequence[object]]) -> None:
     from openpyxl import Workbook
+    from openpyxl.cell import WriteOnlyCell
     from openpyxl.cell.cell import ILLEGAL_CHARACTERS_RE
 
     book = Workbook(write_only=True)
     sheet = book.create_sheet()
     sheet.append(list(columns))
+
+    def cell(value: object) -> object:
+        if not isinstance(value, str):
+            return value
+        made = WriteOnlyCell(sheet, ILLEGAL_CHARACTERS_RE.sub("", value)[:_XLSX_CELL])
+        made.data_type = "s"  # a text that begins with "=" would become a formula
+        return made
+
     for row in rows:
-        sheet.append([ILLEGAL_CHARACTERS_RE.sub("", cell)[:_XLSX_CELL] if isinstance(cell, str) else cell for cell in row])
+        sheet.append([cell(value) for value in row])
     book.save(path)
 
 
 def export_lmms_eval(stored: Sequence[Stored], out: Path, model: str, rollout: int = 0) -> list[Path]:
     """Write `<out>/<model>/<time>_results.json` and `<time>_samples_<benchmark>.jsonl`, which lmms-eval's viewers read.
 
-    A sample has each scorer's value under its name; null where there is no verdict.
+    A sample has each scorer's value under its name, null where there is no verdict, and under `score` the first one there is,
+    which lmms-eval compares runs by.
+
+    Raises:
+        DataError: the prompts of a benchmark are gone.
     """
     folder = out / model
     folder.mkdir(parents=True, exist_ok=True)
@@ -145,18 +167,35 @@ def _samples(stored: Stored, rollout: int) -> Iterator[Mapping[str, Any]]:
     for record in read_lines(stored.folder / "marks.jsonl"):
         if record["rollout"] == rollout:
             marks.setdefault(record["index"], {})[record["scorer"]] = record["value"]
-    replies = _replies(stored, rollout)
+    replies, asked = _replies(stored, rollout), _asked(stored)
     for number, (index, scores) in enumerate(marks.items()):
         reply = replies.get(index)
         if reply is None:
             continue
+        verdicts = [value for value in scores.values() if value is not None]
+        text, answer = asked[index]
         yield {
             "doc_id": number,
             "index": index,
+            "input": text,
+            "target": answer,
             "resps": [reply["text"]],
             "filtered_resps": reply["prediction"],
             "doc_hash": hashlib.sha256(f"{stored.benchmark}/{index}".encode()).hexdigest(),
             "token_counts": [{"output_tokens": reply["sampled_tokens"], "input_tokens": reply["prompt_tokens"]}],
             "num_tool_calls": sum(reply["calls"].values()),
+            **({"score": verdicts[0]} if verdicts else {}),
             **scores,
         }
+
+
+def _asked(stored: Stored) -> dict[str, tuple[str, str]]:
+    """Question -> its text as it was asked, and the true answer."""
+    prompts = stored.folder.parent / "prompts"
+    for path in sorted(prompts.glob(f"{stored.benchmark}-*/note.json")):
+        asked = json.loads(path.read_text(encoding="utf-8"))["asked"]
+        if asked.items() <= stored.result["settings"].items():
+            benchmark = find(stored.benchmark)
+            questions = [Question(**record) for record in read_lines(path.with_name("questions.jsonl"))]
+            return {one.index: (asked_text(benchmark, one, asked), one.answer) for one in questions}
+    raise DataError(f"{prompts}: expected the questions of {stored.benchmark} there, found none; run the benchmark again")

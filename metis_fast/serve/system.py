@@ -6,7 +6,9 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from metis_fast.errors import ConfigError
+from metis_fast.data.parquet import PromptFiles
+from metis_fast.data.row import BadRowError
+from metis_fast.errors import ConfigError, DataError
 from metis_fast.types import ToolName
 
 _MARK = "{tools}"
@@ -42,16 +44,15 @@ class SystemText:
 
     def __init__(self, path: Path | None) -> None:
         self._text: str | None = None
+        self._to_the_letter = path is not None and path.suffix == ".parquet"
         if path is not None:
-            try:
-                self._text = path.read_text(encoding="utf-8").strip()
-            except (OSError, UnicodeDecodeError) as error:
-                reason = error.strerror if isinstance(error, OSError) else "it is no UTF-8"
-                raise ConfigError(f"serve.system: cannot read {path}: {reason}; name a text file") from None
+            self._text = (_published if self._to_the_letter else _written)(path)
 
     def of(self, tools: Sequence[str]) -> str:
         """For an agent with these tools. Those that are not built in describe themselves (`tools.describe`)."""
         sections = _sections([tool for tool in tools if tool in _OFFERS])
+        if self._text is not None and self._to_the_letter:
+            return self._text
         if self._text is not None:
             return self._text.replace(_MARK, sections).strip()
         guidelines = "\n".join(f"{number}. {line}" for number, line in enumerate(_GUIDELINES, 1))
@@ -61,6 +62,28 @@ class SystemText:
         )
         parts = (_ROLE, sections, f"# Decision Guidelines\n{guidelines}" if tools else "", output)
         return "\n\n".join(part for part in parts if part)
+
+
+def _written(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is no UTF-8"
+        raise ConfigError(f"serve.system: cannot read {path}: {reason}; name a text file") from None
+
+
+def _published(path: Path) -> str:
+    """The system message of the first row, to the letter."""
+    try:
+        files = PromptFiles([path], any_style=True)
+        first = files.read(0).messages[0] if len(files) else None
+    except (BadRowError, DataError) as error:
+        raise ConfigError(f"serve.system: {error}") from None
+    if first is None or first.role != "system":
+        raise ConfigError(
+            f"serve.system: expected a first row of {path} that begins with a system message, found none; name another file"
+        )
+    return first.content
 
 
 def _sections(tools: Sequence[str]) -> str:

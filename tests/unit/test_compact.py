@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from dataclasses import fields
+from typing import Any
 
 import pytest
 
@@ -29,7 +30,7 @@ def test_it_comes_out_as_it_went_in(one: object, protocol: int) -> None:
 
 
 def test_every_field_is_an_argument() -> None:
-    kinds = Compact.__subclasses__()
+    kinds: list[Any] = Compact.__subclasses__()
     assert len(kinds) >= 9
     for kind in kinds:
         assert all(field.init and not field.kw_only for field in fields(kind)), kind

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from metis_fast.config import Config, ServeConfig
@@ -50,6 +52,23 @@ def test_a_system_text_of_ones_own_is_used_as_it_is(tmp_path: Path) -> None:
         SystemText(path)
     with pytest.raises(ConfigError, match=r"serve.system: cannot read .*; name a text file"):
         SystemText(tmp_path)
+
+
+def test_the_published_system_text_is_that_of_a_published_row(tmp_path: Path) -> None:
+    """To the letter, marks and blanks included."""
+    text = "Look {tools}.\n\n## python\n"
+    rows = [[{"role": "system", "content": text}, {"role": "user", "content": "How many?"}]] * 2
+    rest = {"data_source": ["x"] * 2, "ability": ["math"] * 2, "reward_model": [{"ground_truth": "1", "style": "rule"}] * 2}
+    path = tmp_path / "rl.parquet"
+    pq.write_table(pa.table(rest | {"prompt": rows, "extra_info": [{"index": "0"}] * 2}), path)
+    for tools in ([], ["python"]):
+        assert SystemText(path).of(tools) == text
+    pq.write_table(pa.table(rest | {"prompt": [row[1:] for row in rows], "extra_info": [{"index": "0"}] * 2}), path)
+    with pytest.raises(ConfigError, match=r"serve.system: expected a first row of .*rl.parquet that begins with a system"):
+        SystemText(path)
+    path.write_bytes(b"PAR1")
+    with pytest.raises(ConfigError, match=r"serve.system: .*rl.parquet"):
+        SystemText(path)
 
 
 @pytest.mark.parametrize(
