@@ -7,7 +7,7 @@ import dataclasses
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from metis_fast.data.command import AddVerb
     from metis_fast.evaluate.benchmark import Benchmark
     from metis_fast.evaluate.files.reading import QuestionSet
+    from metis_fast.evaluate.question import Images, Question
 
 _MOST_SHOWN = 20  # bad rows, for people
 
@@ -34,7 +35,9 @@ def add_verbs(benchmark: argparse._SubParsersAction, verb: AddVerb) -> None:
     sub.add_argument("files", type=Path, nargs="+", metavar="FILE", help="files, or folders of them")
     sub.add_argument("--benchmark", metavar="NAME", help="that all files are of; default: by the names of the files")
     sub.add_argument("--any-md5", action="store_true", help="take files whose MD5 is not a published one")
-    sub.add_argument("--no-images", action="store_true", help="do not open the images, which takes as long as reading the file")
+    sub.add_argument(
+        "--no-images", action="store_true", help="do not decode the images, which takes longer than reading the file"
+    )
     sub.add_argument("--json", action="store_true", help="print the result as one JSON object")
     add_running_verbs(benchmark, verb)
     sub = verb(benchmark, "standin", _standin, "Write small files in the published forms, to rehearse before a download.")
@@ -115,18 +118,23 @@ def _plain(name: str) -> str:
 
 
 def _bad_images(found: QuestionSet, progress: bool) -> list[str]:
-    """What is wrong with images, each of which is opened; questions about one picture open it once."""
+    """What is wrong with images, each of which is decoded; questions of one row read them once."""
+    from metis_fast.evaluate.files.images import decoded
+
     problems: list[str] = []
-    last = None
-    bar = tqdm(found.questions, desc="images", unit="row", disable=None if progress else True, leave=False)
-    for question in bar:
-        if question.load_images is last:
-            continue
-        last = question.load_images
-        try:
-            question.images()
-        except DataError as error:
-            problems.append(str(error))
+
+    def loaded() -> Iterator[tuple[Question, Images]]:
+        last = None
+        for question in tqdm(found.questions, desc="images", unit="row", disable=None if progress else True, leave=False):
+            if question.load_images is last:
+                continue
+            last = question.load_images
+            try:
+                yield question, question.images()
+            except DataError as error:
+                problems.append(str(error))
+
+    problems += [str(damage) for _, _, damage in decoded(loaded()) if damage]
     return problems
 
 
@@ -147,7 +155,8 @@ def _as_text(found: QuestionSet, bad: Sequence[str]) -> str:
     clusters = len({question.cluster for question in found.questions})
     lines.append(f"{found.benchmark.title}: {len(found.questions)} questions, {clusters} independent ones")
     for file in found.files:
-        known = f"the published {file.known}" if file.known else "no published MD5"
+        published = any(one.md5 for one in found.benchmark.files)
+        known = f"the published {file.known}" if file.known else "not a published one" if published else "none is published"
         lines.append(f"  {file.path}: {file.rows} rows, MD5 {file.md5} ({known})")
     for tag in sorted({tag for question in found.questions for tag in question.tags}):
         values = Counter(question.tags[tag] for question in found.questions if tag in question.tags)

@@ -14,7 +14,7 @@ from typing import Any
 from metis_fast.config import Config, deciding
 from metis_fast.errors import ConfigError
 from metis_fast.evaluate.promptset import PromptSet
-from metis_fast.evaluate.replies import Reply, ReplyFile, line, read_lines, write_whole
+from metis_fast.evaluate.replies import Reply, ReplyFile, line, write_whole
 from metis_fast.run.fleet import Fleet
 from metis_fast.summary import Job
 from metis_fast.train.protocol import GroupsLost
@@ -195,13 +195,3 @@ def _append(path: Path, text: str) -> None:
     if text:
         with path.open("a", encoding="utf-8") as file:
             file.write(text)
-
-
-def seconds_of(folder: Path) -> dict[str, float]:
-    """Seconds that playing took, over all its sessions, and seconds in tools, over all rollouts."""
-    last: dict[str, float] = {}
-    tool_s = 0.0
-    for record in read_lines(folder / "times.jsonl", mend=True):
-        last[record["session"]] = max(last.get(record["session"], 0.0), record["at_s"])
-        tool_s += record["tool_s"]
-    return {"playing": round(sum(last.values()), 3), "in_tools": round(tool_s, 3)}

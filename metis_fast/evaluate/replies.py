@@ -162,3 +162,13 @@ def write_whole(path: Path, text: str) -> None:
         scratch.replace(path)
     finally:
         scratch.unlink(missing_ok=True)
+
+
+def seconds_of(folder: Path) -> dict[str, float]:
+    """Seconds that playing took, over all its sessions, and seconds in tools, over all rollouts."""
+    last: dict[str, float] = {}
+    tool_s = 0.0
+    for record in read_lines(folder / "times.jsonl", mend=True):
+        last[record["session"]] = max(last.get(record["session"], 0.0), record["at_s"])
+        tool_s += record["tool_s"]
+    return {"playing": round(sum(last.values()), 3), "in_tools": round(tool_s, 3)}

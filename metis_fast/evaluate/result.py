@@ -8,15 +8,17 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from metis_fast.config import Config
 from metis_fast.errors import DataError, one_line
 from metis_fast.evaluate.aggregates import mean, reasons, units_of
-from metis_fast.evaluate.playing import Table, seconds_of
 from metis_fast.evaluate.question import Mark, Question
-from metis_fast.evaluate.replies import Reply, line, read_lines, write_whole
+from metis_fast.evaluate.replies import Reply, line, read_lines, seconds_of, write_whole
 from metis_fast.score.protocol import Cost
+
+if TYPE_CHECKING:
+    from metis_fast.evaluate.playing import Table  # whose engines a reader of results does not import
 
 Json = dict[str, Any]
 _MOST_TOOLS = 20  # names of tools, as the agent spelt them

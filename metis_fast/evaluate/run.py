@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import closing
+from functools import cache
+from pathlib import Path
 
 from metis_fast.config import Config
 from metis_fast.evaluate.judging import LlmJudges, check_settings, judges_of, rule_marks, rules_of, without_reply
@@ -13,11 +16,14 @@ from metis_fast.evaluate.playing import Play, Table, open_table
 from metis_fast.evaluate.promptset import PromptSet, prepare
 from metis_fast.evaluate.question import Mark
 from metis_fast.evaluate.result import Json, write_result
+from metis_fast.model_folder import check_model_folder
+from metis_fast.own_folder import OwnFolder
 from metis_fast.report.progress import progress
 from metis_fast.run.assembly import open_parts
 from metis_fast.run.fleet import Fleet
 from metis_fast.run.interrupt import Interrupts
 from metis_fast.score.protocol import Cost
+from metis_fast.tools import open_toolbox
 
 
 def run_benchmarks(config: Config, keys: Sequence[str] = ()) -> dict[str, Json]:
@@ -32,11 +38,13 @@ def run_benchmarks(config: Config, keys: Sequence[str] = ()) -> dict[str, Json]:
     """
     keys = tuple(keys) or tuple(config.benchmark.files)
     check_settings(config, keys)
-    sets = [prepare(config, key, config.log.progress) for key in keys]
+    check = cache(lambda: _check_player(config))
+    sets = [prepare(config, key, config.log.progress, check) for key in keys]
     tables = open_tables(config, sets)
     results: dict[str, Json] = {}
     with Interrupts() as interrupts:
         if any(table.replies.missing() for table in tables):
+            _check_judge(config, tables, interrupts)
             alone = _playing(config)
             with open_parts(alone, interrupts, training=False, benchmarks=[one.parquet for one in sets]) as parts:
                 for table in tables:
@@ -67,6 +75,33 @@ def _playing(config: Config) -> Config:
     data = config.data.model_copy(update={"train": (), "heldout": ()})
     update = {"workers": workers, "tools": tools, "score": score, "data": data}
     return config.model_copy(update=update)
+
+
+def _check_player(config: Config) -> None:
+    """The model's folder, and the tools where they run here: files of gigabytes are not read for what cannot be played.
+
+    Raises:
+        ModelError, ToolSetupError: they cannot be used.
+    """
+    check_model_folder(config.model.path)
+    tools = _playing(config).tools
+    if config.workers.launcher == "local" and tools.replay is None and not tools.server.url:
+        scratch = OwnFolder(Path(tempfile.gettempdir()), "metis-tools-")
+        with closing(scratch):
+            open_toolbox(tools.model_copy(update={"own": (), "mcp": ()}), scratch.path).close()
+
+
+def _check_judge(config: Config, tables: Sequence[Table], interrupts: Interrupts) -> None:
+    """Whether it is there, as it is asked only after all has been played.
+
+    Raises:
+        JudgeError: it does not answer as a judge.
+    """
+    for table in tables:
+        if judges_of(config, table.prompt_set.benchmark):
+            with closing(LlmJudges(config, table.prompt_set.benchmark, table.folder)) as llm:
+                interrupts.run(llm.check())
+            return  # all benchmarks have the same one
 
 
 def play(config: Config, fleet: Fleet, table: Table, interrupts: Interrupts) -> None:
@@ -121,7 +156,7 @@ def summary(results: Mapping[str, Json]) -> str:
         rate, failed = result["tool_rate"]["value"], result["infrastructure_failures"]["num"]
         used = "-" if rate is None else f"{100 * rate:.1f} %"
         broken = f"; {failed} replies are missing, as tools or engines failed: run the same command again" if failed else ""
-        lines.append(f"{key:20} tools used in {used} of {result['replies']} replies{broken}")
+        lines.append(f"{key:20} tools called in {used} of {result['replies']} replies{broken}")
         lines += [f"{key:20} warning: {warning}" for warning in result["warnings"]]
     return "\n".join(lines)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import subprocess
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,6 +18,7 @@ from jobs import Job
 from metis_fast.evaluate.benchmarks import BENCHMARKS
 from metis_fast.evaluate.replies import read_lines
 from metis_fast.evaluate.standin import Files, write_standins
+from metis_fast.run.folder import held
 
 Json = dict[str, Any]
 
@@ -181,3 +183,29 @@ def test_two_nodes_on_ray_give_the_bytes_of_one_process(
     for name in ("replies.jsonl", "marks.jsonl"):
         place = Path("benchmarks", "hrbench4k", name)
         assert (tmp_path / "ray" / place).read_bytes() == (tmp_path / "run" / place).read_bytes(), name
+
+
+def test_a_full_disk_and_a_second_process_are_one_line_and_nothing_is_lost(
+    standins: dict[str, Files], settings: Callable[..., Path], tmp_path: Path
+) -> None:
+    config = settings(tsv(standins, "vstar"), benchmark={"max_questions": 0})
+    command = ["benchmark", "run", config]
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8k", "tmpfs", disk], capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"cannot mount a small disk here: {done.stderr.strip()}")
+    try:
+        told = error_line(run([*command, f"run.dir={disk / 'run'}"], tmp_path / "no-room"))
+        assert "No space left" in told and "free some space" in told
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "remount,size=8m", "tmpfs", disk], check=True)
+        with held(disk / "run"):
+            told = error_line(run([*command, f"run.dir={disk / 'run'}"], tmp_path / "second"))
+        assert "another process is running in" in told
+        succeed([*command, f"run.dir={disk / 'run'}"], tmp_path / "rest")
+        succeed(command, tmp_path / "elsewhere")
+        for name in ("replies.jsonl", "marks.jsonl"):
+            place = Path("benchmarks", "vstar", name)
+            assert (disk / "run" / place).read_bytes() == (tmp_path / "run" / place).read_bytes(), name
+    finally:
+        subprocess.run(["umount", "--lazy", disk], check=False, capture_output=True)

@@ -85,11 +85,44 @@ def test_an_image_may_be_the_index_of_another_row_before_or_behind(tmp_path: Pat
     assert {image.data for row in found for image in row.load_images()} == {NOISE}
 
 
+def test_rows_that_repeat_an_image_share_its_cluster(tmp_path: Path):
+    """Errors are clustered by picture, and MME-RealWorld's files have the same one in each row that asks about it."""
+    other = base64.b64encode(encoded("noise", (50, 40))).decode()
+    path = rows_of(tmp_path / "a.tsv", {}, {"image": other}, {}, {"image": "2"})
+    assert [question.cluster for question in read(VSTAR, [path], any_md5=True).questions] == ["0", "1", "0", "0"]
+    row = {
+        "question": "q",
+        "multi-choice options": ["(A) one"],
+        "answer": "A",
+        "category": "Perception/OCR",
+        "l2-category": "x",
+    }
+    rows = [{"index": at, "image": image, **row} for at, image in enumerate((TEXT, other, TEXT))]
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    questions = read(BENCHMARKS["mme-realworld"], [tmp_path / "a.json"]).questions
+    assert [question.cluster for question in questions] == ["0", "1", "0"]
+    assert [question.images()[0].data == NOISE for question in questions] == [True, False, True]
+
+
 def test_an_image_cell_may_be_a_list_of_images(tmp_path: Path):
     second = base64.b64encode(RED).decode()
     path = rows_of(tmp_path / "a.tsv", {"image": str([TEXT, second])}, {"image": json.dumps([TEXT])})
     assert images(path) == [NOISE, RED]
     assert images(path, 1) == [NOISE]
+
+
+def test_base64_in_lines_or_in_the_other_alphabet_is_read(tmp_path: Path):
+    lines = "\n".join(TEXT[at : at + 76] for at in range(0, len(TEXT), 76))
+    other = TEXT.replace("+", "-").replace("/", "_")
+    path = rows_of(tmp_path / "a.tsv", {"image": lines}, {"image": other}, {"image": f"data:image/png;base64,{TEXT}"})
+    assert [images(path, row) for row in range(3)] == [[NOISE]] * 3
+
+
+def test_options_of_any_script_and_null_characters_are_text(tmp_path: Path):
+    change: dict[str, object] = {"question": "a\0b", "A": "🙂 Ünï", "B": "\u202eabc\u200b"}
+    (question,) = read(VSTAR, [rows_of(tmp_path / "a.tsv", change)], any_md5=True).questions
+    assert question.question == "a\0b"
+    assert question.options == {"A": "🙂 Ünï", "B": "\u202eabc\u200b"}
 
 
 def test_an_image_path_is_looked_for_beside_the_file(tmp_path: Path):
@@ -107,6 +140,11 @@ def test_an_image_path_is_looked_for_beside_the_file(tmp_path: Path):
         ({"image": "pictures/gone.png"}, ("row 1", "path of a file")),
         ({"image": ""}, ("row 1", "expected an image, got null")),
         ({"answer": "E"}, ("row 1", "letters A, B", "'E'")),
+        ({"answer": "А"}, ("row 1", "letters A, B", "'А'")),  # Cyrillic
+        ({"A": "", "B": ""}, ("row 1", "options in columns A, B")),
+        ({"image": "1"}, ("row 1", "'1'", "index of another row")),  # itself
+        ({"image": TEXT[:100] + "\0" * 40 + TEXT[140:]}, ("row 1", "base64")),
+        ({"index": " "}, ("row 1", "expected an index, got none")),
         ({"category": ""}, ("row 1", "category")),
     ],
 )
@@ -213,6 +251,12 @@ def test_json_lists_stream_through_small_buffers(tmp_path: Path, monkeypatch: py
         path.write_text(text[: len(text) * 2 // 3], encoding="utf-8")
         with pytest.raises(DataError, match="get it again"):
             JsonTable(path)
+    rest = json.dumps(rows)
+    for text in (rest + rest, rest + "x", "[" * 100_000, rest.replace("0", "9" * 5000, 1)):
+        path.with_suffix(".json").write_text(text, encoding="utf-8")
+        with pytest.raises(DataError) as caught:
+            JsonTable(path.with_suffix(".json"))
+        assert "one list a file" in str(caught.value) or "get it again" in str(caught.value)
     path.write_text('{"a": 1}', encoding="utf-8")
     with pytest.raises(DataError, match=r"lines.jsonl|expected a list"):
         JsonTable(path.rename(tmp_path / "no_list.json"))
@@ -249,6 +293,13 @@ def test_a_cut_parquet_file_is_one_line(tmp_path: Path):
     path.write_bytes(path.read_bytes()[:-9])
     with pytest.raises(DataError, match="not a Parquet file that can be read"):
         ParquetTable(path)
+
+
+def test_half_a_character_is_no_text(tmp_path: Path):
+    row = {**ROW, "question": "half \ud800", "multi-choice options": ["(A) one", "(B) two"], "l2-category": "ocr"}
+    (tmp_path / "a.json").write_text(json.dumps([row | {"category": "Perception/OCR"}]))
+    with pytest.raises(DataError, match=r"row 0, column question: expected Unicode text"):
+        read(BENCHMARKS["mme-realworld"], [tmp_path / "a.json"])
 
 
 def test_folders_stand_for_their_files_of_one_form(tmp_path: Path):

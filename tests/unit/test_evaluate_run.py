@@ -31,6 +31,7 @@ from metis_fast.rollout.chat import Chat
 from metis_fast.run.fleet import Fleet
 from metis_fast.run.interrupt import Interrupts
 from metis_fast.score.judge import open_judge
+from metis_fast.standin import write_standin
 from metis_fast.testing.fakes import FakeEngine, FakeToolbox
 from metis_fast.testing.judge import JudgeServer, Reply, completion, serving
 from metis_fast.types import Observation
@@ -164,6 +165,19 @@ def test_prompts_are_written_once_and_again_when_they_would_differ(config: Calla
     assert prepare(config(), "vstar", progress=False).parquet.stat().st_size == made.parquet.stat().st_size
     with pytest.raises(ConfigError, match=r"benchmark\.prompt='other': vstar has vlmeval"):
         prepare(config(prompt="other"), "vstar", progress=False)
+
+
+def test_the_published_system_text_stands_before_each_question(config: Callable[..., Config], tmp_path: Path) -> None:
+    """As training has it, whatever the protocol; `system: none` leaves it out."""
+    published = write_standin(tmp_path / "standin", 2, (32, 32)).rl / "data" / "train-00000-of-00002.parquet"
+    text = PromptFiles([published], any_style=True).read(0).messages[0].content
+    own = config(rollout={"protocol": "metis"})
+    own = own.model_copy(update={"serve": own.serve.model_copy(update={"system": published})})
+    prompts = PromptFiles([prepare(own, "vstar", progress=False).parquet], any_style=True)
+    assert len(text) > 500 and [prompts.read(row).messages[0].content for row in range(N)] == [text] * N
+    none = own.model_copy(update={"benchmark": own.benchmark.model_copy(update={"system": "none"})})
+    plain = PromptFiles([prepare(none, "vstar", progress=False).parquet], any_style=True)
+    assert [message.role for message in plain.read(0).messages] == ["user"]
 
 
 def test_image_marks_in_a_question_are_text(config: Callable[..., Config], vstar: Path, tmp_path: Path) -> None:
@@ -313,13 +327,14 @@ def test_exports_have_every_column_but_the_image(
     assert json.loads(results.read_text())["results"]["vstar"]["rule,none"] == 1.0
     logged = read_lines(samples)
     assert [sample["filtered_resps"] for sample in logged][:2] == answers(vstar)[:2] and logged[0]["rule"] == 1.0
+    assert logged[0]["score"] == 1.0 and logged[0]["target"] == answers(vstar)[0] and asked[0]["question"] in logged[0]["input"]
 
 
 def test_treebench_is_exported_as_xlsx(config: Callable[..., Config], policy: Policy, chat: Chat, tmp_path: Path) -> None:
-    files = write_standins(tmp_path / "files", ["treebench"], count=2, pixels=(32, 32))["treebench"].tsv
+    files = write_standins(tmp_path / "files", ["treebench"], count=3, pixels=(32, 32))["treebench"].tsv
     own = config(files={"treebench": files}, tools="off", system="none")
     prompts = prepare(own, "treebench", progress=False)
-    engine = Engine(policy.tokenizer, [["<answer>A\x07</answer><|im_end|>"]] * 2)
+    engine = Engine(policy.tokenizer, [[f"<answer>{said}</answer><|im_end|>"] for said in ("A\x07", "=B", "")])
     parts = {"benchmark": PromptFiles([prompts.parquet], any_style=True)}
     judge = open_judge(own.score, ())
     node = Node(0, own, chat, engine, FakeToolbox(), judge, parts, policy.images.broken, InMemory())  # type: ignore[arg-type]
@@ -336,6 +351,6 @@ def test_treebench_is_exported_as_xlsx(config: Callable[..., Config], policy: Po
     from openpyxl import load_workbook
 
     (path,) = export_vlmeval(stored, tmp_path / "kit", "mine")
-    head, *rows = load_workbook(path).worksheets[0].iter_rows(values_only=True)
+    head, *rows = load_workbook(path, data_only=True).worksheets[0].iter_rows(values_only=True)
     assert path.name == "mine_TreeBench.xlsx" and "image" not in head
-    assert [dict(zip(head, row, strict=True))["prediction"] for row in rows] == ["A", "A"]
+    assert [dict(zip(head, row, strict=True))["prediction"] for row in rows] == ["A", "=B", " "]

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from metis_fast.errors import DataError, one_line
 from metis_fast.evaluate.files.images import images_of
-from metis_fast.evaluate.files.table import IMAGE_COLUMNS, LONG, Row, misfit_in
+from metis_fast.evaluate.files.table import IMAGE_COLUMNS, LONG, Row, first_with, misfit_in
 from metis_fast.evaluate.question import Images
 
 _CHUNK = 1 << 20
@@ -37,6 +37,8 @@ class JsonTable:
     def __init__(self, path: Path, progress: bool = False) -> None:
         self.path = path
         self._rows: list[tuple[int, int, dict[str, object], str]] = []  # place, bytes, texts, image where it is a short text
+        self._by_image: dict[bytes, int] = {}
+        self._first: dict[int, int] = {}  # row with an image in it -> the first one with the same
         digest = hashlib.md5(usedforsecurity=False)
         try:
             total, hidden = path.stat().st_size, None if progress else True  # None: only on a terminal
@@ -67,8 +69,8 @@ class JsonTable:
             if line.strip():
                 try:
                     yield place, len(line), json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise DataError(f"{self.path}, row {len(self._rows)}: {one_line(error)}; {_AGAIN}") from None
+                except (ValueError, RecursionError) as error:  # also a number of thousands of digits
+                    raise self._damaged(error) from None
             place += len(line)
 
     def _list(self, file: BinaryIO) -> Iterator[tuple[int, int, object]]:
@@ -83,6 +85,8 @@ class JsonTable:
         while True:
             text = text[at:]
             if text.startswith("]"):
+                if start[0].lstrip("\ufeff").startswith("[") and (text[1:].strip() or file.read(_CHUNK).strip()):
+                    raise DataError(f"{self.path}: expected nothing behind the list of rows, got more; give one list a file")
                 return
             try:
                 value, at = parse(text)
@@ -91,10 +95,12 @@ class JsonTable:
                 want = max(_CHUNK, len(text))
                 chunk = file.read(want)
                 if not chunk and ended:
-                    raise DataError(f"{self.path}, row {len(self._rows)}: {one_line(error)}; {_AGAIN}") from None
+                    raise self._damaged(error) from None
                 ended = not chunk
                 text, at = text + decode(chunk, final=ended), 0
                 continue
+            except (ValueError, RecursionError) as error:
+                raise self._damaged(error) from None
             length = len(text[:at].encode())
             yield place, length, value
             while (gap := _BETWEEN.match(text, at)) is not None:
@@ -103,6 +109,9 @@ class JsonTable:
                     break
                 text += decode(chunk)
             place += len(text[:at].encode())
+
+    def _damaged(self, error: Exception) -> DataError:
+        return DataError(f"{self.path}, row {len(self._rows)}: {one_line(error)}; {_AGAIN}")
 
     def _image(self, row: dict[str, object]) -> str | None:
         return next((name for name in IMAGE_COLUMNS if name in row), None)
@@ -121,12 +130,15 @@ class JsonTable:
             else:
                 self._inline = name
                 del texts[name]
+                if isinstance(cell, str):
+                    self._first[len(self._rows)] = first_with(cell, len(self._rows), self._by_image)
         self._rows.append((place, length, texts, image))
 
     def rows(self) -> Iterator[Row]:
         """All rows; their images are read when they are asked for."""
         for number, (_, _, texts, image) in enumerate(self._rows):
-            picture = image or str(texts.get("index", number))
+            owner = self._first.get(number, number)
+            picture = image or str(self._rows[owner][2].get("index", owner))
             yield Row(self.path, number, texts, picture, lambda number=number: self._images(number))
 
     def _images(self, number: int) -> Images:

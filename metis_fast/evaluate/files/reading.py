@@ -24,6 +24,9 @@ _FORMS: dict[str, Callable[[Path, bool], Table]] = {
 }
 
 
+_LFS = b"version https://git-lfs.github.com/spec/"
+
+
 @dataclass(frozen=True, slots=True)
 class FileFacts:
     """What a result says of a file that it was made with. known: the published file with this MD5, "" if it is none."""
@@ -71,6 +74,7 @@ def inspect(benchmark: Benchmark, paths: Sequence[Path], any_md5: bool = False, 
     warnings: list[str] = []
     places: dict[str, str] = {}
     for path in expand(paths):
+        _check_file(path)
         table = _FORMS[path.suffix](path, progress)
         known = _known(benchmark, table, any_md5, warnings)
         _check_columns(benchmark, table)
@@ -81,6 +85,7 @@ def inspect(benchmark: Benchmark, paths: Sequence[Path], any_md5: bool = False, 
                 if benchmark.needs_image and not row.picture:
                     raise MisfitError("image", "an image", None)
                 made = benchmark.questions(row)
+                _check_text(made)
             except MisfitError as error:
                 bad.append(BadRow(str(path), row.number, error.column, error.expected, error.got))
                 continue
@@ -124,6 +129,30 @@ def _in_folder(folder: Path) -> list[Path]:
     raise DataError(f"{folder}: expected files that end in {', '.join(_FORMS)} in this folder, found none; name the files")
 
 
+def _check_file(path: Path) -> None:
+    """One that does not exist is found when it is read."""
+    if path.exists() and not path.is_file():
+        raise DataError(f"{path}: expected a file, got a device or a pipe; save what comes from it first")
+    if path.is_file():
+        with path.open("rb") as file:
+            if file.read(len(_LFS)) == _LFS:
+                raise DataError(f"{path} is a git-lfs pointer and not the file itself; run `git lfs pull` in its repository")
+
+
+def _check_text(questions: Iterable[Question]) -> None:
+    """JSON can spell half of a character, which no file can hold.
+
+    Raises:
+        MisfitError: a text has one.
+    """
+    for question in questions:
+        for name, text in (("index", question.index), ("question", question.asked), ("answer", question.answer)):
+            try:
+                text.encode()
+            except UnicodeEncodeError as error:
+                raise MisfitError(name, "Unicode text", f"{show(text)}: {error.reason}") from None
+
+
 def _check_own_index(question: Question, row: Row, places: dict[str, str]) -> None:
     place = f"{row.file}, row {row.number}"
     if (other := places.setdefault(question.index, place)) != place:
@@ -153,7 +182,7 @@ def _known(benchmark: Benchmark, table: Table, any_md5: bool, warnings: list[str
         return None
     raise DataError(
         f"{table.path}: expected MD5 {wanted}, got {table.md5}; get it again from {candidates[0].source}, or take it as it is "
-        "(--any-md5)"
+        "(benchmark check --any-md5, benchmark run any_md5=true)"
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import hashlib
 import json
 import math
 import reprlib
@@ -134,6 +135,11 @@ def spelt(text: str) -> object:
         except (ValueError, SyntaxError, RecursionError):
             continue
     return text
+
+
+def first_with(image: str, number: int, seen: dict[bytes, int]) -> int:
+    """The first row that has this image, as base64: many files repeat it in each row that shows it. seen: so far."""
+    return seen.setdefault(hashlib.sha256(image.encode(errors="surrogatepass")).digest(), number)
 
 
 def show(value: object) -> str:

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from metis_fast.data.row import MisfitError
 from metis_fast.errors import DataError, one_line
 from metis_fast.evaluate.files.images import images_of
-from metis_fast.evaluate.files.table import IMAGE_COLUMNS, LONG, Row, misfit_in, show
+from metis_fast.evaluate.files.table import IMAGE_COLUMNS, LONG, Row, first_with, misfit_in, show
 from metis_fast.evaluate.question import Images
 
 _LONGEST_CELL = 1 << 30  # characters; csv's own limit is 128 Ki
@@ -82,6 +82,8 @@ class TsvTable:
         # place, texts, image cell where it is a short one ("": it is an image, None: there is nothing)
         self._rows: list[tuple[int, dict[str, object], str | None]] = []
         self._by_index: dict[str, int] = {}
+        self._by_image: dict[bytes, int] = {}
+        self._repeats: dict[int, int] = {}  # row -> the first one with the same image
         reader = csv.reader(lines, delimiter="\t")
         self.columns = next(reader, [])
         if len(self.columns) < 2 or len(set(self.columns)) < len(self.columns):
@@ -102,18 +104,23 @@ class TsvTable:
         texts: dict[str, object] = dict(zip(self.columns, cells, strict=True))
         image = str(texts.pop(self._image)) if self._image else ""
         index = str(texts.get("index", number))
+        if not index.strip():
+            raise DataError(f"{self.path}, row {number}: expected an index, got none; number the rows")
         if index in self._by_index:
             raise DataError(
                 f"{self.path}, row {number}: expected an index of its own, got {show(index)} as in row "
                 f"{self._by_index[index]}; number the rows"
             )
         self._by_index[index] = number
+        if len(image) > LONG and (first := first_with(image, number, self._by_image)) != number:
+            self._repeats[number] = first
         self._rows.append((place, texts, "" if len(image) > LONG else image.strip() or None))
 
     def rows(self) -> Iterator[Row]:
         """All rows; their images are read when they are asked for."""
         for number, (_, texts, image) in enumerate(self._rows):
             owner = self._by_index.get(image, number) if image and len(image) <= _REFERENCE else number
+            owner = self._repeats.get(owner, owner)
             picture = "" if image is None else str(self._rows[owner][1].get("index", owner))
             yield Row(self.path, number, texts, picture, lambda number=number: self._images(number))
 
