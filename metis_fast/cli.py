@@ -23,11 +23,14 @@ from typing import Any
 
 from metis_fast import __version__
 from metis_fast import config as config_module
+from metis_fast.ablate.command import add_arguments as add_ablate_arguments
 from metis_fast.config import Config
 from metis_fast.data.command import add_verbs as add_data_verbs
 from metis_fast.errors import ConfigError, Interrupted, MetisError
 from metis_fast.evaluate.command import add_verbs as add_benchmark_verbs
 from metis_fast.plan.arguments import add_plan_arguments
+from metis_fast.profiling.arguments import add_arguments as add_profile_arguments
+from metis_fast.report.command import add_arguments as add_report_arguments
 from metis_fast.run.folder import held
 from metis_fast.score.command import add_verbs as add_judge_verbs
 from metis_fast.tools.server.command import add_verbs as add_tool_verbs
@@ -43,7 +46,7 @@ _EPILOG = """examples:
   metis-fast doctor my.yaml                             what would stop this job before its first step?
   metis-fast rehearse my.yaml                           does its whole path work, on a tiny model and stand-in data?
 Exit codes: 0 done; 1 a check found something (data check, benchmark check and run, judge, sft --check, doctor, rehearse, plan,
-bench); 2 something that you can mend (one line on stderr says what); 130 stopped, state saved.
+bench), or a run of ablate failed; 2 something that you can mend (one line on stderr says what); 130 stopped, state saved.
 Settings are read from a YAML file that holds only what differs from the defaults; `metis-fast config` lists them all."""
 
 
@@ -194,16 +197,28 @@ def _serve(args: argparse.Namespace) -> int:
 
 
 def _report(args: argparse.Namespace) -> int:
-    from metis_fast.report.html import write_report
+    from metis_fast.report import command
 
-    path = write_report(args.run_dir)
-    print(json.dumps({"report": str(path)}) if args.json else path)
-    return 0
+    return command.run(args)
 
 
 def _view(args: argparse.Namespace) -> int:
     from metis_fast.view import command
 
+    return command.run(args)
+
+
+def _ablate(args: argparse.Namespace) -> int:
+    from metis_fast.ablate import command
+
+    _quiet()
+    return command.run(args)
+
+
+def _profile(args: argparse.Namespace) -> int:
+    from metis_fast.profiling import command
+
+    _quiet()
     return command.run(args)
 
 
@@ -321,13 +336,16 @@ def build_parser() -> argparse.ArgumentParser:
     add_tool_verbs(verbs.add_parser("tools", help=text).add_subparsers(required=True, metavar="VERB"), verb)
     text = "Try a judge on labelled examples, or judge a run's rollouts again."
     add_judge_verbs(verbs.add_parser("judge", help=text).add_subparsers(required=True, metavar="VERB"), verb)
-    sub = verb(verbs, "report", _report, "Write report.html of a run folder.")
-    sub.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="of train, sft or demo (run.dir)")
-    sub.add_argument("--json", action="store_true", help="print the result as one JSON object")
+    text = "Write report.html of a run folder, or the page of runs as one file (--out)."
+    add_report_arguments(verb(verbs, "report", _report, text))
     add_view_arguments(verb(verbs, "view", _view, "A page over runs and their rollouts, live while they train; it only reads."))
+    add_ablate_arguments(
+        verb(verbs, "ablate", _ablate, "Named variants x seeds from one cold start, compared; exit code 1 if a run fails.")
+    )
     add_plan_arguments(
         verb(verbs, "plan", _plan, "Memory and step time of every Megatron layout, predicted; exit code 1 if none fits.")
     )
+    add_profile_arguments(verb(verbs, "profile", _profile, "Some real steps of a run, in a copy of it: a trace, and tables."))
     _add_doctor(verb(verbs, "doctor", _doctor, "What can be known of a job before it is submitted; exit code 1 on errors."))
     _add_rehearse(
         verb(verbs, "rehearse", _rehearse, "A config's own path on stand-ins, two steps; exit code 1 if a stage fails.")

@@ -410,7 +410,7 @@ class StepStats:
     outcomes: number of rollouts by how they ended; infra_failed_rate: share that our machinery broke off; judge_failed_rate:
     share of the others whose judge failed; tool_errors: number of turns that ended in TOOL_ERROR.
     qualifying_share: share of rollouts in Q_p; signal_share: share of groups whose Q_p has signal.
-    seconds: stage -> wall seconds.
+    seconds: stage -> wall seconds; cpu_seconds: CPU seconds of this process, of all its threads.
     staleness: trained tokens by age; place a counts those sampled by weights that lacked the last a updates.
     groups_in_flight: sampled on during the update; groups_carried: begun for this step or before, not taken by it;
     groups_dropped: were too slow for it, and are begun again; groups_replayed: were lost with their node, and played again.
@@ -438,3 +438,4 @@ class StepStats:
     sync_retries: int = 0
     infra_failed_rate: float = 0.0
     judge_failed_rate: float = 0.0
+    cpu_seconds: Mapping[str, float] = field(default_factory=dict)

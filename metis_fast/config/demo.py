@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from metis_fast.config.section import FilePath, Fraction, Positive, Section
+from metis_fast.config.section import FilePath, Fraction, Positive, Section, Several
 
 
 class DemoConfig(Section):
@@ -22,3 +22,8 @@ class DemoConfig(Section):
     """Prompts for the evaluation before and after."""
     direct_share: Fraction = 0.5
     """Share of prompts in every ability that can be answered directly, in the cold start, training and held-out sets."""
+    uncertain_share: Fraction = 0.3
+    """Of the other perception and search prompts, the share to which a direct answer is right only sometimes."""
+    odds: Several[Fraction] = ()
+    """How often a direct answer to these is right: as many prompts of each, `kind` is `uncertain-0.7`, and the question says
+    it. Empty: 0.7, unsaid, and the kind is `uncertain`."""

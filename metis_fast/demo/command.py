@@ -17,7 +17,7 @@ from metis_fast.config import Config, DemoConfig
 from metis_fast.data.parquet import PromptFiles
 from metis_fast.demo.files import DemoSizes, SplitSize, write_demo
 from metis_fast.demo.play import play
-from metis_fast.demo.policy import BASE, COLD_START, script_texts
+from metis_fast.demo.policy import BASE, COLD_START, COLD_START_BY_ODDS, script_texts
 from metis_fast.errors import ConfigError
 from metis_fast.report.summary import Summary
 from metis_fast.run import pipeline
@@ -39,11 +39,15 @@ def shipped(name: str) -> Path:
 def demo_sizes(config: Config) -> DemoSizes:
     """Sizes of the demo set's files, as configured."""
     demo = config.demo
+
+    def split(prompts: int, direct_share: float) -> SplitSize:
+        return SplitSize(prompts, direct_share, uncertain_share=demo.uncertain_share, odds=demo.odds)
+
     return DemoSizes(
-        base=SplitSize(demo.base_prompts, 0.5, (0.40, 0.38, 0.22)),
-        cold_start=SplitSize(demo.cold_start_prompts, demo.direct_share),
-        train=SplitSize(demo.train_prompts, demo.direct_share),
-        heldout=SplitSize(demo.heldout_prompts, 0.5),
+        base=SplitSize(demo.base_prompts, 0.5, (0.40, 0.38, 0.22), demo.uncertain_share, demo.odds),
+        cold_start=split(demo.cold_start_prompts, demo.direct_share),
+        train=split(demo.train_prompts, demo.direct_share),
+        heldout=split(demo.heldout_prompts, 0.5),
     )
 
 
@@ -77,18 +81,27 @@ def resolve(config: Config) -> Config:
 def run(config: Config) -> Summary | None:
     """The whole job. Raises what its stages raise."""
     config = resolve(config)
+    return pipeline.train(config, prepare(config))
+
+
+def prepare(config: Config) -> float:
+    """All stages before training, into `config.run.dir`: data, model, trajectories, cold start. config: of `resolve`.
+
+    Returns the wall seconds that they took, earlier calls included. Raises what the stages raise.
+    """
     root = config.run.dir
     untrained = config.model_copy(update={"model": config.model.model_copy(update={"path": root / "model"})})
     stages = _Stages(root)
     stages("data", lambda: _make_data(config, root / "data"))
     stages("model", lambda: _make_model(config, root / "model"))
-    for name, style in _STYLES.items():
+    styles = _STYLES | ({"cold_start": COLD_START_BY_ODDS} if config.demo.odds else {})
+    for name, style in styles.items():
         stages(
             f"play {name}",
             lambda n=name, s=style: play(untrained, root / "data" / f"{n}.parquet", s, root / "trajectories" / n),
         )
     stages("sft", lambda: sft(untrained, root / "cold_start"))
-    return pipeline.train(config, stages.seconds)
+    return stages.seconds
 
 
 class _Stages:

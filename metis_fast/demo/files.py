@@ -19,6 +19,7 @@ from metis_fast.demo import world as demo_world
 from metis_fast.demo.images import COLORS, FABRICS, MAX_JITTER, PANELS, PLAIN
 from metis_fast.demo.world import City, Country
 from metis_fast.errors import DataError
+from metis_fast.report.slices import plain_kind
 from metis_fast.types import ImageBlob, JsonScalar, Message, Prompt
 
 
@@ -46,24 +47,46 @@ class Kind(StrEnum):
 
     DIRECT = "direct"  # the answer is seen or known; a call is wasted
     TOOL_NEEDED = "tool_needed"  # only the tool tells
-    UNCERTAIN = "uncertain"  # only the tool tells, but the guess "no" is right in 70 %
+    UNCERTAIN = "uncertain"  # only the tool tells, but the guess "no" is right in 70 %, or as often as the question says
+
+
+def kind_of(prompt: Prompt) -> Kind:
+    """Of a prompt of the demo set, without its grade.
+
+    Raises:
+        DataError: it is none.
+    """
+    try:
+        return Kind(plain_kind(str(prompt.extra["kind"])))
+    except (KeyError, ValueError):
+        raise DataError(
+            f"prompt {prompt.uid} has no `kind` of the demo set; the scripted policy plays only prompts of that"
+        ) from None
 
 
 @dataclass(frozen=True, slots=True)
 class SplitSize:
     """Size of one file of prompts.
 
-    direct_share: share of the prompts of every ability that need no tool.
+    direct_share: share of the prompts of every ability that need no tool. uncertain_share: of the others, those in perception
+    and search that are uncertain. odds: how often "no" is right to these, as many of each; the question says it, and the kind
+    is "uncertain-0.7". Empty: `PRIOR_NO`, and the question does not say it.
     """
 
     prompts: int
     direct_share: float = 0.5
     abilities: tuple[float, float, float] = ABILITY_SHARES
+    uncertain_share: float = UNCERTAIN_SHARE
+    odds: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         if self.prompts < 1 or not 0 <= self.direct_share <= 1:
             raise DataError(
                 f"a split of the demo set needs prompts >= 1 and direct_share in 0 .. 1, got {self}; change its size"
+            )
+        if any(not 0 < own < 1 or round(own, 2) != own for own in self.odds) or len(set(self.odds)) < len(self.odds):
+            raise DataError(
+                f"odds of a direct answer: expected different values like 0.7 and 0.75, got {self.odds}; change them"
             )
 
 
@@ -96,11 +119,21 @@ class DemoPaths:
 
 @dataclass(frozen=True, slots=True)
 class _Order:
-    """One prompt to make. truth: the answer to an uncertain prompt is "yes"."""
+    """One prompt to make. truth: the answer to an uncertain one is "yes". odds: of "no", if the question says them."""
 
     ability: Ability
     kind: Kind
     truth: bool = False
+    odds: float | None = None
+
+    @property
+    def graded_kind(self) -> str:
+        """`extra["kind"]` of the prompt."""
+        return self.kind.value if self.odds is None else f"{self.kind.value}-{self.odds:g}"
+
+    def asked(self, question: str) -> str:
+        """The question, with its odds if it says them."""
+        return question if self.odds is None else f"{question} no: {100 * self.odds:.0f} %"
 
 
 def apportion(total: int, shares: Sequence[float]) -> list[int]:
@@ -120,11 +153,14 @@ def _orders(size: SplitSize, rng: random.Random) -> list[_Order]:
     orders: list[_Order] = []
     for ability, count in zip(ABILITIES, apportion(size.prompts, size.abilities), strict=True):
         direct, rest = apportion(count, [size.direct_share, 1 - size.direct_share])
-        unsure = 0.0 if ability is Ability.MATH else UNCERTAIN_SHARE
+        unsure = 0.0 if ability is Ability.MATH else size.uncertain_share
         needed, uncertain = apportion(rest, [1 - unsure, unsure])
-        no, yes = apportion(uncertain, [PRIOR_NO, 1 - PRIOR_NO])
         orders += [_Order(ability, Kind.DIRECT)] * direct + [_Order(ability, Kind.TOOL_NEEDED)] * needed
-        orders += [_Order(ability, Kind.UNCERTAIN, False)] * no + [_Order(ability, Kind.UNCERTAIN, True)] * yes
+        odds = size.odds or (None,)
+        for own, part in zip(odds, apportion(uncertain, [1.0] * len(odds)), strict=True):
+            prior = PRIOR_NO if own is None else own
+            no, yes = apportion(part, [prior, 1 - prior])
+            orders += [_Order(ability, Kind.UNCERTAIN, False, own)] * no + [_Order(ability, Kind.UNCERTAIN, True, own)] * yes
     rng.shuffle(orders)
     return orders
 
@@ -188,7 +224,7 @@ class _Split:
             if (image.sha256, question) not in self._seen:
                 self._seen.add((image.sha256, question))
                 extra = {"panel": panel, "colors": " ".join(colors), "fabrics": " ".join(fabrics)}
-                return _prompt(uid, order, topic, question, answer, extra, (image,))
+                return _prompt(uid, order, topic, order.asked(question), answer, extra, (image,))
 
     def _search(self, order: _Order, uid: str) -> Prompt:
         if order.kind is Kind.DIRECT:
@@ -197,7 +233,8 @@ class _Split:
             return _prompt(uid, order, "capital", question, country.capital, {"country": country.name})
         if order.kind is Kind.UNCERTAIN:
             city = next(self._side[order.truth])
-            topic, question, answer = "equator", f"Is {city.name} south of the equator?", "yes" if order.truth else "no"
+            topic, answer = "equator", "yes" if order.truth else "no"
+            question = order.asked(f"Is {city.name} south of the equator?")
         else:
             city = next(self._cities_of[next(self._homes)])
             topic, question, answer = "country", f"Which country is {city.name} in?", city.country
@@ -230,7 +267,7 @@ def _prompt(
         answers=(answer,),
         judge_style="rule",
         question=question,
-        extra={"kind": order.kind.value, **extra},
+        extra={"kind": order.graded_kind, **({} if order.odds is None else {"p": order.odds}), **extra},
     )
 
 

@@ -10,15 +10,15 @@ import json
 import random
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from metis_fast.demo.files import PRIOR_NO, Ability, Kind
+from metis_fast.demo.files import PRIOR_NO, Ability, Kind, kind_of
 from metis_fast.demo.images import FABRICS, PANEL_BOXES, PLAIN
 from metis_fast.demo.world import COUNTRY_NAMES, City, Country, city_document, country_document, find_city
-from metis_fast.errors import DataError, ModelError
+from metis_fast.errors import ModelError
 from metis_fast.rollout.engine import Completion, Sampling, SyncReport
 from metis_fast.types import ImageBlob, ImageSpan, Prompt, ToolName
 
@@ -58,6 +58,8 @@ class ScriptStyle:
 BASE = ScriptStyle(tool_direct=0.25, tool_uncertain=0.9, tool_needed=0.85, extra_call=0.0, error=0.03, poor_error=0.03)
 # Teaches the habit that HDPO has to undo: a tool for everything, often the wrong way.
 COLD_START = ScriptStyle(tool_direct=0.97, tool_uncertain=0.97, tool_needed=1.0, extra_call=0.15, error=0.05, poor_error=0.6)
+# The same where uncertain questions say their odds: half are answered directly, so that training may move them either way.
+COLD_START_BY_ODDS = replace(COLD_START, tool_uncertain=0.5)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,8 +78,8 @@ class Script:
 
 def is_poor(prompt: Prompt) -> bool:
     """Whether a prompt is in the half that COLD_START handles badly: bottom panels, cities from A to K, odd first operands."""
-    kind, extra = Kind(str(prompt.extra["kind"])), prompt.extra
-    if kind is not Kind.TOOL_NEEDED:
+    extra = prompt.extra
+    if kind_of(prompt) is not Kind.TOOL_NEEDED:
         return False
     if prompt.ability == Ability.PERCEPTION:
         return int(str(extra["panel"])) >= 2
@@ -118,6 +120,10 @@ def _guess(prompt: Prompt, kind: Kind, rng: random.Random) -> str:
     if kind is Kind.DIRECT:
         return prompt.answers[0]
     if kind is Kind.UNCERTAIN:
+        if (
+            "p" in prompt.extra
+        ):  # the question says the odds: the likelier answer, so that a direct one is right as often as that
+            return "no"
         return "no" if rng.random() < PRIOR_NO else "yes"
     if prompt.ability == Ability.PERCEPTION:
         return rng.choice(FABRICS)
@@ -132,9 +138,7 @@ def plan(prompt: Prompt, style: ScriptStyle, rng: random.Random) -> Script:
     Raises:
         DataError: the prompt is not one of the demo set.
     """
-    if "kind" not in prompt.extra:
-        raise DataError(f"prompt {prompt.uid} has no `kind`: the scripted policy plays only prompts of the demo set")
-    kind = Kind(str(prompt.extra["kind"]))
+    kind = kind_of(prompt)
     fallback = _guess(prompt, kind, rng)
     if rng.random() >= style.p_tool(kind):
         return Script((), fallback)
@@ -152,7 +156,7 @@ def answer_from(prompt: Prompt, script: Script, observation: str) -> str:
     """
     if not script.trusts_tool:
         return script.fallback
-    uncertain = prompt.extra["kind"] == Kind.UNCERTAIN
+    uncertain = kind_of(prompt) is Kind.UNCERTAIN
     if prompt.ability == Ability.PERCEPTION:
         if script.shown_panel is None or _IMAGE_PAD not in observation:
             return script.fallback
@@ -248,7 +252,7 @@ def _found(prompt: Prompt) -> str:
         return f"{', '.join(str(extra['colors']).split())} panels"
     if prompt.ability == Ability.MATH:
         return f"{prompt.answers[0]}\n"
-    if extra["kind"] == Kind.DIRECT:
+    if kind_of(prompt) is Kind.DIRECT:
         page = country_document(Country(str(extra["country"]), prompt.answers[0]))
     else:
         page = city_document(City(str(extra["city"]), str(extra["country"]), extra["south"] is True))

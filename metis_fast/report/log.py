@@ -14,17 +14,16 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from statistics import fmean
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self, TypeVar
+from typing import Any, Self, TypeVar
 
 from tqdm import tqdm
 
 from metis_fast.config import LogConfig
 from metis_fast.errors import DataError
+from metis_fast.report.panel import active
 from metis_fast.report.slices import KINDS, main_abilities
+from metis_fast.report.trackers import Trackers
 from metis_fast.types import Avoided, Outcome, Savings, Slice, StepStats, UpdateStats
-
-if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
 
 _LINES_BETWEEN_HEADERS = 25
 
@@ -106,7 +105,8 @@ def step_scalars(stats: StepStats) -> dict[str, float]:
         scalars |= {tag: fmean(getattr(update, name) for update in applied) for tag, name in _UPDATE_MEANS.items()}
         scalars["policy/ratio_max"] = max(update.ratio_max for update in applied)
         scalars["policy/ratio_min"] = min(update.ratio_min for update in applied)
-    return scalars | {f"seconds/{stage}": seconds for stage, seconds in stats.seconds.items()}
+    scalars |= {f"seconds/{stage}": seconds for stage, seconds in stats.seconds.items()}
+    return scalars | {f"cpu_seconds/{stage}": seconds for stage, seconds in stats.cpu_seconds.items()}
 
 
 def _slices_of(record: Mapping[str, Any]) -> dict[str, Slice]:
@@ -206,10 +206,9 @@ class RunLog:
     def __init__(self, folder: Path, config: LogConfig) -> None:
         """Open the log of `folder` (made if need be) to append to; a half-written last line is dropped."""
         folder.mkdir(parents=True, exist_ok=True)
-        self._folder, self._config = folder, config
+        self._folder = folder
         self._metrics, self._evaluations = folder / "metrics.jsonl", folder / "eval.jsonl"
-        self._purge_step: int | None = None
-        self._writer: SummaryWriter | None = None
+        self._trackers = Trackers(folder, config)
         self._headings: list[str] = []
         self._lines = 0
         for path in (self._metrics, self._evaluations):
@@ -229,38 +228,33 @@ class RunLog:
         """
         for path in (self._metrics, self._evaluations):
             _keep_lines(path, lambda line: json.loads(line)["step"] < step)
-        self._purge_step = step
+        self._trackers.forget(step)
+        panel = active()
+        if panel is not None:
+            panel.history(read_steps(self._folder))
         if step:
             tqdm.write(f"going on after step {step}", file=sys.stdout)
 
     def step(self, stats: StepStats) -> None:
         """Record a training step and print its line. On disk when this returns."""
         _append(self._metrics, stats)
-        self._scalars(step_scalars(stats), stats.step)
+        self._trackers.step(step_scalars(stats), stats.step)
         self._print(_live_cells(stats))
+        panel = active()
+        if panel is not None:
+            panel.step(stats)
 
     def evaluation(self, step: int, slices: Mapping[str, Slice]) -> None:
         """Record the held-out rates after `step` training steps (0: before the first). On disk when this returns."""
         _append(self._evaluations, Evaluation(step=step, slices=slices))
-        self._scalars(_slice_scalars(slices, prefix="heldout_"), step)
+        self._trackers.scalars(_slice_scalars(slices, prefix="heldout_"), step)
+        panel = active()
+        if panel is not None:
+            panel.evaluation(step, slices)
 
     def close(self) -> None:
-        """Write out what TensorBoard still holds. May be called twice."""
-        if self._writer is not None:
-            self._writer.close()
-            self._writer = None
-
-    def _scalars(self, scalars: Mapping[str, float], step: int) -> None:
-        if not self._config.tensorboard:
-            return
-        if self._writer is None:
-            # Here, because the import takes a second that a run without TensorBoard need not wait.
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._writer = SummaryWriter(str(self._folder / "tensorboard"), purge_step=self._purge_step)
-        for tag, value in scalars.items():
-            self._writer.add_scalar(tag, value, step)
-        self._writer.flush()
+        """Write out what trackers still hold. May be called twice."""
+        self._trackers.close()
 
     def _print(self, cells: Mapping[str, str]) -> None:
         headings = list(cells)

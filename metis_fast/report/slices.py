@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean
@@ -13,23 +14,32 @@ from metis_fast.types import Score, Slice, Verdict
 KINDS = ("direct", "uncertain", "tool_needed")
 """What `prompt.extra["kind"]` of the demo set may say of a prompt: whether a tool is needed to answer it."""
 
-
+_GRADED = re.compile(rf"({'|'.join(KINDS)})-0\.\d{{1,2}}")
 _LONGEST_NAME = 100
 _MOST_SHOWN = 8  # as many as a picture has colours
+
+
+def plain_kind(kind: str) -> str:
+    """A kind without its grade: "uncertain" of "uncertain-0.7", which says how often a direct answer is right."""
+    match = _GRADED.fullmatch(kind)
+    return match[1] if match else kind
+
+
+def _is_of_kind(name: str) -> bool:
+    return plain_kind(name.rpartition("/")[2]) in KINDS
 
 
 def ability_name(ability: str) -> str:
     """An ability, which is any text of the data, as the name of a slice: in one short line, and no name that slices have for
     something else."""
     name = " ".join(ability.split())[:_LONGEST_NAME]
-    taken = name in ("all", *KINDS) or name.endswith(tuple(f"/{kind}" for kind in KINDS))
+    taken = name == "all" or _is_of_kind(name)
     return f"{name} (ability)".strip() if taken or not name else name
 
 
 def abilities_in(slices: Mapping[str, Slice]) -> list[str]:
     """The slices that are of abilities, by name."""
-    others = ("all", *KINDS)
-    return sorted(name for name in slices if name not in others and not name.endswith(tuple(f"/{kind}" for kind in KINDS)))
+    return sorted(name for name in slices if name != "all" and not _is_of_kind(name))
 
 
 def main_abilities(of: Iterable[Mapping[str, Slice]]) -> list[str]:
@@ -72,7 +82,7 @@ class Rated(Protocol):
 
 
 def slices(groups: Sequence[Rated]) -> dict[str, Slice]:
-    """Rates over "all", "<ability>", "<kind>" and "<ability>/<kind>", in that order.
+    """Rates over "all", "<ability>", "<kind>", "<ability>/<kind>" and "<kind>-<grade>", in that order.
 
     Rates are over the rollouts with a verdict, 0 where there is none. A `kind` outside `KINDS` makes no slice, so that a data
     set with a free-text column of that name does not make thousands.
@@ -81,8 +91,11 @@ def slices(groups: Sequence[Rated]) -> dict[str, Slice]:
     for group in groups:
         ability, kind = ability_name(group.ability), group.kind
         keys = [(0, "all"), (1, ability)]
-        if kind in KINDS:
-            keys += [(2, kind), (3, f"{ability}/{kind}")]
+        plain = plain_kind(kind) if kind is not None else None
+        if plain in KINDS:
+            keys += [(2, plain), (3, f"{ability}/{plain}")]
+        if kind != plain:
+            keys.append((4, str(kind)))
         for rollout, score in zip(group.rollouts, group.scores, strict=True):
             for key in keys:
                 members[key].append((rollout, score.verdict))

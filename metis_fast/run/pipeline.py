@@ -6,14 +6,16 @@ import asyncio
 import gc
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from typing import TypeVar
 
 from metis_fast.config import Config
 from metis_fast.errors import CheckpointError, Interrupted, MetisError, NonFiniteError, TrainerError
+from metis_fast.report.heldout import write_heldout
 from metis_fast.report.html import write_report
 from metis_fast.report.log import failed_rates, read_evaluations
+from metis_fast.report.panel import panel
 from metis_fast.report.progress import progress
 from metis_fast.report.slices import slices
 from metis_fast.report.summary import Summary, write_summary
@@ -23,6 +25,7 @@ from metis_fast.run.assembly import open_parts
 from metis_fast.run.interrupt import Interrupts
 from metis_fast.run.parts import Parts
 from metis_fast.score.scoring import score
+from metis_fast.spans import Lane, span
 from metis_fast.summary import GroupSummary, Job, ScoredSummary
 from metis_fast.train.protocol import GroupsLost
 from metis_fast.types import Slice, StepStats, UpdateStats
@@ -30,23 +33,26 @@ from metis_fast.types import Slice, StepStats, UpdateStats
 T = TypeVar("T")
 
 
-def train(config: Config, seconds_before: float = 0.0) -> Summary | None:
+def train(config: Config, seconds_before: float = 0.0, goes_on: Callable[[int], bool] = lambda step: True) -> Summary | None:
     """HDPO from `config.model.path`, resumed from the newest checkpoint of `config.run.dir` if there is one.
 
     `rollout.mode` decides what else goes on while these lines run: nothing (`sync`), or rollouts of coming steps on the event
     loop, which runs whenever a batch is waited for or scored, and while the update runs in a thread (`rollout.schedule`).
 
-    seconds_before: wall seconds of the stages that led here; they count in the summary.
+    seconds_before: wall seconds of the stages that led here; they count in the summary. goes_on: asked as a step begins; False
+    ends the run there, as it is: nothing more is saved, evaluated or exported.
 
     Raises:
         Interrupted: a signal came; the last whole step is checkpointed.
         NonFiniteError: NaN or Inf; the rollouts that caused it are in `failed/`, the last whole step is checkpointed.
         MetisError: anything that a user can mend.
     """
-    with Interrupts() as interrupts, open_parts(config, interrupts) as parts, ExitStack() as stack:
+    with Interrupts() as interrupts, panel(config), open_parts(config, interrupts) as parts, ExitStack() as stack:
         first = parts.state.resume()
         stack.enter_context(_settled())
         for step in range(first, config.train.steps + 1):
+            if not goes_on(step):
+                return None
             with _saved_on_failure(parts, step):
                 clock = _Clock()
                 clock("rollout", _finish_ahead(parts, step))
@@ -55,14 +61,16 @@ def train(config: Config, seconds_before: float = 0.0) -> Summary | None:
                 rates = _evaluate_if_due(parts, step)
                 _benchmarks_if_due(parts, step)
                 if step > first and _due(step, config.checkpoint.every, config.train.steps):
-                    parts.state.save(step, rates)
+                    with span(Lane.RUN, "checkpoint"):
+                        parts.state.save(step, rates)
                 if step == config.train.steps:
                     break
                 clock.skip()
                 taken = clock("rollout", _next_batch(parts, step))
                 scored, updates = _trained(parts, taken.groups, step, clock)
                 clock("store", _store(parts, scored, step))
-                parts.log.step(_step_stats(parts, step, taken, scored, updates, synced, clock.seconds))
+                with span(Lane.RUN, "log"):
+                    parts.log.step(_step_stats(parts, step, taken, scored, updates, synced, clock))
                 parts.state.finished(step)
                 del taken, scored  # their objects go now, not when the next batch is there
         parts.checkpoints.finish()
@@ -71,9 +79,12 @@ def train(config: Config, seconds_before: float = 0.0) -> Summary | None:
 
 
 def evaluate(config: Config) -> dict[str, Slice]:
-    """Rates of `config.model.path` on the held-out prompts, by ability and kind. Nothing is trained or stored."""
+    """Rates of `config.model.path` on the held-out prompts, by ability and kind. Nothing is trained or stored.
+
+    Where a prompt has several samples, rates are over all of them.
+    """
     with Interrupts() as interrupts, open_parts(config, interrupts, training=False) as parts:
-        return _evaluate(parts, "eval")
+        return slices(_evaluate(parts, "eval"))
 
 
 @contextmanager
@@ -88,21 +99,23 @@ def _settled() -> Iterator[None]:
 
 
 class _Clock:
-    """Wall seconds by stage; each call closes the stage whose result it is given. Stages of one name add up."""
+    """Wall and CPU seconds by stage; each call closes the stage whose result it is given. Stages of one name add up."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
-        self._since = time.perf_counter()
+        self.cpu_seconds: dict[str, float] = {}
+        self.skip()
 
     def __call__(self, stage: str, result: T) -> T:
-        now = time.perf_counter()
-        self.seconds[stage] = self.seconds.get(stage, 0.0) + now - self._since
-        self._since = now
+        wall, cpu = self._since
+        self.skip()
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + self._since[0] - wall
+        self.cpu_seconds[stage] = self.cpu_seconds.get(stage, 0.0) + self._since[1] - cpu
         return result
 
     def skip(self) -> None:
         """What ran since the last stage belongs to none."""
-        self._since = time.perf_counter()
+        self._since = time.perf_counter(), time.process_time()
 
 
 @contextmanager
@@ -123,13 +136,15 @@ def _due(step: int, every: int, last: int) -> bool:
 def _finish_ahead(parts: Parts, step: int) -> None:
     """One step off, weights change between batches: the one that was begun during the last update is waited for first."""
     if parts.schedule is not None and parts.config.rollout.mode == "one_step_off" and step < parts.config.train.steps:
-        parts.interrupts.run(parts.schedule.ready(step))
+        with span(Lane.RUN, "rollout"):
+            parts.interrupts.run(parts.schedule.ready(step))
 
 
 def _next_batch(parts: Parts, step: int) -> Taken[GroupSummary]:
     config = parts.config
     if parts.schedule is not None:
-        with progress(config.rollout.prompts_per_step, f"train/{step}", config.log, "group") as bar:
+        count = progress(config.rollout.prompts_per_step, f"train/{step}", config.log, "group")
+        with span(Lane.RUN, "rollout"), count as bar:
             return parts.interrupts.run(parts.schedule.batch(step, bar.update))
     rows = parts.interrupts.run(parts.cursor.begin(config.rollout.prompts_per_step))
     first = step * len(rows)
@@ -139,7 +154,7 @@ def _next_batch(parts: Parts, step: int) -> Taken[GroupSummary]:
 
 
 def _rollout(parts: Parts, jobs: Sequence[Job], repeats: int, what: str) -> list[GroupSummary]:
-    with progress(len(jobs) * repeats, what, parts.config.log, "rollout") as bar:
+    with span(Lane.RUN, "rollout"), progress(len(jobs) * repeats, what, parts.config.log, "rollout") as bar:
         return parts.interrupts.run(parts.fleet.play_all(jobs, bar.update))
 
 
@@ -161,7 +176,8 @@ def _trained(
 
 def _score(parts: Parts, groups: Sequence[GroupSummary], step: int | None = None) -> list[ScoredSummary]:
     """step: of training; None: an evaluation."""
-    scores = score(groups, parts.config, parts.missing, step)
+    with span(Lane.RUN, "score"):
+        scores = score(groups, parts.config, parts.missing, step)
     return [ScoredSummary(group, own) for group, own in zip(groups, scores, strict=True)]
 
 
@@ -172,13 +188,15 @@ def _update(parts: Parts, scored: Sequence[ScoredSummary], step: int) -> tuple[U
 
     def update() -> tuple[UpdateStats, ...]:
         groups = scored if parts.trainer.fetches else parts.fleet.fetch_scored(scored)
-        return parts.trainer.update(groups, parts.interrupts.check)
+        with span(Lane.TRAINER, "update"):
+            return parts.trainer.update(groups, parts.interrupts.check)
 
     try:
-        if parts.config.rollout.mode == "sync":
-            parts.rest()
-            return update()
-        return parts.interrupts.run(_beside(update))
+        with span(Lane.RUN, "update"):
+            if parts.config.rollout.mode == "sync":
+                parts.rest()
+                return update()
+            return parts.interrupts.run(_beside(update))
     except NonFiniteError as error:
         path = parts.interrupts.finish(parts.fleet.write("failed", f"step-{step:06d}", scored))
         raise NonFiniteError(f"step {step}: {error}; its rollouts are in {path}") from None
@@ -197,19 +215,20 @@ async def _beside(update: Callable[[], T]) -> T:
 
 
 def _store(parts: Parts, scored: Sequence[ScoredSummary], step: int) -> None:
-    if parts.config.log.rollouts:
-        parts.interrupts.finish(parts.fleet.write("rollouts", f"step-{step:06d}", scored))
-    parts.fleet.drop([one.group for one in scored])
+    with span(Lane.RUN, "store"):
+        if parts.config.log.rollouts:
+            parts.interrupts.finish(parts.fleet.write("rollouts", f"step-{step:06d}", scored))
+        parts.fleet.drop([one.group for one in scored])
 
 
-def _evaluate(parts: Parts, stream: str) -> dict[str, Slice]:
-    """Sample the held-out prompts; where a prompt has several samples, rates are over all of them.
+def _evaluate(parts: Parts, stream: str) -> list[ScoredSummary]:
+    """Sample the held-out prompts.
 
     Training rollouts may go on beside: no update is under way, so that every token is of the weights that the rates are of.
     """
     repeats = parts.config.eval.rollouts_per_prompt
     jobs = [Job("heldout", row, stream, i * repeats) for i, row in enumerate(parts.heldout())]
-    return slices(_score(parts, _rollout(parts, jobs, repeats, stream)))
+    return _score(parts, _rollout(parts, jobs, repeats, stream))
 
 
 def _gate_if_due(parts: Parts, step: int, first: int) -> None:
@@ -218,7 +237,8 @@ def _gate_if_due(parts: Parts, step: int, first: int) -> None:
     # at first both have the folder's weights, and an update that changes nothing in the engine would not show
     changed = step == first + 1 and parts.config.rollout.engine == "vllm"
     if gate.prompts and (step == first or changed or (gate.every and step % gate.every == 0)):
-        parts.gate()
+        with span(Lane.RUN, "gate"):
+            parts.gate()
 
 
 def _evaluate_if_due(parts: Parts, step: int) -> tuple[float, ...] | None:
@@ -227,7 +247,10 @@ def _evaluate_if_due(parts: Parts, step: int) -> tuple[float, ...] | None:
     if not config.data.heldout or not (step == 0 or _due(step, config.eval.every, config.train.steps)):
         return None
     # one stream for all steps: the same noise for every policy, so that differences are the policy's
-    rates = _evaluate(parts, "eval")
+    with span(Lane.RUN, "evaluate"):
+        scored = _evaluate(parts, "eval")
+    rates = slices(scored)
+    write_heldout(config.run.dir, step, scored)
     parts.log.evaluation(step, rates)
     return rates["all"].accuracy, -rates["all"].tool_calls
 
@@ -237,7 +260,8 @@ def _benchmarks_if_due(parts: Parts, step: int) -> None:
     if parts.benchmarks and (step == 0 or _due(step, parts.config.eval.every, parts.config.train.steps)):
         from metis_fast.evaluate.training import play_benchmarks  # with the client of judges, which only such runs need
 
-        play_benchmarks(parts, step)
+        with span(Lane.RUN, "evaluate"):
+            play_benchmarks(parts, step)
 
 
 def _staleness(step: int, scored: Sequence[ScoredSummary]) -> tuple[int, ...]:
@@ -258,7 +282,7 @@ def _step_stats(
     scored: Sequence[ScoredSummary],
     updates: tuple[UpdateStats, ...],
     synced: SyncReport,
-    seconds: Mapping[str, float],
+    clock: _Clock,
 ) -> StepStats:
     scores = [own for group in scored for own in group.scores]
     judged = [own for own in scores if own.verdict is not None]
@@ -278,7 +302,8 @@ def _step_stats(
         signal_share=sum(any(own.in_tool_denominator for own in group.scores) for group in scored) / len(scored),
         bad_rows_skipped=parts.cursor.skipped,
         updates=updates,
-        seconds=seconds,
+        seconds=clock.seconds,
+        cpu_seconds=clock.cpu_seconds,
         staleness=_staleness(step, scored),
         groups_in_flight=taken.in_flight,
         groups_carried=taken.carried,

@@ -23,6 +23,7 @@ from metis_fast.demo.images import FABRICS, PLAIN, render
 from metis_fast.demo.policy import (
     BASE,
     COLD_START,
+    COLD_START_BY_ODDS,
     Script,
     ScriptedEngine,
     ScriptStyle,
@@ -283,3 +284,27 @@ def test_the_real_text_search_finds_the_page_of_every_city_and_capital(tmp_path:
     for country in world.countries:
         fact = f"The capital of {country.name} is {country.capital}"
         assert fact in seen(f"capital of {country.name}")
+
+
+def test_a_direct_answer_is_right_as_often_as_the_question_says() -> None:
+    one, never = SplitSize(1), replace(ALWAYS, tool_uncertain=0)
+    size = SplitSize(1500, 0.0, uncertain_share=1.0, odds=(0.5, 0.9))
+    prompts = list(demo_prompts(0, DemoSizes(one, size, one, one))["cold_start"])
+    for odds in (0.5, 0.9):
+        graded = [p for p in prompts if p.kind == f"uncertain-{odds:g}"]
+        plans = [plan(p, never, random.Random(i)) for i, p in enumerate(graded)]
+        right = sum(one.fallback == p.answers[0] for p, one in zip(graded, plans, strict=True))
+        assert not any(one.calls for one in plans) and abs(right - odds * len(graded)) < 2
+    calls = sum(bool(plan(p, COLD_START_BY_ODDS, random.Random(i)).calls) for i, p in enumerate(prompts) if "p" in p.extra)
+    assert calls / sum("p" in p.extra for p in prompts) == pytest.approx(0.5, abs=0.06)  # 4 standard errors
+
+
+def test_after_a_call_the_answer_to_a_graded_question_is_what_the_tool_shows() -> None:
+    one, size = SplitSize(1), SplitSize(300, 0.0, uncertain_share=1.0, odds=(0.5, 0.9))
+    prompts = list(demo_prompts(0, DemoSizes(one, size, one, one))["cold_start"])
+    cities = {city.name: city for city in load_world().cities}
+    asked = [p for p in prompts if p.ability == Ability.SEARCH]
+    assert {p.answers[0] for p in asked} == {"yes", "no"}
+    for prompt in asked:
+        found = city_document(cities[str(prompt.extra["city"])]).text
+        assert answer_from(prompt, plan(prompt, ALWAYS, random.Random(0)), found) == prompt.answers[0]
