@@ -98,7 +98,7 @@ class HttpSearchConfig(Section):
 
 
 class TextSearchConfig(Section):
-    """The `text_search` tool, over a local corpus or a provider on the web (docs/search.md)."""
+    """The `text_search` tool, over a local corpus or a provider on the web (docs/web-search.md)."""
 
     provider: Literal["local", "serper", "brightdata", "serpapi", "http"] = "local"
     """Who answers: `local` is the corpus."""

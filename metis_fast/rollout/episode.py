@@ -19,6 +19,7 @@ from metis_fast.errors import DataError, EngineFailure, InfrastructureError
 from metis_fast.recording.rollout import PLAYED, Played
 from metis_fast.rollout.chat import Chat, TokenPiece
 from metis_fast.rollout.engine import Completion, Engine, EngineSession, Sampling
+from metis_fast.spans import Lane, span
 from metis_fast.tools.protocol import Toolbox, ToolSession
 from metis_fast.types import Group, ImageBlob, ImageSpan, Outcome, Prompt, Rollout, ToolCall, Turn
 
@@ -146,7 +147,8 @@ async def _play(
             seed=key.turn_seed(len(trace.turns)),
             stop=chat.stop,
         )
-        message = await engine.generate(trace, sampling)
+        with span(Lane.EPISODES, "message"):
+            message = await engine.generate(trace, sampling)
         start = len(trace.tokens)
         trace.tokens += message.tokens.tolist()
         trace.sampled.append((start, message))
@@ -181,7 +183,8 @@ async def _play(
             observation = dialect.malformed(parsed)
         else:
             try:
-                result = await tools.call(parsed.call.name, dialect.arguments(parsed.call.name, parsed.arguments))
+                with span(Lane.TOOLS, parsed.call.name):
+                    result = await tools.call(parsed.call.name, dialect.arguments(parsed.call.name, parsed.arguments))
             except InfrastructureError as failure:
                 read = dialect.unreachable(failure) if last_try else None
                 if read is None:
@@ -265,7 +268,8 @@ async def run_episode(
         seat, first = _Seat(engine, key, prompt, index, config.retries, first), None
         tools = chat.offer.limited(prompt, toolbox.session(prompt.images, prompt.extra, chat.seen(prompt.images)))
         try:
-            outcome = await _play(trace, chat, seat, tools, config, key, attempt == config.retries, most)
+            with span(Lane.EPISODES, f"rollout {prompt.uid}#{index}"):
+                outcome = await _play(trace, chat, seat, tools, config, key, attempt == config.retries, most)
             return trace.finish(prompt, index, outcome)
         except EngineFailure as failure:
             error = str(failure)

@@ -33,6 +33,7 @@ from metis_fast.model import Policy, rope_positions
 from metis_fast.rollout.engine import Completion, Sampling, SyncReport
 from metis_fast.rollout.sampling import sample
 from metis_fast.rollout.stops import StopStrings, Watch
+from metis_fast.spans import Lane, spanned
 from metis_fast.tower import ImageFeatures
 from metis_fast.types import ImageBlob, ImageSpan, Rollout
 
@@ -385,6 +386,7 @@ class NativeEngine:
         assert request is not None
         return int(rope_positions(len(request.so_far()) + 1, request.spans, self._policy.merge)[0, -1])
 
+    @spanned(Lane.ENGINE, "prefill")
     @torch.no_grad()
     def _prefill(self, batch: Sequence[_Session]) -> Tensor:
         """Run the new tokens of some sessions (adjacent rows); their next-token logits [len(batch), V]."""
@@ -428,6 +430,7 @@ class NativeEngine:
             self._wide, self._wide_of = head.detach().float(), state
         return F.linear(hidden.float(), self._wide)
 
+    @spanned(Lane.ENGINE, "decode")
     @torch.no_grad()
     def _decode(self) -> None:
         """Sample one token for every live row, retire the finished ones, run the others one step on."""

@@ -24,6 +24,7 @@ from metis_fast.node.node import whole
 from metis_fast.node.protocol import Head, NodeClient, NodeLost, Weights
 from metis_fast.rollout.engine import SyncReport
 from metis_fast.rollout.layers import Layers
+from metis_fast.spans import Lane, span
 from metis_fast.summary import Data, GroupSummary, Job, ScoredSummary, Scores
 from metis_fast.train.protocol import GroupsLost
 from metis_fast.types import Group, ScoredGroup
@@ -117,7 +118,8 @@ class Fleet:
                 node = await self._somebody()
             self._load[node.number] += len(jobs)
             try:
-                return await node.play(jobs, count)
+                with span(Lane.NODES, f"node {node.number}: {len(jobs)} groups"):
+                    return await node.play(jobs, count)
             except NodeLost as lost:
                 self._tell(lost, len(jobs))
                 on_done(-done)
@@ -133,7 +135,8 @@ class Fleet:
         while True:
             node = await self._with_room()
             try:
-                return await node.play_one(job, started)
+                with span(Lane.NODES, f"node {node.number}: {job.stream}"):
+                    return await node.play_one(job, started)
             except NodeLost as lost:
                 self._tell(lost, 1)
             finally:
@@ -211,7 +214,8 @@ class Fleet:
         found, lost = list[Group](), list[int]()
         for i, group in enumerate(groups):
             try:
-                found += self.nodes[group.node].fetch([group])
+                with span(Lane.NODES, f"node {group.node}: fetch"):
+                    found += self.nodes[group.node].fetch([group])
             except NodeLost:
                 lost.append(i)
         if lost:
@@ -246,7 +250,8 @@ class Fleet:
         kept = [one for one in scored if node.holds(one.group)]
         try:
             if kept:
-                await node.write(folder, name, [Scores(one.group.key, one.scores) for one in kept])
+                with span(Lane.NODES, f"node {node.number}: write"):
+                    await node.write(folder, name, [Scores(one.group.key, one.scores) for one in kept])
         except NodeLost as lost:
             _LOG.warning("%s", lost)
             kept = []
@@ -296,7 +301,12 @@ class Fleet:
         Raises:
             EngineError: no engine can take them, after retries.
         """
-        reports = await self._of_all(lambda node: node.update(weights))
+
+        async def update(node: NodeClient) -> SyncReport:
+            with span(Lane.SYNC, f"node {node.number}: version {weights.version}"):
+                return await node.update(weights)
+
+        reports = await self._of_all(update)
         if not reports:  # whoever comes back gets them; who plays waits for that
             return SyncReport(weights.version, "full")
         slowest = max(reports, key=lambda report: report.seconds)

@@ -31,6 +31,7 @@ from metis_fast.run.record import RunRecord
 from metis_fast.run.state import RunState
 from metis_fast.run.weights import TrainerWeights
 from metis_fast.score.missing import MissingVerdicts
+from metis_fast.spans import Lane, span
 from metis_fast.summary import GroupSummary, Job, ScoredSummary
 from metis_fast.train.protocol import GroupsLost, Trainer
 from metis_fast.types import Score
@@ -129,7 +130,10 @@ class Parts:
         def tensors() -> Iterator[tuple[str, Tensor]]:
             return iter(()) if self._shared else self.trainer.weights()
 
-        report = self.interrupts.finish(self.fleet.update(TrainerWeights(version, tensors, partial(self._publish, version))))
+        with span(Lane.RUN, "sync"):
+            report = self.interrupts.finish(
+                self.fleet.update(TrainerWeights(version, tensors, partial(self._publish, version)))
+            )
         self.interrupts.check()
         return report
 

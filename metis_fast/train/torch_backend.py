@@ -20,6 +20,7 @@ from metis_fast.checkpoint.params import MASTER, OPTIMIZER, WEIGHT, add_prefix, 
 from metis_fast.config import Config, OptimConfig
 from metis_fast.errors import CheckpointError, ConfigError, NonFiniteError
 from metis_fast.model import Policy
+from metis_fast.spans import Lane, span, spanned
 from metis_fast.summary import ScoredSummary
 from metis_fast.train.flops import FlopModel
 from metis_fast.train.forward import PackPass
@@ -175,6 +176,7 @@ class TorchTrainer:
         train = self._config.train
         return split(samples, budget, train.share_prompt, train.share_packs)
 
+    @spanned(Lane.TRAINER, "log-probs")
     @torch.no_grad()
     def _logprobs(self, one: _Pass) -> tuple[Tensor, Tensor]:
         """Log-probability and log-sum-exp of every target of a pack, [T] float32, on the CPU."""
@@ -259,9 +261,11 @@ class TorchTrainer:
         rows: list[Tensor] = []
         for one in passes:
             check()
-            loss, metrics = self._loss(one, *denominators(batch, one.pack, self._config))
-            loss.backward()
-            self.optimizer.accumulate()
+            with span(Lane.TRAINER, "forward"):
+                loss, metrics = self._loss(one, *denominators(batch, one.pack, self._config))
+            with span(Lane.TRAINER, "backward"):
+                loss.backward()
+                self.optimizer.accumulate()
             rows.append(metrics)
         # the one wait for the device before the optimizer's step
         values = torch.stack(rows).tolist() if rows else []
@@ -272,7 +276,8 @@ class TorchTrainer:
                 raise NonFiniteError(
                     f"loss is {values[0]} in mini-batch {index} (rollouts {which}, …); the step was not applied"
                 )
-        norm = self.optimizer.step()
+        with span(Lane.TRAINER, "optimizer"):
+            norm = self.optimizer.step()
         if not math.isfinite(norm):
             raise NonFiniteError(f"gradient norm is {norm} in mini-batch {index}; the step was not applied")
         return update_stats(batch, [values for values, _ in table], norm, lr, self._config)

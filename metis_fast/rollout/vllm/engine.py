@@ -34,6 +34,7 @@ from metis_fast.rollout.vllm.settings import (
     GenerateRequest,
 )
 from metis_fast.rollout.vllm.staged import StagedWeights
+from metis_fast.spans import Lane, span
 from metis_fast.tools.protocol import MAX_CALL_IMAGES
 from metis_fast.types import ImageBlob, ImageSpan, Rollout
 from metis_fast.workers.hub import Hub
@@ -193,7 +194,8 @@ class VllmEngine:
         new = {sha256: by_hash[sha256] for sha256 in needed if sha256 not in replica.sent}
         try:
             try:
-                reply = await self._ask(replica, tokens, spans, new, sampling)
+                with span(Lane.ENGINE, f"{replica.worker.name}: message"):
+                    reply = await self._ask(replica, tokens, spans, new, sampling)
             except EngineFailure as error:
                 if _MISSING not in str(error):
                     raise

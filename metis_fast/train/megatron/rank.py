@@ -30,6 +30,7 @@ from metis_fast import __version__
 from metis_fast.errors import ConfigError, MetisError
 from metis_fast.machine import PARENT
 from metis_fast.open_files import allow_files
+from metis_fast.train.megatron.traced import recorded
 from metis_fast.train.megatron.wire import (
     KEY,
     Call,
@@ -290,7 +291,8 @@ def _answer(message: Message, worker: Any, name: str, context: Context, channel:
                 mailbox.credits.acquire()
                 channel.send(Kind.ITEM, message.number, item)
         else:
-            result = getattr(worker, call.method)(*call.arguments)
+            with recorded(context.rank, call.method, message.number):
+                result = getattr(worker, call.method)(*call.arguments)
     except Aborted:
         channel.send(Kind.ABORTED, message.number)
     except MetisError as error:
