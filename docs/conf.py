@@ -35,15 +35,23 @@ napoleon_google_docstring, napoleon_numpy_docstring = True, False
 linkcheck_anchors = True
 
 _FIELDS = re.compile(r"[a-z]\w*(, \w+)*: ")
+_COLUMNS = re.compile(r" +(\w+) {2,}(\S.*)")
+_FOR_ALL = (  # what scrolls can be reached by keyboard, and a caption says of which level it is
+    ('role="heading">', 'role="heading" aria-level="2">'),
+    ("<pre>", '<pre tabindex="0">'),
+    ('<div class="table-wrapper', '<div tabindex="0" class="table-wrapper'),
+)
 
 
 def _as_list(app: Any, what: str, name: str, of: object, options: Any, lines: list[str]) -> None:
-    """Docstrings are plain text: `name: meaning` at the start of a line is an item of a list, and | is a letter."""
+    """Docstrings are plain text: `name: meaning` at the start of a line is an item of a list, so is a row of two columns, and |
+    is a letter."""
     found: list[str] = []
     item = False
     for line in (line.replace("|", "\\|") for line in lines):
-        if _FIELDS.match(line):
-            names, meaning = line.split(": ", 1)
+        row = _COLUMNS.fullmatch(line)
+        if row or _FIELDS.match(line):
+            names, meaning = row.groups() if row else line.split(": ", 1)
             found += ["", f"* ``{names}``: {meaning}"]
             item = True
         else:
@@ -52,6 +60,14 @@ def _as_list(app: Any, what: str, name: str, of: object, options: Any, lines: li
     lines[:] = found
 
 
+def _reachable(app: Any, page: str, template: str, context: dict[str, Any], doctree: object) -> None:
+    """Furo's pages, mended for those who use no mouse or no eyes."""
+    for part in ("body", "furo_navigation_tree"):
+        for found, better in _FOR_ALL:
+            context[part] = context.get(part, "").replace(found, better)
+
+
 def setup(app: Any) -> None:
     """Called by Sphinx."""
+    app.connect("html-page-context", _reachable, priority=900)  # behind the theme, which makes the tree
     app.connect("autodoc-process-docstring", _as_list, priority=100)

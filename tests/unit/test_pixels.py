@@ -159,4 +159,4 @@ def test_a_damaged_image_is_usable_everywhere_or_a_bad_row_everywhere(name: str,
         assert size(blob.data) == image.size and not policy.images.broken([blob])
         if max(image.size) <= 2048:
             assert policy.images(blob).pixels.isfinite().all()
-    assert 0 < usable < num
+    assert usable < num and (usable or num < 500)  # few damaged PNGs are usable
