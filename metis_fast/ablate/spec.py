@@ -23,6 +23,9 @@ from metis_fast.errors import ConfigError, one_line
 
 _KEYS = ("out", "base", "demo", "cold_start", "seeds", "budget", "jobs", "ray", "variants")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+=-]{0,59}")  # becomes the name of a folder
+_TABLES = {f"{name}.{kind}" for name in ("results", "profile", "boundary") for kind in ("md", "json", "csv", "svg")}
+_TAKEN = {"demo", "pilot", "budget.json"} | _TABLES  # of folders and files beside those of the variants
+_OURS = {"run.seed": "seeds", "run.dir": "out", "train.steps": "budget"}  # setting of a run -> key that sets it for all
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,10 +104,13 @@ def read_ablation(path: Path) -> Ablation:
     if not isinstance(variants, dict) or not variants:
         raise ConfigError(f"{path}: variants: expected names with the settings of each, got {variants!r}")
     for name in variants:
-        if not _NAME.fullmatch(name) or name == "demo":
-            raise ConfigError(
-                f"{path}: variants: a name is letters, digits and . _ + = -, up to 60 of them, and not demo; got {name!r}"
-            )
+        if not _NAME.fullmatch(name):
+            raise ConfigError(f"{path}: variants: a name is letters, digits and . _ + = -, up to 60 of them; got {name!r}")
+        if name in _TAKEN:
+            raise ConfigError(f"{path}: variants: {name} is a name of the ablation's own files; choose another")
+    overrides = {name: _variant(path, name, own, tree) for name, own in variants.items()}
+    if tree.get("ray") and not isinstance(tree["ray"], str):
+        raise ConfigError(f"{path}: ray: expected auto, local or host:port, got {tree['ray']!r}")
     demo, cold_start = (_path(path, tree, key) for key in ("demo", "cold_start"))
     return Ablation(
         out=_path(path, tree, "out") or Path("runs") / path.stem,
@@ -116,7 +122,7 @@ def read_ablation(path: Path) -> Ablation:
         budget=_budget(path, tree.get("budget")),
         jobs=_whole(path, "jobs", tree.get("jobs", "1"), least=1),
         ray=tree.get("ray") or None,
-        variants={name: _overrides(f"{path}: variants.{name}", own or {}) for name, own in variants.items()},
+        variants=overrides,
     )
 
 
@@ -208,6 +214,17 @@ def _overrides(place: str, tree: Any, prefix: str = "") -> tuple[str, ...]:
         else:
             out.append(f"{name}={value if isinstance(value, str) else json.dumps(value)}")
     return tuple(out)
+
+
+def _variant(path: Path, name: str, own: Any, tree: Mapping[str, Any]) -> tuple[str, ...]:
+    """Its overrides; none of what the ablation sets itself, which would be without effect."""
+    overrides = _overrides(f"{path}: variants.{name}", own or {})
+    for override in overrides:
+        setting = override.partition("=")[0]
+        key = _OURS.get(setting)
+        if key is not None and (key != "budget" or tree.get("budget")):
+            raise ConfigError(f"{path}: variants.{name}: {setting} is set by `{key}`, for all variants; leave it out here")
+    return overrides
 
 
 def _expanded(path: Path, key: str, value: Any) -> Path:

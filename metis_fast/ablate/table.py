@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -32,7 +33,7 @@ def write_tables(folder: Path, results: Results) -> list[Path]:
 
 
 def _write(path: Path, text: str) -> Path:
-    scratch = path.with_name(f".{path.name}.tmp")
+    scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # --tables may run beside the ablation
     scratch.write_text(text, encoding="utf-8")
     scratch.replace(path)
     return path

@@ -44,7 +44,11 @@ def _memory(config: Config, num_parameters: int) -> Finding:
     size = num_parameters * _itemsize(config)
     state = "error" if size > have else "warning" if 2 * size > have else "ok"
     advice = "take a machine with more" if state != "ok" else ""
-    return Finding("memory", state, f"{gigabytes(have)}; the weights take {gigabytes(size)}", advice)
+    return Finding("memory", state, f"{gigabytes(have)}; the weights take {_known(size)}", advice)
+
+
+def _known(size: float) -> str:
+    return gigabytes(size) if size else "what is not known without a model"
 
 
 def _itemsize(config: Config) -> int:
@@ -72,7 +76,7 @@ def _disk(config: Config, num_parameters: int) -> Iterator[Finding]:
     yield Finding(
         "run.dir",
         ("error" if free < each + weights else "warning") if low else "ok",
-        f"{gigabytes(free)} free at {folder}; checkpoints and the export take up to {gigabytes(need)}",
+        f"{gigabytes(free)} free at {folder}; checkpoints and the export take {'up to ' if need else ''}{_known(need)}",
         "free some, lower checkpoint.keep_last, or name a run.dir elsewhere" if low else "",
     )
     scratch = Path(tempfile.gettempdir())
@@ -96,7 +100,7 @@ def _shared_memory(config: Config, num_parameters: int) -> Finding:
     return Finding(
         "/dev/shm",
         "error" if low else "ok",
-        f"{gigabytes(free)} free; two versions of the weights take {gigabytes(need)}",
+        f"{gigabytes(free)} free; two versions of the weights take {_known(need)}",
         "enlarge it (containers: --shm-size; else mount -o remount,size=...)" if low else "",
     )
 

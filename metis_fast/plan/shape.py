@@ -26,8 +26,8 @@ def read_model_config(config: Config, given: Path | None) -> PretrainedConfig:
     if given is None and not file.is_file():
         if described is None:
             raise ConfigError(
-                f"{file} does not exist, so the model's shape is unknown; give --model FILE_OR_FOLDER, set model.config to a "
-                "config.json that describes the model, or set model.path to a model folder"
+                f"{file} does not exist, so the model's shape is unknown; set model.path to a model folder, or model.config to "
+                "a config.json that describes the model (metis-fast plan takes it as --model, too)"
             )
         file = described
     return config_of(read_json(file), file)

@@ -42,6 +42,7 @@ def run(args: argparse.Namespace) -> int:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"--out {out} is not empty; name a new folder")
     asked = config_module.load(args.config, args.overrides)
+    _check_left(asked, args.steps)
     out.mkdir(parents=True, exist_ok=True)
     config = _copied(asked, out / "run")
     steps = Steps(args.steps, None if args.no_ops else out / "ops")
@@ -71,6 +72,22 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _newest(folder: Path) -> int:
+    """The step of the newest checkpoint in a run's folder; 0 where there is none."""
+    checkpoints = folder / "checkpoints"
+    return max(CheckpointStore(checkpoints, 1).steps(), default=0) if checkpoints.is_dir() else 0
+
+
+def _check_left(asked: Config, num: int) -> None:
+    """Whether the run has as many steps left as are to be seen; said before anything is made."""
+    done, needed = _newest(asked.run.dir), num + 1
+    if asked.train.steps - done < needed:
+        raise ConfigError(
+            f"train.steps={asked.train.steps}, and {asked.run.dir} has {done} of them already; {needed} more are needed, "
+            f"one to warm up and --steps {num}; set train.steps={done + needed} or lower --steps"
+        )
+
+
 def _copied(asked: Config, folder: Path) -> Config:
     """The config of the copy. A demo whose cold start is there is taken from there; else it is made anew, in the copy."""
     played = {phase.trajectories.name for phase in asked.sft.phases}
@@ -97,10 +114,10 @@ def _copied(asked: Config, folder: Path) -> Config:
 def _copy_newest(source: Path, target: Path) -> bool:
     """The newest checkpoint of a run with what the run was made of, if there is one. Its bytes are not copied where the disk
     has links: files of a checkpoint are never written again, and removing a link leaves the other."""
-    steps = CheckpointStore(source / "checkpoints", 1).steps() if (source / "checkpoints").is_dir() else ()
-    if source.resolve() == target.resolve() or not steps:
+    step = _newest(source)
+    if source.resolve() == target.resolve() or not step:
         return False
-    name = f"step-{max(steps):06d}"
+    name = f"step-{step:06d}"
     here, there = source / "checkpoints" / name, target / "checkpoints" / name
     there.parent.mkdir(parents=True)
     try:

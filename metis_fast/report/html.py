@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from importlib import resources
 from pathlib import Path
@@ -25,7 +26,7 @@ def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
         if isinstance(value, dict):
             yield from _leaves(value, f"{prefix}{name}.")
         else:
-            yield prefix + name, value
+            yield f"{prefix}{name}", value
 
 
 def _config_leaves(path: Path) -> dict[str, Any]:
@@ -34,7 +35,7 @@ def _config_leaves(path: Path) -> dict[str, Any]:
         return {}
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise DataError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     return dict(_leaves(tree)) if isinstance(tree, dict) else {}
 
@@ -96,9 +97,12 @@ def write_report(run_dir: Path) -> Path:
         benchmarks=benchmarks,
     )
     path = run_dir / "report.html"
-    scratch = path.with_name(".report.html.tmp")
-    scratch.write_text(page, encoding="utf-8")
-    scratch.replace(path)
+    scratch = path.with_name(f".report.html.{os.getpid()}.tmp")  # the run may write its own at the same time
+    try:
+        scratch.write_text(page, encoding="utf-8")
+        scratch.replace(path)
+    finally:
+        scratch.unlink(missing_ok=True)
     return path
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import gzip
 import hashlib
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
@@ -214,7 +215,7 @@ def write_file(runs: Sequence[Run], out: Path, limit: int, progress: Callable[[i
         raise ConfigError(f"--limit: expected at least {base / MB:.1f} MB for the page and its curves, got {limit / MB:g}")
     by_name = {run.name: run for run in runs}
     out.parent.mkdir(parents=True, exist_ok=True)
-    scratch = out.with_name(f".{out.name}.tmp")
+    scratch = out.with_name(f".{out.name}.{os.getpid()}.tmp")  # two may write at once: the last one stays
     try:
         with scratch.open("wb") as file:
             file.write(head.encode())

@@ -203,7 +203,7 @@ class Snapshot:
         if order not in _ORDERS:
             raise DataError(f"sort: expected one of {', '.join(_ORDERS)}, got {order[:40]!r}")
         columns = self.columns
-        if order == "oldest":
+        if order == "oldest" or not self.size:
             return places
         key = columns["step" if order == "newest" else order][places]
         return places[np.argsort(-key, kind="stable")]

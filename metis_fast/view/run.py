@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import yaml
 
 from metis_fast.config import Config
-from metis_fast.errors import DataError, one_line
+from metis_fast.errors import ConfigError, DataError, one_line
 from metis_fast.report.log import Evaluation, failed_rates, step_scalars
 from metis_fast.report.summary import Summary, read_summary
 from metis_fast.types import Avoided, Savings, Slice, StepStats, UpdateStats
@@ -169,7 +169,10 @@ def open_runs(folders: list[Path], tokenizer: Path | None) -> list[Run]:
 
     Raises:
         DataError: a folder is not there, or holds no run.
+        ConfigError: `tokenizer` is none.
     """
+    if tokenizer is not None and not Pieces.of(tokenizer, Path(), None).found:
+        raise ConfigError(f"--tokenizer {tokenizer}: expected a model folder with tokenizer.json, or that file; leave it out")
     found: list[Path] = []
     for folder in folders:
         if not folder.is_dir():

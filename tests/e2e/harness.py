@@ -14,6 +14,7 @@ import multiprocessing
 import os
 import pkgutil
 import random
+import re
 import signal
 import sys
 import tempfile
@@ -41,6 +42,7 @@ AGENT = HERE / "agent"
 PROGRAM = Path(sys.executable).with_name("metis-fast")
 FORK = multiprocessing.get_context("forkserver")
 FORK.set_forkserver_preload(["metis_fast.demo.command", "metis_fast.report.html", "metis_fast.score.llm", "metis_fast.cli"])
+_OTHERS = re.compile("wandb-(artifacts|media)$")  # made where megatron imports wandb; a kill leaves them
 _LIMIT_S = 240.0  # of a command, on a machine that does other things too
 
 
@@ -235,7 +237,7 @@ class Command:
             hit=mark.exists(),
             after_s=ended - float(mark.read_text()) if mark.exists() else 0.0,
             orphans=tuple(str(process) for process in left),
-            scratch=tuple(sorted(path.name for path in (self.folder / "tmp").iterdir())),
+            scratch=tuple(sorted(name for path in (self.folder / "tmp").iterdir() if not _OTHERS.search(name := path.name))),
         )
 
     def read(self, name: str) -> str:

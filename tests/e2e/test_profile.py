@@ -129,3 +129,6 @@ def test_what_cannot_be_profiled_is_one_line(demo: Path, tmp_path: Path) -> None
     command = ["profile", demo / "config.yaml", "--out"]
     assert "is not empty; name a new folder" in error_line(run([*command, demo], tmp_path / "a"))
     assert "--steps: expected 1 or more" in error_line(run([*command, tmp_path / "new", "--steps", 0], tmp_path / "b"))
+    few = error_line(run([*command, tmp_path / "new"], tmp_path / "c"))
+    assert "has 5 of them already; 4 more are needed" in few and "set train.steps=9" in few
+    assert not (tmp_path / "new").exists()

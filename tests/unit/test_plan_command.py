@@ -107,7 +107,7 @@ def test_what_cannot_be_planned_is_refused_with_what_to_do(plan, words, says):
 
 def test_the_model_is_found_in_its_folder_then_in_its_description(plan, tmp_path, described):
     code, _, err = plan(model=False)
-    assert code == 2 and "give --model FILE_OR_FOLDER, set model.config" in err
+    assert code == 2 and "set model.path to a model folder, or model.config" in err
     folder = tmp_path / "model"
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(tiny(True).to_dict(), default=str))

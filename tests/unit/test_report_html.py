@@ -353,6 +353,23 @@ def test_a_folder_without_a_run_is_refused_in_one_line(tmp_path: Path):
     assert not (tmp_path / "report.html").exists()
 
 
+def test_settings_of_any_shape_and_none_at_all_do_not_end_in_a_traceback(tmp_path: Path):
+    write_run(tmp_path, 1)
+    (tmp_path / "config.yaml").write_text("1: {2: 3}\n")
+    assert "1.2" in write_report(tmp_path).read_text(encoding="utf-8")
+    (tmp_path / "config.yaml").write_bytes(b"\xff\xfe")
+    with pytest.raises(DataError, match=r"config\.yaml is not valid YAML"):
+        write_report(tmp_path)
+
+
+def test_a_report_that_cannot_be_put_in_place_leaves_nothing_behind(tmp_path: Path):
+    write_run(tmp_path, 1)
+    (tmp_path / "report.html").mkdir()
+    with pytest.raises(OSError):
+        write_report(tmp_path)
+    assert not list(tmp_path.glob(".report*"))
+
+
 def test_a_slice_where_nothing_was_judged_is_no_point_of_a_curve():
     unjudged, judged = Slice(4, 4, 0.0, 0.0, 0.0, 0.0, 0.0), Slice(4, 1, 0.5, 0.0, 0.0, 1.0, 9.0)
     stats = StepStats(0, 0, 0.0, 0.0, {"search": unjudged, "math": judged}, {}, 0, 0.0, 0.0, 0, (), {})

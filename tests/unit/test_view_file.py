@@ -9,6 +9,7 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -135,6 +136,19 @@ def test_a_file_answers_everything_else_as_the_server_does(runs: list[Run], whol
         assert found == json.loads(json.dumps(server[path](query))), (path, query)
 
 
+def test_two_that_write_the_same_file_at_once_leave_a_whole_one(runs: list[Run], whole: Path, tmp_path: Path):
+    out, begun = tmp_path / "page.html", list[int]()
+
+    def write_another(kept: int) -> None:
+        begun.append(kept)
+        if len(begun) == 1:
+            words = ["report", *(str(run.folder) for run in runs), "--out", str(out)]
+            subprocess.run([sys.executable, "-m", "metis_fast", *words], check=True, capture_output=True)
+
+    write_file(runs, out, 30_000_000, write_another)
+    assert begun and out.read_bytes() == whole.read_bytes() and list(tmp_path.iterdir()) == [out]
+
+
 def test_some_of_several_runs_are_shown_and_seeds_are_a_band_only_where_all_are_there(whole: Path, tmp_path: Path):
     pair = {"runs": "hdpo,seed-1"}
     some, bands = answered(whole, [("overview", pair), ("overview", {**pair, "bands": "1"})], tmp_path)
@@ -221,6 +235,7 @@ def test_the_verb_writes_the_file_and_refuses_what_makes_no_sense(
         ([folder, str(runs[0].folder)], "expected one run, got 2"),
         ([folder, "--limit", "3"], "belong to --out"),
         ([str(tmp_path / "none"), "--out", str(out)], "expected the folder of a run"),
+        ([folder, "--out", str(out), "--tokenizer", str(tmp_path / "none")], "expected a model folder with tokenizer.json"),
     ]:
         assert cli.main(["report", *words]) == 2
         error = capsys.readouterr().err

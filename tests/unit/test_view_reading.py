@@ -15,6 +15,7 @@ from metis_fast import cli
 from metis_fast.errors import DataError
 from metis_fast.report.log import read_steps, step_scalars
 from metis_fast.rollout.store import RolloutStore, read_rollouts
+from metis_fast.view.answers import Answers
 from metis_fast.view.index import Filter, filter_of
 from metis_fast.view.lines import JsonLines
 from metis_fast.view.pictures import Source, draw, points, variants
@@ -87,6 +88,13 @@ def test_each_missing_file_is_said_and_the_rest_is_there(folder: Path):
     shutil.rmtree(folder / "rollouts")
     assert any("rollouts is missing" in note for note in run.read().notes)
     assert places(run) == []
+
+
+@pytest.mark.parametrize("sort", ["newest", "oldest", "adv_acc"])
+def test_a_run_that_has_no_rollouts_yet_has_an_empty_list(tmp_path: Path, sort: str):
+    (tmp_path / "metrics.jsonl").touch()
+    answer = Answers(open_runs([tmp_path], None)).by_name["rollouts"]({"run": tmp_path.name, "sort": sort, "hist": "tokens"})
+    assert answer["total"] == 0 and answer["rows"] == [] and answer["hist"] == []
 
 
 def test_records_of_a_newer_version_are_read_as_far_as_they_are_known(folder: Path):
