@@ -38,6 +38,9 @@ def make(ablation: Ablation, quiet: bool = False, start: Start | None = None) ->
     shared = shared_config(ablation)
     if not shared.data.heldout:
         raise ConfigError("an ablation compares held-out prompts, and data.heldout is empty; name some in the base")
+    if ablation.demo is None and not (shared.model.path / "config.json").is_file():
+        name = "model.path of the base" if ablation.cold_start is None else "cold_start"
+        raise ConfigError(f"{name}: expected the folder of a model, from which all runs begin; {shared.model.path} is none")
     planned_runs(ablation, shared, ablation.budget.steps)  # what cannot work is said before anything is made
     with held(ablation.out):
         _cold_start(ablation, shared)

@@ -112,6 +112,8 @@ def read_ablation(path: Path) -> Ablation:
     if tree.get("ray") and not isinstance(tree["ray"], str):
         raise ConfigError(f"{path}: ray: expected auto, local or host:port, got {tree['ray']!r}")
     demo, cold_start = (_path(path, tree, key) for key in ("demo", "cold_start"))
+    if demo is not None and cold_start is not None:
+        raise ConfigError(f"{path}: `demo` makes the cold start itself; leave `cold_start` out, or `demo`")
     return Ablation(
         out=_path(path, tree, "out") or Path("runs") / path.stem,
         base=base,

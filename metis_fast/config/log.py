@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from metis_fast.config.section import NonNegative, Section, Several, Text
 
@@ -27,3 +27,10 @@ class LogConfig(Section):
     """Progress bars (they also go away by themselves where stderr is not a terminal)."""
     panel: Literal["auto", "off"] = "auto"
     """A panel with curves below the lines of training, where stdout is a terminal; `off`: lines and bars alone."""
+
+    @field_validator("trackers")
+    @classmethod
+    def _once(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        if len(set(names)) < len(names):
+            raise ValueError(f"expected each tracker once, got {', '.join(names)}")
+        return names

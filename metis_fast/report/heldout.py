@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from metis_fast.errors import DataError
+from metis_fast.errors import DataError, one_line
 from metis_fast.summary import ScoredSummary
 
 
@@ -69,4 +69,6 @@ def read_heldout(folder: Path, step: int) -> list[HeldOut]:
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}; give a run that has evaluated its held-out prompts") from None
     except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path}: expected a line for each held-out prompt, got {error!r}; evaluate again") from None
+        raise DataError(
+            f"{path}: expected a line for each held-out prompt, got {one_line(error)[:200]}; evaluate again"
+        ) from None

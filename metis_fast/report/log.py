@@ -19,7 +19,7 @@ from typing import Any, Self, TypeVar
 from tqdm import tqdm
 
 from metis_fast.config import LogConfig
-from metis_fast.errors import DataError
+from metis_fast.errors import DataError, one_line
 from metis_fast.report.panel import active
 from metis_fast.report.slices import KINDS, main_abilities
 from metis_fast.report.trackers import Trackers
@@ -140,7 +140,9 @@ def _read(path: Path, make: Callable[[dict[str, Any]], _Record]) -> list[_Record
         try:
             records.append(make(json.loads(line)))
         except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise DataError(f"{path}:{number}: expected a record of this version, got {error!r}; move the file away") from None
+            raise DataError(
+                f"{path}:{number}: expected a record of this version, got {one_line(error)[:200]}; move the file away"
+            ) from None
     return records
 
 

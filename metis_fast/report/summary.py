@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from metis_fast.errors import DataError
+from metis_fast.errors import DataError, one_line
 from metis_fast.report.slices import KINDS, abilities_in
 from metis_fast.types import Slice
 
@@ -106,7 +106,9 @@ def read_summary(path: Path) -> Summary:
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}; give the summary of a finished run") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{path}: expected the summary of a run, got {error!r}; give a file that a run wrote") from None
+        raise DataError(
+            f"{path}: expected the summary of a run, got {one_line(error)[:200]}; give a file that a run wrote"
+        ) from None
 
 
 def summary_rows(summary: Summary) -> Iterator[SummaryRow]:

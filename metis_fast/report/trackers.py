@@ -28,7 +28,7 @@ from metis_fast.report.samples import Sample, samples
 
 _LOG = logging.getLogger(__name__)
 _WAITING = 256  # calls; a step has one or two
-_CLOSE_S = 20.0  # for what is still on its way when a run ends
+_CLOSE_S = 60.0  # for what is still on its way when a run ends
 _ID = "tracker-id"  # file of the run folder: a run that goes on is the same run for a tracker, one in a new folder is not
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from metis_fast import config as config_module
+from metis_fast.ablate.job import make
 from metis_fast.ablate.spec import Budget, planned_runs, read_ablation, shared_config
 from metis_fast.errors import ConfigError
 
@@ -84,6 +85,7 @@ def test_cpu_minutes_are_a_budget_too(tmp_path: Path) -> None:
         ("variants: {a: {run.dir: elsewhere}}\n", "variants.a: run.dir is set by `out`"),
         ("variants: {a: {train: {steps: 1}}}\nbudget: {steps: 2}\n", "variants.a: train.steps is set by `budget`"),
         (f"{_LEAST}ray: [1]\n", "ray: expected auto, local or host:port"),
+        (f"{_LEAST}demo: here\ncold_start: there\n", "`demo` makes the cold start itself"),
         ("variants: {a: 3}\n", "variants.a: expected settings"),
         (f"{_LEAST}seeds: [0, 0]\n", "different whole numbers"),
         (f"{_LEAST}seeds: [x]\n", "seeds: expected a whole number"),
@@ -105,3 +107,10 @@ def test_a_setting_that_is_none_names_its_variant(tmp_path: Path) -> None:
     ablation = read_ablation(_file(tmp_path, "variants: {good: {}, bad: {loss: {w_tols: 1}}}\n"))
     with pytest.raises(ConfigError, match=r"variant bad: .*loss\.w_tols"):
         planned_runs(ablation, shared_config(ablation), 1)
+
+
+def test_runs_without_a_model_to_begin_from_are_not_started(tmp_path: Path) -> None:
+    text = f"variants: {{a: {{}}}}\nbase: {{data: {{heldout: [x.parquet]}}}}\nout: {tmp_path / 'out'}\ncold_start: {tmp_path}\n"
+    with pytest.raises(ConfigError, match="cold_start: expected the folder of a model"):
+        make(read_ablation(_file(tmp_path, text)))
+    assert not (tmp_path / "out").exists()

@@ -75,6 +75,7 @@ def test_no_rollouts_are_shown_where_none_are_wanted(stored: Path, tmp_path: Pat
 def test_wandb_keeps_a_run_offline(stored: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog):
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB__SERVICE_WAIT", "300")  # its own process, on a busy machine
     (tmp_path / "rollouts").symlink_to(stored / "rollouts")
     with caplog.at_level(logging.WARNING, logger=LOGGER):
         for _ in range(2):  # the second time it goes on
