@@ -41,6 +41,7 @@ _FOR_ALL = (  # what scrolls can be reached by keyboard, and a caption says of w
     ("<pre>", '<pre tabindex="0">'),
     ('<div class="table-wrapper', '<div tabindex="0" class="table-wrapper'),
 )
+_PICTURE = re.compile(r"<p>(<img [^>]*\.svg[^>]*>)</p>")
 
 
 def _as_list(app: Any, what: str, name: str, of: object, options: Any, lines: list[str]) -> None:
@@ -65,6 +66,7 @@ def _reachable(app: Any, page: str, template: str, context: dict[str, Any], doct
     for part in ("body", "furo_navigation_tree"):
         for found, better in _FOR_ALL:
             context[part] = context.get(part, "").replace(found, better)
+    context["body"] = _PICTURE.sub(r'<p class="picture" tabindex="0">\1</p>', context["body"])
 
 
 def setup(app: Any) -> None:

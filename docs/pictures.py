@@ -252,7 +252,7 @@ def faults() -> Picture:
         y = 20 + 48 * i
         picture.box(20, y, 8, 36, kind, 2)
         picture.text(40, y + 23, who, "bold")
-        picture.text(236, y + 23, how)
+        picture.text(248, y + 23, how)
         picture.arrow((512, y + 18), (538, y + 18))
         picture.text(548, y + 23, what)
     return picture

@@ -121,8 +121,8 @@ async def read_body(request: Request, limit: int) -> bytes:
     return bytes(body)
 
 
-def listen(section: str, host: str, port: int, error: type[MetisError]) -> socket.socket:
-    """A socket at which requests will be taken. section: of the settings, for messages.
+def listen(section: str, host: str, port: int, error: type[MetisError], advice: str = "choose another") -> socket.socket:
+    """A socket at which requests will be taken. section: of the settings; advice: what to do; both for messages.
 
     Raises:
         error: the address cannot be used.
@@ -131,9 +131,8 @@ def listen(section: str, host: str, port: int, error: type[MetisError]) -> socke
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         listening = socket.create_server((host, port), family=family, backlog=_BACKLOG)
     except OSError as failure:
-        raise error(
-            f"cannot listen on {section}.host={host}, port={port}: {failure.strerror or failure}; choose another"
-        ) from None
+        why = (failure.strerror or str(failure)).partition(" (while")[0]  # Python adds the address once more
+        raise error(f"cannot listen on {section}.host={host}, port={port}: {why}; {advice}") from None
     # Connections inherit it. asyncio, which sets it for others, does not for a socket without the number of its protocol: head
     # and body of a reply are sent one after the other, and the body would wait 40 ms for the other side.
     listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)

@@ -94,6 +94,13 @@ class Page:
     def one(self, css: str) -> Any:
         return self.driver.find_element("css selector", css)
 
+    def texts(self, css: str) -> list[str]:
+        """Of what is displayed, at one moment: the page may draw itself anew."""
+        found = (
+            "return [...document.querySelectorAll(arguments[0])].filter((one) => one.offsetParent).map((one) => one.innerText)"
+        )
+        return self.script(found, css)
+
     def press(self, *keys: str) -> None:
         self.script("document.activeElement.blur()")
         for key in keys:

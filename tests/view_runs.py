@@ -235,6 +235,17 @@ def stats(step: int, progress: float, groups: list[ScoredGroup], generator: np.r
     )
 
 
+def write_benchmark(folder: Path, step: int, value: float) -> Path:
+    """A result after a training step, in a run folder."""
+    place = folder / "benchmarks" / f"step-{step:06d}" / "vstar"
+    place.mkdir(parents=True)
+    figure = {"name": "accuracy", "value": value, "error": 0.02, "n": 191, "missing": 0, "low": None, "high": None}
+    result = {"benchmark": "vstar", "title": "V*", "questions": 191, "scorers": {"rule": {"figures": [figure]}}}
+    more = {"settings": {"tools": "on"}, "warnings": [f"another file: {ATTACK}"], "tool_rate": {"value": 0.4, "error": None}}
+    (place / "result.json").write_text(json.dumps(result | more))
+    return place / "result.json"
+
+
 def write_run(folder: Path, *, steps: int = 12, prompts: int = 9, size: int = 8, seed: int = 0, w_tool: float = 0.15) -> Path:
     """A finished run, with a part of rollouts for every step."""
     maker = Maker(seed)

@@ -16,6 +16,7 @@ from itertools import pairwise
 from pathlib import Path
 from statistics import fmean
 
+from metis_fast.ablate.picture import COLOURS
 from metis_fast.ablate.results import Spread, rates_of, spread
 from metis_fast.ablate.running import read_cost
 from metis_fast.ablate.spec import Planned
@@ -25,7 +26,6 @@ from metis_fast.report.log import read_steps
 from metis_fast.report.slices import plain_kind
 
 _HALF = 0.5
-_COLOURS = ("#2563eb", "#d97706", "#059669", "#dc2626", "#7c3aed", "#0891b2", "#be185d", "#4b5563")
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,7 +171,7 @@ def _draw(found: Sequence[Curve], path: Path) -> None:
     with matplotlib.rc_context({"svg.hashsalt": "metis_fast"}):  # the same picture is the same file
         figure = Figure(figsize=(6.4, 3.8), layout="constrained")
         axes = figure.subplots()
-        for curve, colour in zip(found, _COLOURS * len(found), strict=False):
+        for curve, colour in zip(found, COLOURS * len(found), strict=False):
             ps = sorted(curve.tool_rate)
             rates = [curve.tool_rate[p] for p in ps]
             axes.plot(

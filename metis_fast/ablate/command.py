@@ -40,7 +40,7 @@ def _show(out: Path, as_json: bool) -> None:
         print(json.dumps(results))
         return
     print((out / "results.md").read_text(encoding="utf-8"))
-    written = [out / name for name in ("results.md", "profile.md", "boundary.md", "boundary.svg")]
+    written = [out / name for name in ("results.md", "results.svg", "profile.md", "boundary.md", "boundary.svg")]
     print(f"written: {', '.join(str(path) for path in written if path.exists())}")
     if results["variants"]:
         print(f"page: metis-fast view {' '.join(str(out / name) for name in results['variants'])}")

@@ -11,9 +11,10 @@ from pathlib import Path
 
 from metis_fast import config as config_module
 from metis_fast.ablate.boundary import curves, write_boundary
+from metis_fast.ablate.picture import write_picture
 from metis_fast.ablate.process import Process
 from metis_fast.ablate.results import Results, collect
-from metis_fast.ablate.running import Start, read_cost, run_all
+from metis_fast.ablate.running import OUT, Start, read_cost, run_all
 from metis_fast.ablate.spec import Ablation, Planned, planned_runs, shared_config
 from metis_fast.ablate.table import write_tables
 from metis_fast.config import Config
@@ -42,7 +43,7 @@ def make(ablation: Ablation, quiet: bool = False, start: Start | None = None) ->
         name = "model.path of the base" if ablation.cold_start is None else "cold_start"
         raise ConfigError(f"{name}: expected the folder of a model, from which all runs begin; {shared.model.path} is none")
     planned_runs(ablation, shared, ablation.budget.steps)  # what cannot work is said before anything is made
-    with held(ablation.out):
+    with held(ablation.out, OUT):
         _cold_start(ablation, shared)
         with Interrupts() as interrupts, ExitStack() as stack:
             start = start or _starter(ablation, shared, stack)
@@ -72,6 +73,7 @@ def tables(ablation: Ablation) -> int:
 
 def _write(out: Path, runs: Sequence[Planned], results: Results) -> None:
     write_tables(out, results)
+    write_picture(out, results)
     found = curves(runs)
     if found:
         write_boundary(out, found)
@@ -83,7 +85,7 @@ def _cold_start(ablation: Ablation, shared: Config) -> None:
     from metis_fast.demo import command as demo
 
     own = config_module.build(config_module.merge(shared.model_dump(mode="python"), {"run": {"dir": ablation.demo.absolute()}}))
-    with held(own.run.dir):
+    with held(own.run.dir, "`demo`"):
         demo.prepare(demo.resolve(own))
 
 

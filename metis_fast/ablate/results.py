@@ -189,8 +189,8 @@ def _mean_by_name(steps: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 def _profile(runs: Sequence[Planned]) -> Profile:
     steps: list[StepStats] = [step for run in runs for step in read_steps(run.folder)]
-    if not steps:
-        raise DataError(f"{runs[0].folder} has ended without a step; remove it, and run the ablation again")
+    if not steps or any("all" not in step.slices for step in steps):
+        raise DataError(f"{runs[0].folder} has ended without a whole step; remove it, and run the ablation again")
     updates = [update for step in steps for update in step.updates]
     avoided = {one.name: sum(getattr(update.avoided, one.name).flops for update in updates) for one in fields(Savings)}
     flops = sum(update.flops for update in updates)

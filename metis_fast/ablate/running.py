@@ -8,9 +8,11 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from hashlib import sha256
 from pathlib import Path
 
+from pydantic import TypeAdapter
 from tqdm import tqdm
 
 from metis_fast import config as config_module
@@ -26,6 +28,8 @@ _RECORD, _LOG, _METRICS = "ablate.json", "train.log", "metrics.jsonl"
 _POLL_S = 0.2
 _FREE_S = 60.0  # for the run of an ablation that was killed to save its state
 _STOPPED = (130, -2, -15)
+OUT = "`out` (--out)"
+"""What names the folder of an ablation."""
 
 Start = Callable[[Path, Path], Started]
 """Starts `metis-fast train` of a config file, which writes to a log."""
@@ -49,9 +53,14 @@ class Cost:
 def read_cost(folder: Path) -> Cost | None:
     """Of a run of an ablation; None where it never ended, or its record is damaged: it is started again, and ends at once."""
     try:
-        return Cost(**json.loads((folder / _RECORD).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
+        return _cost().validate_json((folder / _RECORD).read_bytes())
+    except (OSError, ValueError):
         return None
+
+
+@cache
+def _cost() -> TypeAdapter[Cost]:
+    return TypeAdapter(Cost)
 
 
 def digest(config: Config) -> str:
@@ -133,7 +142,7 @@ def _wait_until_free(folder: Path) -> None:
     deadline = time.monotonic() + _FREE_S
     while True:
         try:
-            with held(folder):
+            with held(folder, OUT):
                 return
         except ConfigError:
             if time.monotonic() > deadline:

@@ -34,8 +34,11 @@ def write_tables(folder: Path, results: Results) -> list[Path]:
 
 def _write(path: Path, text: str) -> Path:
     scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # --tables may run beside the ablation
-    scratch.write_text(text, encoding="utf-8")
-    scratch.replace(path)
+    try:
+        scratch.write_text(text, encoding="utf-8")
+        scratch.replace(path)
+    finally:
+        scratch.unlink(missing_ok=True)
     return path
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import socket
 import time
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from metis_fast.ablate.process import Ended, Process
 from metis_fast.errors import ConfigError, one_line
 
 _POLL_S = 0.2
+_CONNECT_S = 10.0
 
 
 def _run(config: str, log: str, folder: str) -> Ended:
@@ -64,6 +66,21 @@ class _Task:
         ray.cancel(self._ref, force=True)
 
 
+def _unreachable(address: str, error: Exception) -> ConfigError:
+    return ConfigError(f"ray: cannot join the cluster {address!r} ({one_line(error)[:200]}); start one, or leave it out")
+
+
+def _check_address(address: str) -> None:
+    """Ray itself would try an address at which nobody listens for a quarter of an hour."""
+    host, colon, port = address.rpartition(":")
+    if not (colon and port.isdecimal()) or "//" in address:  # auto, local, or a client's address
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_S).close()
+    except (OSError, OverflowError) as error:  # a port that is none
+        raise _unreachable(address, error) from None
+
+
 class RayTasks:
     """Starts runs in a cluster, with `cpus` slots each; close it."""
 
@@ -73,13 +90,12 @@ class RayTasks:
         Raises:
             ConfigError: there is no such cluster.
         """
+        _check_address(address)
         handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             ray.init(address, log_to_driver=False, logging_level=logging.WARNING)
         except (ConnectionError, ValueError, RuntimeError, RayError) as error:
-            raise ConfigError(
-                f"ray: cannot join the cluster {address!r} ({one_line(error)[:200]}); start one, or leave it out"
-            ) from None
+            raise _unreachable(address, error) from None
         finally:
             for number, handler in handlers.items():  # Ray's own would end the ablation at once
                 signal.signal(number, handler)

@@ -37,6 +37,7 @@ from metis_fast.types import Group
 from metis_fast.workers.launch import engine_gpus
 
 _LOOK_S = 0.02  # between two looks for news
+_REMEMBERED = 10_000  # tickets that were cancelled; a node is never asked for so much at once
 
 Method = Literal["play", "play_one", "probe", "layer_outputs", "write", "update", "rest", "resume", "look"]
 
@@ -106,7 +107,7 @@ class Player:
         self._version: int | None = None  # of the weights that its engine was given last, whole
         self._played: Counter[str] = Counter()  # groups by stream, since it was given weights
         self._tasks: dict[int, asyncio.Task[None]] = {}
-        self._cancelled: set[int] = set()  # and not begun
+        self._cancelled: dict[int, None] = {}  # perhaps not begun yet; the latest ones, in order
         self._events: deque[Event] = deque()  # filled by one thread, emptied by another
 
     async def open(self, setup: Setup) -> int:
@@ -165,7 +166,7 @@ class Player:
         """Begin what `poll` tells the end of."""
         for one in asked:
             if one[0] in self._cancelled:
-                self._cancelled.remove(one[0])
+                del self._cancelled[one[0]]
                 continue
             task = asyncio.get_running_loop().create_task(self._run(*one))
             self._tasks[one[0]] = task
@@ -177,7 +178,9 @@ class Player:
         if task is not None:
             task.cancel()
         else:  # over, or asked for with a poll that another loop still has
-            self._cancelled.add(ticket)
+            self._cancelled[ticket] = None
+            if len(self._cancelled) > _REMEMBERED:  # the oldest was over, or its poll would have come by now
+                del self._cancelled[next(iter(self._cancelled))]
 
     async def drop(self, keys: Sequence[Any]) -> None:
         """Keep these groups no longer."""
@@ -193,7 +196,7 @@ class Player:
             self._tell(Event(ticket, "failed", EngineError(f"Ray failed a node: {one_line(error)[:300]}")))
         except asyncio.CancelledError:
             raise
-        except BaseException as error:
+        except BaseException as error:  # nobody awaits this task: whatever it was, the run hears of it here
             logging.getLogger("metis_fast").exception("a defect of ours")
             self._tell(Event(ticket, "failed", RuntimeError(f"{type(error).__name__}: {error}")))
             raise

@@ -144,7 +144,7 @@ class Room:
             self.wait(f"room for {_describe(self.bundles)}", check, lambda: bool(group.wait(0)))
             self._node_of: Mapping[int, str] = placement_group_table(group)["bundles_to_node_id"]
             self._start_keepers(check)
-        except BaseException:
+        except BaseException:  # Ctrl-C, too: it goes on, and the cluster keeps nothing for us
             self.close()
             raise
 
@@ -276,6 +276,7 @@ def _unreachable(config: WorkersConfig, error: Exception) -> ConfigError:
 def _join(config: WorkersConfig, slots: int) -> None:
     """slots: CPU slots that a cluster which is started here must have; they are no more than a number."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")  # of a run that ends; all others are waited for, and said
     _check_address(config)
     address = None if config.ray_address == "auto" else config.ray_address
     options: dict[str, Any] = {"log_to_driver": False, "include_dashboard": False, "logging_level": logging.WARNING}

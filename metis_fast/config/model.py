@@ -27,7 +27,8 @@ class ModelConfig(Section):
     path: Annotated[FilePath, BY_CONTENT] = Path("models/Metis-8B-ColdStart")
     """Folder with config.json, *.safetensors, tokenizer and processor."""
     config: Annotated[OrNone[FilePath], MAY_CHANGE] = None
-    """A config.json that describes the model where `path` is not there yet, for `metis-fast plan`."""
+    """A config.json that describes the model where `path` is not there yet, for what needs no weights: `metis-fast plan`,
+    `rehearse` and `doctor`."""
     dtype: Annotated[Literal["auto", "bfloat16", "float32"], AfterValidator(_dtype_here)] = "bfloat16"
     """Type of weights and activations. With bfloat16 the optimizer keeps float32 masters. `auto`: bfloat16 on a machine with a
     GPU or instructions for it (AVX-512 bf16, AMX), else float32; a run folder keeps which."""

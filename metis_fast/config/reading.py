@@ -165,6 +165,8 @@ class _Document:
         try:
             self.loader = _Loader(text)
             node = self._node(name)
+            if not key and isinstance(node, yaml.MappingNode) and "variants" in (one.value for one, _ in node.value):
+                raise ConfigError(f"{name} is an ablation, and no config: run it with metis-fast ablate {name}")
             return self._value(node, key) if node is not None else Plain()
         except yaml.MarkedYAMLError as error:
             what = " ".join(f"{error.context or ''} {error.problem}".split())

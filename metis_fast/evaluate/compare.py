@@ -16,7 +16,8 @@ from metis_fast.evaluate.statistics import Comparison, compare
 
 @dataclass(frozen=True, slots=True)
 class Compared:
-    """A benchmark of two runs by one scorer. test: over the questions that both have a value of. notes: what else differs."""
+    """A benchmark of two runs by one scorer. test: over the questions that both have a value of, and that ask the same in both.
+    notes: what else differs."""
 
     benchmark: str
     scorer: str
@@ -50,15 +51,40 @@ def _by_name(stored: Sequence[Stored]) -> dict[str, Stored]:
 
 
 def _compared(first: Stored, second: Stored) -> Iterator[Compared]:
-    clusters = {
-        record["index"]: record["cluster"] for one in (first, second) for record in read_lines(one.folder / "marks.jsonl")
-    }
+    marks, more = (_marked(one) for one in (first, second))
+    clusters = {index: record["cluster"] for index, record in (marks | more).items()}
+    other = {index for index in marks.keys() & more.keys() if marks[index]["asked"] != more[index]["asked"]}
     notes = tuple(_notes(first.result["settings"], second.result["settings"]))
+    if other:
+        notes += (f"{len(other)} questions of the same index ask something else, and are left out",)
     for scorer in first.result["scorers"]:
         if scorer in second.result["scorers"]:
-            values, others = first.values(scorer), second.values(scorer)
+            values, others = (
+                {index: value for index, value in one.values(scorer).items() if index not in other} for one in (first, second)
+            )
             if values.keys() & others.keys():
-                yield Compared(first.benchmark, scorer, compare(values, others, clusters), notes)
+                about = _judges(first.result["judge"], second.result["judge"]) if scorer.startswith("judge:") else ()
+                yield Compared(first.benchmark, scorer, compare(values, others, clusters), (*notes, *about))
+
+
+def _marked(stored: Stored) -> dict[str, dict[str, Any]]:
+    """Question -> a mark of it.
+
+    Raises:
+        DataError: an earlier version wrote them, which did not say what was asked.
+    """
+    path = stored.folder / "marks.jsonl"
+    found = {record["index"]: record for record in read_lines(path)}
+    if not all("asked" in record for record in found.values()):
+        raise DataError(f"{path}: expected what each question asks, got none; run the benchmark again, to score")
+    return found
+
+
+def _judges(one: Mapping[str, Any], other: Mapping[str, Any]) -> tuple[str, ...]:
+    """What differs between the judges of two runs."""
+    if one["model"] != other["model"]:
+        return (f"judge: {one['model']} and {other['model']}",)
+    return ("another prompt or other settings of the judge",) if one.get("settings") != other.get("settings") else ()
 
 
 def _notes(one: Mapping[str, Any], other: Mapping[str, Any]) -> Iterator[str]:

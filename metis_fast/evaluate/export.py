@@ -25,6 +25,7 @@ FAILED = "Failed to obtain answer via API."
 """What VLMEvalKit has where no answer came."""
 _XLSX = {"treebench"}  # VLMEvalKit asserts this form
 _XLSX_CELL = 32_767  # characters
+_EMPTY = {"dynamath": "∅"}  # in place of an empty reply
 _EXTRA = ("prediction", "num_tool_calls", "tool_calls", "outcome")
 
 
@@ -86,14 +87,18 @@ def _rows(stored: Stored, source: Path, rollout: int) -> tuple[list[str], Iterat
             reply = replies.get(index)
             said: list[object] = [FAILED, 0, "{}", "infrastructure_error"]
             if reply is not None:
-                said = [_kept(reply["prediction"]), sum(reply["calls"].values()), json.dumps(reply["calls"]), reply["outcome"]]
+                said = [_kept(reply["prediction"], stored.benchmark), sum(reply["calls"].values())]
+                said += [json.dumps(reply["calls"]), reply["outcome"]]
             yield [*(row.cells.get(column, "") for column in columns), *said]
 
     return [*columns, *_EXTRA], rows()
 
 
-def _kept(prediction: str) -> str:
-    """As pandas keeps it: it reads "" and "None" as missing, where VLMEvalKit's rules stop. They strip the blank."""
+def _kept(prediction: str, benchmark: str) -> str:
+    """As pandas keeps it: it reads "" and "None" as missing, where VLMEvalKit's rules stop. They strip the blank, but for
+    DynaMath's, to which a blank is a part of any true text that has one."""
+    if benchmark in _EMPTY and not prediction.strip():
+        return _EMPTY[benchmark]
     return f"{prediction} " if prediction in NA_WORDS else prediction
 
 

@@ -17,7 +17,7 @@ from metis_fast.config import Config
 from metis_fast.errors import ConfigError
 from metis_fast.evaluate.benchmark import Benchmark, JudgeForm
 from metis_fast.evaluate.benchmarks import find
-from metis_fast.evaluate.question import Mark, Question, Verdict
+from metis_fast.evaluate.question import JUDGE_FAILED, Mark, Question, Verdict
 from metis_fast.evaluate.replies import Reply, line, read_lines
 from metis_fast.evaluate.scorers.reply import final_answer
 from metis_fast.score.judge import StyleJudge, open_judge
@@ -189,7 +189,7 @@ class LlmJudges:
                 form = self._benchmark.judges[name.removeprefix("judge:")]
                 verdict = await _by_form(form, self._model, question, text)
         except JudgeUnavailable as error:
-            verdict = Verdict(None, f"the judge failed: {error.reason}")
+            verdict = Verdict(None, f"{JUDGE_FAILED}: {error.reason}")
         mark = Mark.of(question, reply.rollout, name, verdict)
         if mark.value is not None:
             with self._path.open("a", encoding="utf-8") as file:
@@ -202,8 +202,13 @@ def _settings(config: Config) -> str:
     """What verdicts follow from, beside the model that answers."""
     llm = config.score.llm
     prompt = dataclasses.asdict(read_prompt(llm.prompt))
-    judges = [[one.base_url, one.model, one.extra_body] for one in llm.each()]
+    judges = [[one.model or one.base_url, one.extra_body] for one in llm.each()]  # a named one may move to another address
     return json.dumps([judges, llm.quorum, prompt], sort_keys=True)
+
+
+def judged_by(config: Config) -> str:
+    """A digest of what verdicts follow from: models, prompt, quorum."""
+    return hashlib.sha256(_settings(config).encode()).hexdigest()[:8]
 
 
 def _as_asked(question: Question) -> Prompt:

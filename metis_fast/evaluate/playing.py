@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 import secrets
 import time
@@ -15,29 +16,33 @@ from metis_fast.config import Config, deciding
 from metis_fast.errors import ConfigError
 from metis_fast.evaluate.promptset import PromptSet
 from metis_fast.evaluate.replies import Reply, ReplyFile, line, write_whole
+from metis_fast.evaluate.result import folder_name
 from metis_fast.run.fleet import Fleet
 from metis_fast.summary import Job
 from metis_fast.train.protocol import GroupsLost
 from metis_fast.types import Group, Outcome
 
-_SUFFIX = {"on": "", "off": "-tools-off", "forced": "-tools-forced"}
+_READING = ("*.json", "*.jinja", "*.txt")
 
 
 def place_of(config: Config, prompt_set: PromptSet, step: int | None) -> Path:
     """The folder of a benchmark's replies and result. step: of training, None: of `benchmark run`."""
     folder = config.run.dir / "benchmarks"
     folder = folder if step is None else folder / f"step-{step:06d}"
-    return folder / f"{prompt_set.benchmark.name}{_SUFFIX[config.benchmark.tools]}"
+    return folder / folder_name(prompt_set.benchmark.name, config.benchmark.tools)
 
 
 def weights_of(config: Config, step: int | None) -> dict[str, Any]:
-    """Whose replies these are. Weights of a folder are known by names, sizes and times of its files."""
+    """Whose replies these are. Weights of a folder are known by names, sizes and times of their files; what reads texts and
+    images with them (configs, tokenizer, chat template), by what is in it."""
     path = config.model.path
     if step is not None:
         return {"model": str(path), "step": step}
     files = sorted(path.glob("*.safetensors"))
     stamps = [[file.name, (status := file.stat()).st_size, status.st_mtime_ns] for file in files]
-    return {"model": str(path), "files": stamps}
+    others = sorted(file for ending in _READING for file in path.glob(ending))
+    digests = {file.name: hashlib.sha256(file.read_bytes()).hexdigest()[:16] for file in others}
+    return {"model": str(path), "files": stamps, "reading": digests}
 
 
 def how_played(config: Config, prompt_set: PromptSet, step: int | None) -> dict[str, Any]:

@@ -105,6 +105,8 @@ class Verdict:
 
 
 RIGHT, WRONG = Verdict(1.0), Verdict(0.0)
+JUDGE_FAILED = "the judge failed"
+"""Begins the reason why there is no verdict where a judge did not answer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +123,11 @@ class Mark:
     def of(question: Question, rollout: int, scorer: str, verdict: Verdict) -> Mark:
         """The mark that a verdict on a question makes."""
         return Mark(question.index, rollout, scorer, verdict.value, verdict.reason)
+
+    @property
+    def judge_failed(self) -> bool:
+        """Whether a judge did not answer. One that answers what nobody can read did."""
+        return self.value is None and self.reason.startswith(JUDGE_FAILED)
 
 
 @dataclass(frozen=True, slots=True)

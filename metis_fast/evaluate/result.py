@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -22,19 +23,21 @@ if TYPE_CHECKING:
 
 Json = dict[str, Any]
 _MOST_TOOLS = 20  # names of tools, as the agent spelt them
+_SUFFIX = {"on": "", "off": "-tools-off", "forced": "-tools-forced"}
 
 
 def write_result(
     config: Config,
     table: Table,
     marks: Mapping[str, Sequence[Mark]],
-    judge: str,
+    judge: Json,
     cost: Cost,
     scoring_s: float,
 ) -> Json:
     """Write `marks.jsonl` and then `result.json`; returns the latter.
 
-    marks: by scorer, those without a reply included. judge: which model was asked, "" for none.
+    marks: by scorer, those without a reply included. judge: which model was asked, "" for none, and what else its
+    verdicts follow from.
     """
     prompt_set, folder, replies = table.prompt_set, table.folder, list(table.replies)
     benchmark, questions = prompt_set.benchmark, prompt_set.questions
@@ -62,18 +65,21 @@ def write_result(
         "files": [dataclasses.asdict(file) for file in prompt_set.files],
         "warnings": list(prompt_set.warnings),
         "settings": settings,
-        "judge": {"model": judge, "scorer": config.benchmark.scorer},
+        "judge": judge | {"scorer": config.benchmark.scorer},
         "footnote": benchmark.footnote,
         "seconds": seconds_of(folder) | {"scoring": round(scoring_s, 3), "of_judges": round(cost.seconds, 3)},
         "judge_cost": {name: getattr(cost, name) for name in ("requests", "prompt_tokens", "completion_tokens")},
     }
-    clusters = {question.index: question.cluster for question in questions}
-    lines = "".join(
-        line(dataclasses.asdict(mark) | {"cluster": clusters[mark.index]}) for own in marks.values() for mark in own
-    )
+    more = {question.index: {"cluster": question.cluster, "asked": _digest(question)} for question in questions}
+    lines = "".join(line(dataclasses.asdict(mark) | more[mark.index]) for own in marks.values() for mark in own)
     write_whole(folder / "marks.jsonl", lines)
     write_whole(folder / "result.json", json.dumps(result, indent=1) + "\n")
     return result
+
+
+def _digest(question: Question) -> str:
+    """By which two runs know whether an index stands for the same question."""
+    return hashlib.sha256(json.dumps([question.asked, question.truth]).encode()).hexdigest()[:8]
 
 
 def _scored(figures: Sequence[Any], marks: Sequence[Mark]) -> Json:
@@ -81,6 +87,7 @@ def _scored(figures: Sequence[Any], marks: Sequence[Mark]) -> Json:
         "figures": [dataclasses.asdict(figure) for figure in figures],
         "marks": len(marks),
         "no_verdict": sum(mark.value is None for mark in marks),
+        "judge_failures": sum(mark.judge_failed for mark in marks),
         "reasons": reasons(marks),
     }
 
@@ -102,6 +109,11 @@ def _tools(questions: Sequence[Question], replies: Sequence[Reply]) -> Json:
             "errors": sum(reply.tool_errors for reply in replies),
         },
     }
+
+
+def judge_failures(result: Json) -> int:
+    """Verdicts that are missing since the judge did not answer."""
+    return sum(scored["judge_failures"] for scored in result["scorers"].values())
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,8 +143,14 @@ class Stored:
         return {index: sum(values) / len(values) for index, values in found.items()}
 
 
+def folder_name(benchmark: str, tools: str) -> str:
+    """Of a benchmark's replies and result. tools: `benchmark.tools`."""
+    return f"{benchmark}{_SUFFIX[tools]}"
+
+
 def read_results(path: Path) -> list[Stored]:
-    """The results under a run folder, a folder of benchmarks, or a single benchmark's; those of training steps are left out.
+    """The results under a run folder, a folder of benchmarks, or a single benchmark's; those of training steps are left out,
+    and so is a folder of another name than its benchmark's: whoever moved it away wants to have it no longer.
 
     Raises:
         DataError: there is none, or one cannot be read.
@@ -153,4 +171,12 @@ def read_results(path: Path) -> list[Stored]:
         except (OSError, ValueError, AttributeError) as error:
             raise DataError(f"{place}: not a result that can be read ({one_line(error)}); run the benchmark again") from None
         stored.append(Stored(str(path), place.parent, result))
-    return stored
+    kept = [one for one in stored if one.folder == path or one.folder.name == _own_name(one)]
+    if not kept:
+        told = ", ".join(f"{one.folder.name} for {_own_name(one)}" for one in stored)
+        raise DataError(f"{path}: expected folders with the names of their benchmarks, got {told}; give the folder itself")
+    return kept
+
+
+def _own_name(stored: Stored) -> str:
+    return folder_name(stored.benchmark, stored.result["settings"]["tools"])

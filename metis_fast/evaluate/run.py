@@ -11,11 +11,19 @@ from functools import cache
 from pathlib import Path
 
 from metis_fast.config import Config
-from metis_fast.evaluate.judging import LlmJudges, check_settings, judges_of, rule_marks, rules_of, without_reply
+from metis_fast.evaluate.judging import (
+    LlmJudges,
+    check_settings,
+    judged_by,
+    judges_of,
+    rule_marks,
+    rules_of,
+    without_reply,
+)
 from metis_fast.evaluate.playing import Play, Table, open_table
 from metis_fast.evaluate.promptset import PromptSet, prepare
 from metis_fast.evaluate.question import Mark
-from metis_fast.evaluate.result import Json, write_result
+from metis_fast.evaluate.result import Json, judge_failures, write_result
 from metis_fast.model_folder import check_model_folder
 from metis_fast.own_folder import OwnFolder
 from metis_fast.report.progress import progress
@@ -123,7 +131,8 @@ def score(config: Config, table: Table, interrupts: Interrupts) -> Json:
     benchmark, questions = table.prompt_set.benchmark, table.prompt_set.questions
     replies, rollouts = list(table.replies), config.benchmark.rollouts
     marks: dict[str, list[Mark]] = {}
-    model, cost = "", Cost()
+    judge: Json = {"model": "", "settings": ""}
+    cost = Cost()
     rules, judges = rules_of(config, benchmark), judges_of(config, benchmark)
     with progress(len(replies) * (len(rules) + len(judges)), f"scoring {table.prompt_set.key}", config.log, "mark") as bar:
 
@@ -137,10 +146,10 @@ def score(config: Config, table: Table, interrupts: Interrupts) -> Json:
             with closing(LlmJudges(config, benchmark, table.folder)) as llm:
                 interrupts.run(llm.check())
                 marks |= interrupts.run(llm.marks(questions, replies, tick))
-                model, cost = llm.model, llm.cost
+                judge, cost = {"model": llm.model, "settings": judged_by(config)}, llm.cost
     for name, own in marks.items():
         own += without_reply(name, questions, replies, rollouts)
-    return write_result(config, table, marks, model, cost, time.monotonic() - began)
+    return write_result(config, table, marks, judge, cost, time.monotonic() - began)
 
 
 def summary(results: Mapping[str, Json]) -> str:
@@ -157,6 +166,8 @@ def summary(results: Mapping[str, Json]) -> str:
         used = "-" if rate is None else f"{100 * rate:.1f} %"
         broken = f"; {failed} replies are missing, as tools or engines failed: run the same command again" if failed else ""
         lines.append(f"{key:20} tools called in {used} of {result['replies']} replies{broken}")
+        if missing := judge_failures(result):
+            lines.append(f"{key:20} {missing} verdicts are missing, as the judge failed: run the same command again")
         lines += [f"{key:20} warning: {warning}" for warning in result["warnings"]]
     return "\n".join(lines)
 

@@ -22,7 +22,7 @@ def add_running_verbs(benchmark: argparse._SubParsersAction, verb: AddVerb) -> N
     """Put the verbs under `benchmark`."""
     sub = verb(
         benchmark, "run", _run, "Play benchmarks with the engines and tools of a config, and score them; again: go on. "
-        "Exit code 1 if replies are missing.",
+        "Exit code 1 if replies are missing, or verdicts, as the judge failed.",
     )  # fmt: skip
     sub.add_argument("config", type=Path, help="YAML file with what differs from the defaults")
     sub.add_argument(
@@ -76,6 +76,7 @@ def _split(words: Sequence[str]) -> tuple[list[str], list[str]]:
 def _run(args: argparse.Namespace) -> int:
     from transformers.utils import logging as transformers_logging
 
+    from metis_fast.evaluate.result import judge_failures
     from metis_fast.evaluate.run import as_json, run_benchmarks, summary
     from metis_fast.run.folder import held
 
@@ -87,7 +88,7 @@ def _run(args: argparse.Namespace) -> int:
     with held(config.run.dir):
         results = run_benchmarks(config, names)
     print(as_json(results) if args.json else summary(results))
-    return int(not all(result["complete"] for result in results.values()))
+    return int(not all(result["complete"] and not judge_failures(result) for result in results.values()))
 
 
 def _compare(args: argparse.Namespace) -> int:

@@ -7,7 +7,7 @@ import html
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -95,9 +95,10 @@ def make_table(paths: Sequence[Path], paper: bool) -> Table:
     """
     table = Table()
     by_benchmark: dict[str, list[Stored]] = {}
+    names = _names([path.resolve() for path in paths])
     for path in paths:
         for one in read_results(path):
-            by_benchmark.setdefault(one.benchmark, []).append(one)
+            by_benchmark.setdefault(one.benchmark, []).append(replace(one, name=names[path.resolve()]))
     for name in sorted(by_benchmark, key=list(BENCHMARKS).index):
         _add(table, by_benchmark[name], name, paper)
     table.columns = list(dict.fromkeys(column for line in table.lines for column in line.cells if not _published(column)))
@@ -105,6 +106,16 @@ def make_table(paths: Sequence[Path], paper: bool) -> Table:
         table.columns += [BASE, METIS]
         table.note(UNSTATED)
     return table
+
+
+def _names(paths: Sequence[Path]) -> dict[Path, str]:
+    """What each path is called: its last part, or as many as tell all of them apart."""
+    different = list(dict.fromkeys(paths))
+    for num in range(1, max(len(path.parts) for path in different) + 1):
+        names = {path: "/".join(path.parts[-num:]) for path in different}
+        if len(set(names.values())) == len(different):
+            return names
+    return {path: str(path) for path in different}
 
 
 def _published(column: str) -> bool:
@@ -131,7 +142,7 @@ def _add(table: Table, stored: Sequence[Stored], name: str, paper: bool) -> None
 
 def _run_name(stored: Stored) -> str:
     tools = stored.result["settings"]["tools"]
-    return Path(stored.name).resolve().name + ("" if tools == "on" else f" (tools {tools})")
+    return stored.name + ("" if tools == "on" else f" (tools {tools})")
 
 
 def _percent(value: float | None) -> float | None:

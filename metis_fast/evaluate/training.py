@@ -12,6 +12,7 @@ from metis_fast.evaluate.judging import check_settings
 from metis_fast.evaluate.playing import Table, place_of
 from metis_fast.evaluate.promptset import PromptSet, prepare
 from metis_fast.evaluate.replies import line, read_lines, write_whole
+from metis_fast.evaluate.result import judge_failures
 from metis_fast.evaluate.run import open_tables, play, score
 from metis_fast.run.parts import Parts
 
@@ -57,6 +58,8 @@ def _point(parts: Parts, table: Table) -> dict[str, Any]:
     if not result["complete"]:
         failed = result["infrastructure_failures"]["num"]
         _LOG.warning("%s: %d replies are missing, as tools or engines failed", table.folder, failed)
+    if missing := judge_failures(result):
+        _LOG.warning("%s: %d verdicts are missing, as the judge failed", table.folder, missing)
     scores = {scorer: scored["figures"][0] for scorer, scored in result["scorers"].items()}
     kept = ("complete", "replies", "weight_versions", "tool_rate")
     return {name: result[name] for name in kept} | {"scores": scores}

@@ -7,7 +7,8 @@ import json
 import os
 import shutil
 import time
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from metis_fast.spans import listening
 from metis_fast.torch_profiler import profiler
 from metis_fast.train.megatron.traced import folder_of_ranks, traces_in, want
 
+_UNFINISHED = ".profile-unfinished"  # while a folder is no profile yet
 _DEMO = {"base", "cold_start"}  # what the phases of a demo name
 
 
@@ -39,11 +41,39 @@ def run(args: argparse.Namespace) -> int:
     if args.steps < 1:
         raise ConfigError(f"--steps: expected 1 or more, got {args.steps}")
     out: Path = args.out
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(f"--out {out} is not empty; name a new folder")
+    _check_new(out)
     asked = config_module.load(args.config, args.overrides)
     _check_left(asked, args.steps)
-    out.mkdir(parents=True, exist_ok=True)
+    with _begun(out):
+        return _profile(args, asked, out)
+
+
+def _check_new(out: Path) -> None:
+    """Raises ConfigError where something is in the way."""
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"--out {out}: a file stands there; name a new folder")
+    if out.is_dir() and not (out / _UNFINISHED).exists() and any(path.name != ".lock" for path in out.iterdir()):
+        raise ConfigError(f"--out {out} is not empty; name a new folder")
+
+
+@contextmanager
+def _begun(out: Path) -> Iterator[None]:
+    """Make the folder, or empty that of a profile which was stopped or killed."""
+    with held(out, "--out"):
+        if (out / _UNFINISHED).exists():
+            for name in ("run", "ops"):
+                shutil.rmtree(out / name, ignore_errors=True)
+        (out / _UNFINISHED).touch()
+        done = False
+        try:
+            yield
+            done = True
+        finally:
+            if done or {path.name for path in out.iterdir()} == {".lock", _UNFINISHED}:
+                (out / _UNFINISHED).unlink()
+
+
+def _profile(args: argparse.Namespace, asked: Config, out: Path) -> int:
     config = _copied(asked, out / "run")
     steps = Steps(args.steps, None if args.no_ops else out / "ops")
     with held(config.run.dir), ExitStack() as stack:

@@ -11,11 +11,12 @@ from metis_fast.config import Config
 from metis_fast.errors import ConfigError
 from metis_fast.model_folder import load_processor
 from metis_fast.plan.shape import read_model_config
+from metis_fast.rehearse.settings import small_layout
 from metis_fast.testing.tiny import TinyShape, build_tiny
 
 _PIXELS = (65_536, 16_777_216)
 """Least and most of an image as Qwen3-VL sees it."""
-_LAYERS, _HEADS, _WIDTH, _HEAD_DIM = 4, 4, 64, 32
+_LAYERS, _HEADS, _WIDTH, _HEAD_DIM = 4, 4, 64, 32  # more layers where a pipeline asks for them
 
 
 def write_model(config: Config, folder: Path, texts: Iterable[str]) -> None:
@@ -29,10 +30,13 @@ def write_model(config: Config, folder: Path, texts: Iterable[str]) -> None:
         raise ConfigError(f"a rehearsal is for a Qwen3-VL, got a model of type {shape.model_type}; name another model.path")
     processor = load_processor(config.model.path) if config.model.path.is_dir() else None
     sizes = _PIXELS if processor is None else (processor.size["shortest_edge"], processor.size["longest_edge"])
-    build_tiny(folder, _narrow(shape, sizes), texts, config.run.seed)
+    layout, _ = small_layout(config.train.megatron)
+    chunks = layout.pipeline_parallel * layout.virtual_pipeline if config.train.backend == "megatron" else 1
+    build_tiny(folder, _narrow(shape, sizes, chunks), texts, config.run.seed)
 
 
-def _narrow(shape: PretrainedConfig, pixels: tuple[int, int]) -> TinyShape:
+def _narrow(shape: PretrainedConfig, pixels: tuple[int, int], chunks: int) -> TinyShape:
+    """chunks: of the pipeline; the first one must have all layers that the vision tower feeds."""
     text, vision = shape.get_text_config(), shape.vision_config
     # as many heads a group as the model has, so that tensor parallelism cuts the same way
     group = max(1, text.num_attention_heads // text.num_key_value_heads)
@@ -46,7 +50,7 @@ def _narrow(shape: PretrainedConfig, pixels: tuple[int, int]) -> TinyShape:
         text_config={
             "hidden_size": _WIDTH,
             "intermediate_size": 2 * _WIDTH,
-            "num_hidden_layers": _LAYERS,
+            "num_hidden_layers": max(_LAYERS, chunks * (depth - 1)),
             "num_attention_heads": kv * min(group, 4),
             "num_key_value_heads": kv,
             "head_dim": _HEAD_DIM,

@@ -44,7 +44,7 @@ def small(config: Config, folder: Path, places: Places, image_tokens: int) -> tu
     """
     left: list[str] = []
     gpus = torch.cuda.device_count()
-    layout, cut = _layout(config.train.megatron)
+    layout, cut = small_layout(config.train.megatron)
     if config.train.backend == "megatron" and cut:
         left.append(cut)
     vllm = config.rollout.vllm
@@ -118,7 +118,7 @@ def small(config: Config, folder: Path, places: Places, image_tokens: int) -> tu
     return config_module.build(config_module.merge(config.model_dump(mode="python"), changes)), left
 
 
-def _layout(asked: MegatronConfig) -> tuple[MegatronConfig, str]:
+def small_layout(asked: MegatronConfig) -> tuple[MegatronConfig, str]:
     """Two of everything that the layout has more than one of, but one replica: enough to cut, send and gather."""
     made = {
         "tensor_parallel": min(asked.tensor_parallel, 2),

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import math
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from metis_fast.errors import ConfigError
 
 _LIMIT_MB = 30.0
+_LOG = logging.getLogger(__name__)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -50,9 +53,19 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(f"expected one run, got {len(args.runs)}; give --out FILE for one page of several")
     from metis_fast.report.html import write_report
 
-    path = write_report(args.runs[0])
-    print(json.dumps({"report": str(path)}) if args.json else path)
+    notes: list[str] = []
+    path = write_report(args.runs[0], notes.append)
+    _warn(notes)
+    print(json.dumps({"report": str(path), "notes": notes}) if args.json else path)
     return 0
+
+
+def _warn(notes: Sequence[str]) -> None:
+    if notes:
+        things = "one thing is" if len(notes) == 1 else f"{len(notes)} things are"
+        _LOG.warning(
+            "%s missing or left out, which the page names; %s%s", things, "" if len(notes) == 1 else "first: ", notes[0]
+        )
 
 
 def _one_file(args: argparse.Namespace) -> int:
@@ -71,10 +84,10 @@ def _one_file(args: argparse.Namespace) -> int:
     written = write_file(open_runs(args.runs, args.tokenizer), args.out, int(limit * MB), progress)
     if shows:
         print("\r\033[K", end="", file=sys.stderr)
+    _warn(written.notes)
     if args.json:
-        print(
-            json.dumps({"report": str(written.path), "bytes": written.size, "rollouts": written.kept, "stored": written.stored})
-        )
+        numbers = {"bytes": written.size, "rollouts": written.kept, "stored": written.stored}
+        print(json.dumps({"report": str(written.path), **numbers, "notes": written.notes}))
     else:
         print(f"{written.path} ({written.size / MB:.1f} MB, {written.kept} of {written.stored} rollouts)")
     return 0

@@ -5,12 +5,13 @@ from __future__ import annotations
 import base64
 import io
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
 
 from metis_fast import pixels
+from metis_fast.errors import DataError, one_line
 from metis_fast.pixels import ImageError
 from metis_fast.rollout.store import StoredRollout, read_rollouts
 from metis_fast.types import ImageBlob, ImageSpan, Score, Turn
@@ -141,22 +142,30 @@ def _parts_by_step(folder: Path) -> dict[int, list[Path]]:
     return found
 
 
-def _in_turn(parts: Sequence[Path]) -> Iterator[StoredRollout]:
+def _readable(part: Path, say: Callable[[str], None]) -> Iterator[StoredRollout]:
+    """The rollouts of a part, up to what cannot be read."""
+    try:
+        yield from read_rollouts(part)
+    except DataError as error:
+        say(one_line(error))
+
+
+def _in_turn(parts: Sequence[Path], say: Callable[[str], None]) -> Iterator[StoredRollout]:
     """Rollouts of all parts, one of each after the other, so that every node is seen."""
-    for some in zip_longest(*map(read_rollouts, parts)):
+    for some in zip_longest(*(_readable(part, say) for part in parts)):
         yield from (stored for stored in some if stored is not None)
 
 
-def sample_conversations(folder: Path, last_step: int | None) -> list[Conversation]:
+def sample_conversations(
+    folder: Path, last_step: int | None, say: Callable[[str], None] = lambda note: None
+) -> list[Conversation]:
     """Rollouts of the first, the middle and the last stored step.
 
     Of each step one rollout of every kind (of every ability, where the data has no kinds), right and wrong, with and without
     a tool call; and one without a verdict.
 
-    last_step: parts of later steps are ignored (an interrupted run may have left them); None: all count.
-
-    Raises:
-        DataError: a part or an image cannot be read.
+    last_step: parts of later steps are ignored (an interrupted run may have left them); None: all count. say: called with a
+    line for each part that cannot be read.
     """
     parts = {step: own for step, own in _parts_by_step(folder).items() if last_step is None or step <= last_step}
     steps: Sequence[int] = sorted(parts)
@@ -165,7 +174,7 @@ def sample_conversations(folder: Path, last_step: int | None) -> list[Conversati
     conversations = []
     for step in sorted({steps[0], steps[len(steps) // 2], steps[-1]}):
         found: dict[tuple[str, bool, bool] | None, dict[str, StoredRollout]] = {}
-        for stored in _in_turn(parts[step]):
+        for stored in _in_turn(parts[step], say):
             verdict = stored.score.verdict
             kind = stored.kind or stored.ability
             key = None if verdict is None else (kind, not verdict.correct, stored.rollout.num_tool_calls > 0)

@@ -8,10 +8,13 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
-from typing import Any
 
-from metis_fast.errors import DataError, one_line
+from pydantic import TypeAdapter
+
+from metis_fast.errors import DataError
+from metis_fast.report.lines import why
 from metis_fast.summary import ScoredSummary
 
 
@@ -54,6 +57,11 @@ def write_heldout(folder: Path, step: int, groups: Sequence[ScoredSummary]) -> N
     scratch.replace(path)
 
 
+@cache
+def _prompt() -> TypeAdapter[HeldOut]:
+    return TypeAdapter(HeldOut)
+
+
 def read_heldout(folder: Path, step: int) -> list[HeldOut]:
     """The evaluation of a run folder after `step` training steps.
 
@@ -62,13 +70,11 @@ def read_heldout(folder: Path, step: int) -> list[HeldOut]:
     """
     path = _path(folder, step)
     try:
-        trees: list[dict[str, Any]] = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        return [
-            HeldOut(tree["uid"], tree["ability"], tree["kind"], tuple(tree["correct"]), tuple(tree["calls"])) for tree in trees
-        ]
+        prompts = [_prompt().validate_json(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+        if any(len(prompt.correct) != len(prompt.calls) for prompt in prompts):
+            raise ValueError("a prompt with more or fewer verdicts than rollouts")
+        return prompts
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}; give a run that has evaluated its held-out prompts") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(
-            f"{path}: expected a line for each held-out prompt, got {one_line(error)[:200]}; evaluate again"
-        ) from None
+    except ValueError as error:
+        raise DataError(f"{path}: expected a line for each held-out prompt, got {why(error)}; evaluate again") from None

@@ -2,42 +2,72 @@
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jinja2
 import yaml
 from markupsafe import Markup
 
 from metis_fast.config import Config
-from metis_fast.errors import DataError
+from metis_fast.errors import DataError, one_line
+from metis_fast.report.benchmarks import benchmark_table
 from metis_fast.report.cold_start import read_cold_start
 from metis_fast.report.conversations import sample_conversations
 from metis_fast.report.curves import draw_cold_start, draw_curves
-from metis_fast.report.log import read_evaluations, read_steps
+from metis_fast.report.lines import JsonLines
+from metis_fast.report.log import Evaluation, evaluation_of, step_of, step_scalars, unknown_in_evaluation, unknown_in_step
+from metis_fast.report.settings import leaves
 from metis_fast.report.summary import read_summary, summary_rows
+from metis_fast.types import StepStats
+
+T = TypeVar("T")
+Say = Callable[[str], None]
 
 
-def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in tree.items():
-        if isinstance(value, dict):
-            yield from _leaves(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
-
-
-def _config_leaves(path: Path) -> dict[str, Any]:
-    """Dotted key -> value. Read as plain YAML: the config of an older version must not stop its report."""
+def _config_leaves(path: Path, say: Say) -> dict[str, Any]:
+    """Dotted key -> value. Read as plain YAML: the config of another version must not stop its report."""
     if not path.exists():
         return {}
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
-    return dict(_leaves(tree)) if isinstance(tree, dict) else {}
+        return leaves(tree) if isinstance(tree, dict) else {}
+    except (OSError, yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        say(f"{path.name} is not valid YAML: {one_line(error)[:200]}")
+    except ValueError as error:  # PyYAML: a date that is none
+        say(f"{path.name} cannot be read: {one_line(error)[:200]}")
+    return {}
+
+
+def _step(record: dict[str, Any]) -> StepStats:
+    stats = step_of(record)
+    step_scalars(stats)  # what has no curves is no step either
+    return stats
+
+
+def _lines(
+    path: Path, make: Callable[[dict[str, Any]], T], unknown: Callable[[dict[str, Any]], Iterator[str]], say: Say
+) -> list[T]:
+    """The records of a file, the last one of each step; none where there is no file."""
+    if not path.exists():
+        return []
+    lines = JsonLines(path, make, unknown).read()
+    for note in lines.notes:
+        say(note)
+    return list(lines.records)
+
+
+def _read(what: Callable[[], T], say: Say) -> T | None:
+    """None, which is said, where it cannot be read."""
+    try:
+        return what()
+    except DataError as error:
+        say(one_line(error))
+        return None
 
 
 def _percent(value: float) -> str:
@@ -45,6 +75,8 @@ def _percent(value: float) -> str:
 
 
 def _duration(seconds: float) -> str:
+    if not math.isfinite(seconds):
+        return "-"
     whole = round(seconds)
     hours, minutes = divmod(whole // 60, 60)
     if hours:
@@ -59,26 +91,36 @@ def _template() -> jinja2.Template:
     return environment.from_string(text)
 
 
-def write_report(run_dir: Path) -> Path:
+def write_report(run_dir: Path, say: Say = lambda note: None) -> Path:
     """Write `report.html` into a run folder, from whatever of the run is there; return its path. The folder may be that of a
     cold start alone.
 
+    say: called with a line for all that is damaged, cut or of a newer version; the page has these lines, too.
+
     Raises:
-        DataError: nothing to report, or a file of the run cannot be read.
+        DataError: nothing to report.
     """
-    cold = read_cold_start(run_dir)
+    notes: list[str] = []
+    cold = _read(lambda: read_cold_start(run_dir), notes.append)
     alone = cold is not None and cold.folder == run_dir  # its files have the names of a run's
-    steps, evaluations = ([], []) if alone else (read_steps(run_dir), read_evaluations(run_dir))
-    summary = read_summary(run_dir / "summary.json") if (run_dir / "summary.json").exists() else None
-    conversations = sample_conversations(run_dir / "rollouts", steps[-1].step if steps else None)
-    benchmarks = _benchmarks(run_dir)
+    steps: list[StepStats] = []
+    evaluations: list[Evaluation] = []
+    if not alone:
+        steps = _lines(run_dir / "metrics.jsonl", _step, unknown_in_step, notes.append)
+        evaluations = _lines(run_dir / "eval.jsonl", evaluation_of, unknown_in_evaluation, notes.append)
+    path = run_dir / "summary.json"
+    summary = _read(lambda: read_summary(path, notes.append), notes.append) if path.exists() else None
+    conversations = sample_conversations(run_dir / "rollouts", steps[-1].step if steps else None, notes.append)
+    benchmarks = _benchmarks(run_dir, notes.append)
     if not (steps or evaluations or summary or conversations or cold or benchmarks):
         raise DataError(
-            f"{run_dir}: expected a run's metrics.jsonl, eval.jsonl, summary.json, rollouts/ or sft/, found none; give the "
-            "folder that `run.dir` names"
+            f"{run_dir}: expected a run's metrics.jsonl, eval.jsonl, summary.json, rollouts/ or sft/, found none"
+            f"{' that can be read (' + notes[0] + ')' if notes else ''}; give the folder that `run.dir` names"
         )
-    config = _config_leaves(run_dir / "config.yaml") or (_config_leaves(cold.folder / "config.yaml") if cold else {})
-    defaults = dict(_leaves(Config().model_dump(mode="json")))
+    config = _config_leaves(run_dir / "config.yaml", notes.append)
+    if not config and cold:
+        config = _config_leaves(cold.folder / "config.yaml", notes.append)
+    defaults = leaves(Config().model_dump(mode="json"))
     page = _template().render(
         name=run_dir.resolve().name,
         seed=summary.seed if summary else config.get("run.seed", defaults["run.seed"]),
@@ -95,7 +137,10 @@ def write_report(run_dir: Path) -> Path:
         tool_errors=sum(stats.tool_errors for stats in steps),
         conversations=conversations,
         benchmarks=benchmarks,
+        notes=list(dict.fromkeys(notes)),
     )
+    for note in dict.fromkeys(notes):
+        say(note)
     path = run_dir / "report.html"
     scratch = path.with_name(f".report.html.{os.getpid()}.tmp")  # the run may write its own at the same time
     try:
@@ -106,17 +151,14 @@ def write_report(run_dir: Path) -> Path:
     return path
 
 
-def _benchmarks(run_dir: Path) -> str:
-    """Results beside the published ones as HTML, with those of the first and of the last step; "" where there are none."""
-    folder = run_dir / "benchmarks"
-    steps = sorted({path.parents[1] for path in folder.glob("step-*/*/result.json")})
-    places = [run_dir] if any(folder.glob("*/result.json")) else []
-    places += steps[:1] + steps[1:][-1:]
-    if not places:
+def _benchmarks(run_dir: Path, say: Say) -> str:
+    """Results beside the published ones as HTML; "" where there are none."""
+    table = benchmark_table(run_dir, say)
+    if table is None:
         return ""
-    from metis_fast.evaluate.table import as_html, make_table  # most runs have none
+    from metis_fast.evaluate.table import as_html  # most runs have none
 
-    return as_html(make_table(places, paper=True))
+    return as_html(table)
 
 
 def _total_outcomes(counts: list[Mapping[str, int]]) -> dict[str, int]:

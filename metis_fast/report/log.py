@@ -9,21 +9,24 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
+from functools import cache
 from pathlib import Path
 from statistics import fmean
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
+from pydantic import TypeAdapter
 from tqdm import tqdm
 
 from metis_fast.config import LogConfig
-from metis_fast.errors import DataError, one_line
+from metis_fast.errors import DataError
+from metis_fast.report.lines import why
 from metis_fast.report.panel import active
 from metis_fast.report.slices import KINDS, main_abilities
 from metis_fast.report.trackers import Trackers
-from metis_fast.types import Avoided, Outcome, Savings, Slice, StepStats, UpdateStats
+from metis_fast.types import Outcome, Savings, Slice, StepStats, UpdateStats
 
 _LINES_BETWEEN_HEADERS = 25
 
@@ -109,24 +112,47 @@ def step_scalars(stats: StepStats) -> dict[str, float]:
     return scalars | {f"cpu_seconds/{stage}": seconds for stage, seconds in stats.cpu_seconds.items()}
 
 
-def _slices_of(record: Mapping[str, Any]) -> dict[str, Slice]:
-    return {name: Slice(**entry) for name, entry in record["slices"].items()}
+@cache
+def _reader(kind: type[_Record]) -> TypeAdapter[_Record]:
+    return TypeAdapter(kind)
 
 
-def _savings_of(record: Mapping[str, Any]) -> Savings:
-    return Savings(**{name: Avoided(**entry) for name, entry in record.items()})
+def step_of(record: Mapping[str, Any]) -> StepStats:
+    """A line of `metrics.jsonl`. Fields that this version does not know are left out: see `unknown_in_step`.
 
-
-def _step_of(record: dict[str, Any]) -> StepStats:
-    updates = tuple(UpdateStats(**{**update, "avoided": _savings_of(update["avoided"])}) for update in record["updates"])
-    made = {"slices": _slices_of(record), "updates": updates, "staleness": tuple(record.get("staleness", ()))}
+    Raises:
+        ValueError, TypeError, KeyError, AttributeError: it is no step.
+    """
     infra_failed_rate, judge_failed_rate = failed_rates(record["outcomes"])  # of records that have none
     rates = {"infra_failed_rate": infra_failed_rate, "judge_failed_rate": judge_failed_rate}
-    return StepStats(**{**rates, **record, **made})
+    updates = [{"avoided": {}, **update} for update in record["updates"]]
+    return _reader(StepStats).validate_python({**rates, **record, "updates": updates})
 
 
-def _evaluation_of(record: dict[str, Any]) -> Evaluation:
-    return Evaluation(step=record["step"], slices=_slices_of(record))
+def evaluation_of(record: Mapping[str, Any]) -> Evaluation:
+    """A line of `eval.jsonl`; as `step_of`."""
+    return _reader(Evaluation).validate_python(record)
+
+
+def _unknown(kind: type, record: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    return (f"{prefix}{name}" for name in sorted(record.keys() - {field.name for field in fields(kind)}))
+
+
+def unknown_in_evaluation(record: Mapping[str, Any]) -> Iterator[str]:
+    """The fields of a newer version, as in `slices.NAME`."""
+    yield from _unknown(Evaluation, record)
+    for entry in record["slices"].values():
+        yield from _unknown(Slice, entry, "slices.")
+
+
+def unknown_in_step(record: Mapping[str, Any]) -> Iterator[str]:
+    """The fields of a newer version, as in `updates.NAME`."""
+    yield from _unknown(StepStats, record)
+    for entry in record["slices"].values():
+        yield from _unknown(Slice, entry, "slices.")
+    for update in record["updates"]:
+        yield from _unknown(UpdateStats, update, "updates.")
+        yield from _unknown(Savings, update.get("avoided", {}), "updates.avoided.")
 
 
 def _whole_lines(path: Path) -> list[bytes]:
@@ -141,7 +167,7 @@ def _read(path: Path, make: Callable[[dict[str, Any]], _Record]) -> list[_Record
             records.append(make(json.loads(line)))
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise DataError(
-                f"{path}:{number}: expected a record of this version, got {one_line(error)[:200]}; move the file away"
+                f"{path}:{number}: expected a record of this version, got {why(error)}; move the file away"
             ) from None
     return records
 
@@ -152,7 +178,7 @@ def read_steps(folder: Path) -> list[StepStats]:
     Raises:
         DataError: a line that is not a step.
     """
-    return _read(folder / "metrics.jsonl", _step_of)
+    return _read(folder / "metrics.jsonl", step_of)
 
 
 def read_evaluations(folder: Path) -> list[Evaluation]:
@@ -161,7 +187,7 @@ def read_evaluations(folder: Path) -> list[Evaluation]:
     Raises:
         DataError: a line that is not an evaluation.
     """
-    return _read(folder / "eval.jsonl", _evaluation_of)
+    return _read(folder / "eval.jsonl", evaluation_of)
 
 
 def _append(path: Path, record: StepStats | Evaluation) -> None:

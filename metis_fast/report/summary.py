@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from metis_fast.errors import DataError, one_line
+from metis_fast.report.lines import named
 from metis_fast.report.slices import KINDS, abilities_in
 from metis_fast.types import Slice
 
@@ -73,12 +75,31 @@ def _side_tree(side: Side) -> dict[str, object]:
 
 def _side_from(tree: Mapping[str, Any]) -> Side:
     def rates(entries: Mapping[str, Any]) -> dict[str, Rates]:
-        return {name: Rates(**entry) for name, entry in entries.items()}
+        known = {name: entries[name] for name in ("all", *KINDS) if name in entries}
+        return {name: Rates(_number(entry["tool_rate"]), _number(entry["accuracy"])) for name, entry in known.items()}
 
-    return Side(
-        kinds=rates({name: entry for name, entry in tree.items() if name != "by_ability"}),
-        by_ability={name: rates(entries) for name, entries in tree["by_ability"].items()},
-    )
+    return Side(kinds=rates(tree), by_ability={name: rates(entries) for name, entries in tree["by_ability"].items()})
+
+
+def _number(value: Any) -> float:
+    number = float(value)
+    if not math.isfinite(number):
+        raise ValueError(f"a number that is {number}")
+    return number
+
+
+def _unknown(tree: Mapping[str, Any]) -> Iterator[str]:
+    """Of a newer version: what `_side_from` and `read_summary` leave out."""
+    yield from sorted(tree.keys() - {"seed", "wall_s", "before", "after"})
+    for name in ("before", "after"):
+        side = tree[name]
+        places = {name: side, **{f"{name}.by_ability.{ability}": own for ability, own in side["by_ability"].items()}}
+        for place, entries in places.items():
+            for kind, entry in entries.items():
+                if kind not in ("all", "by_ability", *KINDS):
+                    yield f"{place}.{kind}"
+                elif kind != "by_ability":
+                    yield from (f"{place}.{kind}.{own}" for own in sorted(entry.keys() - {"tool_rate", "accuracy"}))
 
 
 def write_summary(path: Path, *, seed: int, wall_s: float, before: Mapping[str, Slice], after: Mapping[str, Slice]) -> Summary:
@@ -94,18 +115,22 @@ def write_summary(path: Path, *, seed: int, wall_s: float, before: Mapping[str, 
     return summary
 
 
-def read_summary(path: Path) -> Summary:
-    """Read what `write_summary` wrote.
+def read_summary(path: Path, say: Callable[[str], None] = lambda note: None) -> Summary:
+    """Read what `write_summary` wrote. say: called with a line, where fields of a newer version are left out.
 
     Raises:
         DataError: the file is missing or is not a summary.
     """
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
-        return Summary(tree["seed"], tree["wall_s"], _side_from(tree["before"]), _side_from(tree["after"]))
+        wall_s = _number(tree["wall_s"])
+        summary = Summary(int(tree["seed"]), wall_s, _side_from(tree["before"]), _side_from(tree["after"]))
+        if unknown := [*_unknown(tree)]:
+            say(f"{path.name}: fields of a newer version are left out: {named(unknown)}")
+        return summary
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}; give the summary of a finished run") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise DataError(
             f"{path}: expected the summary of a run, got {one_line(error)[:200]}; give a file that a run wrote"
         ) from None

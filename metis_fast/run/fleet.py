@@ -344,5 +344,5 @@ async def _all(coroutines: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
         async with asyncio.TaskGroup() as tasks:
             running = [tasks.create_task(one) for one in coroutines]
     except BaseExceptionGroup as group:
-        raise group.exceptions[0] from None
+        raise group.exceptions[0] from None  # the others were cancelled because of the first
     return [task.result() for task in running]

@@ -16,9 +16,9 @@ _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)  # som
 
 
 @contextmanager
-def held(folder: Path) -> Iterator[None]:
+def held(folder: Path, setting: str = "run.dir") -> Iterator[None]:
     """Make the folder, and keep other processes out of it while the block runs. The lock dies with its process. A folder that
-    was made here and got nothing in it is removed.
+    was made here and got nothing in it is removed. setting: what names the folder, for messages.
 
     Raises:
         ConfigError: it cannot be made or written, or another process holds it.
@@ -30,15 +30,16 @@ def held(folder: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise
+        why = "a file stands there" if error.errno in (errno.EEXIST, errno.ENOTDIR) else error.strerror
         raise ConfigError(
-            f"cannot write into the run folder {folder}: {error.strerror}; set run.dir to a folder that you can write"
+            f"cannot write into the folder {folder}: {why}; set {setting} to a folder that you can write"
         ) from None
     try:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ConfigError(
-                f"another process is running in {folder}; wait until it has ended, or set another run.dir"
+                f"another process is running in {folder}; wait until it has ended, or set another {setting}"
             ) from None
         except OSError as error:
             if error.errno not in _NO_LOCKS:

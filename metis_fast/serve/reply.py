@@ -31,10 +31,27 @@ class Head:
 
 
 def answered_in_tags(rollout: Rollout) -> bool:
-    """Whether there is a complete `<answer>...</answer>`, be it empty."""
-    text = rollout.response_text
-    close = text.rfind("</answer>")
-    return close >= 0 and text.rfind("<answer>", 0, close) >= 0
+    """Whether there is a complete `<answer>...</answer>`, be it empty. In what a tool is called with, there is none."""
+    return _with_answer(rollout) is not None
+
+
+def _with_answer(rollout: Rollout) -> str | None:
+    """What was written, as far as it holds the answer in its tags: outside of thoughts if it is there, else among them."""
+    text = _without("tool_call", rollout.response_text)
+    for part in (_without("reason", text), text):
+        close = part.rfind("</answer>")
+        if close >= 0 and part.rfind("<answer>", 0, close) >= 0:
+            return part
+    return None
+
+
+def _without(tag: str, text: str) -> str:
+    """A text without what is between a tag and its end. Linear in its length, as a pattern would not be."""
+    kept, at = list[str](), 0
+    while (start := text.find(f"<{tag}>", at)) >= 0 and (stop := text.find(f"</{tag}>", start)) >= 0:
+        kept.append(text[at:start])
+        at = stop + len(tag) + 3
+    return "".join([*kept, text[at:]])
 
 
 def content_of(rollout: Rollout, raw: bool, stop: Sequence[str]) -> str:
@@ -44,8 +61,8 @@ def content_of(rollout: Rollout, raw: bool, stop: Sequence[str]) -> str:
     """
     if raw:
         text = rollout.response_text
-    elif answered_in_tags(rollout):
-        text = last_answer(rollout.response_text)
+    elif (answer := _with_answer(rollout)) is not None:
+        text = last_answer(answer)
     else:
         text = _TAGS.sub("", rollout.turns[-1].text).strip() if rollout.turns else ""
     ends = [at for one in stop if (at := text.find(one)) >= 0]

@@ -21,6 +21,9 @@ from metis_fast.types import ImageBlob, Message
 MAX_CHOICES = 16
 _MAX_STOPS = 4  # OpenAI's
 _SEED_BITS = 63
+_COLDEST = 1e-3  # below, float32 divides by 0 sooner or later; the likeliest token is drawn there anyway
+_LEAST_TOP_P = 1e-6  # below, 0 tokens are left in float32
+_MOST_TOP_K = 1 << 20  # more than any vocabulary has
 _SYSTEM = ("system", "developer")
 _IMAGE = "<image>"
 
@@ -127,9 +130,9 @@ def read_request(body: bytes, config: ServeConfig) -> ChatRequest:
         stream=bool(fields.stream),
         include_usage=fields.stream_options is not None and bool(fields.stream_options.include_usage),
         n=fields.n or 1,
-        temperature=fields.temperature,
-        top_p=fields.top_p,
-        top_k=fields.top_k if fields.top_k is None else max(0, fields.top_k),
+        temperature=0.0 if fields.temperature is not None and fields.temperature < _COLDEST else fields.temperature,
+        top_p=fields.top_p if fields.top_p is None else max(fields.top_p, _LEAST_TOP_P),
+        top_k=fields.top_k if fields.top_k is None or 0 <= fields.top_k <= _MOST_TOP_K else 0,
         max_tokens=min(limits, default=None),
         seed=fields.seed,
         stop=_stops(fields.stop),

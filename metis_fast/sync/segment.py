@@ -110,7 +110,7 @@ class Segment:
             # a write into shared memory that is not there is no error but SIGBUS
             os.posix_fallocate(self._fd, 0, HEADER + num_bytes)
             self._map = mmap.mmap(self._fd, HEADER + num_bytes)
-        except BaseException:
+        except BaseException:  # whatever it is, it goes on, and no shared memory stays behind
             self.close()
             raise
         self.data = np.frombuffer(self._map, np.uint8)[HEADER:]

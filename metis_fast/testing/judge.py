@@ -157,8 +157,8 @@ class _Server(ThreadingHTTPServer):
 
 
 @contextmanager
-def serving(judge: JudgeServer) -> Iterator[str]:
-    """The address of a running judge, with /v1; on this machine only, for as long as the block runs."""
+def serving(judge: JudgeServer, port: int = 0) -> Iterator[str]:
+    """The address of a running judge, with /v1; on this machine only, for as long as the block runs. port: 0: any."""
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -188,7 +188,7 @@ def serving(judge: JudgeServer) -> Iterator[str]:
         def log_message(self, format: str, *args: object) -> None:
             """Quiet."""
 
-    server = _Server(("127.0.0.1", 0), Handler)
+    server = _Server(("127.0.0.1", port), Handler)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
     try:

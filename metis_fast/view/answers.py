@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 
 from metis_fast import __version__
-from metis_fast.errors import DataError
+from metis_fast.errors import DataError, one_line
 from metis_fast.report.slices import main_abilities
 from metis_fast.report.summary import summary_rows
 from metis_fast.view.advisories import advisories
@@ -24,6 +25,9 @@ PAGE = 50
 MOST_ROWS = 200
 MOST_TOKENS = 4000
 """Of one answer: rollouts of a list where no number is given, at most, and tokens."""
+SOON_S = 0.25
+"""Seconds for which a first answer reads parts of rollouts: what is new is seen at once, the rest comes with the next one."""
+_PATIENT_S = 5.0
 _MOST_MEMBERS = 256  # of a group
 
 Json = dict[str, Any]
@@ -64,7 +68,10 @@ class Answers:
     All raise DataError where what is asked for is not there, or the query is none.
     """
 
-    def __init__(self, runs: Sequence[Run]) -> None:
+    def __init__(self, runs: Sequence[Run], soon_s: float | None = None) -> None:
+        """soon_s: after so many seconds, overview and list are answered with the rollouts that are read by then; a query with
+        wait=1 waits longer. None: they wait for all."""
+        self._soon_s = soon_s
         self._runs = {run.name: run for run in runs}
         self._defaults = default_settings()
         self.by_name: Mapping[str, Callable[[Query], Json]] = {
@@ -90,6 +97,9 @@ class Answers:
             raise DataError(f"runs: expected some of {', '.join(self._runs)}, got {unknown[0][:80]!r}")
         return [self._runs[name] for name in names] or list(self._runs.values())
 
+    def _within_s(self, query: Query) -> float | None:
+        return None if self._soon_s is None else _PATIENT_S if query.get("wait") == "1" else self._soon_s
+
     def _place(self, query: Query) -> tuple[Run, Snapshot, int]:
         run = self.run_of(query)
         snapshot = run.index.snapshot()
@@ -109,7 +119,7 @@ class Answers:
                     "last": record.steps[-1].stats.step if record.steps else None,
                     "planned": record.config.get("train.steps"),
                     "ended": record.summary is not None,
-                    "stamp": f"{len(record.steps)}.{len(record.evaluations)}.{record.summary is not None}",
+                    "stamp": f"{len(record.steps)}.{len(record.evaluations)}.{record.summary is not None}.{record.gone}",
                 }
                 for name, record in records.items()
             ],
@@ -119,7 +129,8 @@ class Answers:
         """Headline, curves, advisories and what is missing, of the runs that are named, or all."""
         runs = self._chosen(query)
         records = {run.name: run.read() for run in runs}
-        snapshots = {run.name: run.index.snapshot() for run in runs}
+        within_s = self._within_s(query)
+        snapshots = {run.name: run.index.snapshot(None if within_s is None else within_s / len(runs)) for run in runs}
         labels = variants({name: record.config for name, record in records.items()})
         signal = {name: snapshot.signal for name, snapshot in snapshots.items()}
         sources = [
@@ -134,6 +145,7 @@ class Answers:
         return {
             "pictures": draw(sources, query.get("bands") == "1", main_abilities(rated), stages, ages),
             "runs": [self._head(name, record, snapshots[name], labels[name]) for name, record in records.items()],
+            **_reading(snapshots.values()),
         }
 
     def _head(self, name: str, record: Record, snapshot: Snapshot, label: str) -> Json:
@@ -161,7 +173,9 @@ class Answers:
             "tool_errors": sum(one.tool_errors for one in stats),
             "flops": _flops(record),
             "stored": snapshot.size,
+            "gone": record.notes[0] if record.gone else "",
             "notes": [*record.notes, *snapshot.notes],
+            "benchmarks": asdict(record.benchmarks) if record.benchmarks else None,
             "advisories": [asdict(one) for one in advisories(stats, record.config, share)],
             "settings": changed,
         }
@@ -169,7 +183,7 @@ class Answers:
     def rollouts(self, query: Query) -> Json:
         """A page of the rollouts that a filter wants, with a histogram of all of them."""
         run = self.run_of(query)
-        snapshot, places = run.index.select(filter_of(query))
+        snapshot, places = run.index.select(filter_of(query), self._within_s(query))
         places = snapshot.ordered(places, query.get("sort") or "newest")
         offset = _whole(query, "offset", 0, 1 << 40)
         shown = places[offset : offset + max(1, _whole(query, "limit", PAGE, MOST_ROWS))]
@@ -182,7 +196,9 @@ class Answers:
             "hist": snapshot.histogram(query.get("hist") or "calls", places),
             "choices": snapshot.choices(),
             "steps": [int(steps.min()), int(steps.max())] if snapshot.size else [],
+            "gone": run.gone,
             "notes": snapshot.notes,
+            **_reading([snapshot]),
         }
 
     def rollout(self, query: Query) -> Json:
@@ -191,10 +207,12 @@ class Answers:
         entry = snapshot.row(place)
         row = run.index.rows.read(snapshot.parts[entry["part"]], entry["row"], tokens=False)
         members = snapshot.group(place)
+        with _of_known_form():
+            talk = conversation(row, run.images)
         return {
             "head": entry,
             "weights": self._weights(run, entry["step"]),
-            "talk": conversation(row, run.images),
+            "talk": talk,
             "group": [snapshot.row(one) for one in members[:_MOST_MEMBERS]],
             "steps": snapshot.steps_of(place),
             "tokenizer": run.pieces().found,
@@ -208,13 +226,14 @@ class Answers:
         reader, answers = run.index.rows, list[str]()
         for entry in entries:
             row = reader.read(snapshot.parts[entry["part"]], entry["row"], tokens=False)
-            verdict, answers = row["verdict"] or {}, row["answers"] or []
-            entry["answer"] = (verdict.get("answer") or "")[:300]
-            entry["reason"] = (verdict.get("reason") or row.get("no_verdict") or row["error"] or "")[:300]
-            entry["tools"] = [(turn["call"]["name"] or "(malformed)")[:60] for turn in row["turns"] or () if turn["call"]]
+            with _of_known_form():
+                verdict, answers = row["verdict"] or {}, [answer[:300] for answer in row["answers"] or ()]
+                entry["answer"] = (verdict.get("answer") or "")[:300]
+                entry["reason"] = (verdict.get("reason") or row.get("no_verdict") or row["error"] or "")[:300]
+                entry["tools"] = [(turn["call"]["name"] or "(malformed)")[:60] for turn in row["turns"] or () if turn["call"]]
         return {
             "question": entries[0]["question"],
-            "answers": [answer[:300] for answer in answers],
+            "answers": answers,
             "step": entries[0]["step"],
             "uid": entries[0]["uid"],
             "weights": self._weights(run, entries[0]["step"]),
@@ -247,6 +266,10 @@ class Answers:
         part = snapshot.parts[entry["part"]]
         columns = run.index.rows.read(part, entry["row"], tokens=True)
         row = run.index.rows.read(part, entry["row"], tokens=False)
+        with _of_known_form():
+            return self._strip(run, row, columns, query)
+
+    def _strip(self, run: Run, row: Mapping[str, Any], columns: Mapping[str, np.ndarray], query: Query) -> Json:
         total = len(columns["tokens"])
         start = min(_whole(query, "start", 0, 1 << 40), total)
         stop = min(total, start + max(1, _whole(query, "count", MOST_TOKENS, MOST_TOKENS)))
@@ -262,6 +285,22 @@ class Answers:
             "version": columns["weight_version"][start:stop].tolist(),
             "spans": [[span["start"], span["stop"], span["sha256"]] for span in row["image_spans"] or ()],
         }
+
+
+@contextmanager
+def _of_known_form() -> Iterator[None]:
+    """Around what is done with a stored row, which another program or a newer version may have written."""
+    try:
+        yield
+    except (TypeError, KeyError, AttributeError, IndexError) as error:
+        raise DataError(f"this rollout has another form and cannot be shown: {one_line(repr(error))[:160]}") from None
+
+
+def _reading(snapshots: Iterable[Snapshot]) -> Json:
+    """How many parts of rollouts are not read yet, of how many."""
+    known = [*snapshots]
+    left = sum(snapshot.left for snapshot in known)
+    return {"left": left, "parts": left + sum(len(snapshot.parts) + len(snapshot.notes) for snapshot in known)}
 
 
 def _first_last(record: Record) -> list[Json]:

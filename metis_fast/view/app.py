@@ -14,13 +14,15 @@ from starlette.staticfiles import StaticFiles
 from metis_fast import __version__
 from metis_fast.errors import DataError
 from metis_fast.http_serving import HEALTH
-from metis_fast.view.answers import Answers, Json, Query, as_json
+from metis_fast.view.answers import SOON_S, Answers, Json, Query, as_json
+from metis_fast.view.bundle import whole_script
 from metis_fast.view.gate import Gate
 from metis_fast.view.images import FULL_PX, THUMB_PX
 from metis_fast.view.run import Run
 
 _JSON = "application/json"
 _FOREVER = "private, max-age=31536000, immutable"
+_ANEW = "private, no-cache"
 
 
 def _answer(tree: Json, status: int = 200) -> Response:
@@ -65,13 +67,13 @@ class _Files(StaticFiles):
     def file_response(self, *args: Any, **more: Any) -> Response:
         """Of Starlette."""
         response = super().file_response(*args, **more)
-        response.headers["Cache-Control"] = "private, no-cache"
+        response.headers["Cache-Control"] = _ANEW
         return response
 
 
 def make_app(runs: Sequence[Run], token: str) -> FastAPI:
     """Serves the page of `runs` to whoever has the token."""
-    answers = Answers(runs)
+    answers = Answers(runs, SOON_S)
     app = FastAPI(title="Runs of metis-fast", version=__version__, docs_url=None, redoc_url=None, openapi_url=None)
     app.add_api_route(HEALTH, _health)
     for name, ask in answers.by_name.items():
@@ -79,6 +81,8 @@ def make_app(runs: Sequence[Run], token: str) -> FastAPI:
     app.add_api_route("/api/image", _image(answers))
     for error in (DataError, HTTPException):
         app.add_exception_handler(error, _failed)
+    script = whole_script()  # one request in place of a dozen, which a busy machine answers late
+    app.add_api_route("/main.js", lambda: Response(script, media_type="text/javascript", headers={"Cache-Control": _ANEW}))
     with resources.as_file(resources.files("metis_fast.view").joinpath("static")) as folder:
         app.mount("/", _Files(directory=Path(folder), html=True))
     app.add_middleware(Gate, token=token)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import posixpath
 import re
 from collections.abc import Mapping
+from importlib import resources
 
 _IMPORT = re.compile(r'^import (?:(?P<name>\w+)|\{(?P<names>[^}]*)\}) from "(?P<path>\./[^"]+)";$', re.MULTILINE)
 _EXPORT = re.compile(r"^export (?=(?:async )?function (?P<made>\w+)|const (?P<bound>\w+))", re.MULTILINE)
@@ -17,6 +18,22 @@ _DEFAULT = re.compile(r"^export \{ (?P<name>\w+) as default \};$", re.MULTILINE)
 _LEFT = re.compile(r"^\s*(?:import|export)\b.*$", re.MULTILINE)
 _COMMENT = re.compile(r"^/\*.*?\*/", re.MULTILINE | re.DOTALL)
 _ENDS_SCRIPT = re.compile(r"</script|<!--", re.IGNORECASE)
+
+
+UPLOT = "vendor/uplot"
+
+
+def text_of(name: str) -> str:
+    """A file of the page."""
+    return resources.files("metis_fast.view").joinpath("static", name).read_text(encoding="utf-8")
+
+
+def whole_script() -> str:
+    """The page's modules as one, with the licence of what is not ours."""
+    static = resources.files("metis_fast.view").joinpath("static")
+    modules = [item.name for item in static.iterdir() if item.name.endswith(".js")]
+    files = {name: text_of(name) for name in (*modules, f"{UPLOT}/uPlot.esm.js")}
+    return f"/*\n{text_of(f'{UPLOT}/LICENSE')}*/\n{bundle(files, 'main.js')}"
 
 
 def bundle(files: Mapping[str, str], main: str) -> str:

@@ -12,14 +12,13 @@ import hashlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from importlib import resources
 from itertools import zip_longest
 from pathlib import Path
 from typing import BinaryIO
 
 from metis_fast.errors import ConfigError, DataError, one_line
 from metis_fast.view.answers import MOST_TOKENS, Answers, Json, as_json
-from metis_fast.view.bundle import bundle
+from metis_fast.view.bundle import UPLOT, text_of, whole_script
 from metis_fast.view.images import Images
 from metis_fast.view.index import Snapshot
 from metis_fast.view.run import Run
@@ -32,7 +31,6 @@ MOST_ROLLOUTS = 2000
 """More than anybody reads; making them takes ten CPU ms each."""
 _MISSES = 4  # groups in a row that are too large for what is left
 _TAG = 160  # bytes around a block, and of its name in the index
-_UPLOT = "vendor/uplot"
 _LOADED = (
     '<link rel="icon" href="icon.svg">\n<link rel="stylesheet" href="vendor/uplot/uPlot.min.css">\n'
     '<link rel="stylesheet" href="style.css">\n<script type="module" src="main.js"></script>\n'
@@ -41,12 +39,13 @@ _LOADED = (
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """What became of it. size: bytes. kept, stored: rollouts."""
+    """What became of it. size: bytes. kept, stored: rollouts. notes: what is missing or left out, with the name of the run."""
 
     path: Path
     size: int
     kept: int
     stored: int
+    notes: tuple[str, ...]
 
 
 def _packed(tree: Json) -> str:
@@ -55,17 +54,10 @@ def _packed(tree: Json) -> str:
 
 def _shell() -> str:
     """`index.html` with script, style and icon in it."""
-    static = resources.files("metis_fast.view").joinpath("static")
-
-    def text(name: str) -> str:
-        return static.joinpath(name).read_text(encoding="utf-8")
-
-    modules = [item.name for item in static.iterdir() if item.name.endswith(".js")]
-    files = {name: text(name) for name in (*modules, f"{_UPLOT}/uPlot.esm.js")}
-    script = f"/*\n{text(f'{_UPLOT}/LICENSE')}*/\n{bundle(files, 'main.js')}"
-    style = text(f"{_UPLOT}/uPlot.min.css") + text("style.css")
-    icon = base64.b64encode(text("icon.svg").encode()).decode()
-    page = text("index.html")
+    script = whole_script()
+    style = text_of(f"{UPLOT}/uPlot.min.css") + text_of("style.css")
+    icon = base64.b64encode(text_of("icon.svg").encode()).decode()
+    page = text_of("index.html")
     assert _LOADED in page
     policy = "; ".join(
         (
@@ -203,6 +195,8 @@ def write_file(runs: Sequence[Run], out: Path, limit: int, progress: Callable[[i
     """
     if out.is_dir():
         raise ConfigError(f"--out {out}: expected a file, got a folder; name the file to write, such as {out}/runs.html")
+    if out.exists() and not out.is_file():
+        raise ConfigError(f"--out {out}: expected a file, got a device or a pipe; name the file to write, such as runs.html")
     writer, shell = _Writer(runs), _shell()
     snapshots = {run.name: run.index.snapshot() for run in runs}
     head, _, tail = shell.partition("</body>")
@@ -252,7 +246,11 @@ def write_file(runs: Sequence[Run], out: Path, limit: int, progress: Callable[[i
         scratch.replace(out)
     finally:
         scratch.unlink(missing_ok=True)
-    return Written(out, out.stat().st_size, kept, stored)
+    whole: Json = index["overview"]["all"]
+    said = {run["name"]: [*dict.fromkeys([*run["notes"], *notes[run["name"]]])] for run in whole["runs"]}
+    return Written(
+        out, out.stat().st_size, kept, stored, tuple(f"{name}: {note}" for name, own in said.items() for note in own)
+    )
 
 
 def _rule(kept: int, stored: int, limit: int) -> str:

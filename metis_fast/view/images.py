@@ -36,7 +36,7 @@ class Images:
 
     def _refresh(self) -> None:
         for path in sorted(self._folder.glob("*.arrow")):
-            if path.name in self._seen:
+            if path.name in self._seen or not path.is_file():
                 continue
             self._seen.add(path.name)
             try:

@@ -4,6 +4,7 @@ some ten MB; texts and tokens stay on disk."""
 from __future__ import annotations
 
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -81,11 +82,11 @@ def _number(query: Mapping[str, str], name: str) -> float:
 
 
 class Snapshot:
-    """All rollouts as of one moment. notes: parts that are left out."""
+    """All rollouts as of one moment. notes: parts that are left out. left: parts that are not read yet, of older steps."""
 
-    def __init__(self, parts: Sequence[Part], tables: Sequence[pa.Table], notes: Sequence[str]) -> None:
+    def __init__(self, parts: Sequence[Part], tables: Sequence[pa.Table], notes: Sequence[str], left: int = 0) -> None:
         self.parts = {part.name: part for part in parts}
-        self.notes = tuple(notes)
+        self.notes, self.left = tuple(notes), left
         self._table = pa.concat_tables(tables).unify_dictionaries().combine_chunks() if tables else None
         self.size = self._table.num_rows if self._table is not None else 0
 
@@ -217,6 +218,7 @@ class Snapshot:
         if name not in _RANGES:
             raise DataError(f"hist: expected one of {', '.join(_RANGES)}, got {name[:40]!r}")
         values = self.columns[name][places] if self.size else np.zeros(0)
+        values = values[np.isfinite(values)]
         if not len(values):
             return []
         distinct, counts = np.unique(values, return_counts=True)
@@ -262,26 +264,40 @@ class Index:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._lock = threading.Lock()
-        self._tables: dict[Part, pa.Table | str] = {}
-        self._snapshot: Snapshot | None = None
+        self._tables: dict[Part, pa.Table | str] = {}  # or why it cannot be read
+        self._snapshot = Snapshot([], [], [])
+        self._shown: list[Part] = []  # of the snapshot, those that cannot be read included
         self._searched: OrderedDict[tuple[Part, str], Mask] = OrderedDict()
         self.rows = Rows()
 
-    def snapshot(self) -> Snapshot:
-        """As of now; parts that were there before are not read again."""
+    def snapshot(self, within_s: float | None = None) -> Snapshot:
+        """As of now; parts that were there before are not read again.
+
+        within_s: seconds after which the parts that are still unread are left to the next call; the newest are read first, at
+        least one. None: all are read.
+        """
+        deadline = None if within_s is None else time.monotonic() + within_s
+        parts = parts_of(self._folder)
+        for part in reversed(parts):
+            with self._lock:  # of one part only: others may ask meanwhile
+                is_new = part not in self._tables
+                if is_new:
+                    self._tables[part] = _table(part)
+            if is_new and deadline is not None and time.monotonic() > deadline:
+                break
         with self._lock:
-            parts = parts_of(self._folder)
-            if self._snapshot is not None and parts == list(self._tables):
-                return self._snapshot
-            self._tables = {part: self._tables[part] if part in self._tables else _table(part) for part in parts}
-            good = {part: table for part, table in self._tables.items() if isinstance(table, pa.Table)}
-            notes = [text for text in self._tables.values() if isinstance(text, str)]
-            self._snapshot = Snapshot(list(good), list(good.values()), notes)
+            self._tables = {part: self._tables[part] for part in parts if part in self._tables}
+            left = len(parts) - len(self._tables)
+            if self._shown != list(self._tables) or self._snapshot.left != left:
+                self._shown = list(self._tables)
+                good = {part: table for part, table in self._tables.items() if isinstance(table, pa.Table)}
+                notes = [text for text in self._tables.values() if isinstance(text, str)]
+                self._snapshot = Snapshot(list(good), list(good.values()), notes, left)
             return self._snapshot
 
-    def select(self, wanted: Filter) -> tuple[Snapshot, npt.NDArray[np.int64]]:
-        """The rollouts that a filter wants, oldest first."""
-        snapshot = self.snapshot()
+    def select(self, wanted: Filter, within_s: float | None = None) -> tuple[Snapshot, npt.NDArray[np.int64]]:
+        """The rollouts that a filter wants, oldest first. within_s: see `snapshot`."""
+        snapshot = self.snapshot(within_s)
         keep = snapshot.mask(wanted)
         if wanted.text and snapshot.size:
             codes, columns = snapshot.words["part"], snapshot.columns

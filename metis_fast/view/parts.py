@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from stat import S_ISREG
 from typing import Any
 
 import numpy as np
@@ -53,7 +54,9 @@ def parts_of(folder: Path) -> list[Part]:
             continue
         try:
             status = path.stat()
-        except FileNotFoundError:  # a resumed run makes it again
+        except OSError:  # a resumed run makes it again, or it is a link to nowhere
+            continue
+        if not S_ISREG(status.st_mode):  # a pipe would never end
             continue
         found.append(Part(path, int(number), (status.st_ino, status.st_size, status.st_mtime_ns)))
     return sorted(found, key=lambda part: (part.step, part.name))
@@ -98,6 +101,13 @@ def read_index(part: Part) -> pa.Table:
         if missing:
             raise DataError(f"{part.path.name} lacks the columns {', '.join(missing)}; it is no part of a run of this version")
         table = file.read(columns=list(_COLUMNS)).combine_chunks()
+    try:
+        return _index(part, table)
+    except (pa.ArrowException, ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
+        raise DataError(f"{part.path.name} has columns of another form: {one_line(repr(error))[:160]}") from None
+
+
+def _index(part: Part, table: pa.Table) -> pa.Table:
     size = table.num_rows
 
     def column(name: str) -> pa.Array:
@@ -105,7 +115,7 @@ def read_index(part: Part) -> pa.Table:
         return chunked.chunk(0) if chunked.num_chunks else pa.array([], chunked.type)
 
     def flag(name: str) -> npt.NDArray[np.bool_]:
-        return pc.fill_null(column(name), False).to_numpy(zero_copy_only=False)
+        return pc.fill_null(column(name).cast(pa.bool_()), False).to_numpy(zero_copy_only=False)
 
     def number(name: str) -> npt.NDArray[np.float64]:
         return pc.fill_null(column(name), 0.0).to_numpy(zero_copy_only=False).astype(np.float64)
@@ -124,7 +134,7 @@ def read_index(part: Part) -> pa.Table:
     adv_acc, adv_tool, gradient = number("adv_acc"), number("adv_tool"), flag("needs_gradient")
 
     def codes(values: pa.Array) -> pa.Array:
-        return pc.fill_null(values, "").dictionary_encode()
+        return pc.fill_null(values.cast(pa.string()), "").dictionary_encode()
 
     return pa.table(
         {
@@ -132,7 +142,7 @@ def read_index(part: Part) -> pa.Table:
             "part": codes(pa.array([part.name] * size, pa.string())),
             "row": pa.array(np.arange(size, dtype=np.int32)),
             "uid": codes(column("prompt_uid")),
-            "sample": pc.fill_null(column("index"), 0),
+            "sample": pc.fill_null(column("index"), 0).cast(pa.int32()),
             "ability": codes(column("ability")),
             "kind": codes(column("kind")),
             "question": codes(column("question")),
@@ -147,7 +157,7 @@ def read_index(part: Part) -> pa.Table:
             "moves_tool": flag("in_tool_denominator") & (adv_tool != 0),
             "calls": _sums(turns, called),
             "tool_errors": _sums(turns, np.asarray(wrong, np.int64)),
-            "turns": turns.value_lengths(),
+            "turns": pc.fill_null(turns.value_lengths(), 0).cast(pa.int32()),
             "tokens": _sums(turns, length.astype(np.int64)),
         }
     )

@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from stat import S_ISREG
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from metis_fast.config import Config
 from metis_fast.errors import ConfigError, DataError, one_line
-from metis_fast.report.log import Evaluation, failed_rates, step_scalars
+from metis_fast.report.benchmarks import benchmark_table
+from metis_fast.report.lines import JsonLines
+from metis_fast.report.log import Evaluation, evaluation_of, step_of, step_scalars, unknown_in_evaluation, unknown_in_step
+from metis_fast.report.settings import leaves
 from metis_fast.report.summary import Summary, read_summary
-from metis_fast.types import Avoided, Savings, Slice, StepStats, UpdateStats
+from metis_fast.types import StepStats
 from metis_fast.view.images import Images
 from metis_fast.view.index import Index
-from metis_fast.view.lines import JsonLines
 from metis_fast.view.tokens import Pieces
 
-T = TypeVar("T")
+if TYPE_CHECKING:
+    from metis_fast.evaluate.table import Table
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # in C where PyYAML was built with it
 
 
@@ -35,55 +39,22 @@ class Step:
 @dataclass(frozen=True, slots=True)
 class Record:
     """What of a run is no rollout. steps, evaluations: by step, each once. config: dotted key -> value, empty without a
-    config.yaml. notes: what is missing or cut, a line each."""
+    config.yaml. benchmarks: results beside the published ones. notes: what is missing or cut, a line each. gone: the whole
+    folder is no longer there."""
 
     steps: tuple[Step, ...]
     evaluations: tuple[Evaluation, ...]
     summary: Summary | None
     config: Mapping[str, Any]
+    benchmarks: Table | None
     notes: tuple[str, ...]
-
-
-def _known(kind: type[T], entry: Mapping[str, Any]) -> T:
-    """Of a newer version's entry what this one knows."""
-    names = [field.name for field in fields(kind)]  # pyright: ignore[reportArgumentType]
-    return kind(**{name: entry[name] for name in names if name in entry})
-
-
-def _slices(record: Mapping[str, Any]) -> dict[str, Slice]:
-    return {name: _known(Slice, entry) for name, entry in record["slices"].items()}
-
-
-def _update(entry: Mapping[str, Any]) -> UpdateStats:
-    avoided = {name: _known(Avoided, one) for name, one in entry.get("avoided", {}).items()}
-    return _known(UpdateStats, {**entry, "avoided": _known(Savings, avoided)})
+    gone: bool = False
 
 
 def _step(record: dict[str, Any]) -> Step:
-    infra, judge = failed_rates(record["outcomes"])  # of records that have none
-    made = {
-        "slices": _slices(record),
-        "updates": tuple(map(_update, record["updates"])),
-        "staleness": tuple(record.get("staleness", ())),
-    }
-    stats = _known(StepStats, {"infra_failed_rate": infra, "judge_failed_rate": judge, **record, **made})
+    stats = step_of(record)
     scalars = {name: float(value) for name, value in step_scalars(stats).items()}
-    return Step(stats, {"step": float(int(stats.step)), **scalars})
-
-
-def _evaluation(record: dict[str, Any]) -> Evaluation:
-    return Evaluation(step=int(record["step"]), slices=_slices(record))
-
-
-def leaves(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Dotted key -> value."""
-    found: dict[str, Any] = {}
-    for name, value in tree.items():
-        if isinstance(value, dict):
-            found |= leaves(value, f"{prefix}{name}.")
-        else:
-            found[f"{prefix}{name}"] = value
-    return found
+    return Step(stats, {"step": float(stats.step), **scalars})
 
 
 def default_settings() -> dict[str, Any]:
@@ -100,21 +71,30 @@ class Run:
         self.name, self.folder = name, folder
         self.images = Images(folder / "rollouts" / "images")
         self.index = Index(folder / "rollouts")
-        self._steps = JsonLines(folder / "metrics.jsonl", _step)
-        self._evaluations = JsonLines(folder / "eval.jsonl", _evaluation)
+        self._steps = JsonLines(folder / "metrics.jsonl", _step, unknown_in_step)
+        self._evaluations = JsonLines(folder / "eval.jsonl", evaluation_of, unknown_in_evaluation)
         self._lock = threading.Lock()
         self._tokenizer = tokenizer
         self._pieces: Pieces | None = None
         self._settings: dict[str, Any] = {}
         self._config_key: tuple[int, int, int] | None = None
 
+    @property
+    def gone(self) -> str:
+        """That the folder is no longer there; empty where it is."""
+        there = self.folder.is_dir()
+        return "" if there else f"{self.folder} has gone: it was removed or renamed, so there is nothing to show of this run"
+
     def read(self) -> Record:
         """As of now."""
+        if gone := self.gone:
+            return Record((), (), None, {}, None, (gone,), gone=True)
         with self._lock:
             steps, evaluations = self._steps.read(), self._evaluations.read()
             config, config_note = self._config()
         summary, summary_note = self._summary()
         notes = [*steps.notes, *evaluations.notes, *summary_note, *config_note]
+        benchmarks = benchmark_table(self.folder, notes.append)
         if not (self.folder / "rollouts").is_dir():
             notes.append("rollouts is missing: there are no rollouts to show (log.rollouts)")
         by_step = {step.stats.step: step for step in steps.records}
@@ -124,6 +104,7 @@ class Run:
             evaluations=tuple(evaluated[step] for step in sorted(evaluated)),
             summary=summary,
             config=config,
+            benchmarks=benchmarks,
             notes=tuple(notes),
         )
 
@@ -131,8 +112,9 @@ class Run:
         path = self.folder / "summary.json"
         if not path.exists():
             return None, ["summary.json is missing: the run has not ended"]
+        notes: list[str] = []
         try:
-            return read_summary(path), []
+            return read_summary(path, notes.append), notes
         except DataError as error:
             return None, [one_line(error)]
 
@@ -141,13 +123,15 @@ class Run:
         path = self.folder / "config.yaml"
         try:
             status = path.stat()
+            if not S_ISREG(status.st_mode):
+                return {}, ["config.yaml is no file"]
             key = (status.st_ino, status.st_size, status.st_mtime_ns)
             if key != self._config_key:
                 tree = yaml.load(path.read_text(encoding="utf-8"), _LOADER)
                 self._settings, self._config_key = (leaves(tree) if isinstance(tree, dict) else {}), key
         except FileNotFoundError:
             return {}, ["config.yaml is missing: settings and weights of the channels are taken from the defaults"]
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:  # ValueError: no UTF-8, or a date that is none
             return {}, [f"config.yaml cannot be read: {one_line(error)[:160]}"]
         return self._settings, [] if self._settings else ["config.yaml holds no settings"]
 
@@ -184,14 +168,23 @@ def open_runs(folders: list[Path], tokenizer: Path | None) -> list[Run]:
                 "folders right below, found none; give what `run.dir` names"
             )
         found += below
-    names: dict[str, Path] = {}
-    for folder in dict.fromkeys(path.resolve() for path in found):
-        name, number = folder.name, 1
-        while name in names:
-            number += 1
-            name = f"{folder.name}-{number}"
-        names[name] = folder
-    return [Run(name, folder, tokenizer) for name, folder in names.items()]
+    return [Run(name, folder, tokenizer) for name, folder in _named([*dict.fromkeys(path.resolve() for path in found)]).items()]
+
+
+def _named(folders: Sequence[Path]) -> dict[str, Path]:
+    """Name -> folder. As many parts of the paths as tell all of them apart: seed-0, or variant/seed-0 of an ablation."""
+    most = max((len(folder.parts) for folder in folders), default=1)
+    for depth in range(1, most + 1):
+        named = {_label("/".join(folder.parts[-depth:])): folder for folder in folders}
+        if len(named) == len(folders):
+            return named
+    return {f"{_label(folder.name)}-{number}": folder for number, folder in enumerate(folders, 1)}
+
+
+def _label(name: str) -> str:
+    """Without what an address or a list of names cannot have: commas, control characters, bytes that are no text."""
+    text = name.encode("utf-8", "replace").decode()
+    return "".join("_" if char == "," or not char.isprintable() else char for char in text)
 
 
 def _is_run(folder: Path) -> bool:

@@ -134,7 +134,7 @@ class Child:
                     env={**kept, **environment, **own},
                     start_new_session=True,  # Ctrl-C is for the run; and it ends with all that it started
                 )
-        except BaseException:
+        except BaseException:  # Ctrl-C, too: it goes on, and no folder stays behind
             remove_scratch(self._scratch)
             raise
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -11,15 +12,17 @@ from pathlib import Path
 
 import psutil
 import pytest
-from harness import PROGRAM, Command, run_state, succeed
+from disks import small_disk
+from harness import PROGRAM, Command, error_line, run, run_state
 
 from metis_fast.ablate import job
 from metis_fast.ablate.process import Ended
 from metis_fast.ablate.running import read_cost
 from metis_fast.ablate.spec import Ablation, read_ablation
 from metis_fast.errors import ConfigError, Interrupted
+from metis_fast.run.folder import held
 
-_LIMIT_S = 600.0
+_LIMIT_S = 1800.0  # beside other work
 _TABLES = ("results.md", "results.json", "results.csv")
 _RUNS = [f"{variant}/seed-{seed}" for seed in (0, 1) for variant in ("hdpo", "grpo")]
 
@@ -27,14 +30,19 @@ _RUNS = [f"{variant}/seed-{seed}" for seed in (0, 1) for variant in ("hdpo", "gr
 class _Forked:
     """`metis-fast train` in a process that was forked, which starts sooner than the program."""
 
-    def __init__(self, config: Path, log: Path) -> None:
-        self._command = Command(["train", config], log.parent / "process")
+    def __init__(self, config: Path, log: Path, folder: Path | None = None) -> None:
+        """folder: for its output; by default in that of the run."""
+        self._command = Command(["train", config], folder or log.parent / "process")
 
     def poll(self) -> Ended | None:
         if self._command.alive:
             return None
         ended = self._command.wait()
-        return Ended(ended.code, 1.0, 1.0, 1.0, ended.err.strip())
+        return Ended(ended.code, self.cpu_s(), 1.0, 1.0, ended.err.strip())
+
+    def cpu_s(self) -> float:
+        """That it says it took."""
+        return 1.0
 
     def stop(self) -> None:
         os.kill(self._command.pid, signal.SIGTERM)
@@ -145,6 +153,16 @@ def test_a_variant_that_was_run_with_other_settings_is_refused(whole: Ablation, 
         job.make(read_ablation(path), start=_none)
 
 
+def test_a_folder_that_cannot_be_used_is_named_as_it_was_given(demo: Path, tmp_path: Path) -> None:
+    file, taken = _file(tmp_path, demo, "refused"), tmp_path / "taken"
+    taken.write_text("mine")
+    line = error_line(run(["ablate", file, "--out", taken], tmp_path / "a"))
+    assert f"{taken}: a file stands there; set `out` (--out) to a folder" in line and taken.read_text() == "mine"
+    with held(tmp_path / "refused"):
+        line = error_line(run(["ablate", file], tmp_path / "b"))
+    assert f"another process is running in {tmp_path / 'refused'}" in line and "set another `out` (--out)" in line
+
+
 @pytest.mark.slow
 def test_a_killed_ablation_leaves_no_run_behind_and_goes_on(whole: Ablation, demo: Path, tmp_path: Path) -> None:
     file = _file(tmp_path, demo, "killed")
@@ -159,35 +177,69 @@ def test_a_killed_ablation_leaves_no_run_behind_and_goes_on(whole: Ablation, dem
     first.wait()
     _, left = psutil.wait_procs(runs, timeout=_LIMIT_S)
     assert not left
-    out = json.loads(succeed(["ablate", file, "--json"], tmp_path / "again"))
-    assert set(out["variants"]) == {"hdpo", "grpo"}
+    assert job.make(read_ablation(file), start=_Forked) == 0
     _same(tmp_path / "killed", whole.out)
 
 
 @pytest.mark.slow
-def test_ctrl_c_of_a_terminal_stops_the_program_and_its_runs_safely(whole: Ablation, demo: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_the_program_and_its_runs_safely(
+    whole: Ablation, demo: Path, tmp_path: Path, number: signal.Signals
+) -> None:
     file = _file(tmp_path, demo, "terminal")
     first = subprocess.Popen([PROGRAM, "ablate", file], stderr=subprocess.PIPE, text=True, start_new_session=True)
     deadline = time.monotonic() + _LIMIT_S
     while not list((tmp_path / "terminal").glob("*/seed-*/metrics.jsonl")):
         assert first.poll() is None and time.monotonic() < deadline
         time.sleep(0.1)
-    os.killpg(first.pid, signal.SIGINT)
+    runs = psutil.Process(first.pid).children(recursive=True)
+    os.killpg(first.pid, number)  # as a terminal does, to all in the foreground
     _, err = first.communicate(timeout=_LIMIT_S)
+    assert not psutil.wait_procs(runs, timeout=_LIMIT_S)[1]
     assert first.returncode == 130 and err.splitlines()[-1] == "metis-fast: stopped; run the same command again to go on"
-    succeed(["ablate", file], tmp_path / "again")
+    assert job.make(read_ablation(file), start=_Forked) == 0
     _same(tmp_path / "terminal", whole.out)
 
 
-@pytest.mark.slow
+@pytest.mark.parametrize("left", [0, pytest.param(300, marks=pytest.mark.slow)])
+def test_a_full_disk_is_said_and_the_same_call_goes_on_with_room(
+    whole: Ablation, demo: Path, tmp_path: Path, left: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def start(config: Path, log: Path) -> _Forked:
+        return _Forked(config, log, tmp_path / "processes" / config.parent.name / config.stem)
+
+    with small_disk(tmp_path / "disk") as disk:
+        ablation = read_ablation(_file(disk.folder, demo, "full"))
+        disk.leave(left)  # KiB: for nothing, or for the start of a run
+        try:
+            assert job.make(ablation, start=start) > 0
+            assert "free some space" in capsys.readouterr().out
+        except OSError as error:  # the program makes one line of it
+            assert error.errno == errno.ENOSPC
+        disk.resize(64 << 10)
+        assert job.make(ablation, start=start) == 0
+        _same(ablation.out, whole.out)
+        assert not list(ablation.out.glob("**/*.tmp"))
+
+
+class _Counted(_Forked):
+    """A second for the start and for every step."""
+
+    def __init__(self, config: Path, log: Path) -> None:
+        super().__init__(config, log)
+        self._metrics = log.parent / "metrics.jsonl"
+
+    def cpu_s(self) -> float:
+        return 1.0 + len(self._metrics.read_text().splitlines())
+
+
 def test_cpu_minutes_become_the_same_steps_for_all_runs(demo: Path, tmp_path: Path) -> None:
     file = _file(tmp_path, demo, "budget")
-    file.write_text(file.read_text().replace("{steps: 2}", "{cpu_minutes: 0.2}").replace("[0, 1]", "[0]"))
+    file.write_text(file.read_text().replace("{steps: 2}", "{cpu_minutes: 0.22}").replace("[0, 1]", "[0]"))
     ablation = read_ablation(file)
-    assert job.make(ablation) == 0
-    steps = json.loads((ablation.out / "budget.json").read_text())["steps"]
-    assert steps >= 2
+    assert job.make(ablation, start=_Counted) == 0
+    assert json.loads((ablation.out / "budget.json").read_text())["steps"] == 12  # 13.2 seconds
     for name in ("hdpo/seed-0", "grpo/seed-0"):
-        assert len((ablation.out / name / "metrics.jsonl").read_text().splitlines()) == steps
+        assert len((ablation.out / name / "metrics.jsonl").read_text().splitlines()) == 12
     assert not (ablation.out / "pilot").exists()
     assert job.make(ablation, start=_none) == 0

@@ -13,7 +13,7 @@ from harness import PROGRAM, run_state
 pytest.importorskip("ray")
 pytestmark = pytest.mark.slow
 
-_LIMIT_S = 900.0
+_LIMIT_S = 1800.0  # beside other work
 
 
 def test_runs_on_ray_are_those_of_this_machine(demo: Path, tmp_path: Path) -> None:

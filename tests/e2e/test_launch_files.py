@@ -55,7 +55,7 @@ def _steps(folder: Path) -> list[int]:
     return [json.loads(line)["step"] for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def _whole(job: Job, folder: Path, steps: int) -> None:
+def _check_whole(job: Job, folder: Path, steps: int) -> None:
     """The job has ended well after that many steps."""
     assert job.wait() == 0, job.err.read_text()
     assert _steps(folder) == list(range(steps))
@@ -63,7 +63,7 @@ def _whole(job: Job, folder: Path, steps: int) -> None:
     assert sorted(path.name for path in (folder / "run" / "ranks").iterdir()) == ["rank-0.log", "rank-1.log"]
 
 
-def _stopped(job: Job, folder: Path) -> None:
+def _check_stopped(job: Job, folder: Path) -> None:
     """SIGTERM after a step: what was done is on disk."""
     job.when(lambda: bool(_steps(folder)))
     os.kill(job.pid, signal.SIGTERM)
@@ -73,16 +73,16 @@ def _stopped(job: Job, folder: Path) -> None:
 
 
 def test_a_slurm_job_stopped_before_its_time_limit_saves_its_last_step(slurm: Callable[..., Job], tmp_path: Path) -> None:
-    _stopped(slurm("train.steps=500", "checkpoint.every=0"), tmp_path)
+    _check_stopped(slurm("train.steps=500", "checkpoint.every=0"), tmp_path)
 
 
 @pytest.mark.slow
 def test_a_slurm_job_stopped_before_its_time_limit_goes_on_when_submitted_again(
     slurm: Callable[..., Job], tmp_path: Path
 ) -> None:
-    _stopped(slurm("train.steps=500", "checkpoint.every=0"), tmp_path)
+    _check_stopped(slurm("train.steps=500", "checkpoint.every=0"), tmp_path)
     done = len(_steps(tmp_path))
-    _whole(slurm(f"train.steps={done + 1}", "checkpoint.every=0"), tmp_path, done + 1)
+    _check_whole(slurm(f"train.steps={done + 1}", "checkpoint.every=0"), tmp_path, done + 1)
 
 
 @pytest.mark.slow

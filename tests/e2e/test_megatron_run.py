@@ -13,8 +13,9 @@ from typing import Any
 
 import pytest
 import torch
+from disks import Disk
 from harness import AGENT, Ended, Moment, run, run_state, succeed
-from test_run_disk_full import _Disk, disk  # noqa: F401
+from test_run_disk_full import disk  # noqa: F401
 from transformers import Qwen3VLForConditionalGeneration
 
 from metis_fast.checkpoint.resume import CheckpointStore
@@ -256,7 +257,7 @@ def test_a_truncated_checkpoint_is_warned_of_and_the_one_before_taken(job: Path,
     assert run_state(folder) == run_state(uninterrupted)
 
 
-def disk_full(command: list[object], folder: Path, process: Path, reason: str) -> None:
+def check_disk_full(command: list[object], folder: Path, process: Path, reason: str) -> None:
     """The run cannot write the checkpoint of step 3 for a reason, says so, and leaves the older ones."""
     line = failed(run(command, process))
     assert line.startswith("metis-fast: cannot write checkpoint step-000003") and reason in line, line
@@ -269,7 +270,7 @@ def test_a_disk_full_at_checkpoint_time_keeps_the_older_ones_and_the_run_resumes
     job: Path,
     uninterrupted: Path,
     tmp_path: Path,
-    disk: _Disk,  # noqa: F811
+    disk: Disk,  # noqa: F811
 ) -> None:
     folder = disk.folder / "run"
     shutil.copytree(copy(uninterrupted, tmp_path / "copy", 2), folder)
@@ -277,7 +278,7 @@ def test_a_disk_full_at_checkpoint_time_keeps_the_older_ones_and_the_run_resumes
     # Less than the ranks write, their formats' own pages included; more than is asked for beforehand, which is the tensors.
     written = sum(path.stat().st_blocks // 2 for path in (folder / "checkpoints" / "step-000002").rglob("*") if path.is_file())
     disk.leave(written - 40)
-    disk_full(command, folder, tmp_path / "amid", "trainer: [Errno 28] No space left on device (needs ")
+    check_disk_full(command, folder, tmp_path / "amid", "trainer: [Errno 28] No space left on device (needs ")
     disk.resize(64 << 10)
     succeed(command, tmp_path / "last")
     assert run_state(folder) == run_state(uninterrupted)
@@ -288,12 +289,12 @@ def test_a_disk_too_full_for_a_checkpoint_is_said_before_one_is_begun(
     job: Path,
     uninterrupted: Path,
     tmp_path: Path,
-    disk: _Disk,  # noqa: F811
+    disk: Disk,  # noqa: F811
 ) -> None:
     folder = disk.folder / "run"
     shutil.copytree(copy(uninterrupted, tmp_path / "copy", 2), folder)
     disk.leave(500)
-    disk_full(megatron(job, folder, TP), folder, tmp_path / "before", "not enough space (needs ")
+    check_disk_full(megatron(job, folder, TP), folder, tmp_path / "before", "not enough space (needs ")
 
 
 # -- settings that cannot work ----------------------------------------------------------------------------------------------

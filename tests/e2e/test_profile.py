@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import gzip
 import json
+import signal
 from collections import defaultdict
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from harness import error_line, run, succeed
+from disks import small_disk
+from harness import Moment, error_line, run, succeed
 
+from metis_fast.run.folder import held
 from metis_fast.spans import Lane
 
 _STEPS = 2
@@ -106,6 +109,46 @@ def test_a_profile_of_a_run_that_goes_on(demo: Path, tmp_path: Path, settings: t
     assert first >= last_step["ts"] - 1e6 * sum(tables["steps"]) - 1e7
     if not settings:
         assert (tmp_path / "profile" / "run" / "metrics.jsonl").read_text().splitlines()[0].startswith('{"step": 5')
+
+
+def _short(demo: Path, out: Path) -> list[object]:
+    settings = ("train.steps=20", "log.progress=false")
+    return ["profile", demo / "config.yaml", *settings, "--steps", 1, "--no-ops", "--out", out, "--json"]
+
+
+@pytest.mark.parametrize(
+    "number",
+    [signal.SIGKILL, pytest.param(signal.SIGINT, marks=pytest.mark.slow), pytest.param(signal.SIGTERM, marks=pytest.mark.slow)],
+)
+def test_one_that_was_stopped_or_killed_is_begun_anew_by_the_same_call(
+    demo: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    before, out = _files(demo), tmp_path / "profile"
+    ended = run(_short(demo, out), tmp_path / "first", Moment("pipeline._score", number, entry=2))
+    assert ended.hit and ended.orphans == () and (out / "run").exists()
+    if number is signal.SIGKILL:
+        assert ended.code == -9
+    else:
+        assert ended.code == 130 and ended.err.splitlines()[-1].startswith("metis-fast: stopped")
+    with held(out):
+        assert "another process is running" in error_line(run(_short(demo, out), tmp_path / "beside"))
+    tables = json.loads(succeed(_short(demo, out), tmp_path / "second").splitlines()[-1])
+    assert len(tables["steps"]) == 1 and (out / "trace.json.gz").exists()
+    assert "is not empty; name a new folder" in error_line(run(_short(demo, out), tmp_path / "third"))
+    assert _files(demo) == before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("left", [0, 60])
+def test_a_full_disk_is_one_line_and_the_same_call_goes_on_with_room(demo: Path, tmp_path: Path, left: int) -> None:
+    with small_disk(tmp_path / "disk") as disk:
+        out = disk.folder / "profile"
+        disk.leave(left)  # KiB
+        ended = run(_short(demo, out), tmp_path / "first")
+        assert "free some space" in ended.err.splitlines()[-1] and ended.code == 2 and ended.orphans == ()
+        assert "Traceback" not in ended.err
+        disk.resize(64 << 10)
+        succeed(_short(demo, out), tmp_path / "second")
 
 
 @pytest.mark.slow

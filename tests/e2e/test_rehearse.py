@@ -9,11 +9,14 @@ import pytest
 
 from metis_fast import cli
 from metis_fast.config import HttpSearchConfig, TextSearchConfig, load
+from metis_fast.plan.shape import read_model_config
 from metis_fast.rehearse import endpoints
+from metis_fast.rehearse.model import write_model
 from metis_fast.rehearse.settings import KEY_VALUE, Places, small
 from metis_fast.score.llm_prompt import read_prompt
 from metis_fast.tools.search.keys import NO_KEY
 from metis_fast.tools.search.providers import Template
+from metis_fast.train.megatron import layout
 
 _CONFIGS = Path(__file__).parents[2] / "configs"
 _SMALL = ["--pixels", "512x384", "--json"]
@@ -102,6 +105,20 @@ def test_every_shipped_config_and_provider_can_be_made_small(path: Path, provide
     assert made.workers.launcher == asked.workers.launcher and made.rollout.engine == asked.rollout.engine
     assert made.train.megatron.num_ranks <= 4 and any("ranks" in line for line in left)
     assert made.tools.text_search.url.startswith("" if provider == "local" else "http://127.0.0.1")
+
+
+@pytest.mark.parametrize("path", sorted(_CONFIGS.glob("qwen3vl_*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("virtual", [1, 3])
+def test_the_small_model_can_be_cut_as_the_small_layout_says(
+    path: Path, virtual: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(_CONFIGS.parent)
+    asked = load(path, [f"train.megatron.virtual_pipeline={virtual}", "train.megatron.pipeline_parallel=4"])
+    write_model(asked, tmp_path / "model", ["some words"])
+    places = Places(tmp_path / "model", *(tmp_path / name for name in "bcde"), judge="http://127.0.0.1:1/v1", search="")
+    made, _ = small(asked, tmp_path, places, image_tokens=300)
+    assert made.train.megatron.pipeline_parallel == 2 and made.train.megatron.virtual_pipeline == min(virtual, 2)
+    layout.check(made.train.megatron, read_model_config(made, None))  # raises
 
 
 def test_the_stand_in_judge_reads_any_prompt_of_a_users_own(tmp_path: Path) -> None:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from disks import Disk, small_disk
 from harness import error_line, run, run_state, succeed
 
 from metis_fast.checkpoint.resume import CheckpointStore
@@ -15,42 +14,14 @@ from metis_fast.checkpoint.resume import CheckpointStore
 _WARNED = "metis_fast.checkpoint.export: the trained model will take"  # said when the run starts
 
 
-class _Disk:
-    """A tmpfs; sizes in KiB."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        folder.mkdir()
-        self._mount("size=64m")
-
-    def _mount(self, options: str) -> None:
-        done = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", self.folder], capture_output=True, text=True)
-        if done.returncode:
-            pytest.skip(f"cannot mount a small disk here: {done.stderr.strip()}")
-
-    def resize(self, size: int) -> None:
-        self._mount(f"remount,size={size}k")
-
-    def leave(self, size: int) -> None:
-        """Only so much space is left."""
-        usage = os.statvfs(self.folder)
-        self.resize((usage.f_blocks - usage.f_bfree) * usage.f_frsize // 1024 + size)
-
-    def close(self) -> None:
-        subprocess.run(["umount", "--lazy", self.folder], check=False, capture_output=True)
-
-
 @pytest.fixture
-def disk(tmp_path: Path) -> Iterator[_Disk]:
-    if os.geteuid():
-        pytest.skip("mounting a small disk needs root")
-    disk = _Disk(tmp_path / "disk")
-    yield disk
-    disk.close()
+def disk(tmp_path: Path) -> Iterator[Disk]:
+    with small_disk(tmp_path / "disk") as disk:
+        yield disk
 
 
 def test_a_disk_full_at_checkpoint_time_keeps_the_older_ones_and_the_run_resumes_exactly(
-    demo: Path, tmp_path: Path, disk: _Disk
+    demo: Path, tmp_path: Path, disk: Disk
 ) -> None:
     folder = disk.folder / "run"
     command = ["train", demo / "config.yaml", f"run.dir={folder}", "log.tensorboard=false"]
@@ -67,7 +38,7 @@ def test_a_disk_full_at_checkpoint_time_keeps_the_older_ones_and_the_run_resumes
 
 @pytest.mark.parametrize("left", [pytest.param(0, marks=pytest.mark.slow), 8, pytest.param(24, marks=pytest.mark.slow)])
 def test_a_disk_full_while_a_step_is_written_is_one_line_and_the_run_resumes_exactly(
-    demo: Path, tmp_path: Path, disk: _Disk, left: int
+    demo: Path, tmp_path: Path, disk: Disk, left: int
 ) -> None:
     folder = disk.folder / "run"
     command = ["train", demo / "config.yaml", f"run.dir={folder}", "checkpoint.every=0"]

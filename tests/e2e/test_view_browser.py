@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import time
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 from browsing import ENTER, ESCAPE, LIMIT_S, MISSING, NO_AXE, RIGHT, Page, browser
 from harness import Command
-from view_runs import ABILITIES, Maker, stats, write_run
+from view_runs import ABILITIES, ATTACK, Maker, stats, write_benchmark, write_run
 
 from metis_fast.config import LogConfig
 from metis_fast.report.log import RunLog
@@ -29,6 +30,8 @@ ALL = STEPS * PROMPTS * SIZE
 def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     base = tmp_path_factory.mktemp("view")
     first = write_run(base / "hdpo", steps=STEPS, prompts=PROMPTS, size=SIZE)
+    write_benchmark(first, 0, 0.8)
+    write_benchmark(first, STEPS, 0.9)
     others = [write_run(base / f"grpo-{seed}", steps=3, prompts=3, size=4, seed=seed, w_tool=0.0) for seed in (1, 2)]
     return [first, *others]
 
@@ -74,6 +77,9 @@ def test_the_token_leaves_the_address_and_the_overview_has_what_it_should(page: 
     label = page.one("#plot-tools_kind canvas").get_attribute("aria-label")
     assert "direct" in label and "%" in label
     assert "Held out, before → after" in page.text and "tool_needed" in page.text and "nothing sick" in page.text
+    cells = [element.text for element in page.all(".benchmarks tbody td")]
+    assert cells[cells.index(f"step-{STEPS:06d}, rule") + 1].startswith("90.0 ± 2.0") and "Metis (published)" in cells
+    assert ATTACK in page.one(".benchmarks ol").text
     page.one("#plot-losses details summary").click()
     page.until(lambda: len(page.all("#plot-losses .numbers tbody tr")) == STEPS, "not a row for each step")
 
@@ -91,7 +97,7 @@ def test_runs_are_laid_over_one_another_and_seeds_make_bands(page: Page):
     page.one("input[name=bands]").click()
     page.until(lambda: "bands=1" in page.at, "no bands in the address")
     page.settle()
-    names = page.until(lambda: [one.text for one in page.all(plot) if one.is_displayed()], "no legend")
+    names = page.until(lambda: page.texts(plot), "no legend")
     assert any("(2)" in name for name in names), names
     page.one("input[name=run][value=grpo-1]").click()
     page.until(lambda: "runs=hdpo,grpo-2" in page.at, "the choice is not in the address")
@@ -313,8 +319,7 @@ def test_what_is_missing_is_said_and_the_rest_is_shown(page: Page, folders: list
     for path in (folder / "rollouts" / "images").iterdir():
         path.unlink()
     page.to("overview?runs=grpo-1")
-    page.one(".notes summary").click()
-    notes = page.one(".notes").text
+    notes = page.script("return document.querySelector('.notes').textContent")
     assert "summary.json is missing" in notes and "no end yet" in notes and "step-000001.parquet" in notes
     assert "3 of 3" in page.text and page.all(".plot canvas")
     page.to("rollouts?run=grpo-1")
@@ -324,3 +329,14 @@ def test_what_is_missing_is_said_and_the_rest_is_shown(page: Page, folders: list
     page.to("nothing")
     assert "There is no page nothing" in page.text
     assert all("404" in complaint for complaint in page.complaints())  # the browser's own line about the answer above
+
+
+def test_a_folder_that_has_gone_is_said_without_a_reload(page: Page, folders: list[Path]):
+    page.to("overview?runs=grpo-2")
+    assert page.all(".plot canvas")
+    shutil.rmtree(folders[2])
+    page.until(lambda: f"{folders[2]} has gone" in page.text, "that it has gone is not said")
+    page.to("rollouts?run=grpo-2")
+    assert "has gone" in page.text and "log.rollouts" not in page.text and page.total == 0
+    page.to("overview?runs=hdpo")
+    assert "has gone" not in page.text and page.all(".facts")

@@ -82,13 +82,13 @@ def test_runs_are_chosen_and_seeds_become_bands_without_a_server(page: Page):
     page.until(lambda: "bands=1" in page.at, "no bands in the address")
     page.settle()
     plot = "[id='plot-tools_kind-all'] .u-legend th"
-    names = page.until(lambda: [one.text for one in page.all(plot) if one.is_displayed()], "no legend")
+    names = page.until(lambda: page.texts(plot), "no legend")
     assert any("(2)" in name for name in names), names
     page.one("input[name=run][value=grpo-1]").click()
     page.until(lambda: "grpo-1" not in page.at and "runs=" in page.at, "the choice is not in the address")
     page.settle()
     assert len(page.all(".run")) == 2
-    names = page.until(lambda: [one.text for one in page.all(plot) if one.is_displayed()], "no legend")
+    names = page.until(lambda: page.texts(plot), "no legend")
     assert not any("(2)" in name for name in names) and "grpo-2" in " ".join(names)
     page.to("overview?runs=grpo-2")
     page.until(lambda: page.all("#plot-losses canvas"), "no curve of a run alone")

@@ -50,7 +50,9 @@ def kit(main: Sequence[object], folder: Path, data: Path, **environment: str) ->
     places = {"HOME": folder, "LMUData": data, "HF_HUB_CACHE": environment.get("HF_HUB_CACHE", hub), "MPLCONFIGDIR": folder}
     own = {name: str(place) for name, place in places.items()} | {"HF_HUB_OFFLINE": "1", "NO_PROXY": "127.0.0.1"}
     command = [KIT, *map(str, main)]
-    ended = subprocess.run(command, cwd=folder, env=kept | own | environment, capture_output=True, text=True, timeout=900)
+    ended = subprocess.run(
+        command, cwd=folder, env=kept | own | environment, capture_output=True, text=True, errors="replace", timeout=900
+    )  # its threads and progress bars tear characters apart
     assert ended.returncode == 0, ended.stdout + ended.stderr
     return ended.stdout + ended.stderr
 

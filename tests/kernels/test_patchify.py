@@ -130,16 +130,19 @@ def test_triton_moves_each_byte_once_and_writes_what_is_asked_for():
 
 
 def test_triton_stays_inside_its_tensors():
-    with sanitize():
-        for patch in (14, 16):
-            patchify(picture(2 * patch, 4 * patch), patch=patch, temporal=2, merge=2, **QWEN3, impl="triton")
+    for patch in (14, 16):
+        options: dict[str, Any] = {"patch": patch, "temporal": 2, "merge": 2, **QWEN3}
+        image = picture(2 * patch, 4 * patch)
+        with sanitize():  # raises
+            patches = patchify(image, **options, impl="triton")
+        assert torch.equal(patches, patchify(image, **options, impl="reference"))
 
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_the_registration_is_sound_and_it_traces(impl: Chosen):
     image = picture(8, 12)
     arguments = (image, 2, 2, 2, [0.5] * 3, [0.4] * 3, 1 / 255, torch.bfloat16, impl)
-    torch.library.opcheck(torch.ops.metis_kernels.patchify.default, arguments)
+    assert set(torch.library.opcheck(torch.ops.metis_kernels.patchify.default, arguments).values()) == {"SUCCESS"}
     options: dict[str, Any] = {"patch": 2, "temporal": 2, "merge": 2, **QWEN3, "impl": impl}
     compiled = torch.compile(lambda x: patchify(x, **options) * 2, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(image), patchify(image, **options) * 2)

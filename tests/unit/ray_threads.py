@@ -83,7 +83,7 @@ class Actor:
         async def work() -> None:
             try:
                 value, error = await getattr(self.one, name)(*arguments), None
-            except Exception as raised:
+            except Exception as raised:  # as Ray does: whoever waits gets it
                 value, error = None, RayTaskError(name, str(raised), raised)
             with self._lock:
                 if ref not in self._waiting:

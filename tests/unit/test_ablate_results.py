@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from metis_fast.ablate.boundary import curves, write_boundary
+from metis_fast.ablate.picture import write_picture
 from metis_fast.ablate.results import collect
 from metis_fast.ablate.running import Cost, digest
 from metis_fast.ablate.spec import Planned
@@ -108,6 +109,10 @@ def test_runs_without_a_result_are_named_and_the_others_are_in_the_tables(made: 
     assert json.loads(paths["results.json"])["variants"]["b"]["after"]["tool_rate"]["direct"]["seeds"] == [1.0]
     assert "b,0,tool_rate,direct,1.000000,1.000000" in paths["results.csv"].splitlines()
     assert paths["profile.md"].count("| b |") == 4
+    picture = write_picture(tmp_path, results).read_text()
+    # a cross, and of the one variant with a result a dot for its seed and one for the mean; so once more, to the byte
+    assert "<!-- b -->" in picture and "<!-- a -->" not in picture and "<!-- before training -->" in picture
+    assert write_picture(tmp_path, results).read_text() == picture
 
 
 def test_the_boundary_is_where_the_mean_tool_rate_falls_through_one_half(made: Make, tmp_path: Path) -> None:

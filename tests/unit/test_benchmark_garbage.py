@@ -62,6 +62,11 @@ KINDS = {"mathvista": ("options", "float", "list", "integer", "text"), "dynamath
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(reply=TEXTS, judged=TEXTS)
 def test_every_text_ends_in_a_verdict(name: str, reply: str, judged: str):
+    check(name, reply, judged)
+
+
+def check(name: str, reply: str, judged: str) -> None:
+    """All rules of a benchmark, and its judges."""
     benchmark = BENCHMARKS[name]
     for kind in KINDS.get(name, ("options",)):
         question = QUESTIONS[kind]
@@ -73,6 +78,15 @@ def test_every_text_ends_in_a_verdict(name: str, reply: str, judged: str):
                 answers.append("" if call(question, reply, answers) is None else judged)
             verdict = form.read(question, reply, answers)
             assert verdict.value in (0.0, 1.0) or verdict.reason
+
+
+@pytest.mark.parametrize("piece", ["<reason>", "\\boxed{", "[", '{"a": ', "{", "-"])
+def test_a_model_that_repeats_itself_to_the_end_gets_a_verdict(piece: str):
+    """Soon: nothing here takes the square of the length. And no depth of brackets is too much."""
+    text = piece * (24_000 // len(piece))
+    for name in ("vstar", "mathvista", "dynamath", "charxiv-dq"):
+        check(name, text, text)
+        check(name, f"<answer>{text}</answer>", text + "}" * 24_000)
 
 
 @settings(max_examples=10, deadline=None)

@@ -36,7 +36,7 @@ from metis_fast.evaluate.question import Figure, Mark, Question, Verdict
 from metis_fast.evaluate.scorers import vlmeval
 
 FOLDER = Path(__file__).parent
-PAGE = FOLDER.parents[1] / "docs" / "evaluation.md"
+PAGE = FOLDER.parents[1] / "docs" / "other-kits.md"
 FIGURES = json.loads((FOLDER / "benchmark_figures.json").read_text("utf-8"))
 LETTER_BENCHMARKS = ("treebench", "mme-realworld")
 VALUE_BENCHMARKS = ("mathvista", "dynamath")
@@ -96,9 +96,16 @@ def test_there_are_three_hundred_replies_of_each_benchmark():
     assert set(counts) == set(BENCHMARKS) - {"mme-realworld-lite", "mme-realworld-cn"}  # which have the rule of the whole set
 
 
+def never_given(case: Case) -> bool:
+    """Whether VLMEvalKit's function gets no such reply when it is run: its files make nan of an empty one, no true text."""
+    return (case.benchmark, case.asked.kind, case.reply) == ("dynamath", "text", "")
+
+
 def test_the_vlmeval_scorer_reads_what_vlmevalkit_reads():
     for case, row in RECORDED:
         question = question_of(case.asked)
+        if never_given(case):
+            continue
         if row["rule"]:
             assert read_by_rule(case, question) == row["rule"], case
         if row["exact"]:
@@ -106,9 +113,9 @@ def test_the_vlmeval_scorer_reads_what_vlmevalkit_reads():
 
 
 def test_the_vlmeval_judge_form_ends_where_vlmevalkit_ends():
-    fenced = 0
+    fenced = unread = 0
     for case, row in RECORDED:
-        if not row["judged"]:
+        if not row["judged"] or never_given(case):
             continue
         question, form, answers = question_of(case.asked), BENCHMARKS[case.benchmark].judges["vlmeval"], []
         for place, call in enumerate(form.calls):
@@ -118,8 +125,12 @@ def test_the_vlmeval_judge_form_ends_where_vlmevalkit_ends():
         if row["judged"] == "-" and case.judge[0].startswith(FENCED):
             fenced += 1
             continue
+        if got == "-" and case.benchmark == "mathvista":  # no option and no number: a wrong answer there, no verdict here
+            assert row["judged"] == "0", case
+            unread += 1
+            continue
         assert got == row["judged"], case
-    assert fenced == 128
+    assert (fenced, unread) == (128, 16)
 
 
 def test_a_rule_verdict_never_contradicts_what_the_reply_means():

@@ -397,6 +397,7 @@ def test_files_of_many_makers_are_read(data, write):
         (b"loss: &a {w_tool: *a}\n", "{path} is not valid YAML: nested too deeply, or an anchor that contains itself"),
         (b"[" * 5000, "{path} is not valid YAML: nested too deeply"),
         (b"loss: {<<: 3}\n", "line 1 of {path} is not valid YAML: "),
+        (b"base: a.yaml\nvariants: {a: {}}\n", "{path} is an ablation, and no config: run it with metis-fast ablate {path}"),
         (b"hello\n", "{path}: expected sections like `loss:`, got 'hello'"),
         (b"loss:\n  w_tool:0.2\n", "line 1 of {path}: loss is a section: expected settings like loss.w_acc, got 'w_tool:0.2'"),
         (b"loss: {w_tool:0.2}\n", "a blank stands behind the colon"),

@@ -1,22 +1,23 @@
 """The page on data: what it tells users to write is what the reader reads."""
 
-import re
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from pages import ROOT, blocks
 from PIL import Image
 
 from metis_fast.data.check import check_files
 from metis_fast.data.parquet import PromptFiles
 from metis_fast.types import Message
 
-PAGE = Path(__file__).parents[2] / "docs" / "data.md"
+PAGE = ROOT / "docs" / "data.md"
+EXAMPLES = [block.text for block in blocks(PAGE) if block.kind == "python"]
 
 
 def test_the_example_of_the_page_makes_a_file_that_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    (example,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+    example, _ = EXAMPLES
     monkeypatch.chdir(tmp_path)
     Image.new("RGB", (64, 32)).save("chart.png")
     exec(compile(example, PAGE, "exec"), {})
@@ -28,7 +29,7 @@ def test_the_example_of_the_page_makes_a_file_that_is_read(tmp_path: Path, monke
 
 
 def test_the_lines_for_gsm8k_make_a_file_that_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    (example,) = re.findall(r"```py\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+    _, example = EXAMPLES
     monkeypatch.chdir(tmp_path)
     pq.write_table(pa.Table.from_pylist([{"question": "2 + 2?", "answer": "Two and two.\n#### 4"}]), "gsm8k.parquet")
     exec(compile(example, PAGE, "exec"), {"pa": pa, "pq": pq})

@@ -7,13 +7,13 @@ import resource
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from pages import ROOT, commands
 from torch import Tensor, nn
 from transformers import PretrainedConfig, Qwen3Config, Qwen3ForCausalLM, Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
@@ -26,7 +26,6 @@ from metis_fast.train.megatron import names
 from metis_fast.train.megatron.layout import check, chunks
 from metis_fast.train.megatron.names import Param, fuse, hf_shapes, local, params, split, verify, whole
 
-ROOT = Path(__file__).parents[2]
 CONFIG_8B = ROOT / "configs" / "qwen3vl_8b.json"
 TEXT: dict[str, Any] = {
     "vocab_size": 40, "hidden_size": 24, "intermediate_size": 20, "num_hidden_layers": 4, "num_attention_heads": 8,
@@ -82,8 +81,8 @@ def all_params(layout: MegatronConfig, config: PretrainedConfig) -> list[Param]:
 
 COMMANDS = [
     line.split()[1:]
-    for line in (ROOT / "docs" / "checkpoints.md").read_text(encoding="utf-8").splitlines()
-    if line.startswith("    metis-fast weights ")
+    for page, line in commands("metis-fast")
+    if page == "checkpoints.md" and line.startswith("metis-fast weights ")
 ]
 """Of the documentation: every layout of the 8B model, and two of them."""
 

@@ -312,6 +312,23 @@ def test_a_job_that_is_cancelled_before_its_node_began_it_is_not_begun(start: Ca
     asyncio.run(go())
 
 
+def test_only_the_latest_cancelled_jobs_are_remembered(
+    start: Callable[..., Any], rays: Rays, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("metis_fast.cluster.player._REMEMBERED", 3)
+    start()
+    player = rays.actors[-1].one
+
+    async def go() -> None:
+        for number in range(70, 80):
+            await player.cancel(number)
+        await player.submit([(number, "play", (jobs(1),)) for number in range(76, 81)])
+        assert set(player._tasks) == {76, 80} and not player._cancelled
+        await asyncio.gather(*player._tasks.values())
+
+    asyncio.run(go())
+
+
 # -- starts -----------------------------------------------------------------------------------------------------------------
 
 
@@ -359,6 +376,7 @@ def test_an_engine_that_keeps_its_memory_is_started_amid_an_update(start: Callab
     asyncio.run(fleet_of([node]).rest())
     lose(rays, node)
     until(lambda: node.alive)
+    assert SCRIPT.starts == 2
 
 
 def test_the_time_in_which_a_node_may_come_back_begins_with_the_end_of_an_update(

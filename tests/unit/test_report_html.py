@@ -14,12 +14,13 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
+from metis_fast import cli
 from metis_fast import config as configuration
 from metis_fast.config import LogConfig
 from metis_fast.errors import DataError
 from metis_fast.report.curves import draw_curves
 from metis_fast.report.html import write_report
-from metis_fast.report.log import RunLog, step_scalars
+from metis_fast.report.log import Evaluation, RunLog, step_scalars
 from metis_fast.report.slices import KINDS, slices
 from metis_fast.report.summary import write_summary
 from metis_fast.rollout.store import RolloutStore
@@ -358,8 +359,71 @@ def test_settings_of_any_shape_and_none_at_all_do_not_end_in_a_traceback(tmp_pat
     (tmp_path / "config.yaml").write_text("1: {2: 3}\n")
     assert "1.2" in write_report(tmp_path).read_text(encoding="utf-8")
     (tmp_path / "config.yaml").write_bytes(b"\xff\xfe")
-    with pytest.raises(DataError, match=r"config\.yaml is not valid YAML"):
-        write_report(tmp_path)
+    notes: list[str] = []
+    assert "config.yaml is not valid YAML" in write_report(tmp_path, notes.append).read_text(encoding="utf-8")
+    assert len(notes) == 1 and "config.yaml" in notes[0]
+
+
+def test_what_is_damaged_or_of_a_newer_version_is_said_and_the_rest_is_shown(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+):
+    write_run(tmp_path, 6)
+    path = tmp_path / "metrics.jsonl"
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    for record in records:
+        record["newer"] = {"deep": [1]}
+        record["slices"]["all"]["spread"] = 0.5
+        record["updates"][0]["avoided"]["padding"] = {"tokens": 1, "flops": 2.0}
+    records[3]["seconds"] = {"rollout": {"wall": 1.0}}
+    records[4]["outcomes"] = {"answered": 10**400}
+    path.write_text("".join(json.dumps(record) + "\n" for record in records) + '{"step": 6, "cut')
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    summary["after"]["calibration"] = 0.3
+    (tmp_path / "summary.json").write_text(json.dumps(summary))
+    (tmp_path / "rollouts" / "step-000005.parquet").write_bytes(b"PAR1 cut")
+    (tmp_path / "benchmarks" / "vstar").mkdir(parents=True)
+    (tmp_path / "benchmarks" / "vstar" / "result.json").write_text("{}")
+    capsys.readouterr()
+    assert cli.main(["report", str(tmp_path), "--json"]) == 0
+    captured = capsys.readouterr()
+    notes = json.loads(captured.out)["notes"]
+    text = " ".join(notes)
+    for said in (
+        "2 lines are no records of this version and are left out; the first is line 4: seconds.rollout",
+        "newer, slices.spread, updates.avoided.padding", "no end yet", "after.calibration", "step-000005.parquet", "vstar",
+    ):  # fmt: skip
+        assert said in text, said
+    assert [record.levelname for record in caplog.records] == ["WARNING"] and "6 things are missing" in caplog.text
+    page = Page((tmp_path / "report.html").read_text(encoding="utf-8"))
+    assert page.texts["h2"][:3] == ["What is missing", "Before and after, on held-out prompts", "Curves over steps"]
+    assert "Step 0" in page.texts["h3"] and "Step 5" not in page.texts["h3"]
+
+
+def test_no_content_of_a_file_stops_the_report(tmp_path: Path):
+    rates = slices(groups(*rates_at(0.5), seed=5, per_prompt=2))
+    write_summary(tmp_path / "summary.json", seed=7, wall_s=1.0, before=rates, after=rates)
+    (tmp_path / "eval.jsonl").write_text(json.dumps(dataclasses.asdict(Evaluation(0, rates))) + "\n")
+    contents = (
+        "[]\n",
+        "null\n",
+        "{}\n",
+        "\x00\n",
+        '{"step": "a"}\n',
+        "[" * 1100 + "\n",
+        "1e999\n",
+        "a: 2020-13-45\n",
+        "\ud800\n",
+    )
+    for name in ("metrics.jsonl", "eval.jsonl", "summary.json", "config.yaml"):
+        path = tmp_path / name
+        before = path.read_bytes() if path.exists() else b""
+        for content in contents:
+            path.write_text(content, errors="surrogatepass")
+            notes: list[str] = []
+            page = Page(write_report(tmp_path, notes.append).read_text(encoding="utf-8"))
+            assert page.texts["h1"] == [tmp_path.name], (name, content)
+            assert name == "config.yaml" or any(name in note for note in notes), (name, content)
+        path.write_bytes(before)
 
 
 def test_a_report_that_cannot_be_put_in_place_leaves_nothing_behind(tmp_path: Path):

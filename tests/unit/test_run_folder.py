@@ -79,7 +79,7 @@ def test_a_folder_that_cannot_be_made_is_told(tmp_path: Path) -> None:
 def test_what_the_system_refuses_is_one_line(
     number: int, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def refuse(folder: Path) -> Path:
+    def refuse(folder: Path, say: object) -> Path:
         raise OSError(number, "as asked", "x.html")
 
     monkeypatch.setattr("metis_fast.report.html.write_report", refuse)

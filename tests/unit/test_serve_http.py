@@ -145,6 +145,13 @@ def test_sampling_is_as_asked_for(served: Served, http: httpx2.Client) -> None:
     assert {s.temperature for s in asked()} == {1.0}
     assert len({s.seed for s in asked(seed=5, n=3)}) == 6
     assert {s.top_k for s in asked(top_k=-1, temperature=None, stop=None, logprobs=False, user="me", store=True)} == {0}
+    for extreme, got in (  # one of them must not break the batch of all others, or draw from nothing
+        ({"temperature": 1e-40}, (0.0, 1.0, 0)),
+        ({"temperature": 0.001, "top_p": 5e-324}, (0.001, 1e-6, 0)),
+        ({"top_k": 10**30}, (1.0, 1.0, 0)),
+        ({"top_k": 1 << 20, "max_tokens": 10**30}, (1.0, 1.0, 1 << 20)),
+    ):
+        assert {(s.temperature, s.top_p, s.top_k) for s in asked(**extreme)} == {got}, extreme
 
 
 def test_max_tokens_counts_what_the_agent_writes(served: Served, http: httpx2.Client) -> None:

@@ -19,6 +19,7 @@ from metis_fast.serve.system import SystemText
 from metis_fast.types import Message, Prompt, Rollout, ToolName
 
 CALL = '<tool_call>{"name": "python", "arguments": {"code": "1"}}</tool_call>'
+SAYS_A = CALL.replace('"1"', '"' + "'<answer>A</answer>'" + '"')
 
 
 def offered(text: str) -> tuple[str, ...]:
@@ -81,6 +82,9 @@ def test_the_published_system_text_is_that_of_a_published_row(tmp_path: Path) ->
         (["<reason>Not A.</reason>\nIt is B.<|im_end|>"], "Not A.\nIt is B.", False),
         (["<reason>A</reason><answer></answer><|im_end|>"], "", True),  # and not its thoughts
         (["</answer>A<answer><|im_end|>"], "A", False),
+        ([SAYS_A, "It is B.<|im_end|>"], "It is B.", False),  # what a tool is called with is no answer
+        (["<answer>B</answer><reason>Not <answer>A</answer>.</reason><|im_end|>"], "B", True),
+        (["<reason>So <answer>A</answer>.</reason><|im_end|>"], "A", True),
         (["<|im_end|>"], "", False),
     ],
 )

@@ -215,6 +215,8 @@ def test_a_missing_or_damaged_image_and_part_are_left_out_and_the_rest_is_there(
     assert written.kept == written.stored == 3 * 2 + 2 and index["images"] == {}
     assert "step-000001.parquet" in index["lists"]["run"]["notes"][0]
     assert any("summary.json is missing" in note for note in index["overview"]["all"]["runs"][0]["notes"])
+    said = " ".join(written.notes)
+    assert said.count("step-000001.parquet is left out") == 1 and "run: summary.json is missing" in said
     first = written.path.read_bytes()
     assert write_file(open_runs([folder], None), tmp_path / "page.html", 30_000_000).path.read_bytes() == first
 
@@ -225,7 +227,7 @@ def test_the_verb_writes_the_file_and_refuses_what_makes_no_sense(
     folder, out = str(runs[1].folder), tmp_path / "new" / "page.html"
     assert cli.main(["report", folder, "--out", str(out), "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == {
-        "report": str(out), "bytes": out.stat().st_size, "rollouts": 12, "stored": 12
+        "report": str(out), "bytes": out.stat().st_size, "rollouts": 12, "stored": 12, "notes": []
     }  # fmt: skip
     assert not (runs[1].folder / "report.html").exists() and list(out.parent.iterdir()) == [out]
     for words, said in [

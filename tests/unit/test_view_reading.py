@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from view_runs import ABILITIES, Maker, write_run
+from view_runs import ABILITIES, Maker, write_benchmark, write_run
 
 from metis_fast import cli
 from metis_fast.errors import DataError
+from metis_fast.report.lines import JsonLines
 from metis_fast.report.log import read_steps, step_scalars
 from metis_fast.rollout.store import RolloutStore, read_rollouts
-from metis_fast.view.answers import Answers
+from metis_fast.view.answers import Answers, as_json
+from metis_fast.view.file import write_file
 from metis_fast.view.index import Filter, filter_of
-from metis_fast.view.lines import JsonLines
 from metis_fast.view.pictures import Source, draw, points, variants
 from metis_fast.view.run import Run, open_runs
 
@@ -109,6 +114,86 @@ def test_records_of_a_newer_version_are_read_as_far_as_they_are_known(folder: Pa
     record = Run("hdpo", folder).read()
     assert [step.stats.step for step in record.steps] == [0, 2, 3]
     assert any("1 lines are no records" in note for note in record.notes)
+    assert any(
+        "fields of a newer version are left out: new, slices.newer, updates.avoided.another" in note for note in record.notes
+    )
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [("seconds", {"rollout": {"wall": 1}}), ("outcomes", {"answered": [1]}), ("step", {}), ("updates", [1]),
+     ("staleness", {"a": 1}), ("slices", {"all": {"num": {"deep": 1}}}), ("outcomes", {"answered": 10**400})],
+)  # fmt: skip
+def test_a_value_of_another_shape_is_a_line_that_is_left_out(folder: Path, place: str, value: object):
+    path = folder / "metrics.jsonl"
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    records[2][place] = value
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    tree = Answers([Run("hdpo", folder)]).by_name["overview"]({})
+    assert tree["runs"][0]["steps"] == STEPS - 1
+    assert any("1 lines are no records" in note and "line 3" in note for note in tree["runs"][0]["notes"])
+
+
+def test_a_folder_that_has_gone_is_said_and_one_that_comes_back_is_read(finished: Path, folder: Path):
+    answers = Answers([Run("hdpo", folder)]).by_name
+    before = answers["runs"]({})["runs"][0]["stamp"]
+    shutil.rmtree(folder)
+    head, listed = answers["overview"]({})["runs"][0], answers["rollouts"]({"run": "hdpo"})
+    assert str(folder) in head["gone"] and "has gone" in head["gone"] and head["stored"] == 0
+    assert listed["gone"] == head["gone"] and listed["rows"] == []
+    assert answers["runs"]({})["runs"][0]["stamp"] != before
+    shutil.copytree(finished, folder)
+    assert answers["overview"]({})["runs"][0]["gone"] == "" and answers["rollouts"]({"run": "hdpo"})["total"] > 0
+
+
+def test_pipes_and_folders_in_place_of_files_are_said_or_passed_over(folder: Path):
+    for name in ("metrics.jsonl", "config.yaml", "rollouts/step-000001.parquet", "rollouts/images/a.arrow"):
+        (folder / name).unlink(missing_ok=True)
+        os.mkfifo(folder / name)
+    (folder / "eval.jsonl").unlink()
+    (folder / "eval.jsonl").mkdir()
+    (folder / "rollouts" / "step-000077.parquet").symlink_to("nowhere")
+    run = Run("hdpo", folder)
+    assert {"metrics.jsonl is no file", "config.yaml is no file", "eval.jsonl is no file"} <= {*run.read().notes}
+    assert len(places(run)) == (STEPS - 1) * PROMPTS * SIZE
+
+
+def test_the_newest_parts_come_first_and_the_rest_with_later_calls(folder: Path):
+    whole, run = Run("hdpo", folder).index.snapshot(), Run("hdpo", folder)
+    (folder / "rollouts" / "step-000002.parquet").write_bytes(b"PAR1 cut")
+    found = [run.index.snapshot(within_s=0.0) for _ in range(STEPS)]
+    assert [one.left for one in found] == [3, 2, 1, 0]
+    assert [sorted(one.parts) for one in found] == [
+        ["step-000003"], ["step-000003"], ["step-000001", "step-000003"], ["step-000000", "step-000001", "step-000003"]
+    ]  # fmt: skip
+    assert run.index.snapshot(within_s=0.0) is found[-1] and run.index.snapshot() is found[-1]
+    kept = [place for place in range(whole.size) if whole.row(place)["step"] != 2]
+    assert [found[-1].row(place) for place in range(found[-1].size)] == [whole.row(place) for place in kept]
+
+
+def test_overview_and_list_say_what_is_not_read_yet_and_a_rollout_waits_for_all(folder: Path):
+    ask = Answers([Run("hdpo", folder)], soon_s=0.0).by_name
+    listed = ask["rollouts"]({"run": "hdpo"})
+    assert (listed["left"], listed["parts"]) == (STEPS - 1, STEPS)
+    assert {row["step"] for row in listed["rows"]} == {STEPS - 1} and listed["total"] == PROMPTS * SIZE
+    head = ask["overview"]({})
+    assert (head["left"], head["parts"]) == (STEPS - 2, STEPS) and head["runs"][0]["stored"] == 2 * PROMPTS * SIZE
+    one = ask["rollout"]({"run": "hdpo", "part": "step-000000", "row": "0"})
+    assert [step["step"] for step in one["steps"]] == [0, 1, 2, 3]
+    listed = ask["rollouts"]({"run": "hdpo", "wait": "1"})
+    assert (listed["left"], listed["total"]) == (0, STEPS * PROMPTS * SIZE)
+
+
+def test_benchmarks_of_a_run_are_in_its_overview(folder: Path):
+    write_benchmark(folder, 0, 0.8)
+    path = write_benchmark(folder, 9, 0.9)
+    ask = Answers([Run("hdpo", folder)]).by_name
+    table = ask["overview"]({})["runs"][0]["benchmarks"]
+    assert {"step-000000, rule", "step-000009, rule"} < {*table["columns"]}
+    assert table["lines"][0]["cells"]["step-000009, rule"]["value"] == 90.0
+    path.write_text("[1]")
+    head = ask["overview"]({})["runs"][0]
+    assert head["benchmarks"] is None and any("benchmarks are left out" in note for note in head["notes"])
 
 
 def test_a_damaged_summary_and_config_are_said(folder: Path):
@@ -117,6 +202,49 @@ def test_a_damaged_summary_and_config_are_said(folder: Path):
     record = Run("hdpo", folder).read()
     assert record.summary is None and record.config == {} and len(record.steps) == STEPS
     assert len(record.notes) == 2 and "summary.json" in record.notes[0] and "config.yaml" in record.notes[1]
+
+
+def _rewritten(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    """A part as another program may write it: rows changed, columns of any type."""
+    rows = pq.read_table(path).to_pylist()
+    for row in rows:
+        change(row)
+    pq.write_table(pa.Table.from_pylist(rows), path)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("r_acc", "much"), ("turns", "none"), ("turns", [{"text": 1}]), ("qualifies", 0.5), ("verdict", [1]),
+     ("question", {"a": 1}), ("index", "x"), ("kind", 3), ("outcome", None), ("prompt_uid", 7), ("turns", None)],
+)  # fmt: skip
+def test_columns_of_another_type_leave_a_part_out_or_are_shown(folder: Path, name: str, value: object):
+    _rewritten(folder / "rollouts" / "step-000002.parquet", lambda row: row.update({name: value, "newer": 1}))
+    ask = Answers([Run("hdpo", folder)]).by_name
+    tree = ask["rollouts"]({"run": "hdpo"})
+    assert tree["total"] == STEPS * PROMPTS * SIZE or (
+        tree["total"] == (STEPS - 1) * PROMPTS * SIZE and "step-000002.parquet" in tree["notes"][0]
+    )
+    as_json(tree)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("images", None), ("image_spans", [{"start": None}]), ("answers", [None]), ("prompt_len", None), ("adv_acc", float("nan")),
+     ("text", None), ("error", None), ("tokens", [1]), ("logp", [None])],
+)  # fmt: skip
+def test_rows_that_lack_something_are_shown_or_refused_in_a_line(folder: Path, name: str, value: object):
+    _rewritten(folder / "rollouts" / "step-000002.parquet", lambda row: row.update({name: value}))
+    ask = Answers([Run("hdpo", folder)]).by_name
+    for hist in ("adv_acc", "tokens"):
+        as_json(ask["rollouts"]({"run": "hdpo", "step_min": "2", "text": "panel", "hist": hist, "sort": "adv_acc"}))
+    as_json(ask["overview"]({}))
+    for path in ("rollout", "group", "tokens"):
+        try:
+            as_json(ask[path]({"run": "hdpo", "part": "step-000002", "row": "1"}))
+        except DataError as error:
+            assert "\n" not in str(error)
+    if name == "image_spans":
+        assert write_file([Run("hdpo", folder)], folder.parent / "page.html", 300_000).kept > 0
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "empty", "other columns", "no parquet"])
@@ -257,12 +385,30 @@ def test_folders_of_runs_are_opened_and_others_refused(finished: Path, tmp_path:
     again = tmp_path / "hdpo"
     shutil.copytree(finished, again)
     runs = open_runs([finished.parent, again], None)
-    assert [run.name for run in runs] == ["hdpo", "hdpo-2"]
+    assert [run.name for run in runs] == [f"{finished.parent.name}/hdpo", f"{tmp_path.name}/hdpo"]
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="expected a run's"):
         open_runs([tmp_path / "empty"], None)
     with pytest.raises(DataError, match="found none"):
         open_runs([tmp_path / "nowhere"], None)
+
+
+def test_runs_are_named_by_as_much_of_their_paths_as_tells_them_apart(tmp_path: Path):
+    folders = [
+        tmp_path / name
+        for name in ("price/hdpo/seed-0", "price/hdpo/seed-1", "price/a,b/seed-0", "n\u00e4 \U0001f415 '\"/seed\t7")
+    ]
+    folders.append(Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff")))
+    for folder in folders:
+        folder.mkdir(parents=True)
+        (folder / "metrics.jsonl").touch()
+    assert [run.name for run in open_runs(folders[:2], None)] == ["seed-0", "seed-1"]
+    names = [run.name for run in open_runs(folders, None)]
+    assert names == ["hdpo/seed-0", "hdpo/seed-1", "a_b/seed-0", "n\u00e4 \U0001f415 '\"/seed_7", f"{tmp_path.name}/?"]
+    tree = Answers(open_runs(folders, None)).by_name["overview"]({"runs": ",".join(names)})
+    assert [run["name"] for run in tree["runs"]] == names
+    variant = tmp_path / "price" / "hdpo"
+    assert [run.name for run in open_runs([variant, tmp_path / "price" / "a,b"], None)] == names[:3]
 
 
 @pytest.mark.parametrize(

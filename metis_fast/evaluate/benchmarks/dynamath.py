@@ -76,7 +76,7 @@ def _short_answer(text: str) -> str:
     start, stop = text.find("{"), text.rfind("}")
     try:
         tree = json.loads(text[start : stop + 1], strict=False) if 0 <= start < stop else None
-    except ValueError:
+    except (ValueError, RecursionError):  # of thousands of braces
         return ""
     short = tree.get("short answer") if isinstance(tree, dict) else None
     return "" if short is None or isinstance(short, dict | list) else str(short).strip()

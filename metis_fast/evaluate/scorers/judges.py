@@ -17,6 +17,8 @@ from metis_fast.evaluate.scorers import vlmeval
 
 UNREAD = Verdict(None, "the judge's reply cannot be read")
 NO_OPTION = Verdict(0.0, "the judge finds no option that is meant")
+NO_ANSWER = Verdict(0.0, "the judge finds no answer")
+_NOTHING = ("null", "none", "n/a")
 _FENCE = re.compile(r"\s*```(?:json)?\s*(.*?)\s*```\s*", re.DOTALL)
 
 
@@ -56,7 +58,8 @@ def _mathvista_call(question: Question, reply: str, answers: Sequence[str]) -> s
     }.get(question.extra.get("answer_type", ""), "in as few words as it has")
     form = "as the letter of its option, like B" if question.options else form
     return (
-        f"Extract the final answer from the response below, {form}, without unit and without any other word.\n\n"
+        f"Extract the final answer from the response below, {form}, without unit and without any other word; null if there is "
+        "none.\n\n"
         f"Question: {question.question}\nResponse: {reply}\nExtracted answer:"
     )
 
@@ -65,9 +68,26 @@ def _read_mathvista(question: Question, reply: str, answers: Sequence[str]) -> V
     verdict = vlmeval.mathvista_rule(question, reply)
     if verdict.value is not None:
         return verdict
-    if question.options:
-        return RIGHT if vlmeval.infer_option(answers[0], question.options) == question.answer else WRONG
+    letter = vlmeval.infer_option(answers[0], question.options) if question.options else None
+    if letter is not None:
+        return NO_OPTION if letter == vlmeval.NO_MATCH else RIGHT if letter == question.answer else WRONG
+    if _says_nothing(answers[0]):
+        return NO_ANSWER
+    if question.options or (question.extra.get("answer_type") in ("integer", "float") and not _is_number(answers[0])):
+        return UNREAD
     return RIGHT if vlmeval.mathvista_value(question, answers[0]) else WRONG
+
+
+def _says_nothing(answer: str) -> bool:
+    return answer.strip().rstrip(".").lower() in _NOTHING
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 mathvista_judge = JudgeForm((_mathvista_call,), _read_mathvista, tries=5, heat=0.5)
@@ -104,21 +124,25 @@ def _dynamath_call(question: Question, reply: str, answers: Sequence[str]) -> st
     if vlmeval.dynamath_rule(question, reply).reason != vlmeval.ASKS.reason:
         return None
     form = "the letter of the option" if question.extra.get("answer_type") == "multiple choice" else "the number, three digits"
-    return f"Give the final answer of the text below, {form}, alone in one line.\n\n{vlmeval.dynamath_text(reply)}"
+    text = vlmeval.dynamath_text(reply)
+    return f"Give the final answer of the text below, {form}, alone in one line; null if it gives none.\n\n{text}"
 
 
 def _read_dynamath(question: Question, reply: str, answers: Sequence[str]) -> Verdict:
     verdict = vlmeval.dynamath_rule(question, reply)
     if verdict.reason != vlmeval.ASKS.reason:
         return verdict
+    nothing = _says_nothing(answers[0])
     try:
-        short = vlmeval.dynamath_short_answer(answers[0], question.extra.get("answer_type", ""))
+        short = None if nothing else vlmeval.dynamath_short_answer(answers[0], question.extra.get("answer_type", ""))
     except ValueError:
         return UNREAD
     if short is not None:
         return vlmeval.dynamath_compare(question, short)
     letters = question.extra.get("answer_type") == "multiple choice"
-    return RIGHT if letters and question.answer in vlmeval.dynamath_text(reply)[:3].upper() else UNREAD
+    if letters and question.answer in vlmeval.dynamath_text(reply)[:3].upper():
+        return RIGHT
+    return NO_ANSWER if nothing else UNREAD
 
 
 dynamath_judge = JudgeForm(
@@ -164,7 +188,7 @@ def _read_grading(question: Question, reply: str, answers: Sequence[str]) -> Ver
     fenced = _FENCE.fullmatch(text)
     try:
         tree = json.loads(fenced[1] if fenced else text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return UNREAD
     if not isinstance(tree, dict) or not {"extract_answer", "extracted_answer"} & tree.keys():
         return UNREAD

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 
 from metis_fast.score.response import last_answer
 
-_THOUGHTS = re.compile(r"<(think|reason|tool_call)>.*?</\1>", re.DOTALL)
-_OPEN_THOUGHT = re.compile(r"<(?:think|reason|tool_call)>")
+_OPEN_THOUGHT = re.compile(r"<(think|reason|tool_call)>")
 _CLOSE_THOUGHT = re.compile(r"</(?:think|reason)>")
 _SAID = re.compile(
     r"(?:final|correct|best|right)\s+(?:answer|option|choice)\**\s*(?:is\b|:|=)|\banswer\**\s*(?:is\b|:|=)|答案(?:是|为|：|:)",
@@ -33,7 +32,7 @@ def final_answer(reply: str) -> Answer:
 
     Thoughts in <think> or <reason> do not count, nor does anything behind one that was never closed: such a reply was cut.
     """
-    text = _THOUGHTS.sub("\n", reply)
+    text = without_thoughts(reply)
     if closed := list(_CLOSE_THOUGHT.finditer(text)):  # the chat template may have opened it
         text = text[closed[-1].end() :]
     if opened := _OPEN_THOUGHT.search(text):
@@ -41,6 +40,23 @@ def final_answer(reply: str) -> Answer:
     if tagged := last_answer(text):
         return _inside(tagged, marked=True)
     return _inside(text.replace("<answer>", "\n").replace("</answer>", "\n").strip(), marked=False)
+
+
+def without_thoughts(text: str) -> str:
+    """A text with a line end in place of each closed thought and call. Linear in its length, as a pattern would not be."""
+    kept, at = list[str](), 0
+    unclosed: set[str] = set()  # tags that are closed nowhere behind
+    for opened in _OPEN_THOUGHT.finditer(text):
+        tag = opened[1]
+        if opened.start() < at or tag in unclosed:
+            continue
+        stop = text.find(f"</{tag}>", opened.end())
+        if stop < 0:
+            unclosed.add(tag)
+            continue
+        kept += [text[at : opened.start()], "\n"]
+        at = stop + len(tag) + 3
+    return "".join([*kept, text[at:]])
 
 
 def _inside(text: str, marked: bool) -> Answer:
@@ -66,15 +82,25 @@ def _first_line(text: str) -> str:
 
 def _last_box(text: str) -> str | None:
     """The inside of the last `\\boxed{...}` whose braces are closed; None where its line has others beside it that differ."""
-    found: list[tuple[int, str]] = []  # number of the line, inside
-    for box in _BOX.finditer(text):
-        depth = 1
-        for at in range(box.end(), len(text)):
-            depth += {"{": 1, "}": -1}.get(text[at], 0)
-            if depth == 0:
-                found.append((text.count("\n", 0, box.start()), text[box.end() : at].strip()))
-                break
-    if not found:
+    starts = [box.end() for box in _BOX.finditer(text)]
+    if not starts:
         return None
-    line, inside = found[-1]
-    return inside if all(other == inside for at, other in found if at == line) else None
+    closing: dict[int, int] = {}  # behind an opening brace -> its closing one
+    opened: list[int] = []
+    lines: dict[int, int] = {}  # behind an opening brace -> number of its line
+    line = 0
+    for at in range(starts[0] - 1, len(text)):
+        if text[at] == "{":
+            opened.append(at + 1)
+            lines[at + 1] = line
+        elif text[at] == "}" and opened:
+            closing[opened.pop()] = at
+        elif text[at] == "\n":
+            line += 1
+    closed = [start for start in starts if start in closing]
+    if not closed:
+        return None
+    last = closed[-1]
+    inside = text[last : closing[last]].strip()
+    beside = (start for start in closed if lines[start] == lines[last])
+    return inside if all(text[start : closing[start]].strip() == inside for start in beside) else None

@@ -1,7 +1,7 @@
 """VLMEvalKit's rules as they behave in the package ms-vlmeval 0.0.20, quirks included, for comparison.
 
 Not as it does: where it draws an option at random, there is no match here; where it would stop with an error, there is no
-verdict. What it leaves to its judge has no verdict from its rule. docs/evaluation.md lists what differs from our rules.
+verdict. What it leaves to its judge has no verdict from its rule. docs/other-kits.md lists what differs from our rules.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ _TAGGED = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 UNMATCHED = Verdict(0.0, "VLMEvalKit matches no option (exact_matching: wrong; with a judge it asks, then draws one at random)")
 ASKS = Verdict(None, "VLMEvalKit's rule reads nothing and asks its judge")
 BREAKS = Verdict(None, "VLMEvalKit stops with an error here")
+NOTHING = Verdict(0.0, "no answer, which VLMEvalKit reads from its file as nan")
 
 
 def infer_option(reply: str, options: Mapping[str, str]) -> str | None:
@@ -177,7 +178,7 @@ def dynamath_read(reply: str, kind: str) -> str | float | None:
     text = dynamath_text(reply)
     try:
         tree = json.loads(text, strict=False)
-    except ValueError:
+    except (ValueError, RecursionError):  # of thousands of brackets
         tree = None
     short = tree.get("short answer") if isinstance(tree, dict) else None
     if short is not None:
@@ -208,7 +209,9 @@ def dynamath_compare(question: Question, short: str | float) -> Verdict:
 
 
 def dynamath_rule(question: Question, reply: str) -> Verdict:
-    """DynaMath before its judge."""
+    """DynaMath before its judge. Of an empty reply its files make "nan", so that it is no part of the true text."""
+    if not reply.strip() and question.extra.get("answer_type") == "text":
+        return NOTHING
     try:
         short = dynamath_read(reply, question.extra.get("answer_type", ""))
     except ValueError:

@@ -103,7 +103,7 @@ class MegatronTrainer:
                 check,
                 self._keepers,
             )
-        except BaseException:
+        except BaseException:  # Ctrl-C, too: it goes on, and no keeper stays behind
             self._end_keepers()
             raise
 

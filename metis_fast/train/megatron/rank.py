@@ -113,8 +113,8 @@ class _Mailbox(threading.Thread):
                         self.calls.put(message)
         except (EOFError, OSError):
             print("metis-fast: the run is gone; so is this rank", file=sys.stderr, flush=True)
-        except BaseException:
-            traceback.print_exc()  # a defect of ours; reported here because nothing comes after the next line
+        except BaseException:  # a defect of ours; reported here because nothing comes after `finally`
+            traceback.print_exc()
         finally:
             # Nothing gentler: the main thread may be deep in a collective operation that will never end.
             os.killpg(0, signal.SIGKILL)
@@ -156,8 +156,7 @@ def run(address: str, number: int | None, wait_s: float) -> int:
     mailbox.start()
     try:
         _serve(number, answer.value(), bool(parent), channel, mailbox)
-    except BaseException as error:
-        # The end of this process: whatever it was, the run hears of it, and no exit handler waits for other ranks.
+    except BaseException as error:  # whatever it was, the run hears of it, and no exit handler waits for other ranks
         _die(error, channel, bool(parent))
     return 0
 

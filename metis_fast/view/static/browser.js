@@ -1,6 +1,6 @@
 // The list of rollouts: filters, a histogram that filters, pages, and a mark that the keys move.
 
-import { badge, h, link, notes, number, recall, remember, signed, verdict } from "./dom.js";
+import { badge, h, link, notes, number, reading, recall, remember, signed, verdict } from "./dom.js";
 import { ask } from "./source.js";
 
 const LIMIT = 50;
@@ -107,10 +107,10 @@ export function lastList() {
   return JSON.parse(recall("sessionStorage", "list") ?? "[]");
 }
 
-export async function browser(root, runs, given) {
-  const query = { ...given, run: given.run || runs[0].name };
+export async function browser(root, known, given, rest) {
+  const query = { ...given, run: given.run || (await known)[0].name };
   const [plain, empty] = asked(query);
-  const tree = await ask("rollouts", { ...plain, limit: LIMIT }, empty);
+  const [runs, tree] = await Promise.all([known, ask("rollouts", { ...plain, limit: LIMIT, wait: rest ? 1 : "" }, empty)]);
   const go = (next) => {
     const target = link("rollouts", { hist: query.hist, ...next, offset: next.offset ?? "" });
     if (target === location.hash) return;
@@ -130,6 +130,8 @@ export async function browser(root, runs, given) {
   root.append(
     h("h1", {}, "Rollouts"),
     tree.rule ? h("details", { class: "rule", open: !narrow.matches }, h("summary", {}, "What this file holds"), h("p", { class: "quiet" }, tree.rule)) : "",
+    tree.gone ? h("p", { class: "failed", role: "alert" }, tree.gone) : "",
+    reading(tree) ?? "",
     notes(tree.notes) ?? "",
     h("div", { class: "browser" },
       panel,
@@ -138,7 +140,7 @@ export async function browser(root, runs, given) {
           ? h("div", { class: "scroll", tabindex: "0", role: "group", "aria-label": "Rollouts" }, h("table", { class: "rollouts listed" },
             h("thead", {}, h("tr", {}, ["Step", "Question", "Kind", "Answer", "Calls", "Tokens", "A_acc", "A_tool", "Moved by"].map((name) => h("th", { scope: "col" }, name)))),
             h("tbody", {}, rows)))
-          : h("p", { class: "quiet" }, tree.all ? "No rollout is like that." : "No rollouts are stored (log.rollouts)."))));
+          : h("p", { class: "quiet" }, tree.all ? "No rollout is like that." : tree.gone ? "" : "No rollouts are stored (log.rollouts)."))));
   let marked = -1;
   const mark = (to) => {
     if (!rows.length) return;
@@ -148,7 +150,7 @@ export async function browser(root, runs, given) {
     rows[marked].querySelector("a").focus({ preventScroll: true });
     rows[marked].scrollIntoView({ block: "nearest" });
   };
-  return {
+  const keys = {
     j: () => mark(marked + 1),
     k: () => mark(marked - 1),
     Enter: () => { if (marked >= 0) location.hash = rows[marked].dataset.href; },
@@ -157,4 +159,5 @@ export async function browser(root, runs, given) {
     p: () => page(offset - LIMIT),
     "/": () => { form.closest("details").open = true; form.elements.text.focus(); },
   };
+  return { keys, left: tree.left };
 }

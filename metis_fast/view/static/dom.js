@@ -61,6 +61,12 @@ export function notes(texts) {
     h("ul", {}, texts.map((text) => h("li", {}, text))));
 }
 
+/** That the rollouts of older steps are not read yet; nothing where all are. */
+export function reading({ left, parts }) {
+  if (!left) return null;
+  return h("p", { class: "reading", role: "status" }, `Rollouts are being read, the newest steps first: ${parts - left} of ${parts} parts so far.`);
+}
+
 /** What the browser keeps for this page, in `store`; nothing where it keeps nothing. */
 export function recall(store, name) {
   try {

@@ -82,10 +82,11 @@ export async function group(root, runs, query) {
     rows[marked].classList.add("marked");
     rows[marked].querySelector("a").focus();
   };
-  return {
+  const keys = {
     j: () => mark(marked + 1),
     k: () => mark(marked - 1),
     Enter: () => { location.hash = rows[Math.max(0, marked)].dataset.href; },
     u: () => { location.hash = recall("sessionStorage", "back") ?? "#/rollouts"; },
   };
+  return { keys };
 }

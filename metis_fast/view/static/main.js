@@ -10,6 +10,7 @@ import { setUpZoom } from "./images.js";
 import { ask, fromServer } from "./source.js";
 
 const POLL_MS = 4000;
+const BUSY_MS = 1000;
 const PAGES = { overview, rollouts: browser, rollout, group };
 const root = document.getElementById("content");
 const live = document.getElementById("live");
@@ -25,7 +26,11 @@ function failed(error) {
     h("p", {}, h("a", { href: "#/overview" }, "To the overview")));
 }
 
-async function show() {
+/** Whether the reader is at something of the page, which would be gone if it were shown anew. */
+const occupied = () => root.contains(document.activeElement) && document.activeElement !== root;
+
+/** rest: of what is shown already, now with the rollouts that had not been read. */
+async function show(rest = false) {
   const mine = ++turn;
   const { page, query } = here();
   for (const [name, id] of [["overview", "to-overview"], ["rollouts", "to-rollouts"]]) {
@@ -36,13 +41,19 @@ async function show() {
   root.setAttribute("aria-busy", "true");
   // what is slow must not overwrite what was asked for after it
   const place = h("div", {});
+  let left = 0;
   try {
     const open = PAGES[page];
     if (!open) throw new Error(`There is no page ${page}.`);
-    if (!runs.length) await look();
-    const made = await open(place, runs, query);
+    // side by side: the server has to be asked for both
+    const known = runs.length ? Promise.resolve(runs) : look().then(() => runs);
+    known.catch(() => {}); // said below, or by what asks first
+    const made = await open(place, known, query, rest);
+    await known;
+    while (rest && mine === turn && occupied()) await new Promise((done) => { setTimeout(done, BUSY_MS); });
     if (mine !== turn) return;
-    keys = made ?? {};
+    keys = made?.keys ?? {};
+    left = made?.left ?? 0;
     const again = root.dataset.hash === location.hash;
     const scroll = again ? window.scrollY : 0;
     const before = again ? [...root.querySelectorAll("details")].map((one) => one.open) : [];
@@ -57,7 +68,8 @@ async function show() {
   } finally {
     if (mine === turn) {
       root.dataset.hash = location.hash;
-      root.removeAttribute("aria-busy");
+      if (left) setTimeout(() => { if (mine === turn) show(true); });
+      else root.removeAttribute("aria-busy");
     }
   }
 }
@@ -126,6 +138,6 @@ function setUpKeys() {
 setUpTheme();
 setUpKeys();
 setUpZoom();
-window.addEventListener("hashchange", show);
+window.addEventListener("hashchange", () => show());
 await show();
 if (fromServer) setTimeout(poll, POLL_MS);

@@ -1,6 +1,6 @@
 // What became of the runs: before and after, what is sick, curves.
 
-import { badge, duration, h, here, link, notes, number, percent } from "./dom.js";
+import { badge, duration, h, here, link, notes, number, percent, reading } from "./dom.js";
 import { plot } from "./plot.js";
 import { ask } from "./source.js";
 
@@ -72,6 +72,24 @@ function outcomes(run) {
     h("a", { href: link("rollouts", { run: run.name, outcome: name }) }, `${name} ${count}`), " "]));
 }
 
+/** Results of benchmarks beside the published ones. */
+function benchmarks(run) {
+  const table = run.benchmarks;
+  if (!table) return null;
+  const cell = (one) => {
+    if (typeof one?.value !== "number") return h("td", { class: "num" }, "–");
+    const error = typeof one.error !== "number" ? "" : ` ± ${one.error.toFixed(1)}`;
+    return h("td", { class: "num" }, one.value.toFixed(1), error, one.notes.length ? h("sup", {}, one.notes.join(",")) : null);
+  };
+  return h("details", { class: "settings benchmarks", open: true }, h("summary", {}, "Benchmarks, in per cent"),
+    h("div", { class: "scroll", tabindex: "0", role: "group", "aria-label": `Benchmarks of ${run.name}` }, h("table", {},
+      h("thead", {}, h("tr", {}, ["benchmark", "of"].map((name) => h("th", { scope: "col" }, name)), h("th", { scope: "col", class: "num" }, "%"))),
+      table.lines.map((line) => h("tbody", {}, table.columns.filter((column) => column in line.cells).map((column, index, own) => h("tr", {},
+        index ? null : h("th", { scope: "rowgroup", rowspan: own.length }, line.title, h("br", {}), h("small", {}, line.figure)),
+        h("td", {}, column), cell(line.cells[column]))))))),
+    h("ol", { class: "quiet" }, table.notes.map((note) => h("li", {}, note))));
+}
+
 function settings(run) {
   if (!run.settings.length) return null;
   return h("details", { class: "settings" }, h("summary", {}, `${run.settings.length} settings differ from the defaults`),
@@ -81,9 +99,12 @@ function settings(run) {
 }
 
 function card(run, several) {
+  if (run.gone) {
+    return h("section", { class: "card run", "aria-label": run.name }, h("h2", {}, run.name), h("p", { class: "failed", role: "alert" }, run.gone));
+  }
   return h("section", { class: "card run", "aria-label": run.name },
     h("h2", {}, run.name, " ", badge(run.ended ? "ended" : "not ended", run.ended ? "none" : "warn"), several ? h("small", {}, ` ${run.variant}`) : null),
-    facts(run), notes(run.notes), advisories(run), headline(run), outcomes(run), settings(run));
+    facts(run), notes(run.notes), advisories(run), headline(run), benchmarks(run), outcomes(run), settings(run));
 }
 
 function chooser(runs, chosen, bands) {
@@ -98,16 +119,18 @@ function chooser(runs, chosen, bands) {
   return box;
 }
 
-export async function overview(root, runs) {
-  const { query } = here();
-  const tree = await ask("overview", { runs: query.runs, bands: query.bands });
+export async function overview(root, known, query, rest) {
+  const [runs, tree] = await Promise.all([known, ask("overview", { runs: query.runs, bands: query.bands, wait: rest ? 1 : "" })]);
   const chosen = tree.runs.map((run) => run.name);
   root.replaceChildren(
     h("h1", {}, "Overview"),
+    reading(tree) ?? "",
     chooser(runs, chosen, query.bands === "1") ?? "",
     comparison(tree.runs),
     h("div", { class: "cards" }, tree.runs.map((run) => card(run, tree.runs.length > 1))),
-    h("h2", {}, "Curves"),
-    tree.pictures.length ? h("div", { class: "plots" }, tree.pictures.map(plot)) : h("p", { class: "quiet" }, "No step yet."),
+    tree.runs.every((run) => run.gone) ? "" : h("h2", {}, "Curves"),
+    tree.pictures.length ? h("div", { class: "plots" }, tree.pictures.map(plot))
+      : tree.runs.some((run) => !run.gone) ? h("p", { class: "quiet" }, "No step yet.") : "",
   );
+  return { left: tree.left };
 }

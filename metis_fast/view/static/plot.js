@@ -10,6 +10,13 @@ const HEIGHT = 190;
 const ROWS = 200; // of the table of numbers
 
 const shown = new Set();
+const waiting = []; // pictures below what is seen, drawn when there is time
+const whenIdle = window.requestIdleCallback ?? ((act) => setTimeout(act, 20));
+
+function drawNext() {
+  waiting.shift()?.();
+  if (waiting.length) whenIdle(drawNext);
+}
 
 function style(name) {
   return getComputedStyle(document.documentElement).getPropertyValue(name).trim();
@@ -125,7 +132,7 @@ export function plot(picture) {
   let drawn = null;
   const draw = () => {
     const width = frame.clientWidth;
-    if (!width) return;
+    if (!width || !frame.isConnected) return;
     drawn?.destroy();
     drawn = new uPlot(...build(picture, width), frame);
     const canvas = frame.querySelector("canvas");
@@ -136,7 +143,8 @@ export function plot(picture) {
   const watch = new ResizeObserver(() => {
     if (frame.clientWidth === width) return;
     width = frame.clientWidth;
-    draw();
+    if (frame.getBoundingClientRect().top < innerHeight) draw();
+    else if (waiting.push(draw) === 1) whenIdle(drawNext);
   });
   watch.observe(frame);
   shown.add({ draw, frame });

@@ -102,7 +102,7 @@ export async function rollout(root, runs, query) {
   const go = (address) => { if (address) location.hash = address; };
   const mates = tree.group.map((row) => link("rollout", { run: query.run, part: row.part, row: row.row }));
   const mate = mates.indexOf(link("rollout", own));
-  return {
+  const keys = {
     j: () => go(at >= 0 ? list[at + 1] : mates[mate + 1]),
     k: () => go(at >= 0 ? list[at - 1] : mates[mate - 1]),
     "[": () => go(mates[mate - 1]),
@@ -110,4 +110,5 @@ export async function rollout(root, runs, query) {
     g: () => go(link("group", own)),
     u: () => go(recall("sessionStorage", "back") ?? link("rollouts", { run: query.run })),
   };
+  return { keys };
 }
