@@ -19,6 +19,7 @@ from metis_fast.evaluate.replies import Reply, ReplyFile, line, write_whole
 from metis_fast.evaluate.result import folder_name
 from metis_fast.run.fleet import Fleet
 from metis_fast.summary import Job
+from metis_fast.tools.server.settings import contents_of
 from metis_fast.train.protocol import GroupsLost
 from metis_fast.types import Group, Outcome
 
@@ -59,6 +60,8 @@ def how_played(config: Config, prompt_set: PromptSet, step: int | None) -> dict[
         "decoding": decoding | {"seed": config.run.seed},
         "model": deciding(config.model),
         "tool_settings": {} if own.tools == "off" else deciding(config.tools),
+        # while a run trains, its own record of what it reads says this
+        "tool_files": {} if own.tools == "off" or step is not None else contents_of(config.tools),
     }
 
 

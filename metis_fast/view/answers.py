@@ -210,6 +210,7 @@ class Answers:
         with _of_known_form():
             talk = conversation(row, run.images)
         return {
+            "folder": str(run.folder),
             "head": entry,
             "weights": self._weights(run, entry["step"]),
             "talk": talk,

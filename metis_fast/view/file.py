@@ -145,7 +145,8 @@ class _Writer:
         for entry in rows:
             query = {"run": run.name, "part": entry["part"], "row": str(entry["row"])}
             place = (run.name, entry["part"], str(entry["row"]))
-            blocks["\t".join(("rollout", *place))] = _packed(self._answers.rollout(query))
+            # without the folder: the file may be read where it is not
+            blocks["\t".join(("rollout", *place))] = _packed(self._answers.rollout(query) | {"folder": ""})
             tokens = self._tokens(query)
             blocks["\t".join(("tokens", *place))] = _packed(tokens)
             stored = run.index.rows.read(snapshot.parts[entry["part"]], entry["row"], tokens=False)

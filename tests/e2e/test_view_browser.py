@@ -168,12 +168,13 @@ def test_pages_order_and_keys_of_the_list(page: Page):
     assert page.heading == "Overview"
 
 
-def test_a_rollout_shows_what_was_said_with_the_box_of_its_crop_and_a_closer_look(page: Page):
+def test_a_rollout_shows_what_was_said_with_the_box_of_its_crop_and_a_closer_look(page: Page, folders: list[Path]):
     page.to("rollouts?run=hdpo&calls_min=2&correct=1&text=panel 1?")
     page.one("tr[data-href] a").click()
     page.until(lambda: page.heading.startswith("Rollout #"), "no rollout")
     assert "panel = image_1.crop(box)" in page.text and "ZeroDivisionError" in page.text
     assert "<script>document.title='owned'</script>" in page.text
+    assert f"metis-fast judge rescore {folders[0]}" in page.text
     assert len(page.all(".user .boxes rect.over")) == 1
     rect = page.one(".user .boxes rect.over")
     assert [rect.get_attribute(name) for name in ("x", "y", "width", "height")] == ["24", "40", "96", "64"]

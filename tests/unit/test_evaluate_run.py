@@ -10,6 +10,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from metis_fast.config import Config
@@ -213,6 +215,22 @@ def test_replies_of_other_settings_are_not_mixed(config: Callable[..., Config], 
     other = config(temperature=0.5, rollout={"max_turns": 2})
     with pytest.raises(ConfigError, match=r"made with another decoding\.max_turns, decoding\.temperature; move the folder"):
         open_table(other, prepare(other, "vstar", progress=False), 0, None)
+
+
+def test_replies_with_another_corpus_at_the_same_path_are_not_mixed(config: Callable[..., Config], tmp_path: Path) -> None:
+    pages = tmp_path / "pages.parquet"
+
+    def opened(text: str) -> Path:
+        pq.write_table(pa.table({"title": ["a"], "link": [""], "text": [text]}), pages)
+        own = config(tools="on")
+        tools = {"enabled": ["text_search"], "text_search": {"corpus": pages}}
+        own = Config.model_validate(own.model_dump() | {"tools": tools})
+        return open_table(own, prepare(own, "vstar", progress=False), 0, None).folder
+
+    (opened("b") / "replies.jsonl").touch()
+    opened("b")
+    with pytest.raises(ConfigError, match=r"made with another tool_files\.tools\.text_search\.corpus"):
+        opened("c")
 
 
 def test_what_cannot_be_scored_is_said_before_anything_is_played(config: Callable[..., Config]) -> None:

@@ -51,7 +51,10 @@ function facts(tree) {
   return h("dl", { class: "facts" }, pairs.map(([name, value]) => h("div", {}, h("dt", {}, name), h("dd", {}, value))));
 }
 
-function judged(talk, run) {
+// A folder as a shell takes it; the page in one file may have left its runs far behind.
+const inShell = (folder) => !folder ? "RUN" : /^[\w./-]+$/.test(folder) ? folder : `'${folder.replaceAll("'", "'\\''")}'`;
+
+function judged(talk, folder) {
   const said = talk.verdict;
   return h("div", { class: "judged" },
     h("p", {}, h("span", { class: "quiet" }, "Expected: "), h("bdi", {}, talk.answers.join(" | ") || "–"), h("span", { class: "quiet" }, " · Judged: "), h("bdi", {}, said ? said.answer || "(no answer)" : "–")),
@@ -59,7 +62,7 @@ function judged(talk, run) {
     talk.no_verdict ? h("p", { class: "failed" }, "The judge failed: ", h("bdi", {}, talk.no_verdict)) : null,
     talk.error ? h("p", { class: "failed" }, "Broken off: ", h("bdi", {}, talk.error)) : null,
     said && !said.format_ok ? h("p", {}, badge("tags are not balanced", "warn")) : null,
-    h("p", { class: "quiet" }, "Judge again: ", h("code", {}, `metis-fast judge rescore ${run}`)));
+    h("p", { class: "quiet" }, "Judge again: ", h("code", {}, `metis-fast judge rescore ${inShell(folder)}`)));
 }
 
 function members(tree, query) {
@@ -94,7 +97,7 @@ export async function rollout(root, runs, query) {
       talk.turns.map((turn) => h("section", { class: "agent", id: `turn-${turn.number + 1}`, "aria-label": `Turn ${turn.number + 1}` },
         h("span", { class: "who" }, `turn ${turn.number + 1} · ${turn.stop - turn.start} tokens`),
         turn.pieces.map(piece), call(turn), observation(query.run, turn, boxes)))),
-    judged(talk, query.run),
+    judged(talk, tree.folder),
     strip(own, tree, MODES.includes(query.tokens) ? query.tokens : ""),
     steps(query.run, tree.steps, head.step) ?? "");
   const list = lastList();
