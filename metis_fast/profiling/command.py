@@ -149,12 +149,13 @@ def _copy_newest(source: Path, target: Path) -> bool:
         return False
     name = f"step-{step:06d}"
     here, there = source / "checkpoints" / name, target / "checkpoints" / name
-    there.parent.mkdir(parents=True)
-    try:
-        shutil.copytree(here, there, copy_function=os.link)
-    except (OSError, shutil.Error):  # another disk, or one without links
-        shutil.rmtree(there, ignore_errors=True)
-        shutil.copytree(here, there)
+    for file in sorted(path for path in here.rglob("*") if path.is_file()):
+        own = there / file.relative_to(here)
+        own.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            os.link(file, own)
+        except OSError:  # another disk, or one without links
+            shutil.copyfile(file, own)
     shutil.copy(source / "inputs.json", target / "inputs.json")
     return True
 
