@@ -46,8 +46,13 @@ def weights_of(config: Config, step: int | None) -> dict[str, Any]:
     return {"model": str(path), "files": stamps, "reading": digests}
 
 
-def how_played(config: Config, prompt_set: PromptSet, step: int | None) -> dict[str, Any]:
-    """All that replies follow from, as JSON."""
+def tool_files(config: Config, step: int | None) -> dict[str, str]:
+    """What the tools read, by content: one second for 1.5 GB. Empty while a run trains: its own record says it."""
+    return {} if config.benchmark.tools == "off" or step is not None else contents_of(config.tools)
+
+
+def how_played(config: Config, prompt_set: PromptSet, step: int | None, files: Mapping[str, str]) -> dict[str, Any]:
+    """All that replies follow from, as JSON. files: of the tools."""
     own, rollout = config.benchmark, config.rollout
     decoding = {name: getattr(own, name) for name in ("temperature", "top_p", "top_k", "rollouts")}
     limits = ("max_prompt_tokens", "max_response_tokens", "max_turn_tokens", "max_observation_tokens", "max_turns")
@@ -60,8 +65,7 @@ def how_played(config: Config, prompt_set: PromptSet, step: int | None) -> dict[
         "decoding": decoding | {"seed": config.run.seed},
         "model": deciding(config.model),
         "tool_settings": {} if own.tools == "off" else deciding(config.tools),
-        # while a run trains, its own record of what it reads says this
-        "tool_files": {} if own.tools == "off" or step is not None else contents_of(config.tools),
+        "tool_files": dict(files),
     }
 
 
@@ -75,8 +79,8 @@ class Table:
     replies: ReplyFile
 
 
-def open_table(config: Config, prompt_set: PromptSet, first: int, step: int | None) -> Table:
-    """The folder of a benchmark, new or begun before.
+def open_table(config: Config, prompt_set: PromptSet, first: int, step: int | None, files: Mapping[str, str]) -> Table:
+    """The folder of a benchmark, new or begun before. files: `tool_files`, which are the same for all benchmarks.
 
     Raises:
         ConfigError: it holds replies that were made otherwise.
@@ -84,7 +88,7 @@ def open_table(config: Config, prompt_set: PromptSet, first: int, step: int | No
     """
     folder = place_of(config, prompt_set, step)
     folder.mkdir(parents=True, exist_ok=True)
-    settings = json.loads(json.dumps(how_played(config, prompt_set, step)))
+    settings = json.loads(json.dumps(how_played(config, prompt_set, step, files)))
     path = folder / "settings.json"
     if (folder / "replies.jsonl").exists() and path.exists():
         before = json.loads(path.read_text(encoding="utf-8"))

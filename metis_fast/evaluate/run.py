@@ -20,7 +20,7 @@ from metis_fast.evaluate.judging import (
     rules_of,
     without_reply,
 )
-from metis_fast.evaluate.playing import Play, Table, open_table
+from metis_fast.evaluate.playing import Play, Table, open_table, tool_files
 from metis_fast.evaluate.promptset import PromptSet, prepare
 from metis_fast.evaluate.question import Mark
 from metis_fast.evaluate.result import Json, judge_failures, write_result
@@ -64,9 +64,9 @@ def run_benchmarks(config: Config, keys: Sequence[str] = ()) -> dict[str, Json]:
 
 def open_tables(config: Config, sets: Sequence[PromptSet], step: int | None = None) -> list[Table]:
     """The benchmarks of prompt sets, whose files stand one behind another in the data of the nodes."""
-    tables, first = [], 0
+    tables, first, files = [], 0, tool_files(config, step)
     for one in sets:
-        tables.append(open_table(config, one, first, step))
+        tables.append(open_table(config, one, first, step, files))
         first += len(one.questions)
     return tables
 

@@ -21,7 +21,6 @@ from metis_fast.evaluate import run
 from metis_fast.evaluate.compare import compare_runs
 from metis_fast.evaluate.export import FAILED, export_lmms_eval, export_vlmeval
 from metis_fast.evaluate.judging import LlmJudges
-from metis_fast.evaluate.playing import open_table
 from metis_fast.evaluate.promptset import FORCED, prepare
 from metis_fast.evaluate.replies import ReplyFile, read_lines
 from metis_fast.evaluate.result import read_results
@@ -214,7 +213,7 @@ def test_replies_of_other_settings_are_not_mixed(config: Callable[..., Config], 
     play(config(), [["<answer>A</answer><|im_end|>"]] * N)
     other = config(temperature=0.5, rollout={"max_turns": 2})
     with pytest.raises(ConfigError, match=r"made with another decoding\.max_turns, decoding\.temperature; move the folder"):
-        open_table(other, prepare(other, "vstar", progress=False), 0, None)
+        run.open_tables(other, [prepare(other, "vstar", progress=False)])
 
 
 def test_replies_with_another_corpus_at_the_same_path_are_not_mixed(config: Callable[..., Config], tmp_path: Path) -> None:
@@ -225,7 +224,8 @@ def test_replies_with_another_corpus_at_the_same_path_are_not_mixed(config: Call
         own = config(tools="on")
         tools = {"enabled": ["text_search"], "text_search": {"corpus": pages}}
         own = Config.model_validate(own.model_dump() | {"tools": tools})
-        return open_table(own, prepare(own, "vstar", progress=False), 0, None).folder
+        (table,) = run.open_tables(own, [prepare(own, "vstar", progress=False)])
+        return table.folder
 
     (opened("b") / "replies.jsonl").touch()
     opened("b")
