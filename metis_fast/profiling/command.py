@@ -98,7 +98,7 @@ def _profile(args: argparse.Namespace, asked: Config, out: Path) -> int:
         print(json.dumps(asdict(tables) | {"trace": str(out / "trace.json.gz")}))
         return 0
     print(as_text(tables))
-    print(f"\ntrace: {out / 'trace.json.gz'}  (open it in https://ui.perfetto.dev or chrome://tracing)")
+    print(f"\ntrace: {out / 'trace.json.gz'}  (open it in https://ui.perfetto.dev; docs/profile.md says how without a network)")
     return 0
 
 

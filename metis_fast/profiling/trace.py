@@ -21,6 +21,7 @@ Event = dict[str, object]
 _FIRST = 1_000_000_000  # numbers of our lanes, above those that a system gives processes, which torch's events have
 _MEMORY = _FIRST + len(Lane)
 _OPS = _MEMORY + 1
+_PROFILER = ("Spans", "Traces")  # what torch's profiler calls itself, where others have the number of a process
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,11 +87,11 @@ def lane_events(recorder: Recorder, began_ns: int) -> Iterator[Event]:
             yield _whole(pid, one.row, span.name, (span.began_ns - began_ns) / 1e3, (span.ended_ns - span.began_ns) / 1e3)
 
 
-def memory_events(samples: Iterable[MemorySample], began_ns: int) -> Iterator[Event]:
-    """Curves, in MiB."""
+def memory_events(samples: Iterable[MemorySample], began_ns: int, ended_ns: int) -> Iterator[Event]:
+    """Curves, in MiB, from `began_ns` to `ended_ns`: writing down what torch has recorded takes longer than many a step."""
     yield from _named(_MEMORY, "memory (MiB)", len(Lane) - 100)
     for one in samples:
-        if one.at_ns < began_ns:
+        if not began_ns <= one.at_ns <= ended_ns:
             continue
         at = (one.at_ns - began_ns) / 1e3
         mib = {"this process": one.resident / 2**20, "its children": one.children / 2**20}
@@ -101,8 +102,8 @@ def memory_events(samples: Iterable[MemorySample], began_ns: int) -> Iterator[Ev
 
 
 def torch_events(path: Path, label: str, began_unix_ns: int, taken: Iterator[int]) -> Iterator[Event]:
-    """Those of a trace of torch's profiler, moved onto our clock. label: before the names of its processes. taken: numbers that
-    no process of the trace has."""
+    """Those of a trace of torch's profiler, moved onto our clock, without what it says of itself. label: before the names of
+    its processes. taken: numbers that no process of the trace has."""
     opener = gzip.open if path.suffix == ".gz" else open
     with opener(path, "rt", encoding="utf-8") as file:
         trace = json.load(file)
@@ -111,10 +112,14 @@ def torch_events(path: Path, label: str, began_unix_ns: int, taken: Iterator[int
     for event in trace["traceEvents"]:
         if event.get("ph") in (None, "M") and event.get("name") == "process_sort_index":
             continue
+        if event.get("pid") in _PROFILER or event.get("name") == "Record Window End":
+            continue
         pid = event.get("pid")
+        if not isinstance(pid, int):  # the profiler's marks of itself, in lanes without a name
+            continue
         if pid not in pids:
             pids[pid] = next(taken)
-            yield from _named(pids[pid], f"{label}: {pid}" if pid else label, pids[pid] - _OPS)
+            yield from _named(pids[pid], f"{label}: {pid}", pids[pid] - _OPS)
         if event.get("name") == "process_name" and event.get("ph") == "M":
             continue
         event["pid"] = pids[pid]
@@ -124,8 +129,9 @@ def torch_events(path: Path, label: str, began_unix_ns: int, taken: Iterator[int
 
 
 def write_trace(path: Path, recorder: Recorder, ops: Sequence[tuple[str, Path]] = ()) -> None:
-    """One file, gzipped, for https://ui.perfetto.dev and chrome://tracing. ops: traces of torch's profiler, with labels."""
+    """One file, gzipped, for https://ui.perfetto.dev. ops: traces of torch's profiler, with labels."""
     began_ns = min((start for _, start, _ in recorder.steps), default=0)
+    ended_ns = max((stop for _, _, stop in recorder.steps), default=0)
     numbers = count(_OPS)
     with gzip.open(path, "wt", encoding="utf-8", compresslevel=3) as file:
         file.write('{"displayTimeUnit": "ms", "traceEvents": [\n')
@@ -133,7 +139,7 @@ def write_trace(path: Path, recorder: Recorder, ops: Sequence[tuple[str, Path]] 
 
         def events() -> Iterator[Event]:
             yield from lane_events(recorder, began_ns)
-            yield from memory_events(recorder.memory, began_ns)
+            yield from memory_events(recorder.memory, began_ns, ended_ns)
             for label, trace in ops:
                 yield from torch_events(trace, label, recorder.epoch_ns + began_ns, numbers)
 

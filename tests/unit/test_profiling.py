@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
+import json
 import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from metis_fast.profiling.recorder import MemorySample, Recorded, Recorder, sample_memory
 from metis_fast.profiling.tables import as_text, tabulate
-from metis_fast.profiling.trace import place
+from metis_fast.profiling.trace import place, write_trace
 from metis_fast.spans import Lane, listening, span, spanned
+from metis_fast.torch_profiler import profiler
 
 SECOND = 1_000_000_000
 
@@ -109,6 +113,20 @@ def test_tables_add_up() -> None:
     assert "rollout" in as_text(tables) and "70.0%" in as_text(tables)
 
 
+def test_ops_of_torch_are_below_named_lanes_and_its_marks_of_itself_are_left_out(tmp_path: Path) -> None:
+    ops = [
+        {"ph": "M", "pid": 7, "tid": 7, "name": "thread_name", "args": {"name": "thread 7"}},
+        {"ph": "X", "pid": 7, "tid": 7, "name": "aten::mm", "ts": 5.0, "dur": 1.0},
+        {"ph": "X", "pid": "Spans", "tid": "PyTorch Profiler", "name": "PyTorch Profiler (0)", "ts": 0.0, "dur": 9.0},
+        {"ph": "i", "pid": "Traces", "tid": "Trace PyTorch Profiler", "name": "Iteration Start", "ts": 0.0},
+    ]
+    path = tmp_path / "ops.json"
+    path.write_text(json.dumps({"baseTimeNanoseconds": 2000, "traceEvents": ops}))
+    events = list(torch_events(path, "torch", 1000, count(100)))
+    assert [(event["pid"], event["name"]) for event in events[2:]] == [(100, "thread_name"), (100, "aten::mm")]
+    assert events[0]["args"] == {"name": "torch: 7"} and events[3]["ts"] == 6.0
+
+
 def test_memory_is_that_of_the_process() -> None:
     sample = sample_memory()
     if not Path("/proc/self/statm").exists():
@@ -118,3 +136,22 @@ def test_memory_is_that_of_the_process() -> None:
     with recorder.sampling():
         time.sleep(0.2)
     assert len(recorder.memory) >= 2
+
+
+def test_a_trace_holds_the_steps_and_nothing_of_the_time_in_which_it_is_written(tmp_path: Path) -> None:
+    recorder, now = Recorder(), time.perf_counter_ns()
+    with listening(recorder), profiler() as torchs, span(Lane.TRAINER, "update"):
+        torch.ones(8, 8) @ torch.ones(8, 8)
+    torchs.export_chrome_trace(str(tmp_path / "run.json"))
+    end = time.perf_counter_ns()
+    recorder.steps.append((0, now, end))
+    recorder.memory = [MemorySample(at, 1 << 20, 0, 0, 0) for at in (now - SECOND, now + 1000, end, end + 60 * SECOND)]
+    write_trace(tmp_path / "trace.json.gz", recorder, [("torch", tmp_path / "run.json")])
+    with gzip.open(tmp_path / "trace.json.gz", "rt") as file:
+        events = json.load(file)["traceEvents"]
+    drawn = [event for event in events if event["ph"] != "M"]
+    assert all(event["ts"] >= 0 and event["ts"] + event.get("dur", 0) <= (end - now) / 1e3 + 1 for event in drawn)
+    assert sum(event["ph"] == "C" for event in drawn) == 2
+    assert any(event["name"] == "aten::matmul" for event in drawn)
+    processes = [event["args"]["name"] for event in events if event["name"] == "process_name"]
+    assert sum(name.startswith("torch") for name in processes) == 1, processes
