@@ -253,8 +253,8 @@ def faults() -> Picture:
         picture.box(20, y, 8, 36, kind, 2)
         picture.text(40, y + 23, who, "bold")
         picture.text(248, y + 23, how)
-        picture.arrow((512, y + 18), (538, y + 18))
-        picture.text(548, y + 23, what)
+        picture.arrow((528, y + 18), (554, y + 18))
+        picture.text(564, y + 23, what)
     return picture
 
 
