@@ -35,10 +35,12 @@ $(VENV)/.installed: pyproject.toml constraints.txt CMakeLists.txt $(wildcard ker
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	@# first what it is built with, so that the C++ ops are built against the torch that runs them, and not against a second one
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch==2.13.0 scikit-build-core cmake ninja
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable ".[all]"
+	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt torch==2.13.0 scikit-build-core cmake ninja
+	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --no-build-isolation --editable ".[all]"
 	@# by themselves, without what they depend on: pyproject.toml says why
-	$(BIN)/python -m pip install --quiet --no-deps --constraint constraints.txt --group alone
+	$(BIN)/python -m pip install --quiet --no-compile --no-deps --constraint constraints.txt --group alone
+	@# 30,000 files, which pip would compile one after the other; some that are templates do not compile
+	@$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true
 	@$(BIN)/python -c "$$SAY_MISSING"
 	@touch $@
 

@@ -236,7 +236,8 @@ def config_of(tree: Mapping[str, Any], file: Path) -> PretrainedConfig:
     try:
         settings = standard(tree)
         _check_depth(settings, file)
-        return ARCHITECTURES[kind][0].from_dict(copy.deepcopy(settings))
+        # not `from_dict`, which writes all of it out for a log that is off
+        return ARCHITECTURES[kind][0](**copy.deepcopy(settings))
     except _BAD_SETTINGS as error:
         raise ModelError(f"{file} cannot be used ({_line(error)}); restore the file from its source") from None
 
@@ -292,7 +293,7 @@ def _shapes(kind: str, text: str) -> Mapping[str, tuple[int, ...]]:
     of_config, of_model = ARCHITECTURES[kind]
     try:
         with torch.device("meta"):
-            model = of_model(of_config.from_dict(json.loads(text)))  # pyright: ignore[reportArgumentType]
+            model = of_model(of_config(**json.loads(text)))  # pyright: ignore[reportArgumentType]
         _check_positions(model.config.get_text_config())
     except _BAD_SETTINGS as error:
         reason = f"{type(error).__name__}: {_line(error)}"

@@ -35,9 +35,10 @@ settings.load_profile("tests")
 
 @pytest.hookimpl(trylast=True)  # of the tests that have the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files of few tests first. Those are the long ones; what is left to share at the end are short tests (tests/run.py)."""
+    """Files of few tests first, unit tests last. The others are the long ones; what is left to share at the end are short tests
+    (tests/run.py)."""
     num = Counter(item.path for item in items)
-    items.sort(key=lambda item: (num[item.path], item.path))
+    items.sort(key=lambda item: (item.path.parent.name == "unit", num[item.path], item.path))
 
 
 @pytest.fixture(scope="session")

@@ -15,6 +15,7 @@ import os
 import pkgutil
 import random
 import re
+import shutil
 import signal
 import sys
 import tempfile
@@ -41,8 +42,17 @@ SMALL = HERE / "small.yaml"
 AGENT = HERE / "agent"
 PROGRAM = Path(sys.executable).with_name("metis-fast")
 FORK = multiprocessing.get_context("forkserver")
-FORK.set_forkserver_preload(["metis_fast.demo.command", "metis_fast.report.html", "metis_fast.score.llm", "metis_fast.cli"])
+FORK.set_forkserver_preload(
+    [
+        *("metis_fast.cli", "metis_fast.demo.command", "metis_fast.report.html", "metis_fast.score.llm"),
+        # what verbs import at first use
+        *("metis_fast.tools.search.local", "metis_fast.tools.server.serving", "metis_fast.serve.serving"),
+        *("metis_fast.evaluate.run", "metis_fast.doctor.command"),
+        *("torch.utils.tensorboard", "tensorboard.compat.proto.summary_pb2"),
+    ]
+)
 _OTHERS = re.compile("wandb-(artifacts|media)$")  # made where megatron imports wandb; a kill leaves them
+_LISTED = Path(f"/proc/self/task/{os.getpid()}/children").exists()
 _LIMIT_S = 240.0  # of a command, on a machine that does other things too
 
 
@@ -176,6 +186,30 @@ def _main(arguments: list[str], folder: str, moment: Moment | None, before: Call
     sys.exit(cli.main(arguments))
 
 
+def below(pid: int) -> Iterator[int]:
+    """Processes that one has started, grandchildren included. Where the kernel lists them, the table of all is not read."""
+    if not _LISTED:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            yield from (child.pid for child in psutil.Process(pid).children(recursive=True))
+        return
+    threads: list[str] = []
+    with contextlib.suppress(OSError):  # it has ended
+        threads = os.listdir(f"/proc/{pid}/task")
+    for thread in threads:
+        children = ""
+        with contextlib.suppress(OSError):
+            children = Path(f"/proc/{pid}/task/{thread}/children").read_text()
+        for child in map(int, children.split()):
+            yield child
+            yield from below(child)
+
+
+def without_ray() -> None:
+    """Before a command: whatever of it imports Ray fails."""
+    assert "ray" not in sys.modules
+    sys.modules["ray"] = None  # pyright: ignore[reportArgumentType] - which is how an import fails
+
+
 def _zombie(process: psutil.Process) -> bool:
     """Whether it has ended and waits for init to take note; it runs no more."""
     try:
@@ -212,10 +246,11 @@ class Command:
 
     def family(self) -> list[psutil.Process]:
         """The processes it started, grandchildren included."""
-        try:
-            return psutil.Process(self.pid).children(recursive=True)
-        except psutil.NoSuchProcess:
-            return []
+        found: list[psutil.Process] = []
+        for pid in below(self.pid):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                found.append(psutil.Process(pid))
+        return found
 
     def wait(self) -> Ended:
         """Until it ends; whatever it leaves running is given some seconds, and reported."""
@@ -223,7 +258,7 @@ class Command:
         deadline = time.monotonic() + _LIMIT_S
         while self.alive and time.monotonic() < deadline:
             family |= {process.pid: process for process in self.family()}
-            self._process.join(0.05)  # a look at all processes of a machine takes some ms
+            self._process.join(0.05)
         ended = time.time()
         if self.alive:
             self._process.kill()
@@ -255,6 +290,18 @@ def succeed(arguments: Sequence[object], folder: Path) -> str:
     ended = run(arguments, folder)
     assert ended.code == 0, ended
     return ended.out
+
+
+def cut(run: Path, out: Path, step: int) -> Path:
+    """A copy of a finished run as it was after so many steps, of which it has a checkpoint. Logs and rollouts go on, as those
+    of a run that was killed before its next checkpoint."""
+    shutil.copytree(run, out, symlinks=True)
+    for path in (out / "checkpoints").iterdir():
+        if path.name > f"step-{step:06d}":
+            shutil.rmtree(path)
+    for name in ("trained", "ranks"):
+        shutil.rmtree(out / name, ignore_errors=True)
+    return out
 
 
 def error_line(ended: Ended, warned: str = "") -> str:

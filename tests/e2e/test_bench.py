@@ -33,7 +33,8 @@ def test_bench_prints_one_object_with_the_floor_and_the_peers(command):
     assert found["machine"]["threads"] == 1
 
 
-@pytest.mark.parametrize("command", [pytest.param("installed", marks=pytest.mark.slow), "checkout"])
+@pytest.mark.slow  # unit/test_bench_report.py has the line, test_scale.py a program of the checkout
+@pytest.mark.parametrize("command", COMMANDS)
 def test_an_unknown_op_is_one_line_and_exit_code_2(command):
     done = _run(command, "attention")
     assert done.returncode == 2

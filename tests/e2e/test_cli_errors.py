@@ -11,7 +11,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from harness import SMALL, error_line, phases, run, run_state, succeed
+from harness import SMALL, cut, error_line, phases, run, run_state, succeed
 
 
 def _train(demo: Path, *overrides: object) -> list[object]:
@@ -134,19 +134,18 @@ def test_a_cold_start_without_trajectories_says_which_are_missing(demo: Path, tm
 
 
 def test_settings_that_decide_a_result_cannot_change_on_resume_and_others_can(demo: Path, tmp_path: Path) -> None:
-    command = _train(demo, f"run.dir={tmp_path / 'run'}")
-    succeed([*command, "train.steps=2"], tmp_path / "first")
+    command = _train(demo, f"run.dir={cut(demo, tmp_path / 'run', 4)}")
     for override, name in (
         ("loss.w_tool=0.5", "loss.w_tool (0.15, now 0.5)"),
         ("run.seed=3", "run.seed (0, now 3)"),
         ("rollout.temperature=0.7", "rollout.temperature (1.0, now 0.7)"),
         ("train.optim.grad_clip=0.1", "train.optim.grad_clip (1.0, now 0.1)"),
     ):
-        line = error_line(run([*command, override], tmp_path / "second"))
+        line = error_line(run([*command, override], tmp_path / "first"))
         assert f"holds a run with another {name}" in line and "restore the setting" in line
     moved = shutil.copytree(demo / "data", tmp_path / "moved")
     free = ["checkpoint.every=2", "log.tensorboard=false", "data.on_bad_row=skip", "score.llm.retries=7", "rollout.retries=5"]
-    succeed([*command, *free, f"data.train={moved / 'train.parquet'}"], tmp_path / "third")
+    succeed([*command, *free, f"data.train={moved / 'train.parquet'}"], tmp_path / "second")
     assert run_state(tmp_path / "run") == run_state(demo)
 
 
@@ -161,20 +160,19 @@ def test_a_run_folder_that_cannot_be_written_is_named(demo: Path, tmp_path: Path
 
 
 def test_a_damaged_newest_checkpoint_is_passed_over_for_the_one_before_it(demo: Path, tmp_path: Path) -> None:
-    command = _train(demo, f"run.dir={tmp_path / 'run'}")
-    succeed([*command, "train.steps=3"], tmp_path / "first")
-    with (tmp_path / "run" / "checkpoints" / "step-000003" / "tensors-00000.safetensors").open("r+b") as handle:
+    command = _train(demo, f"run.dir={cut(demo, tmp_path / 'run', 5)}")
+    with (tmp_path / "run" / "checkpoints" / "step-000005" / "tensors-00000.safetensors").open("r+b") as handle:
         handle.seek(-100, os.SEEK_END)
         handle.write(b"\xff" * 8)
-    ended = run(command, tmp_path / "second")
+    ended = run(command, tmp_path / "process")
     assert ended.code == 0, ended
-    assert "step-000003" in ended.err and "falling back to an earlier checkpoint" in ended.err
+    assert "step-000005" in ended.err and "falling back to an earlier checkpoint" in ended.err
     assert run_state(tmp_path / "run") == run_state(demo)
 
 
 def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_anew(demo: Path, tmp_path: Path) -> None:
-    command = _train(demo, f"run.dir={tmp_path / 'run'}")
-    succeed([*command, "train.steps=1"], tmp_path / "first")
-    (tmp_path / "run" / "checkpoints" / "step-000001" / "state.json").write_text("{}")
-    ended = run(command, tmp_path / "second")
-    assert ended.code == 2 and "none of the 1 checkpoints" in ended.err.splitlines()[-1], ended
+    command = _train(demo, f"run.dir={cut(demo, tmp_path / 'run', 5)}")
+    for path in (tmp_path / "run" / "checkpoints").iterdir():
+        (path / "state.json").write_text("{}")
+    ended = run(command, tmp_path / "process")
+    assert ended.code == 2 and "none of the 2 checkpoints" in ended.err.splitlines()[-1], ended

@@ -72,8 +72,36 @@ def _check_stopped(job: Job, folder: Path) -> None:
     assert len(list((folder / "run" / "checkpoints").glob("step-*"))) == 1
 
 
-def test_a_slurm_job_stopped_before_its_time_limit_saves_its_last_step(slurm: Callable[..., Job], tmp_path: Path) -> None:
-    _check_stopped(slurm("train.steps=500", "checkpoint.every=0"), tmp_path)
+_STAND_IN = f"""#!/bin/sh
+echo "$METIS_RANK_KEY $SLURM_PROCID: $@" >> "$0.calls"
+case "$1" in
+config) exec {PROGRAM} "$@" ;;
+train) trap "exit 130" TERM; while :; do sleep 0.1; done ;;
+rank) exec sleep 600 ;;
+esac
+"""
+
+
+def test_a_slurm_job_starts_a_run_with_its_ranks_and_passes_the_signal_on(slurm: Callable[..., Job], tmp_path: Path) -> None:
+    """Of which the commands are stand-ins; the tests that follow have a real one."""
+    program = tmp_path / "bin" / "metis-fast"
+    program.write_text(_STAND_IN)
+    program.chmod(0o755)
+
+    def calls() -> list[list[str]]:
+        """Key and rank of each, and its command."""
+        lines = Path(f"{program}.calls").read_text().splitlines() if Path(f"{program}.calls").exists() else []
+        return sorted(line.split(": ", 1) for line in lines)
+
+    job = slurm("train.steps=500")
+    job.when(lambda: len(calls()) == 5)
+    os.kill(job.pid, signal.SIGTERM)
+    assert job.wait() == 130, job.err.read_text()
+    (_, config), (_, doctor), (key, train), zero, one = calls()
+    assert config == doctor.replace("doctor", "config") + " --json" and doctor.split()[0] == "doctor"
+    command, where = train.split(" train.megatron.launch=join train.megatron.listen=")
+    assert command == doctor.replace("doctor", "train") and where.startswith("127.0.0.1:")
+    assert len(key.strip()) == 64 and [zero, one] == [[f"{key.strip()} {i}", f"rank --join {where} --wait 1800"] for i in "01"]
 
 
 @pytest.mark.slow

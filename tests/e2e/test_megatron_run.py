@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from disks import Disk
-from harness import AGENT, Ended, Moment, run, run_state, succeed
+from harness import AGENT, Ended, Moment, cut, run, run_state, succeed
 from test_run_disk_full import disk  # noqa: F401
 from transformers import Qwen3VLForConditionalGeneration
 
@@ -43,16 +43,6 @@ def uninterrupted(job: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("uninterrupted")
     succeed(megatron(job, folder / "run", TP), folder / "process")
     return folder / "run"
-
-
-def copy(folder: Path, out: Path, steps: int) -> Path:
-    """A run as it was after so many steps."""
-    shutil.copytree(folder, out)
-    for step in range(steps + 1, STEPS + 1):
-        shutil.rmtree(out / "checkpoints" / f"step-{step:06d}")
-    for name in ("trained", "ranks"):
-        shutil.rmtree(out / name)
-    return out
 
 
 def metrics(folder: Path) -> list[dict[str, float]]:
@@ -183,9 +173,7 @@ def stopped(job: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, 
     return folder / "run", run(command, folder / "process", Moment("backend.update", signal.SIGTERM, 3, 0.02))
 
 
-def test_sigterm_checkpoints_the_last_whole_step_and_the_run_goes_on_from_there(
-    job: Path, uninterrupted: Path, stopped: tuple[Path, Ended], tmp_path: Path
-) -> None:
+def test_sigterm_checkpoints_the_last_whole_step(stopped: tuple[Path, Ended]) -> None:
     folder, ended = stopped
     assert ended.hit and ended.code == 130 and ended.after_s < 60, ended
     assert ended.err.splitlines()[-1] == "metis-fast: stopped; run the same command again to go on", ended
@@ -193,7 +181,13 @@ def test_sigterm_checkpoints_the_last_whole_step_and_the_run_goes_on_from_there(
     steps = len(metrics(folder))
     assert steps in (2, 3)  # 3 where the signal came past the first optimizer step
     assert CheckpointStore(folder / "checkpoints", STEPS).steps() == (steps,)
-    shutil.copytree(folder, tmp_path / "run")
+
+
+@pytest.mark.slow  # the quick one of another layout goes on from that checkpoint, the one of kill -9 bit for bit
+def test_a_run_that_sigterm_ended_goes_on_bit_for_bit(
+    job: Path, uninterrupted: Path, stopped: tuple[Path, Ended], tmp_path: Path
+) -> None:
+    shutil.copytree(stopped[0], tmp_path / "run")
     succeed(megatron(job, tmp_path / "run", TP), tmp_path / "process")
     assert run_state(tmp_path / "run") == run_state(uninterrupted)
 
@@ -236,7 +230,7 @@ def test_a_run_under_another_layout_goes_on_with_two_tensor_parallel_ranks(
 
 
 def test_a_run_does_not_go_on_with_the_other_back_end(job: Path, uninterrupted: Path, tmp_path: Path) -> None:
-    folder = copy(uninterrupted, tmp_path / "run", STEPS)
+    folder = cut(uninterrupted, tmp_path / "run", STEPS)
     line = failed(run(train(job, folder, "model.freeze=[]"), tmp_path / "process"))
     assert "holds a run with another train.backend ('megatron', now 'torch')" in line
 
@@ -246,7 +240,7 @@ def test_a_run_does_not_go_on_with_the_other_back_end(job: Path, uninterrupted: 
 
 @pytest.mark.slow  # test_cli_errors.py has a quick one, of the torch back end
 def test_a_truncated_checkpoint_is_warned_of_and_the_one_before_taken(job: Path, uninterrupted: Path, tmp_path: Path) -> None:
-    folder = copy(uninterrupted, tmp_path / "run", STEPS - 1)
+    folder = cut(uninterrupted, tmp_path / "run", STEPS - 1)
     part = max((folder / "checkpoints" / f"step-{STEPS - 1:06d}" / "trainer").glob("*.distcp"))
     part.write_bytes(part.read_bytes()[:-1])
     ended = run(megatron(job, folder, TP), tmp_path / "process")
@@ -273,7 +267,7 @@ def test_a_disk_full_at_checkpoint_time_keeps_the_older_ones_and_the_run_resumes
     disk: Disk,  # noqa: F811
 ) -> None:
     folder = disk.folder / "run"
-    shutil.copytree(copy(uninterrupted, tmp_path / "copy", 2), folder)
+    cut(uninterrupted, folder, 2)
     command = megatron(job, folder, TP)
     # Less than the ranks write, their formats' own pages included; more than is asked for beforehand, which is the tensors.
     written = sum(path.stat().st_blocks // 2 for path in (folder / "checkpoints" / "step-000002").rglob("*") if path.is_file())
@@ -292,7 +286,7 @@ def test_a_disk_too_full_for_a_checkpoint_is_said_before_one_is_begun(
     disk: Disk,  # noqa: F811
 ) -> None:
     folder = disk.folder / "run"
-    shutil.copytree(copy(uninterrupted, tmp_path / "copy", 2), folder)
+    cut(uninterrupted, folder, 2)
     disk.leave(500)
     check_disk_full(megatron(job, folder, TP), folder, tmp_path / "before", "not enough space (needs ")
 
@@ -304,18 +298,26 @@ def test_a_disk_too_full_for_a_checkpoint_is_said_before_one_is_begun(
     ("settings", "says"),
     [
         (["tensor_parallel=3"], "tensor_parallel=3 does not divide the model's 4 attention heads"),
-        (["tensor_parallel=4"], "tensor_parallel=4 does not divide the model's 2 key/value heads"),
-        (["sequence_parallel=true"], "set tensor_parallel to 2 or more"),
-        (["pipeline_parallel=3"], "2 layers cannot be dealt out to train.megatron.pipeline_parallel=3 stages"),
-        (["pipeline_parallel=2", "first_stage_layers=2"], "2 layers cannot be dealt out"),
-        (["virtual_pipeline=2"], "set pipeline_parallel to 2 or more"),
-        (["pipeline_parallel=2", "virtual_pipeline=2"], "2 layers do not divide into pipeline_parallel=2 x virtual_pipeline=2"),
-        (["listen=nowhere"], "train.megatron.listen must be HOST:PORT"),
         (["listen=0.0.0.0:0"], "ranks join on their own machine only, at a loopback address such as 127.0.0.1:0; for several"),
         (["listen=no-such-host:29400"], "for several machines set workers.launcher=ray"),
         (["optim.muon_lr=0.01"], "optim.muon_lr works on whole matrices"),
-        (["activation_checkpointing=true"], "set it to false and train.megatron.recompute instead"),
-        (["loss.normalization=reference"], "set it to global"),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)  # unit/test_megatron_layout.py has quick ones
+            for case in (
+                (["tensor_parallel=4"], "tensor_parallel=4 does not divide the model's 2 key/value heads"),
+                (["sequence_parallel=true"], "set tensor_parallel to 2 or more"),
+                (["pipeline_parallel=3"], "2 layers cannot be dealt out to train.megatron.pipeline_parallel=3 stages"),
+                (["pipeline_parallel=2", "first_stage_layers=2"], "2 layers cannot be dealt out"),
+                (["virtual_pipeline=2"], "set pipeline_parallel to 2 or more"),
+                (
+                    ["pipeline_parallel=2", "virtual_pipeline=2"],
+                    "2 layers do not divide into pipeline_parallel=2 x virtual_pipeline=2",
+                ),
+                (["listen=nowhere"], "train.megatron.listen must be HOST:PORT"),
+                (["activation_checkpointing=true"], "set it to false and train.megatron.recompute instead"),
+                (["loss.normalization=reference"], "set it to global"),
+            )
+        ),
     ],
 )
 def test_what_cannot_work_is_named_before_a_rank_starts_and_leaves_no_run(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -15,12 +14,12 @@ from typing import Any
 
 import pytest
 from coldstart import conversations, write
-from harness import AGENT, HERE, PROGRAM, run, run_state
+from harness import AGENT, HERE, PROGRAM, Command, run, run_state, without_ray
 from jobs import TWO_RANKS, Job
 
 from metis_fast.rollout.store import read_rollouts
 
-pytest.importorskip("ray")
+pytestmark = pytest.mark.skipif(find_spec("ray") is None, reason="needs Ray")
 
 
 @pytest.fixture
@@ -48,7 +47,7 @@ def _steps(folder: Path) -> list[int]:
 
 
 def test_two_nodes_on_ray_are_bit_for_bit_two_in_one_process(on_ray: Callable[..., Job], demo: Path, tmp_path: Path) -> None:
-    options = ["workers.nodes=2", "workers.tools=2", "workers.judges=1", "log.progress=false"]
+    options = ["workers.nodes=2", "workers.tools=2", "workers.judges=1", "train.steps=3", "log.progress=false"]
     job = on_ray(*options)
     ended = run(["train", demo / "config.yaml", f"run.dir={tmp_path / 'here'}", *options], tmp_path / "process")
     assert ended.code == 0 and not ended.orphans and not ended.scratch, ended
@@ -200,13 +199,8 @@ def test_a_cold_start_whose_ranks_are_on_ray_is_bit_for_bit_that_of_this_machine
 
 
 def test_ray_is_imported_by_nothing_that_does_not_ask_for_it(demo: Path, tmp_path: Path) -> None:
-    script = "import sys; sys.modules['ray'] = None; from metis_fast import cli; sys.exit(cli.main(sys.argv[1:]))"
-    line = [sys.executable, "-c", script, "train", demo / "config.yaml", f"run.dir={tmp_path / 'run'}", "train.steps=1"]
+    line = ["train", demo / "config.yaml", f"run.dir={tmp_path / 'run'}", "train.steps=1"]
     options = ["data.heldout=[]", "eval.every=0", "log.progress=false", "workers.tools=1"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-
-    done = subprocess.run(
-        [*map(str, line), *options], capture_output=True, text=True, timeout=120, env=environment, check=False
-    )
-    assert done.returncode == 0, done.stderr
+    ended = Command([*line, *options], tmp_path / "process", before=without_ray).wait()
+    assert ended.code == 0, ended
     assert _steps(tmp_path) == [0]

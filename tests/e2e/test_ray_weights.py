@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,7 @@ import pytest
 from harness import PROGRAM, checkpoint_state, rollout_state
 from jobs import TWO_RANKS, Job
 
-pytest.importorskip("ray")
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(find_spec("ray") is None, reason="needs Ray")]
 
 _SHORT = ("workers.launcher=ray", "workers.nodes=2", "data.heldout=[]", "eval.every=0", "log.progress=false")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -43,9 +44,8 @@ def test_the_papers_hdpo_config_rehearses_with_the_native_engine(capsys: pytest.
     assert len(files) > 40 and not [path for path in files if KEY_VALUE.encode() in path.read_bytes()]
 
 
+@pytest.mark.skipif(find_spec("vllm") is None or find_spec("megatron") is None, reason="needs vLLM and Megatron-core")
 def test_the_papers_hdpo_config_rehearses_with_vllm_and_two_ranks(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    pytest.importorskip("vllm")
-    pytest.importorskip("megatron.core")
     out = tmp_path / "kept"
     two = ["train.megatron.pipeline_parallel=1", f"--out={out}"]
     code, said, left = _rehearse(capsys, _CONFIGS / "qwen3vl_8b_hdpo.yaml", *two, *_SMALL)
@@ -61,8 +61,9 @@ def test_the_papers_hdpo_config_rehearses_with_vllm_and_two_ranks(capsys: pytest
     assert len(files) > 50 and not [path for path in files if KEY_VALUE.encode() in path.read_bytes()]
 
 
+@pytest.mark.slow  # the one before rehearses on ranks, test_sft_run.py has a cold start on ranks
+@pytest.mark.skipif(find_spec("megatron") is None, reason="needs Megatron-core")
 def test_the_papers_sft_config_rehearses_on_two_ranks(capsys: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("megatron.core")
     code, said, _ = _rehearse(capsys, _CONFIGS / "qwen3vl_8b_sft.yaml", *_SMALL)
     assert code == 0, said
     assert list(said) == ["stand-ins", "sft"] and "2 steps" in said["sft"]

@@ -42,7 +42,12 @@ _VARIANTS = {
     "reference normalization": ["loss.normalization=reference"],
     "muon": ["train.optim.muon_lr=0.001"],
 }
-_QUICK = ("grpo", "coupled reward", "gdpo", "kl", "bfloat16", "admission at any time", "muon")
+_TOGETHER = {  # what has nothing to do with each other, in runs of their own slowly
+    "coupled reward, kl, muon": ("coupled reward", "kl", "muon"),
+    "gdpo, bfloat16, admission at any time": ("gdpo", "bfloat16", "admission at any time"),
+}
+_VARIANTS |= {name: [setting for one in parts for setting in _VARIANTS[one]] for name, parts in _TOGETHER.items()}
+_QUICK = ("grpo", *_TOGETHER)
 
 
 @pytest.fixture

@@ -91,7 +91,7 @@ def test_ctrl_c_in_a_cold_start_keeps_its_last_step(demo: Path, tmp_path: Path) 
 
 
 def test_ctrl_c_while_trajectories_are_played_leaves_nothing_behind(tmp_path: Path) -> None:
-    few = ["demo.base_prompts=200", "demo.cold_start_prompts=10", phases((Path("base"), 1), (Path("cold_start"), 1))]
+    few = ["demo.base_prompts=60", "demo.cold_start_prompts=10", phases((Path("base"), 1), (Path("cold_start"), 1))]
     command = ["demo", SMALL, f"run.dir={tmp_path / 'run'}", f"demo.model_shape={HERE / 'small_model.json'}", *few]
     _stopped(run(command, tmp_path / "process", Moment("interrupt.run", signal.SIGINT, delay_s=0.05)))
     assert not list((tmp_path / "run" / "trajectories").glob("*/*"))

@@ -7,7 +7,8 @@ import time
 from pathlib import Path
 
 import psutil
-from harness import Command, Ended
+import pytest
+from harness import Command, Ended, below
 
 from metis_fast.rollout.store import StoredRollout, read_rollouts
 from metis_fast.types import Outcome
@@ -21,7 +22,7 @@ def _server(running: Command) -> psutil.Process | None:
         try:
             if process.ppid() == running.pid and "metis_fast.tools.sandbox.server" in " ".join(process.cmdline()):
                 # itself, the first process of its namespace, and a session or more
-                return process if len(process.children(recursive=True)) > 1 else None
+                return process if len(list(below(process.pid))) > 1 else None
         except psutil.NoSuchProcess:
             continue
     return None
@@ -66,6 +67,7 @@ def test_a_rollout_whose_tool_server_died_is_tried_again(demo: Path, tmp_path: P
     _nothing_is_blamed_on_the_agent(stored)
 
 
+@pytest.mark.slow  # unit/test_episode.py has what becomes of such a rollout, test_remote_tools.py that it has no verdict
 def test_a_rollout_that_may_not_be_tried_again_loses_its_verdict_and_the_run_goes_on(demo: Path, tmp_path: Path) -> None:
     _, stored = _killed(demo, tmp_path, retries=0)
     lost = [one for one in stored if one.rollout.outcome is Outcome.INFRASTRUCTURE_ERROR]

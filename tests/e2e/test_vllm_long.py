@@ -18,7 +18,9 @@ from tiny_shape import HEADS_OF_32, TEXTS
 from metis_fast.config import Config, WorkersConfig
 from metis_fast.errors import EngineError
 from metis_fast.model import load_policy
+from metis_fast.rollout.vllm import library
 from metis_fast.rollout.vllm.engine import engine_settings
+from metis_fast.rollout.vllm.opening import open_engine
 from metis_fast.rollout.vllm.settings import SERVICE, EngineSettings, EngineStats, GenerateReply, GenerateRequest
 from metis_fast.testing.tiny import build_tiny
 from metis_fast.types import ImageBlob
@@ -210,18 +212,21 @@ def test_a_message_that_is_cancelled_while_its_images_are_prepared_leaves_them_t
     ("change", "match"),
     [
         ({"arguments": {"max_num_batched_tokens": 2048}}, "max_num_batched_tokens=2048, which may cut a prompt"),
-        pytest.param(
-            {"arguments": {"enable_chunked_prefill": True}},
-            "enable_chunked_prefill=True, which may cut",
-            marks=pytest.mark.slow,
-        ),
+        ({"arguments": {"enable_chunked_prefill": True}}, "enable_chunked_prefill=True, which may cut"),
         ({"image_cache_gb": 0.01}, r"image_cache_gb=0.01 is less than .* of 4096 tokens can take; set 0.1 or more"),
     ],
 )
-def test_what_would_end_the_engine_later_is_refused_at_its_start(
-    settings: EngineSettings, tmp_path: Path, change: dict[str, Any], match: str
+def test_what_would_end_the_engine_later_is_refused_before_vllm_is_loaded(
+    settings: EngineSettings, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any], match: str
 ) -> None:
-    with pytest.raises(EngineError, match=match) as raised, _opened(replace(settings, **change), tmp_path):
+    monkeypatch.setattr(library, "load", lambda *_, **__: pytest.fail("vLLM is loaded"))
+    with pytest.raises(EngineError, match=match):
+        open_engine(replace(settings, **change))
+
+
+def test_a_refusal_comes_from_the_engines_process_in_one_line(settings: EngineSettings, tmp_path: Path) -> None:
+    refused = replace(settings, image_cache_gb=0.01)
+    with pytest.raises(EngineError, match=r"image_cache_gb=0.01 is less than") as raised, _opened(refused, tmp_path):
         pass
     assert "\n" not in str(raised.value)
 

@@ -38,7 +38,7 @@ def _steps(folder: Path) -> int:
 
 
 def test_a_run_with_workers_is_bit_for_bit_the_one_in_process(demo: Path, tmp_path: Path) -> None:
-    command = ["train", demo / "config.yaml", f"run.dir={tmp_path / 'run'}", "workers.tools=2", "workers.judges=2"]
+    command = ["train", demo / "config.yaml", f"run.dir={tmp_path / 'run'}", "workers.tools=2", "workers.judges=1"]
     ended = run(command, tmp_path / "process")
     assert ended.code == 0 and not ended.orphans and not ended.scratch, ended
     assert run_state(tmp_path / "run") == run_state(demo)

@@ -59,7 +59,7 @@ def trained(load_tiny):
     return run
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def models(tmp_path_factory, policy):
     """Folder of a model by its name, built when it is first asked for: Qwen3-VL of 4 layers, 2 of them fed by deepstack, with
     "tied" and with "untied" embeddings, and "deep" of 8; "text", a text-only Qwen3."""

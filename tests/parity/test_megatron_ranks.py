@@ -192,7 +192,8 @@ def test_a_defect_on_one_rank_is_named_although_the_others_break_too(own, tmp_pa
     assert 'raise KeyError("no such layer")' in (tmp_path / "ranks" / "rank-1.log").read_text()  # with its traceback
 
 
-@pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.slow), 1])
+@pytest.mark.slow  # test_megatron_run.py has a quick one, amid a run's update
+@pytest.mark.parametrize("victim", [0, 1])
 def test_kill_9_of_a_rank_in_a_collective_operation_is_said_and_leaves_nothing(own, tmp_path, victim):
     ranks, pids = own
     when(tmp_path / "hangs", lambda: os.kill(pids[victim], signal.SIGKILL))
@@ -341,6 +342,7 @@ def test_ranks_started_elsewhere_join_by_number_in_any_order(joining, tmp_path, 
     assert [process.wait(60) for process in processes] == [0, 0]
 
 
+@pytest.mark.slow
 def test_a_joined_rank_killed_with_9_ends_the_job_and_the_others(joining, tmp_path):
     layout, join = joining
     processes = [join("--rank", "0"), join("--rank", "1")]

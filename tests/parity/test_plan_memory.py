@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -69,14 +70,13 @@ FULL = pytest.param("float32", marks=pytest.mark.slow)
 @pytest.mark.parametrize(
     ("layout", "freeze"),
     [
-        (TP, ()),
-        (PP, ()),
-        (DP, ()),
-        (DP | {"distributed_optimizer": False}, ()),
-        (TP | {"distributed_optimizer": False}, ("embeddings",)),
-        (PP, ("vision", "embeddings")),
+        pytest.param(TP, (), id="tp2", marks=pytest.mark.slow),  # in float32 it is a test of its own
+        pytest.param(PP, (), id="pp2", marks=pytest.mark.slow),
+        pytest.param(DP, (), id="dp2"),
+        pytest.param(DP | {"distributed_optimizer": False}, (), id="dp2 whole optimizer", marks=pytest.mark.slow),
+        pytest.param(TP | {"distributed_optimizer": False}, ("embeddings",), id="tp2 frozen embeddings"),
+        pytest.param(PP, ("vision", "embeddings"), id="pp2 frozen"),
     ],
-    ids=["tp2", "pp2", "dp2", "dp2 whole optimizer", "tp2 frozen embeddings", "pp2 frozen"],
 )
 def test_weights_gradients_and_optimizer_are_what_a_rank_holds(ranks, model, groups, layout, freeze, dtype):
     settings = settings_of(layout, groups, dtype, freeze)
@@ -92,11 +92,21 @@ def test_in_float32_the_weights_are_their_own_masters(ranks, model, groups):
     test_weights_gradients_and_optimizer_are_what_a_rank_holds(ranks, model, groups, TP, (), "float32")
 
 
+PASSES = {"tp2": TP, "tp2 sp": TP | {"sequence_parallel": True}, "pp2": PP}
+QUICK = (("tp2", "none"), ("tp2 sp", "selective"), ("pp2", "full"), ("pp2", "none"))
+"""Each layout and each kind of recomputation."""
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", FULL])
-@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
-@pytest.mark.parametrize("layout", [TP, TP | {"sequence_parallel": True}, PP], ids=["tp2", "tp2 sp", "pp2"])
-def test_activations_are_what_autograd_keeps_of_a_pass(ranks, model, groups, layout, recompute, dtype):
-    settings = settings_of(layout | {"recompute": recompute}, groups, dtype)
+@pytest.mark.parametrize(
+    ("name", "recompute"),
+    [
+        pytest.param(*case, marks=() if case in QUICK else pytest.mark.slow)
+        for case in itertools.product(PASSES, ("none", "selective", "full"))
+    ],
+)
+def test_activations_are_what_autograd_keeps_of_a_pass(ranks, model, groups, name, recompute, dtype):
+    settings = settings_of(PASSES[name] | {"recompute": recompute}, groups, dtype)
     found = ranks.call("activations", Task(settings, model, settings.train.optim, 10), groups)
     images = found[0][0][1]
     for rank, ((tokens, _, *seen),) in enumerate(found):

@@ -109,11 +109,17 @@ def test_frozen_parts_stay_and_the_others_get_the_gradient_that_they_get_anyway(
 @pytest.mark.parametrize(
     ("layout", "freeze", "pixels"),
     [
-        (TP | PP, [], 0),
-        (TP | PP | {"sequence_parallel": True}, ["vision"], 512),
-        (PP | DP, [], 0),
+        pytest.param(DP, [], 512, id="dp2, small images"),  # test_sft_run.py has a quick one of tp2, with a frozen tower
+        pytest.param(TP | PP, [], 0, id="tp2 pp2", marks=pytest.mark.slow),
+        pytest.param(
+            TP | PP | {"sequence_parallel": True},
+            ["vision"],
+            512,
+            id="tp2 pp2 sp, frozen tower, small images",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(PP | DP, [], 0, id="pp2 dp2", marks=pytest.mark.slow),
     ],
-    ids=["tp2 pp2", "tp2 pp2 sp, frozen tower, small images", "pp2 dp2"],
 )
 def test_megatron_ranks_take_the_steps_of_the_torch_back_end(models, files, tmp_path, layout, freeze, pixels):
     """Two of them, by AdamW with an epsilon above the rounding of gradients that are 0; then every weight."""
