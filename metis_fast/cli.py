@@ -55,6 +55,7 @@ _ADVICE = {
     **dict.fromkeys(
         (errno.EACCES, errno.EPERM, errno.EROFS), "no permission to read or write {}; change it, or name another place"
     ),
+    errno.ENAMETOOLONG: "{}: this name is longer than a file system takes; choose a shorter one",
     errno.EISDIR: "{} is a folder where a file should be; move it away",
     **dict.fromkeys((errno.ENOTDIR, errno.EEXIST), "{}: a file stands where a folder should be; move it away"),
     **dict.fromkeys(

@@ -17,13 +17,13 @@ from pathlib import Path
 from statistics import fmean
 
 from metis_fast.ablate.picture import COLOURS
-from metis_fast.ablate.results import Spread, rates_of, spread
-from metis_fast.ablate.running import read_cost
+from metis_fast.ablate.results import Spread, rates_of, spread, why_none
 from metis_fast.ablate.spec import Planned
 from metis_fast.config import Config
 from metis_fast.report.heldout import read_heldout
 from metis_fast.report.log import read_steps
 from metis_fast.report.slices import plain_kind
+from metis_fast.scratch import replaced
 
 _HALF = 0.5
 
@@ -49,8 +49,7 @@ def curves(runs: Sequence[Planned]) -> list[Curve]:
     """Of every variant with runs that have ended; none where the held-out prompts do not say p."""
     ended: dict[str, list[Planned]] = {}
     for run in runs:
-        cost = read_cost(run.folder)
-        if cost is not None and cost.ended:
+        if not why_none(run):
             ended.setdefault(run.variant, []).append(run)
     found = [_curve(name, own) for name, own in ended.items()]
     return [curve for curve in found if curve.tool_rate]
@@ -111,11 +110,17 @@ def _crossing(rates: Mapping[float, Spread]) -> float | None:
 
 
 def write_boundary(folder: Path, found: Sequence[Curve]) -> list[Path]:
-    """boundary.md, boundary.csv, boundary.svg. Returns their paths."""
+    """boundary.md, boundary.csv, boundary.svg; without curves those of an earlier call are removed. Returns their paths."""
     paths = [folder / f"boundary.{ending}" for ending in ("md", "csv", "svg")]
-    paths[0].write_text(_markdown(found), encoding="utf-8")
-    paths[1].write_text(_csv(found), encoding="utf-8")
-    _draw(found, paths[2])
+    if not found:
+        for path in paths:
+            path.unlink(missing_ok=True)
+        return []
+    for path, text in zip(paths, (_markdown(found), _csv(found)), strict=False):
+        with replaced(path) as scratch:
+            scratch.write_text(text, encoding="utf-8")
+    with replaced(paths[2]) as scratch:
+        _draw(found, scratch)
     return paths
 
 
@@ -185,4 +190,4 @@ def _draw(found: Sequence[Curve], path: Path) -> None:
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.2)
         axes.legend(frameon=False, fontsize=8)
-        figure.savefig(path, metadata={"Date": None})
+        figure.savefig(path, format="svg", metadata={"Date": None})

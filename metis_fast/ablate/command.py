@@ -43,4 +43,4 @@ def _show(out: Path, as_json: bool) -> None:
     written = [out / name for name in ("results.md", "results.svg", "profile.md", "boundary.md", "boundary.svg")]
     print(f"written: {', '.join(str(path) for path in written if path.exists())}")
     if results["variants"]:
-        print(f"page: metis-fast view {' '.join(str(out / name) for name in results['variants'])}")
+        print(f"page: metis-fast view {out}")

@@ -65,7 +65,8 @@ def tables(ablation: Ablation) -> int:
     runs = planned_runs(ablation, shared, ablation.budget.steps or budget)
     results = collect(runs)
     if not results.variants:
-        raise DataError(f"{ablation.out}: no run of this ablation has ended; start it without --tables")
+        why = "; ".join(f"{name} {why}" for name, why in [*results.missing.items()][:1])
+        raise DataError(f"{ablation.out}: no run of this ablation has a result ({why}); start it without --tables")
     _write(ablation.out, runs, results)
     costs = [cost for run in runs if (cost := read_cost(run.folder)) is not None]
     return sum(not cost.ended and cost.why not in ("", "stopped") for cost in costs)
@@ -74,9 +75,7 @@ def tables(ablation: Ablation) -> int:
 def _write(out: Path, runs: Sequence[Planned], results: Results) -> None:
     write_tables(out, results)
     write_picture(out, results)
-    found = curves(runs)
-    if found:
-        write_boundary(out, found)
+    write_boundary(out, curves(runs))
 
 
 def _cold_start(ablation: Ablation, shared: Config) -> None:

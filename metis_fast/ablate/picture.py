@@ -5,21 +5,26 @@ from __future__ import annotations
 from pathlib import Path
 
 from metis_fast.ablate.results import Results, Variant
+from metis_fast.scratch import replaced
 
 COLOURS = ("#2563eb", "#d97706", "#059669", "#dc2626", "#7c3aed", "#0891b2", "#be185d", "#4b5563")
 _DIRECT = "direct"
 
 
 def write_picture(folder: Path, results: Results) -> Path:
-    """results.svg. A small dot a seed, a large one for the mean over seeds; a cross is the policy before training.
+    """results.svg; without a variant that of an earlier call is removed.
 
-    Across: tool rate on direct prompts, or on all where kinds are not told. Up: accuracy on all prompts.
+    A small dot a seed, a large one for the mean over seeds; a cross is the policy before training. Across: tool rate on direct
+    prompts, or on all where kinds are not told. Up: accuracy on all prompts.
     """
+    path = folder / "results.svg"
+    if not results.variants:
+        path.unlink(missing_ok=True)
+        return path
     import matplotlib
     from matplotlib.figure import Figure
 
     kind = _DIRECT if _DIRECT in results.kinds else "all"
-    path = folder / "results.svg"
     with matplotlib.rc_context({"svg.hashsalt": "metis_fast"}):  # the same picture is the same file
         figure = Figure(figsize=(6.4, 3.8), layout="constrained")
         axes = figure.subplots()
@@ -37,7 +42,8 @@ def write_picture(folder: Path, results: Results) -> Path:
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.2)
         figure.legend(loc="outside right upper", frameon=False, fontsize=8)
-        figure.savefig(path, metadata={"Date": None})
+        with replaced(path) as scratch:
+            figure.savefig(scratch, format="svg", metadata={"Date": None})
     return path
 
 

@@ -81,7 +81,10 @@ class Process:
         )
 
     def _why(self, code: int) -> str:
-        lines = self._log.read_text(encoding="utf-8", errors="replace").split("\n")
+        try:
+            lines = self._log.read_text(encoding="utf-8", errors="replace").split("\n")
+        except OSError:  # it was removed with the run's folder
+            lines = []
         last = next((line.strip() for line in reversed(lines) if line.strip()), "")
         by = f"ended by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
         return f"{by}: {last[:400]}" if last else by

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from itertools import combinations
 from statistics import fmean, stdev
 
-from metis_fast.ablate.running import read_cost
+from metis_fast.ablate.running import is_as_planned, read_cost
 from metis_fast.ablate.spec import Planned
 from metis_fast.errors import DataError
 from metis_fast.evaluate.statistics import Comparison, compare
@@ -100,11 +100,10 @@ def collect(runs: Sequence[Planned]) -> Results:
     ended: dict[str, list[Planned]] = {}
     for run in runs:
         ended.setdefault(run.variant, [])
-        cost = read_cost(run.folder)
-        if cost is not None and cost.ended:
-            ended[run.variant].append(run)
+        if why := why_none(run):
+            missing[run.name] = why
         else:
-            missing[run.name] = cost.why if cost is not None and cost.why else "has not ended"
+            ended[run.variant].append(run)
     after = {run.name: read_heldout(run.folder, run.config.train.steps) for own in ended.values() for run in own}
     kinds = _kinds(after.values())
     return Results(
@@ -113,6 +112,14 @@ def collect(runs: Sequence[Planned]) -> Results:
         tests=tuple(_tests(ended, after, kinds)),
         missing=missing,
     )
+
+
+def why_none(run: Planned) -> str:
+    """Why a run has no result; empty where it has one."""
+    cost = read_cost(run.folder)
+    if cost is None or not cost.ended:
+        return cost.why if cost is not None and cost.why else "has not ended"
+    return "" if is_as_planned(run, cost) else "was made with other settings"
 
 
 def rates_of(prompts: Sequence[HeldOut], rate: str, kind: str) -> dict[str, float]:

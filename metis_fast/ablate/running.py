@@ -23,6 +23,7 @@ from metis_fast.errors import ConfigError
 from metis_fast.report.progress import progress
 from metis_fast.run.folder import held
 from metis_fast.run.interrupt import Interrupts
+from metis_fast.scratch import replaced
 
 _RECORD, _LOG, _METRICS = "ablate.json", "train.log", "metrics.jsonl"
 _POLL_S = 0.2
@@ -64,8 +65,9 @@ def _cost() -> TypeAdapter[Cost]:
 
 
 def digest(config: Config) -> str:
-    """Of the settings that decide a run's result."""
-    return sha256(json.dumps(deciding(config), sort_keys=True).encode()).hexdigest()[:16]
+    """Of the settings that decide a run's result, and of its number of steps, which a single run may raise."""
+    tree = deciding(config) | {"steps": config.train.steps}
+    return sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def run_all(runs: Sequence[Planned], jobs: int, interrupts: Interrupts, start: Start = Process, quiet: bool = False) -> int:
@@ -84,6 +86,8 @@ def run_all(runs: Sequence[Planned], jobs: int, interrupts: Interrupts, start: S
     say = _say_to(sys.stderr if quiet else sys.stdout)
     if num_ended:
         say(f"{num_ended} of {len(runs)} runs have ended before")
+    if left:
+        say(f"runs to make: {len(left)}, {jobs} at a time; what each says is in its {_LOG}")
     total = sum(run.config.train.steps for run in runs)
     with progress(total, "ablation", runs[0].config.log, "step") as bar:
         try:
@@ -118,13 +122,25 @@ def _outcome(ended: Ended, run: Planned) -> str:
     return f"failed, {ended.why}; see {run.folder / _LOG}"
 
 
+def is_as_planned(run: Planned, cost: Cost) -> bool:
+    """Whether it was made with the settings that it would be made with now. A release with new ones counts their defaults."""
+    wanted = digest(run.config)
+    if cost.settings == wanted:
+        return True
+    try:
+        return digest(config_module.load(run.folder / "config.yaml", [])) == wanted
+    except ConfigError:
+        return False
+
+
 def _has_ended(run: Planned) -> bool:
     cost = read_cost(run.folder)
     if cost is None or not cost.ended:
         return False
-    if cost.settings != digest(run.config):
+    if not is_as_planned(run, cost):
         raise ConfigError(
-            f"{run.folder} holds a run with other settings; restore them, name the variant otherwise, or remove that folder"
+            f"{run.folder} holds a run with other settings, or of a budget other than {run.config.train.steps} steps; restore "
+            "them, name the variant or `out` otherwise, or remove that folder"
         )
     return True
 
@@ -168,9 +184,9 @@ def _book(run: Planned, ended: Ended) -> None:
         peak_mib=max(before.peak_mib, ended.peak_mib),
         why=ended.why,
     )
-    scratch = run.folder / f".{_RECORD}.tmp"
-    scratch.write_text(json.dumps(asdict(cost), indent=1) + "\n", encoding="utf-8")
-    scratch.replace(run.folder / _RECORD)
+    run.folder.mkdir(parents=True, exist_ok=True)  # it may have been removed meanwhile: then the run has failed
+    with replaced(run.folder / _RECORD) as scratch:
+        scratch.write_text(json.dumps(asdict(cost), indent=1) + "\n", encoding="utf-8")
 
 
 def _stop_all(going: dict[Started, Planned]) -> None:

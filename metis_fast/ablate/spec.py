@@ -184,7 +184,7 @@ def _read(path: Path) -> dict[str, Any]:
         raise ConfigError(f"cannot read {path}: {reason}; give the YAML file of an ablation") from None
     try:
         tree = yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:
         raise ConfigError(f"{path} is not YAML: {one_line(error)}") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: expected keys like `variants:` and `seeds:`, got {tree!r}")

@@ -9,12 +9,12 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 from metis_fast.ablate.results import RATES, Profile, Results, Spread, Test, Variant
+from metis_fast.scratch import replaced
 
 _TITLES = {"tool_rate": "tool rate", "accuracy": "accuracy"}
 _LEAST_SEEDS = 3
@@ -33,12 +33,8 @@ def write_tables(folder: Path, results: Results) -> list[Path]:
 
 
 def _write(path: Path, text: str) -> Path:
-    scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # --tables may run beside the ablation
-    try:
+    with replaced(path) as scratch:  # --tables may run beside the ablation
         scratch.write_text(text, encoding="utf-8")
-        scratch.replace(path)
-    finally:
-        scratch.unlink(missing_ok=True)
     return path
 
 

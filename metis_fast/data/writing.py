@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from metis_fast.errors import DataError, one_line
+from metis_fast.scratch import stopped_by_signals
 from metis_fast.types import JsonScalar, Message, Prompt
 
 _FIXED_FIELDS = (
@@ -105,12 +106,13 @@ def write_prompts(path: Path, prompts: Iterable[Prompt], row_group_size: int = 2
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            num_rows = _write_groups(temporary, groups)
-            temporary.replace(path)
-        finally:
-            for leftover in (temporary, temporary.with_name(temporary.name + ".narrow")):
-                leftover.unlink(missing_ok=True)
+        with stopped_by_signals():
+            try:
+                num_rows = _write_groups(temporary, groups)
+                temporary.replace(path)
+            finally:
+                for leftover in (temporary, temporary.with_name(temporary.name + ".narrow")):
+                    leftover.unlink(missing_ok=True)
     except OSError as error:
         raise DataError(f"cannot write {path}: {one_line(error)}; choose a folder that can be written") from error
     return num_rows

@@ -7,7 +7,6 @@ the order of the questions, so that an interrupted run leaves the same bytes as 
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from metis_fast.errors import DataError, one_line
+from metis_fast.scratch import replaced
 from metis_fast.serve.reply import content_of
 from metis_fast.types import Outcome, Rollout
 
@@ -156,12 +156,8 @@ def write_whole(path: Path, text: str) -> None:
     data = text.encode()
     if path.exists() and path.read_bytes() == data:
         return
-    scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with replaced(path) as scratch:
         scratch.write_bytes(data)
-        scratch.replace(path)
-    finally:
-        scratch.unlink(missing_ok=True)
 
 
 def seconds_of(folder: Path) -> dict[str, float]:

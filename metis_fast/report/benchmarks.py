@@ -18,16 +18,17 @@ def benchmark_table(run_dir: Path, say: Callable[[str], None]) -> Table | None:
     say: called with a line for results that cannot be read. None where there are none.
     """
     folder = run_dir / "benchmarks"
-    steps = sorted({path.parents[1] for path in folder.glob("step-*/*/result.json")})
-    places = [run_dir] if any(folder.glob("*/result.json")) else []
-    places += steps[:1] + steps[1:][-1:]
-    if not places:
-        return None
-    from metis_fast.evaluate.table import make_table  # most runs have none
-
     try:
+        steps = sorted({path.parents[1] for path in folder.glob("step-*/*/result.json")})
+        places = [run_dir] if any(folder.glob("*/result.json")) else []
+        places += steps[:1] + steps[1:][-1:]
+        if not places:
+            return None
+        from metis_fast.evaluate.table import make_table  # most runs have none
+
         return make_table(places, paper=True)
     except (
+        OSError,
         ValueError,
         KeyError,
         TypeError,

@@ -16,7 +16,7 @@ from matplotlib.ticker import FormatStrFormatter, LogLocator, MaxNLocator, NullL
 
 from metis_fast.report.cold_start import ColdStart
 from metis_fast.report.log import GROUPS, Evaluation, step_scalars
-from metis_fast.report.slices import KINDS, main_abilities
+from metis_fast.report.slices import KINDS, has_rates, main_abilities
 from metis_fast.types import Outcome, Savings, StepStats
 
 if TYPE_CHECKING:
@@ -198,11 +198,15 @@ def _heldout(evaluations: Sequence[Evaluation]) -> list[Curve]:
     for title, rate in (("Held-out accuracy", "accuracy"), ("Held-out tool rate", "tool_rate")):
         series = {}
         for name in names:
-            points = [(entry.step, getattr(entry.slices[name], rate)) for entry in evaluations if name in entry.slices]
+            points = [(entry.step, getattr(entry.slices[name], rate)) for entry in evaluations if _rated(entry, name)]
             if points:
                 series[name] = tuple(zip(*points, strict=True))
         curves.append(Curve(title, "on prompts that are not trained on", _svg(title, series, "rate")))
     return curves
+
+
+def _rated(evaluation: Evaluation, name: str) -> bool:
+    return name in evaluation.slices and has_rates(evaluation.slices[name])
 
 
 def draw_cold_start(cold: ColdStart) -> list[Curve]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Iterator, Mapping
 from importlib import resources
 from pathlib import Path
@@ -22,10 +21,13 @@ from metis_fast.report.curves import draw_cold_start, draw_curves
 from metis_fast.report.lines import JsonLines
 from metis_fast.report.log import Evaluation, evaluation_of, step_of, step_scalars, unknown_in_evaluation, unknown_in_step
 from metis_fast.report.settings import leaves
+from metis_fast.report.slices import has_rates
 from metis_fast.report.summary import read_summary, summary_rows
+from metis_fast.scratch import replaced
 from metis_fast.types import StepStats
 
 T = TypeVar("T")
+R = TypeVar("R", StepStats, Evaluation)
 Say = Callable[[str], None]
 
 
@@ -50,15 +52,15 @@ def _step(record: dict[str, Any]) -> StepStats:
 
 
 def _lines(
-    path: Path, make: Callable[[dict[str, Any]], T], unknown: Callable[[dict[str, Any]], Iterator[str]], say: Say
-) -> list[T]:
-    """The records of a file, the last one of each step; none where there is no file."""
+    path: Path, make: Callable[[dict[str, Any]], R], unknown: Callable[[dict[str, Any]], Iterator[str]], say: Say
+) -> list[R]:
+    """The records of a file, the last one of each step, by step; none where there is no file."""
     if not path.exists():
         return []
     lines = JsonLines(path, make, unknown).read()
     for note in lines.notes:
         say(note)
-    return list(lines.records)
+    return [one for _, one in sorted({record.step: record for record in lines.records}.items())]
 
 
 def _read(what: Callable[[], T], say: Say) -> T | None:
@@ -121,13 +123,14 @@ def write_report(run_dir: Path, say: Say = lambda note: None) -> Path:
     if not config and cold:
         config = _config_leaves(cold.folder / "config.yaml", notes.append)
     defaults = leaves(Config().model_dump(mode="json"))
+    final = steps[-1].slices.get("all") if steps else None
     page = _template().render(
         name=run_dir.resolve().name,
         seed=summary.seed if summary else config.get("run.seed", defaults["run.seed"]),
         wall_s=summary.wall_s if summary else sum(sum(stats.seconds.values()) for stats in steps),
         num_steps=len(steps),
         num_rollouts=sum(sum(stats.outcomes.values()) for stats in steps),
-        final=steps[-1].slices.get("all") if steps else None,
+        final=final if final is not None and has_rates(final) else None,
         changes=[(key, value, defaults.get(key)) for key, value in config.items() if value != defaults.get(key)],
         rows=list(summary_rows(summary)) if summary else [],
         curves=draw_curves(steps, evaluations),
@@ -142,12 +145,8 @@ def write_report(run_dir: Path, say: Say = lambda note: None) -> Path:
     for note in dict.fromkeys(notes):
         say(note)
     path = run_dir / "report.html"
-    scratch = path.with_name(f".report.html.{os.getpid()}.tmp")  # the run may write its own at the same time
-    try:
+    with replaced(path) as scratch:  # the run may write its own at the same time
         scratch.write_text(page, encoding="utf-8")
-        scratch.replace(path)
-    finally:
-        scratch.unlink(missing_ok=True)
     return path
 
 

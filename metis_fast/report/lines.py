@@ -18,7 +18,7 @@ from pydantic import ValidationError
 from metis_fast.errors import one_line
 
 T = TypeVar("T")
-_HEAD = 256  # bytes that tell a file that was written anew under the same inode
+_TAIL = 256  # last bytes that were read: a file that was written anew has others there, whatever its inode
 _NAMED = 5  # unknown fields
 _DIGITS = 18  # more is no number that a run counts to, and none that a curve can show
 
@@ -46,7 +46,7 @@ class JsonLines(Generic[T]):
         self._forget()
 
     def _forget(self) -> None:
-        self._inode, self._head, self._offset, self._number = -1, b"", 0, 0
+        self._tail, self._offset, self._number = b"", 0, 0
         self._records = list[T]()
         self._bad = list[str]()
         self._newer = dict[str, None]()
@@ -59,11 +59,9 @@ class JsonLines(Generic[T]):
                 self._forget()
                 return Lines((), (f"{name} is no file",))
             with self._path.open("rb") as file:
-                head, inode = file.read(_HEAD), self._path.stat().st_ino
-                size = file.seek(0, 2)
-                if inode != self._inode or size < self._offset or not head.startswith(self._head):
+                file.seek(self._offset - len(self._tail))
+                if file.read(len(self._tail)) != self._tail:
                     self._forget()
-                self._inode, self._head = inode, head
                 file.seek(self._offset)
                 rest = file.read()
         except FileNotFoundError:
@@ -76,6 +74,7 @@ class JsonLines(Generic[T]):
         for line in rest[:whole].splitlines():
             self._take(line)
         self._offset += whole
+        self._tail = (self._tail + rest[:whole])[-_TAIL:]
         notes = []
         if self._bad:
             notes.append(f"{name}: {len(self._bad)} lines are no records of this version and are left out; {self._bad[0]}")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
@@ -24,7 +25,7 @@ from metis_fast.config import LogConfig
 from metis_fast.errors import DataError
 from metis_fast.report.lines import why
 from metis_fast.report.panel import active
-from metis_fast.report.slices import KINDS, main_abilities
+from metis_fast.report.slices import KINDS, has_rates, main_abilities
 from metis_fast.report.trackers import Trackers
 from metis_fast.types import Outcome, Savings, Slice, StepStats, UpdateStats
 
@@ -70,7 +71,7 @@ def _slice_scalars(slices: Mapping[str, Slice], prefix: str = "") -> dict[str, f
         f"{prefix}{rate}/{name}": getattr(entry, rate)
         for rate in _SLICE_RATES
         for name, entry in slices.items()
-        if entry.num > entry.num_no_verdict  # a rate over nothing is no point of a curve
+        if has_rates(entry)
     }
 
 
@@ -209,6 +210,18 @@ def _keep_lines(path: Path, keep: Callable[[bytes], bool]) -> None:
     scratch.replace(path)
 
 
+def _drop_steps(folder: Path, step: int) -> None:
+    """Files and folders of `step` and later ones: step-000012, step-000012.parquet, step-000012.node-0.parquet, and so on."""
+    for path in folder.glob("step-*"):
+        number = path.name.removeprefix("step-").partition(".")[0]
+        if not number.isdecimal() or int(number) < step:
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
 def _live_cells(stats: StepStats) -> dict[str, str]:
     """Heading -> text of the line a step prints."""
     scalars = step_scalars(stats)
@@ -250,11 +263,15 @@ class RunLog:
         self.close()
 
     def truncate(self, step: int) -> None:
-        """Forget every record whose step is `step` or later. Call it before the first record of a run resumed at `step`.
+        """Forget every record whose step is `step` or later, the rollouts, held-out prompts and benchmarks of these steps, and
+        the summary of an earlier end. Call it before the first record of a run resumed at `step`.
 
         The evaluation due at `step` is among them: the resumed run makes it again. TensorBoard hides the events it drops.
         """
-        for path in (self._metrics, self._evaluations):
+        (self._folder / "summary.json").unlink(missing_ok=True)
+        for name in ("rollouts", "heldout", "benchmarks"):
+            _drop_steps(self._folder / name, step)
+        for path in (self._metrics, self._evaluations, self._folder / "benchmarks" / "steps.jsonl"):
             _keep_lines(path, lambda line: json.loads(line)["step"] < step)
         self._trackers.forget(step)
         panel = active()

@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from metis_fast.config import Config
 from metis_fast.report.samples import parts_of
-from metis_fast.report.slices import KINDS, main_abilities
+from metis_fast.report.slices import KINDS, has_rates, main_abilities
 from metis_fast.spans import Lane, listening
 from metis_fast.types import Slice, StepStats
 
@@ -55,8 +55,13 @@ def sparkline(values: Sequence[float]) -> str:
     if not finite:
         return " " * len(values)
     low, high = min(finite), max(finite)
-    scale = (len(_BARS) - 1) / (high - low) if high > low else 0.0
-    return "".join(_BARS[round((value - low) * scale)] if value - value == 0 else " " for value in values)
+    half = high / 2 - low / 2  # the whole may be too much for a float
+
+    def bar(value: float) -> str:
+        place = (value / 2 - low / 2) / half if half else 0.0
+        return _BARS[round(place * (len(_BARS) - 1))]
+
+    return "".join(bar(value) if value - value == 0 else " " for value in values)
 
 
 def plain(text: str) -> str:
@@ -123,15 +128,18 @@ class TrainingPanel:
 
     def evaluation(self, step: int, slices: Mapping[str, Slice]) -> None:
         """Held-out rates."""
-        rates = slices["all"]
-        self._heldout = f"held out after {step}: accuracy {rates.accuracy:.3f}, tool rate {rates.tool_rate:.3f}"
+        rates = slices.get("all")
+        known = rates is not None and has_rates(rates)
+        self._heldout = f"held out after {step}: " + (
+            f"accuracy {rates.accuracy:.3f}, tool rate {rates.tool_rate:.3f}" if rates is not None and known else "no verdict"
+        )
 
     def _add(self, stats: StepStats) -> None:
         kinds = [kind for kind in KINDS if kind in stats.slices] or main_abilities([stats.slices])
         for rate, word in (("tool_rate", "tools"), ("accuracy", "accuracy")):
             for name in kinds if rate == "tool_rate" else ("all", *kinds):
                 rates = stats.slices.get(name)
-                if rates is not None and rates.num > rates.num_no_verdict:
+                if rates is not None and has_rates(rates):
                     self._point(f"{word} {name}", getattr(rates, rate))
         applied = [update for update in stats.updates if not update.skipped_step]
         for word, name in _LOSSES.items():
@@ -165,7 +173,7 @@ class TrainingPanel:
         yield from self._drawn
 
     def _frame(self, width: int) -> Frame:
-        body, room = Text(no_wrap=True, overflow="ellipsis"), width - _BORDER
+        body, room = Text(no_wrap=True, overflow="ellipsis"), max(1, width - _BORDER)
         across = max(1, min(2, room // _CURVE))
         for i, name in enumerate(sorted(self._curves, key=lambda name: _ORDER.index(name.partition(" ")[0]))):
             values = self._curves[name]
@@ -186,15 +194,20 @@ def _text_of(folder: Path, step: int) -> str:
     for path in parts_of(folder, step):
         try:
             with pq.ParquetFile(path) as file:
-                rows = file.read_row_group(0, columns=["question", "text", "r_acc"])
+                rows = file.read_row_group(0, columns=["question", "text", "verdict"])
         except (OSError, pa.ArrowException):  # it is being replaced, or damaged; whoever needs it says so
             continue
         row = rows.slice(step % max(1, len(rows)), 1).to_pylist()
         if row:
-            word = "right" if row[0]["r_acc"] > 0 else "wrong"
-            text = f"{plain(row[0]['question'])[-_CHARS // 2 :]} → {plain(row[0]['text'])[-_CHARS:]}"
-            return f"{word}: {text}"
+            verdict = row[0]["verdict"]
+            word = "no verdict" if verdict is None else "right" if verdict["correct"] else "wrong"
+            return f"{word}: {_end(row[0]['question'], _CHARS // 2)} → {_end(row[0]['text'], _CHARS)}"
     return ""
+
+
+def _end(text: str, most: int) -> str:
+    whole = plain(text)
+    return whole if len(whole) <= most else f"…{whole[-most:]}"
 
 
 _active: TrainingPanel | None = None

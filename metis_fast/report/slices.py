@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean
@@ -16,6 +17,7 @@ KINDS = ("direct", "uncertain", "tool_needed")
 
 _GRADED = re.compile(rf"({'|'.join(KINDS)})-0\.\d{{1,2}}")
 _LONGEST_NAME = 100
+_NO_TEXT = ("Cc", "Cs")  # what a terminal obeys, and halves of characters, which no file can hold
 _MOST_SHOWN = 8  # as many as a picture has colours
 
 
@@ -32,7 +34,8 @@ def _is_of_kind(name: str) -> bool:
 def ability_name(ability: str) -> str:
     """An ability, which is any text of the data, as the name of a slice: in one short line, and no name that slices have for
     something else."""
-    name = " ".join(ability.split())[:_LONGEST_NAME]
+    text = "".join(" " if unicodedata.category(char) in _NO_TEXT else char for char in ability)
+    name = " ".join(text.split())[:_LONGEST_NAME]
     taken = name == "all" or _is_of_kind(name)
     return f"{name} (ability)".strip() if taken or not name else name
 
@@ -40,6 +43,11 @@ def ability_name(ability: str) -> str:
 def abilities_in(slices: Mapping[str, Slice]) -> list[str]:
     """The slices that are of abilities, by name."""
     return sorted(name for name in slices if name != "all" and not _is_of_kind(name))
+
+
+def has_rates(of: Slice) -> bool:
+    """Whether one of its rollouts has a verdict; else its rates are over nothing, and no numbers to show."""
+    return of.num > of.num_no_verdict
 
 
 def main_abilities(of: Iterable[Mapping[str, Slice]]) -> list[str]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from metis_fast.errors import DataError, one_line
 from metis_fast.report.lines import named
-from metis_fast.report.slices import KINDS, abilities_in
+from metis_fast.report.slices import KINDS, abilities_in, has_rates, plain_kind
 from metis_fast.types import Slice
 
 
@@ -56,7 +56,7 @@ class SummaryRow:
 
 def _side(slices: Mapping[str, Slice]) -> Side:
     def rates(names: Mapping[str, str]) -> dict[str, Rates]:
-        found = {label: slices[key] for label, key in names.items() if key in slices}
+        found = {label: slices[key] for label, key in names.items() if key in slices and has_rates(slices[key])}
         return {label: Rates(entry.tool_rate, entry.accuracy) for label, entry in found.items()}
 
     abilities = abilities_in(slices)
@@ -105,7 +105,7 @@ def _unknown(tree: Mapping[str, Any]) -> Iterator[str]:
 def write_summary(path: Path, *, seed: int, wall_s: float, before: Mapping[str, Slice], after: Mapping[str, Slice]) -> Summary:
     """Write `summary.json`, atomically, from the slices of the evaluations before and after training.
 
-    Kinds that the held-out set does not have are left out.
+    Kinds that the held-out set does not have are left out, and what has no verdict.
     """
     summary = Summary(seed=seed, wall_s=wall_s, before=_side(before), after=_side(after))
     tree = {"seed": seed, "wall_s": wall_s, "before": _side_tree(summary.before), "after": _side_tree(summary.after)}
@@ -147,6 +147,24 @@ def summary_rows(summary: Summary) -> Iterator[SummaryRow]:
         for name in ("all", *KINDS):
             if name in old or name in new:
                 yield SummaryRow(ability if name == "all" else name, int(name != "all"), old.get(name), new.get(name))
+
+
+def compared(before: Mapping[str, Slice], after: Mapping[str, Slice]) -> Iterator[SummaryRow]:
+    """The lines of such a table for a run that goes on: all prompts first, grades of kinds last."""
+
+    def rates(side: Mapping[str, Slice], name: str) -> Rates | None:
+        return Rates(side[name].tool_rate, side[name].accuracy) if name in side and has_rates(side[name]) else None
+
+    def row(name: str) -> Iterator[SummaryRow]:
+        old, new = rates(before, name), rates(after, name)
+        if old is not None or new is not None:
+            yield SummaryRow(name, 0, old, new)
+
+    yield from row("all")
+    yield from summary_rows(Summary(0, 0.0, _side(before), _side(after)))
+    for name in dict.fromkeys([*before, *after]):
+        if "/" not in name and plain_kind(name) != name:
+            yield from row(name)
 
 
 def print_summary_table(summary: Summary) -> None:

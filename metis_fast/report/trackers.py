@@ -180,9 +180,11 @@ class TrackioTracker:
 
 def _run_id(folder: Path) -> str:
     path = folder / _ID
-    if not path.exists():
-        path.write_text(secrets.token_hex(4), encoding="utf-8")
-    return path.read_text(encoding="utf-8").strip()
+    known = path.read_text(encoding="utf-8").strip() if path.exists() else ""
+    if not known:  # or the disk was full as it was written
+        known = secrets.token_hex(4)
+        path.write_text(known, encoding="utf-8")
+    return known
 
 
 def _settings(folder: Path) -> dict[str, Any]:

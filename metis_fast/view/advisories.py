@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from statistics import fmean, median
 from typing import Any
 
-from metis_fast.report.slices import KINDS, abilities_in
+from metis_fast.report.slices import KINDS, abilities_in, has_rates
 from metis_fast.types import StepStats
 
 _RECENT = 5  # steps that a state has to last before it is said
@@ -47,8 +47,8 @@ def _since(holds: Sequence[bool], steps: Sequence[StepStats], least: int) -> int
 
 
 def no_tool_signal(steps: Sequence[StepStats], config: Mapping[str, Any]) -> Advisory | None:
-    """The tool channel has a weight and nothing to learn from."""
-    if config.get("loss.w_tool", 0.15) == 0:
+    """The tool channel, which HDPO alone has, has a weight and nothing to learn from."""
+    if config.get("loss.w_tool", 0.15) == 0 or config.get("score.estimator", "hdpo") != "hdpo":
         return None
     since = _since([stats.signal_share <= _FEW for stats in steps], steps, _RECENT)
     if since is None:
@@ -84,8 +84,8 @@ def no_accuracy_signal(steps: Sequence[StepStats], acc_share: Mapping[int, float
 
 def tools_given_up(steps: Sequence[StepStats]) -> Advisory | None:
     """Prompts that need a tool are answered without one."""
-    rates = [stats.slices["tool_needed"] for stats in steps if "tool_needed" in stats.slices]
-    own = [stats for stats in steps if "tool_needed" in stats.slices]
+    own = [stats for stats in steps if "tool_needed" in stats.slices and has_rates(stats.slices["tool_needed"])]
+    rates = [stats.slices["tool_needed"] for stats in own]
     if len(rates) < 2 * _RECENT:
         return None
     first = fmean(rate.tool_rate for rate in rates[:_RECENT])

@@ -14,7 +14,7 @@ import numpy as np
 from metis_fast import __version__
 from metis_fast.errors import DataError, one_line
 from metis_fast.report.slices import main_abilities
-from metis_fast.report.summary import summary_rows
+from metis_fast.report.summary import compared, summary_rows
 from metis_fast.view.advisories import advisories
 from metis_fast.view.conversation import conversation
 from metis_fast.view.index import Snapshot, filter_of
@@ -119,7 +119,7 @@ class Answers:
                     "last": record.steps[-1].stats.step if record.steps else None,
                     "planned": record.config.get("train.steps"),
                     "ended": record.summary is not None,
-                    "stamp": f"{len(record.steps)}.{len(record.evaluations)}.{record.summary is not None}.{record.gone}",
+                    "stamp": _stamp(record),
                 }
                 for name, record in records.items()
             ],
@@ -304,19 +304,18 @@ def _reading(snapshots: Iterable[Snapshot]) -> Json:
     return {"left": left, "parts": left + sum(len(snapshot.parts) + len(snapshot.notes) for snapshot in known)}
 
 
+def _stamp(record: Record) -> str:
+    """Another one when there is something new. By the seconds of its last step, a run that was made anew is new, too."""
+    seconds = sum(record.steps[-1].stats.seconds.values()) if record.steps else 0.0
+    return f"{len(record.steps)}.{len(record.evaluations)}.{record.summary is not None}.{record.gone}.{seconds:.6f}"
+
+
 def _first_last(record: Record) -> list[Json]:
     """Of a run that goes on: the first and the last evaluation."""
     if not record.evaluations:
         return []
     first, last = record.evaluations[0], record.evaluations[-1]
-    rows = []
-    for name in dict.fromkeys([*first.slices, *last.slices]):
-        sides = [
-            None if one is None else {"tool_rate": one.tool_rate, "accuracy": one.accuracy}
-            for one in (first.slices.get(name), last.slices.get(name))
-        ]
-        rows.append({"name": name, "indent": int("/" in name), "before": sides[0], "after": sides[1]})
-    return rows
+    return [asdict(row) for row in compared(first.slices, last.slices)]
 
 
 def _flops(record: Record) -> Json:

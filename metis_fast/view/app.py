@@ -23,6 +23,7 @@ from metis_fast.view.run import Run
 _JSON = "application/json"
 _FOREVER = "private, max-age=31536000, immutable"
 _ANEW = "private, no-cache"
+_READ = ["GET", "HEAD"]
 
 
 def _answer(tree: Json, status: int = 200) -> Response:
@@ -56,7 +57,7 @@ def _image(answers: Answers) -> Callable[[Request], Response]:
 
 
 async def _failed(request: Request, error: Exception) -> Response:
-    """What was asked for is not there."""
+    """What was asked for is not there, or the system does not let us read it."""
     text = str(error.detail) if isinstance(error, HTTPException) else str(error)
     return _answer({"error": text}, error.status_code if isinstance(error, HTTPException) else 404)
 
@@ -77,12 +78,13 @@ def make_app(runs: Sequence[Run], token: str) -> FastAPI:
     app = FastAPI(title="Runs of metis-fast", version=__version__, docs_url=None, redoc_url=None, openapi_url=None)
     app.add_api_route(HEALTH, _health)
     for name, ask in answers.by_name.items():
-        app.add_api_route(f"/api/{name}", _route(ask))
-    app.add_api_route("/api/image", _image(answers))
-    for error in (DataError, HTTPException):
+        app.add_api_route(f"/api/{name}", _route(ask), methods=_READ)
+    app.add_api_route("/api/image", _image(answers), methods=_READ)
+    for error in (DataError, HTTPException, OSError):
         app.add_exception_handler(error, _failed)
     script = whole_script()  # one request in place of a dozen, which a busy machine answers late
-    app.add_api_route("/main.js", lambda: Response(script, media_type="text/javascript", headers={"Cache-Control": _ANEW}))
+    headers = {"Cache-Control": _ANEW}
+    app.add_api_route("/main.js", lambda: Response(script, media_type="text/javascript", headers=headers), methods=_READ)
     with resources.as_file(resources.files("metis_fast.view").joinpath("static")) as folder:
         app.mount("/", _Files(directory=Path(folder), html=True))
     app.add_middleware(Gate, token=token)

@@ -14,7 +14,7 @@ _PORT = 8600
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The verb's own arguments."""
     parser.add_argument(
-        "runs", type=Path, nargs="+", metavar="RUN", help="folder of a run, or one that has folders of runs right below it"
+        "runs", type=Path, nargs="+", metavar="RUN", help="folder of a run or an ablation, or one that has runs right below it"
     )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1: this machine only)")
     parser.add_argument("--port", type=int, default=_PORT, metavar="N", help=f"0: any that is free (default {_PORT})")

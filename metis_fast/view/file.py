@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from metis_fast.errors import ConfigError, DataError, one_line
+from metis_fast.scratch import replaced
 from metis_fast.view.answers import MOST_TOKENS, Answers, Json, as_json
 from metis_fast.view.bundle import UPLOT, text_of, whole_script
 from metis_fast.view.images import Images
@@ -209,44 +210,39 @@ def write_file(runs: Sequence[Run], out: Path, limit: int, progress: Callable[[i
     if base > limit:
         raise ConfigError(f"--limit: expected at least {base / MB:.1f} MB for the page and its curves, got {limit / MB:g}")
     by_name = {run.name: run for run in runs}
-    out.parent.mkdir(parents=True, exist_ok=True)
-    scratch = out.with_name(f".{out.name}.{os.getpid()}.tmp")  # two may write at once: the last one stays
-    try:
-        with scratch.open("wb") as file:
-            file.write(head.encode())
-            blocks, misses = _Blocks(file, limit - base), 0
-            for name, places in _in_turn(snapshots):
-                if sum(map(len, rows.values())) + len(places) > MOST_ROLLOUTS:
+    Path(os.path.realpath(out)).parent.mkdir(parents=True, exist_ok=True)
+    with replaced(out) as scratch, scratch.open("wb") as file:  # two may write at once: the last one stays
+        file.write(head.encode())
+        blocks, misses = _Blocks(file, limit - base), 0
+        for name, places in _in_turn(snapshots):
+            if sum(map(len, rows.values())) + len(places) > MOST_ROLLOUTS:
+                break
+            try:
+                group = writer.group(by_name[name], snapshots[name], places, blocks.images)
+            except DataError as error:  # the part was damaged, or a resumed run made it anew
+                notes[name].append(f"a group is left out: {one_line(error)[:240]}")
+                continue
+            if group.size > blocks.left:
+                misses += 1
+                if misses == _MISSES:
                     break
-                try:
-                    group = writer.group(by_name[name], snapshots[name], places, blocks.images)
-                except DataError as error:  # the part was damaged, or a resumed run made it anew
-                    notes[name].append(f"a group is left out: {one_line(error)[:240]}")
-                    continue
-                if group.size > blocks.left:
-                    misses += 1
-                    if misses == _MISSES:
-                        break
-                    continue
-                misses = 0
-                blocks.left -= len(_packed({"rows": group.rows}))
-                for sha256, (kind, text) in group.images.items():
-                    blocks.images[sha256] = {"type": kind, "block": blocks.put(text)}
-                for block, text in group.blocks.items():
-                    blocks.places[block] = blocks.put(text)
-                rows[name] += group.rows
-                progress(sum(map(len, rows.values())))
-            kept = sum(map(len, rows.values()))
-            index |= {
-                "rule": _rule(kept, stored, limit),
-                "lists": {name: _list(own, snapshots[name], notes[name]) for name, own in rows.items()},
-                "blocks": blocks.places,
-                "images": blocks.images,
-            }
-            file.write(f'<script type="text/plain" id="embedded">{_packed(index)}</script>\n</body>{tail}'.encode())
-        scratch.replace(out)
-    finally:
-        scratch.unlink(missing_ok=True)
+                continue
+            misses = 0
+            blocks.left -= len(_packed({"rows": group.rows}))
+            for sha256, (kind, text) in group.images.items():
+                blocks.images[sha256] = {"type": kind, "block": blocks.put(text)}
+            for block, text in group.blocks.items():
+                blocks.places[block] = blocks.put(text)
+            rows[name] += group.rows
+            progress(sum(map(len, rows.values())))
+        kept = sum(map(len, rows.values()))
+        index |= {
+            "rule": _rule(kept, stored, limit),
+            "lists": {name: _list(own, snapshots[name], notes[name]) for name, own in rows.items()},
+            "blocks": blocks.places,
+            "images": blocks.images,
+        }
+        file.write(f'<script type="text/plain" id="embedded">{_packed(index)}</script>\n</body>{tail}'.encode())
     whole: Json = index["overview"]["all"]
     said = {run["name"]: [*dict.fromkeys([*run["notes"], *notes[run["name"]]])] for run in whole["runs"]}
     return Written(

@@ -6,6 +6,7 @@ import io
 import threading
 from collections import OrderedDict
 from pathlib import Path
+from stat import S_ISREG
 
 import pyarrow as pa
 from PIL import Image
@@ -14,6 +15,7 @@ from metis_fast import pixels, seal
 from metis_fast.errors import DataError, one_line
 from metis_fast.pixels import ImageError
 from metis_fast.types import ImageBlob
+from metis_fast.view.parts import files_in
 
 THUMB_PX = 480
 FULL_PX = 2048
@@ -24,22 +26,25 @@ _KEPT = 6  # decoded images in memory: 10 MB each, with the largest that models 
 
 
 class Images:
-    """The `images` folder beside a run's parts. Files in it are never changed, so that each is looked at once."""
+    """The `images` folder beside a run's parts."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._lock = threading.Lock()
-        self._seen = set[str]()
+        self._seen = dict[str, tuple[int, int, int]]()  # file -> what changes when it is restored from a copy
         self._where: dict[str, tuple[pa.ChunkedArray, int]] = {}
         self._damaged: dict[str, str] = {}
         self._decoded: OrderedDict[str, Image.Image] = OrderedDict()
 
     def _refresh(self) -> None:
-        for path in sorted(self._folder.glob("*.arrow")):
-            if path.name in self._seen or not path.is_file():
-                continue
-            self._seen.add(path.name)
+        for path in files_in(self._folder, "", ".arrow"):
             try:
+                status = path.stat()
+                key = (status.st_ino, status.st_size, status.st_mtime_ns)
+                if self._seen.get(path.name) == key or not S_ISREG(status.st_mode):
+                    continue
+                self._seen[path.name] = key
+                self._damaged.pop(path.name, None)
                 seal.check_seal(path)  # Arrow ends the process at some damage in its metadata
                 table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
                 hashes, data = table["sha256"].to_pylist(), table["data"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -45,10 +46,19 @@ class Part:
         return self.path.stem
 
 
+def files_in(folder: Path, beginning: str, ending: str) -> list[Path]:
+    """Of such names, in order; none where the folder is not there or may not be read."""
+    try:
+        names = sorted(os.listdir(folder))
+    except OSError:
+        return []
+    return [folder / name for name in names if name.startswith(beginning) and name.endswith(ending)]
+
+
 def parts_of(folder: Path) -> list[Part]:
     """The parts of a folder, by step: step-000012.parquet, or step-000012.node-0.parquet and so on; maybe none."""
     found = []
-    for path in sorted(folder.glob("step-*.parquet")):
+    for path in files_in(folder, "step-", ".parquet"):
         number, _, node = path.stem.removeprefix("step-").partition(".")
         if not number.isdecimal() or (node and not node.startswith("node-")):
             continue

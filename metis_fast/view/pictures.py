@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from metis_fast.report.log import GROUPS, Evaluation
-from metis_fast.report.slices import KINDS
+from metis_fast.report.slices import KINDS, has_rates
 from metis_fast.types import Outcome, Savings
 from metis_fast.view.run import Step
 
@@ -50,7 +50,7 @@ def pictures(abilities: Sequence[str], stages: Sequence[str], ages: int) -> tupl
     """All there may be. abilities, stages: of the runs. ages: how many different ones tokens have."""
     savings = [saving.name for saving in fields(Savings)]
     kinds = ("all", *KINDS)
-    aged = {str(age): f"staleness/{age}" for age in range(ages)}
+    aged = {f"{age} update{'' if age == 1 else 's'}": f"staleness/{age}" for age in range(ages)}
     ended = _tags("outcomes", [one.value for one in Outcome])
     right, called = "training rollouts that are right", "training rollouts that call a tool"
     return (
@@ -100,7 +100,7 @@ def pictures(abilities: Sequence[str], stages: Sequence[str], ages: int) -> tupl
         Picture("entropy", "Entropy", "nats, mean over sampled tokens", {"entropy": "policy/entropy"}),
         Picture("grad_norm", "Gradient norm", "before clipping", {"gradient norm": "optimizer/grad_norm"}),
         Picture("length", "Response length", "sampled tokens a rollout", {"tokens": "response_tokens/all"}),
-        Picture("staleness", "Staleness", "trained tokens by the updates their weights lacked", aged, "stack"),
+        Picture("staleness", "Staleness", "share of trained tokens, by the updates that their weights lacked", aged, "stack"),
         Picture("outcomes", "Outcomes", "rollouts of a step by how they ended", ended, "stack"),
         Picture(
             "failures",
@@ -149,7 +149,7 @@ def points(
                 put("speed/sampled", stats.step, whole.response_tokens * (whole.num - whole.num_no_verdict) / total)
     for evaluation in evaluations:
         for name, entry in evaluation.slices.items():
-            if entry.num > entry.num_no_verdict:
+            if has_rates(entry):
                 put(f"heldout_accuracy/{name}", evaluation.step, entry.accuracy)
                 put(f"heldout_tool_rate/{name}", evaluation.step, entry.tool_rate)
     for entry in signal:
@@ -190,6 +190,15 @@ def _thin(steps: Sequence[int], values: Sequence[float], tag: str) -> tuple[list
     return [steps[piece[-1]] for piece in pieces], [float(merge(array[piece])) for piece in pieces]
 
 
+def _curves(sources: Sequence[Source], tag: str, form: str) -> list[Points]:
+    """Of the runs that have it. In a stack every step has one: nothing ended so, or took time, where none is logged."""
+    if form != "stack":
+        return [one.points[tag] for one in sources if tag in one.points]
+    none = [dict.fromkeys(one.points.get("step", {}), 0.0) for one in sources]
+    whole = [zeros | one.points.get(tag, {}) for zeros, one in zip(none, sources, strict=True)]
+    return [curve for curve in whole if curve]
+
+
 def _line(label: str, tag: str, curves: Sequence[Points]) -> Json | None:
     """One curve, with a band from the least to the greatest where there are several. Steps that not all have are left out of a
     band, which would jump there."""
@@ -216,8 +225,7 @@ def draw(sources: Sequence[Source], bands: bool, abilities: Sequence[str], stage
     for picture in pictures(abilities, stages, ages):
         head = {"note": picture.note, "form": picture.form}
         if single:
-            curves = sources[0].points
-            lines = [_line(label, tag, [curves[tag]]) for label, tag in picture.series.items() if tag in curves]
+            lines = [_line(label, tag, _curves(sources, tag, picture.form)) for label, tag in picture.series.items()]
             kept = [line for line in lines if line is not None and (picture.form != "stack" or any(line["values"]))]
             if kept and (len(kept[0]["steps"]) > 1 or not picture.name.startswith("heldout")):
                 drawn.append({"name": picture.name, "title": picture.title, **head, "lines": kept})
@@ -225,7 +233,7 @@ def draw(sources: Sequence[Source], bands: bool, abilities: Sequence[str], stage
         for label, tag in picture.series.items():
             lines = []
             for name, members in by_variant.items():
-                line = _line(name, tag, [one.points[tag] for one in members if tag in one.points])
+                line = _line(name, tag, _curves(members, tag, picture.form))
                 lines += [line] if line is not None else []
             if not lines or (picture.form == "stack" and not any(any(line["values"]) for line in lines)):
                 continue

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from metis_fast.report.summary import Summary, read_summary
 from metis_fast.types import StepStats
 from metis_fast.view.images import Images
 from metis_fast.view.index import Index
-from metis_fast.view.tokens import Pieces
+from metis_fast.view.tokens import Pieces, tokenizer_files
 
 if TYPE_CHECKING:
     from metis_fast.evaluate.table import Table
@@ -75,15 +76,21 @@ class Run:
         self._evaluations = JsonLines(folder / "eval.jsonl", evaluation_of, unknown_in_evaluation)
         self._lock = threading.Lock()
         self._tokenizer = tokenizer
-        self._pieces: Pieces | None = None
+        self._pieces = Pieces(None)
+        self._pieces_key: tuple[object, ...] | None = None
         self._settings: dict[str, Any] = {}
         self._config_key: tuple[int, int, int] | None = None
 
     @property
     def gone(self) -> str:
-        """That the folder is no longer there; empty where it is."""
-        there = self.folder.is_dir()
-        return "" if there else f"{self.folder} has gone: it was removed or renamed, so there is nothing to show of this run"
+        """That the folder is no longer there, or closed; empty where it can be read."""
+        try:
+            os.stat(os.path.join(self.folder, "."))  # which also says whether one may look into it
+            return ""
+        except (FileNotFoundError, NotADirectoryError):
+            return f"{self.folder} has gone: it was removed or renamed, so there is nothing to show of this run"
+        except OSError as error:  # no permission, or a network file system that does not answer
+            return f"{self.folder} cannot be read: {error.strerror}"
 
     def read(self) -> Record:
         """As of now."""
@@ -95,8 +102,7 @@ class Run:
         summary, summary_note = self._summary()
         notes = [*steps.notes, *evaluations.notes, *summary_note, *config_note]
         benchmarks = benchmark_table(self.folder, notes.append)
-        if not (self.folder / "rollouts").is_dir():
-            notes.append("rollouts is missing: there are no rollouts to show (log.rollouts)")
+        notes += self._rollouts()
         by_step = {step.stats.step: step for step in steps.records}
         evaluated = {one.step: one for one in evaluations.records}
         return Record(
@@ -110,13 +116,27 @@ class Run:
 
     def _summary(self) -> tuple[Summary | None, list[str]]:
         path = self.folder / "summary.json"
-        if not path.exists():
+        try:
+            path.stat()
+        except FileNotFoundError:
             return None, ["summary.json is missing: the run has not ended"]
+        except OSError as error:
+            return None, [f"summary.json cannot be read: {error.strerror}"]
         notes: list[str] = []
         try:
             return read_summary(path, notes.append), notes
         except DataError as error:
             return None, [one_line(error)]
+
+    def _rollouts(self) -> list[str]:
+        """Why there are none to show."""
+        try:
+            os.scandir(self.folder / "rollouts").close()
+        except (FileNotFoundError, NotADirectoryError):
+            return ["rollouts is missing: there are no rollouts to show (log.rollouts)"]
+        except OSError as error:
+            return [f"rollouts cannot be read: {error.strerror}"]
+        return []
 
     def _config(self) -> tuple[dict[str, Any], list[str]]:
         """As plain YAML: a config of another version is shown, too. Parsed once: it takes longer than all the rest."""
@@ -143,32 +163,38 @@ class Run:
     def pieces(self) -> Pieces:
         """The text of token ids, by the run's tokenizer, where it is found."""
         with self._lock:
-            if self._pieces is None or not self._pieces.found:
-                self._pieces = Pieces.of(self._tokenizer, self.folder, self._config()[0].get("model.path"))
+            files = tokenizer_files(self._tokenizer, self.folder, self._config()[0].get("model.path"))
+            key = tuple((path, status.st_ino, status.st_mtime_ns) for path, status in files.items())
+            if key != self._pieces_key:  # or the folder holds another run now
+                self._pieces, self._pieces_key = Pieces.of(files), key
             return self._pieces
 
 
 def open_runs(folders: list[Path], tokenizer: Path | None) -> list[Run]:
-    """A run for each folder, or for each run right below a folder that is none itself.
+    """A run for each folder, or for each run right below a folder that is none itself, or for each run of an ablation there.
 
     Raises:
         DataError: a folder is not there, or holds no run.
         ConfigError: `tokenizer` is none.
     """
-    if tokenizer is not None and not Pieces.of(tokenizer, Path(), None).found:
+    if tokenizer is not None and not Pieces.of(tokenizer_files(tokenizer, Path(), None)).found:
         raise ConfigError(f"--tokenizer {tokenizer}: expected a model folder with tokenizer.json, or that file; leave it out")
     found: list[Path] = []
     for folder in folders:
         if not folder.is_dir():
             raise DataError(f"{folder}: expected the folder of a run, found none; give what `run.dir` names")
-        below = [folder] if _is_run(folder) else sorted(path for path in folder.iterdir() if path.is_dir() and _is_run(path))
+        below = [folder] if _is_run(folder) else _runs_in(folder, "*") or _runs_in(folder, "*/seed-*")
         if not below:
             raise DataError(
-                f"{folder}: expected a run's metrics.jsonl, eval.jsonl, summary.json, config.yaml or rollouts, there or in the "
-                "folders right below, found none; give what `run.dir` names"
+                f"{folder}: expected a run's metrics.jsonl, eval.jsonl, summary.json, config.yaml or rollouts, there, in the "
+                "folders right below, or in */seed-* as an ablation has them, found none; give what `run.dir` names"
             )
         found += below
     return [Run(name, folder, tokenizer) for name, folder in _named([*dict.fromkeys(path.resolve() for path in found)]).items()]
+
+
+def _runs_in(folder: Path, pattern: str) -> list[Path]:
+    return sorted(path for path in folder.glob(pattern) if path.is_dir() and _is_run(path))
 
 
 def _named(folders: Sequence[Path]) -> dict[str, Path]:
@@ -189,4 +215,4 @@ def _label(name: str) -> str:
 
 def _is_run(folder: Path) -> bool:
     files = ("metrics.jsonl", "eval.jsonl", "summary.json", "config.yaml", "rollouts")
-    return any((folder / name).exists() for name in files)
+    return any(os.path.exists(folder / name) for name in files)  # pathlib's raises where it may not look

@@ -99,6 +99,8 @@ def test_runs_are_laid_over_one_another_and_seeds_make_bands(page: Page):
     page.settle()
     names = page.until(lambda: page.texts(plot), "no legend")
     assert any("(2)" in name for name in names), names
+    lines = [row.text for row in page.all("[aria-label='Comparison of runs'] tbody tr")]
+    assert len(lines) == 2 and " to " not in lines[0] and " to " in lines[1]
     page.one("input[name=run][value=grpo-1]").click()
     page.until(lambda: "runs=hdpo,grpo-2" in page.at, "the choice is not in the address")
     page.settle()
@@ -119,7 +121,7 @@ def test_every_filter_changes_the_list_and_the_address_alone_brings_it_back(page
         assert 0 < found < ALL, (name, found)
         page.to("overview?runs=hdpo")
         page.to(address.removeprefix("#/"))
-        assert page.total == found
+        assert page.total == found and page.one(".panel summary").text == "Filters (1 set)"
         assert page.one(f".filters [name={name}]").get_attribute("value") == value
     page.to("rollouts?run=hdpo&text=nowhere at all")
     assert "No rollout is like that" in page.text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,13 +12,15 @@ import pytest
 
 from metis_fast.ablate.boundary import curves, write_boundary
 from metis_fast.ablate.picture import write_picture
+from metis_fast.ablate.process import Ended
 from metis_fast.ablate.results import collect
-from metis_fast.ablate.running import Cost, digest
+from metis_fast.ablate.running import Cost, digest, read_cost, run_all
 from metis_fast.ablate.spec import Planned
 from metis_fast.ablate.table import write_tables
-from metis_fast.config import build
+from metis_fast.config import build, to_yaml
 from metis_fast.report.heldout import HeldOut
 from metis_fast.report.slices import abilities_in, plain_kind, slices
+from metis_fast.run.interrupt import Interrupts
 from metis_fast.summary import RolloutSummary
 from metis_fast.types import Avoided, Outcome, Savings, Score, Slice, StepStats, UpdateStats
 
@@ -171,3 +174,51 @@ def test_a_graded_kind_counts_as_its_plain_one_and_by_itself() -> None:
         "uncertain-7",
         "tool_needed-0.777",
     ]
+
+
+def test_a_run_that_was_made_with_other_settings_is_no_result(made: Make, tmp_path: Path) -> None:
+    run = made("a", 0, _BEFORE, _BEFORE)
+    changed = Planned("a", 0, build({"run": {"dir": run.folder}, "train": {"steps": 1}, "loss": {"w_tool": 0.3}}))
+    assert collect([changed]).missing == {"a/seed-0": "was made with other settings"} and not collect([changed]).variants
+    assert curves([changed]) == []
+    longer = Planned("a", 0, build({"run": {"dir": run.folder}, "train": {"steps": 2}}))
+    assert collect([longer]).missing == {"a/seed-0": "was made with other settings"}  # a budget decides what comes out
+    cost = json.loads((run.folder / "ablate.json").read_text())
+    (run.folder / "ablate.json").write_text(json.dumps(cost | {"settings": "of an earlier release"}))
+    (run.folder / "config.yaml").write_text(to_yaml(run.config))  # which has none of the new settings, or their defaults
+    assert not collect([run]).missing and collect([changed]).missing
+
+
+def test_tables_without_any_result_say_so_and_pictures_of_an_earlier_call_go(made: Make, tmp_path: Path) -> None:
+    run = made("a", 0, _BEFORE, _BEFORE)
+    write_picture(tmp_path, collect([run]))
+    (tmp_path / "boundary.svg").write_text("of an earlier call")
+    (run.folder / "ablate.json").unlink()
+    results = collect([run])
+    write_tables(tmp_path, results)
+    write_picture(tmp_path, results)
+    assert write_boundary(tmp_path, curves([run])) == []
+    assert (tmp_path / "results.md").read_text() == "# Results\n\nWithout a result: a/seed-0 (has not ended).\n"
+    assert not (tmp_path / "results.svg").exists() and not (tmp_path / "boundary.svg").exists()
+
+
+def test_a_run_whose_folder_was_removed_meanwhile_has_failed(made: Make, tmp_path: Path) -> None:
+    run = made("a", 0, _BEFORE, _BEFORE)
+
+    class Removed:
+        """A process whose folder goes away under it."""
+
+        def __init__(self, config: Path, log: Path) -> None:
+            shutil.rmtree(log.parent)
+
+        def poll(self) -> Ended:
+            return Ended(2, 1.0, 1.0, 1.0, "exit code 2")
+
+        def stop(self) -> None: ...
+        def kill(self) -> None: ...
+
+    (run.folder / "ablate.json").unlink()
+    with Interrupts() as interrupts:
+        assert run_all([run], 1, interrupts, Removed, quiet=True) == 1
+    cost = read_cost(run.folder)
+    assert cost is not None and not cost.ended and cost.why == "exit code 2"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import os
 import pty
 import re
@@ -22,6 +23,7 @@ from test_report_log import stats
 from metis_fast.config import Config
 from metis_fast.report.panel import TrainingPanel, duration, panel, plain, sparkline
 from metis_fast.spans import Lane, listening, span
+from metis_fast.types import Slice
 
 # A run's lines, bars and warnings, with the panel below; the last line is an error's, as `metis-fast` prints it.
 _RUN = """
@@ -147,7 +149,8 @@ def test_it_says_what_is_waited_for_and_what_is_left(tmp_path: Path):
 
 def test_a_rollout_cannot_speak_to_the_terminal(tmp_path: Path):
     (tmp_path / "rollouts").mkdir()
-    row = {"question": "what\x1b[2J is [bold]it[/bold]", "text": "an\x07swer\nin two lines\x9b31m", "r_acc": 1.0}
+    text = "an\x07swer\nin two lines\x9b31m"
+    row = {"question": "what\x1b[2J is [bold]it[/bold]", "text": text, "verdict": {"correct": True}}
     pq.write_table(pa.Table.from_pylist([row]), tmp_path / "rollouts" / "step-000003.parquet")
     one = TrainingPanel(10, tmp_path)
     one.step(stats(3))
@@ -156,9 +159,41 @@ def test_a_rollout_cannot_speak_to_the_terminal(tmp_path: Path):
     assert not {"\x1b", "\x07", "\x9b"} & set(text)
 
 
+@pytest.mark.parametrize(
+    ("verdict", "word"), [({"correct": True}, "right"), ({"correct": False}, "wrong"), (None, "no verdict")]
+)
+def test_the_judge_says_whether_a_rollout_is_right_not_its_reward(tmp_path: Path, verdict: dict[str, bool] | None, word: str):
+    (tmp_path / "rollouts").mkdir()
+    row = {"question": "which?", "text": f"{'so ' * 200}much", "verdict": verdict, "r_acc": 0.1}  # for its form alone
+    judged = pa.struct([("correct", pa.bool_())])
+    schema = pa.schema([("question", pa.string()), ("text", pa.string()), ("verdict", judged), ("r_acc", pa.float64())])
+    pq.write_table(pa.Table.from_pylist([row], schema), tmp_path / "rollouts" / "step-000003.parquet")
+    one = TrainingPanel(10, tmp_path)
+    one.step(stats(3))
+    assert f"{word}: which? → …o so so" in _shown(one)
+
+
 def test_a_curve_is_drawn_between_its_ends():
     assert sparkline([0.0, 0.5, 1.0]) == "▁▅█"
     assert sparkline([3.0, 3.0]) == "▁▁"
     assert sparkline([1.0, float("nan"), 2.0]) == "▁ █"
     assert plain("a\tb\n c\u202e") == "a b c"
     assert [duration(s) for s in (40, 89.9, 600, 11100)] == ["40 s", "90 s", "10 min", "3 h 05 min"]
+
+
+def test_curves_of_any_numbers_are_drawn_and_a_terminal_may_be_as_narrow_as_it_likes(tmp_path: Path):
+    assert sparkline([-1e308, 0.0, 1e308]) == "▁▅█" and sparkline([1.0, math.nan, math.inf]) == "▁  "
+    one = TrainingPanel(10, tmp_path)
+    one.step(stats(3))
+    for width in (1, 4, 5, 9):
+        time.sleep(0.3)  # as long as it stays as it was
+        console = Console(width=width, file=io.StringIO())
+        console.print(one)
+
+
+def test_an_evaluation_without_a_verdict_has_no_rates(tmp_path: Path):
+    one = TrainingPanel(10, tmp_path)
+    one.evaluation(3, {"all": Slice(4, 4, 0.0, 0.0, 0.0, 0.0, 0.0)})
+    assert "held out after 3: no verdict" in _shown(one)
+    one.evaluation(4, {"all": Slice(4, 1, 0.5, 0.25, 0.0, 0.0, 0.0)})
+    assert "held out after 4: accuracy 0.500, tool rate 0.250" in _shown(one)

@@ -295,7 +295,7 @@ def test_a_sick_run_gets_no_tuning_tip():
 
 def test_advisories_know_the_settings_and_the_stored_rollouts():
     silent = CASES["no_tool_signal"][1]
-    assert advisories(steps(silent), {"loss.w_tool": 0.0}) == []
+    assert advisories(steps(silent), {"loss.w_tool": 0.0}) == advisories(steps(silent), {"score.estimator": "grpo"}) == []
     assert advisories(steps(CASES["engine_idle"][1]), {"rollout.mode": "async"}) == []
     shares = {step: 0.5 if step < 5 else 0.0 for step in range(HEALTHY)}
     assert [(one.name, one.step) for one in advisories(steps(), {}, shares)] == [("no_accuracy_signal", 5)]

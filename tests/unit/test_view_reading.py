@@ -409,6 +409,9 @@ def test_runs_are_named_by_as_much_of_their_paths_as_tells_them_apart(tmp_path: 
     assert [run["name"] for run in tree["runs"]] == names
     variant = tmp_path / "price" / "hdpo"
     assert [run.name for run in open_runs([variant, tmp_path / "price" / "a,b"], None)] == names[:3]
+    (tmp_path / "price" / "demo" / "sft").mkdir(parents=True)  # beside the runs of an ablation
+    (tmp_path / "price" / "demo" / "sft" / "config.yaml").touch()
+    assert [run.name for run in open_runs([tmp_path / "price"], None)] == ["a_b/seed-0", "hdpo/seed-0", "hdpo/seed-1"]
 
 
 @pytest.mark.parametrize(
@@ -453,6 +456,18 @@ def test_a_band_is_mean_least_and_most_where_all_runs_are():
     assert (line["steps"], line["values"], line["low"], line["high"]) == ([0, 1], [2.0, 4.0], [1.0, 2.0], [3.0, 6.0])
     lines = next(one for one in draw(sources, False, [], [], 0) if one["name"] == "tools_kind-all")["lines"]
     assert [(line["label"], line["steps"]) for line in lines] == [("run-0", [0, 1, 2]), ("run-1", [0, 1])]
+
+
+def test_what_no_rollout_of_a_step_did_is_none_and_no_gap():
+    every = {step: float(step) for step in range(3)}
+    first = {"step": every, "outcomes/answered": {0: 4.0, 1: 3.0, 2: 4.0}, "outcomes/length": {1: 1.0}}
+    sources = [Source("a", first, "same"), Source("b", {"step": every, "outcomes/answered": dict.fromkeys(every, 4.0)}, "same")]
+    pictures = {bands: {one["name"]: one["lines"] for one in draw(sources, bands, [], [], 0)} for bands in (False, True)}
+    assert [line["values"] for line in pictures[False]["outcomes-length"]] == [[0.0, 1.0, 0.0], [0.0, 0.0, 0.0]]
+    assert pictures[True]["outcomes-length"][0]["values"] == [0.0, 0.5, 0.0]
+    assert not any("turn_limit" in name for drawn in pictures.values() for name in drawn)
+    alone = next(one for one in draw(sources[:1], False, [], [], 0) if one["name"] == "outcomes")["lines"]
+    assert [(line["label"], line["values"]) for line in alone] == [("answered", [4.0, 3.0, 4.0]), ("length", [0.0, 1.0, 0.0])]
 
 
 def test_long_curves_are_thinned_and_keep_their_extremes():

@@ -13,6 +13,7 @@ const COLUMNS = [["calls", "calls"], ["adv_acc", "A_acc"], ["adv_tool", "A_tool"
 const SORTS = [["newest", "newest first"], ["oldest", "oldest first"], ["adv_acc", "largest A_acc"], ["adv_tool", "largest A_tool"],
   ["calls", "most calls"], ["tokens", "longest"]];
 const ANY = ["", "any"];
+const NO_FILTERS = ["run", "sort", "hist", "offset"]; // of an address
 
 function options(pairs, value) {
   return pairs.map(([name, text]) => h("option", { value: name, selected: name === (value ?? "") }, text));
@@ -34,7 +35,7 @@ function words(list) {
 
 function filters(runs, tree, query, go) {
   const form = h("form", { class: "filters", role: "search", onsubmit: (event) => { event.preventDefault(); go(read(form)); }, onchange: () => go(read(form)) },
-    runs.length > 1 ? select("run", "Run", runs.map((run) => [run.name, run.name]), query) : null,
+    runs.length > 1 ? h("div", { class: "wide" }, select("run", "Run", runs.map((run) => [run.name, run.name]), query)) : null,
     h("label", { class: "wide" }, h("span", {}, "Text"), h("input", { name: "text", type: "search", value: query.text ?? "", placeholder: "in transcript or question" })),
     range("step", "Step", query, "1"),
     select("ability", "Ability", words(tree.choices.ability), query),
@@ -104,7 +105,12 @@ function line(row, run) {
 
 /** The list that was shown last, for the keys of a rollout's page: addresses in order. */
 export function lastList() {
-  return JSON.parse(recall("sessionStorage", "list") ?? "[]");
+  try {
+    const kept = JSON.parse(recall("sessionStorage", "list"));
+    return Array.isArray(kept) ? kept : [];
+  } catch {
+    return []; // of another page at this address
+  }
 }
 
 export async function browser(root, known, given, rest) {
@@ -122,7 +128,8 @@ export async function browser(root, known, given, rest) {
   remember("sessionStorage", "list", JSON.stringify(rows.map((row) => row.dataset.href)));
   remember("sessionStorage", "back", location.hash);
   const form = filters(runs, tree, query, go);
-  const panel = h("details", { class: "panel", open: !narrow.matches }, h("summary", {}, "Filters"), form, histogram(tree, query, go));
+  const filtered = Object.keys(query).filter((name) => query[name] && !NO_FILTERS.includes(name)).length;
+  const panel = h("details", { class: "panel", open: !narrow.matches }, h("summary", {}, filtered ? `Filters (${filtered} set)` : "Filters"), form, histogram(tree, query, go));
   const pages = h("div", { class: "pages" },
     h("span", { role: "status" }, tree.total ? `${offset + 1} to ${Math.min(offset + LIMIT, tree.total)} of ${tree.total}` : "None", ` (${(tree.stored ?? tree.all) === tree.all ? "" : `${tree.all} in this file, `}${tree.stored ?? tree.all} stored)`),
     h("button", { type: "button", disabled: offset === 0, onclick: () => page(Math.max(0, offset - LIMIT)) }, "Previous"),

@@ -38,6 +38,7 @@ export function number(value, digits = 3) {
 export const signed = (value) => (value > 0 ? "+" : "") + number(value);
 
 export function duration(seconds) {
+  if (seconds === null || seconds === undefined) return "–";
   const whole = Math.round(seconds);
   const hours = Math.floor(whole / 3600);
   const minutes = Math.floor(whole / 60) % 60;

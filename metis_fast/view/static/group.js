@@ -49,6 +49,7 @@ export async function group(root, runs, query) {
   const most = { acc: Math.max(...members.map((row) => Math.abs(row.adv_acc))), tool: Math.max(...members.map((row) => Math.abs(row.adv_tool))) };
   const inQ = members.filter((row) => row.qualifies).length;
   const withTool = members.some((row) => row.moves_tool);
+  const unlike = new Set(members.filter((row) => row.qualifies).map((row) => row.r_tool)).size > 1;
   const cell = (name, kind, ...content) => h("td", { class: kind, "data-name": name }, content);
   const address = (row) => link("rollout", { run: query.run, part: row.part, row: row.row });
   const rows = members.map((row) => h("tr", { class: row.part === query.part && String(row.row) === query.row ? "marked" : "", "data-href": address(row) },
@@ -66,8 +67,10 @@ export async function group(root, runs, query) {
     h("p", { class: "asked" }, tree.question),
     h("p", {}, h("span", { class: "quiet" }, "Expected: "), h("bdi", {}, tree.answers.join(" | ") || "–"), h("span", { class: "quiet" }, " · ", h("bdi", {}, tree.uid), " · "),
       h("a", { href: link("rollouts", { run: query.run, step_min: tree.step, step_max: tree.step, text: tree.uid }) }, "as a list")),
-    h("p", {}, `${inQ} of ${members.length} are in Q. `,
-      withTool ? "The tool channel compares their numbers of calls." : inQ < 2 ? "The tool channel needs two." : "All made as many calls, so the tool channel has nothing to compare."),
+    h("p", {}, `${inQ} of ${members.length} are in Q, the right ones. `,
+      withTool ? "The tool channel compares their numbers of calls." : inQ < 2 ? "The tool channel needs two."
+        : unlike ? "They differ in their numbers of calls, but this run has no tool channel (score.estimator)."
+          : "All made as many calls, so the tool channel has nothing to compare."),
     h("div", { class: "scroll", tabindex: "0", role: "group", "aria-label": "Rollouts of the group" }, h("table", { class: "group listed" },
       h("thead", {}, h("tr", {}, COLUMNS.map((name) => h("th", { scope: "col", class: NUMBERS.includes(name) ? "num" : "" }, name)))),
       h("tbody", {}, rows))),

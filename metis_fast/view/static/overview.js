@@ -14,7 +14,7 @@ function rates(run, rows, label) {
   return h("div", { class: "scroll", tabindex: "0", role: "group", "aria-label": `${label}, ${run.name}` }, h("table", { class: "headline" },
     h("caption", {}, label),
     h("thead", {}, h("tr", {}, h("th", { scope: "col" }, "Prompts"), h("th", { scope: "col", class: "num" }, "Tool rate"), h("th", { scope: "col", class: "num" }, "Accuracy"))),
-    h("tbody", {}, rows.map((row) => h("tr", { class: row.indent ? "inner" : "" }, h("th", { scope: "row" }, row.name.split("/").at(-1)),
+    h("tbody", {}, rows.map((row) => h("tr", { class: row.indent ? "inner" : "" }, h("th", { scope: "row" }, row.name),
       change(row.before, row.after, "tool_rate"), change(row.before, row.after, "accuracy"))))));
 }
 
@@ -27,18 +27,29 @@ function headline(run) {
     others.length ? h("details", { class: "settings", open: !kinds.length }, h("summary", {}, "By ability"), rates(run, others, label)) : null];
 }
 
-/** Several runs in one table: what they are now. */
-function comparison(runs) {
+/** Several runs in one table: what they are now. With bands each variant is one line: its mean, and from the least to the most. */
+function comparison(runs, bands) {
   if (runs.length < 2) return "";
-  const kinds = KINDS.filter((kind) => runs.some((run) => run.before_after.some((row) => row.name === kind)));
-  const after = (run, kind, key) => percent(run.before_after.find((row) => row.name === kind)?.after?.[key]);
-  const columns = [["variant", (run) => run.variant], ["seed", (run) => String(run.seed ?? "–")], ["steps", (run) => String(run.steps)],
-    ...kinds.map((kind) => [`tool rate, ${kind}`, (run) => after(run, kind, "tool_rate")]),
-    ...kinds.map((kind) => [`accuracy, ${kind}`, (run) => after(run, kind, "accuracy")])];
+  const lines = new Map();
+  for (const run of runs) {
+    const name = bands ? run.variant : run.name;
+    lines.set(name, [...(lines.get(name) ?? []), run]);
+  }
+  const kinds = KINDS.filter((kind) => runs.some((run) => run.before_after.some((row) => !row.indent && row.name === kind)));
+  const after = (own, kind, key) => {
+    const values = own.map((run) => run.before_after.find((row) => !row.indent && row.name === kind)?.after?.[key]).filter((value) => typeof value === "number");
+    const mean = percent(values.length ? values.reduce((sum, value) => sum + value, 0) / values.length : null);
+    return values.length < 2 ? mean : `${mean} (${percent(Math.min(...values))} to ${percent(Math.max(...values))})`;
+  };
+  const each = (name) => (own) => [...new Set(own.map((run) => run[name] ?? "–"))].join(", ");
+  const columns = [...(bands ? [] : [["variant", each("variant")]]), [bands ? "seeds" : "seed", each("seed")], ["steps", each("steps")],
+    ...kinds.map((kind) => [`tool rate, ${kind}`, (own) => after(own, kind, "tool_rate")]),
+    ...kinds.map((kind) => [`accuracy, ${kind}`, (own) => after(own, kind, "accuracy")])];
   return h("div", { class: "card scroll", tabindex: "0", role: "group", "aria-label": "Comparison of runs" }, h("table", { class: "listed" },
     h("caption", {}, "Held out, at the last evaluation"),
-    h("thead", {}, h("tr", {}, h("th", { scope: "col" }, "run"), columns.map(([name]) => h("th", { scope: "col" }, name)))),
-    h("tbody", {}, runs.map((run) => h("tr", {}, h("th", { scope: "row" }, run.name), columns.map(([name, of]) => h("td", { "data-name": name }, of(run))))))));
+    h("thead", {}, h("tr", {}, h("th", { scope: "col" }, bands ? "variant" : "run"), columns.map(([name]) => h("th", { scope: "col" }, name)))),
+    h("tbody", {}, [...lines].map(([line, own]) => h("tr", {}, h("th", { scope: "row" }, bands ? line : h("a", { href: link("overview", { runs: line }) }, line)),
+      columns.map(([name, of]) => h("td", { "data-name": name }, of(own))))))));
 }
 
 function advisories(run) {
@@ -126,7 +137,7 @@ export async function overview(root, known, query, rest) {
     h("h1", {}, "Overview"),
     reading(tree) ?? "",
     chooser(runs, chosen, query.bands === "1") ?? "",
-    comparison(tree.runs),
+    comparison(tree.runs, query.bands === "1"),
     h("div", { class: "cards" }, tree.runs.map((run) => card(run, tree.runs.length > 1))),
     tree.runs.every((run) => run.gone) ? "" : h("h2", {}, "Curves"),
     tree.pictures.length ? h("div", { class: "plots" }, tree.pictures.map(plot))

@@ -98,7 +98,7 @@ function build(picture, width) {
     ],
     cursor: { sync: { key: "steps" }, drag: { x: true, y: false }, points: { size: 7 } },
     legend: { live: true },
-    padding: [8, 8, 0, 0],
+    padding: [8, 16, 0, 0], // half of the last step's number
   }, data];
 }
 
