@@ -38,6 +38,27 @@ _KEYS = (
     *(f"tools.mcp.{key}" for key, _ in settings(McpServerConfig)),
 )
 
+ELSEWHERE = {
+    "learning_rate": "train.optim.lr",
+    "num_generations": "rollout.rollouts_per_prompt",
+    "group_size": "rollout.rollouts_per_prompt",
+    "train_batch_size": "rollout.prompts_per_step",
+    "mini_batch_size": "train.prompts_per_mini_batch",
+    "ppo_mini_batch_size": "train.prompts_per_mini_batch",
+    "max_steps": "train.steps",
+    "max_prompt_length": "rollout.max_prompt_tokens",
+    "max_response_length": "rollout.max_response_tokens",
+    "max_completion_length": "rollout.max_response_tokens",
+    "clip_ratio": "loss.eps_high",
+    "clip_ratio_low": "loss.eps_low",
+    "clip_ratio_high": "loss.eps_high",
+    "kl_loss_coef": "loss.kl_coef",
+    "gradient_checkpointing": "train.activation_checkpointing",
+    "max_grad_norm": "train.optim.grad_clip",
+    "gpu_memory_utilization": "rollout.vllm.gpu_memory",
+}
+"""What other trainers call a setting (TRL, verl), and ours."""
+
 
 def load(path: Path | None, overrides: Sequence[str] = ()) -> Config:
     """Read a config file (None: the defaults), apply `section.key=value` overrides (the last one counts), check all of it once.
@@ -144,6 +165,9 @@ def _nearest(path: str, name: str) -> str:
     path = re.sub(r"\.\d+(?=\.)", "", path).lower().replace("-", "_").replace("/", ".")
     leaf = path.rpartition(".")[2]
     close = [key for key in _KEYS if "." in key and key.rpartition(".")[2] == leaf]  # a right leaf in a wrong section
-    close = [path] if path in _KEYS else close or difflib.get_close_matches(path, _KEYS, n=1, cutoff=0.6)
+    if not close and leaf in ELSEWHERE:
+        section, _, rest = ELSEWHERE[leaf].partition(".")
+        close = [key for key in (f"{path.partition('.')[0]}.{rest}", f"{section}.{rest}") if key in _KEYS]
+    close = [path] if path in _KEYS else close or difflib.get_close_matches(path, _KEYS, n=1, cutoff=0.7)
     close = [key for key in close if not path.startswith(f"{key}.")]
     return f"; did you mean {close[0]!r}?" if close else f"; sections are {', '.join(Config.model_fields)}"

@@ -25,6 +25,8 @@ def machine(config: Config, num_parameters: int) -> Iterator[Finding]:
     """num_parameters: of the model; 0 where it is not known."""
     yield Finding("cores", "ok", f"{num_cores()} cores")
     yield _memory(config, num_parameters)
+    if config.train.backend == "torch" and num_parameters:
+        yield _trainer_memory(config, num_parameters)
     yield from _disk(config, num_parameters)
     if config.sync.transport == "staged" and (config.rollout.engine == "vllm" or config.workers.launcher == "ray"):
         yield _shared_memory(config, num_parameters)
@@ -45,6 +47,29 @@ def _memory(config: Config, num_parameters: int) -> Finding:
     state = "error" if size > have else "warning" if 2 * size > have else "ok"
     advice = "take a machine with more" if state != "ok" else ""
     return Finding("memory", state, f"{gigabytes(have)}; the weights take {_known(size)}", advice)
+
+
+def _trainer_memory(config: Config, num_parameters: int) -> Finding:
+    """Of one process on one device, which holds all of it."""
+    each = _itemsize(config) + _moments(config)
+    need = num_parameters * each
+    on_gpu = torch.cuda.is_available()
+    have = torch.cuda.get_device_properties(0).total_memory if on_gpu else memory_bytes()
+    frozen = f", less what is frozen ({', '.join(config.model.freeze)})" if config.model.freeze else ""
+    return Finding(
+        "trainer",
+        "warning" if need > have else "ok",
+        f"train.backend=torch trains in one process: weights and AdamW take {gigabytes(need)}{frozen}, besides gradients and "
+        f"activations; {gigabytes(have)} {'on the GPU' if on_gpu else 'here'}",
+        "set train.backend=megatron, and train.megatron for as many GPUs (metis-fast plan finds the layout)"
+        if need > have
+        else "",
+    )
+
+
+def _moments(config: Config) -> int:
+    """Bytes a parameter of AdamW's moments, and of masters where weights are not float32."""
+    return 8 if config.model.dtype == "float32" else 12
 
 
 def _known(size: float) -> str:
@@ -70,7 +95,7 @@ def _disk(config: Config, num_parameters: int) -> Iterator[Finding]:
         yield Finding("run.dir", "error", f"{folder} cannot be written", "change its permissions, or name another run.dir")
         return
     weights, free = num_parameters * _itemsize(config), shutil.disk_usage(folder).free
-    each = weights + num_parameters * (8 if config.model.dtype == "float32" else 12)
+    each = weights + num_parameters * _moments(config)
     need = (config.checkpoint.keep_last + 2) * each + weights
     low = free < need
     yield Finding(

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from metis_fast.config import Config, known_keys, load, merge
+from metis_fast.config.load import ELSEWHERE
 from metis_fast.errors import ConfigError
 
 
@@ -45,7 +46,10 @@ def refusal(*overrides, path=None):
         ("train.w_tool=0.1", "loss.w_tool"),  # right leaf, wrong section
         ("w_tool=0.1", "loss.w_tool"),
         ("rolout.top_p=1", "rollout"),
-        ("train.optim.learning_rate=1", "train.optim"),
+        ("train.optim.learning_rate=1", "train.optim.lr"),
+        ("train.learning_rate=1", "train.optim.lr"),
+        ("sft.learning_rate=1", "sft.optim.lr"),
+        ("rollout.num_generations=8", "rollout.rollouts_per_prompt"),
         ("tools.python.timeout=3", "tools.python.timeout_s"),
         ("loss.w-tool=0.1", "loss.w_tool"),
         ("loss/w_tool=0.1", "loss.w_tool"),
@@ -57,6 +61,10 @@ def refusal(*overrides, path=None):
 def test_an_unknown_key_names_the_nearest_known_one(override, nearest):
     message = refusal(override)
     assert "unknown key" in message and f"did you mean '{nearest}" in message
+
+
+def test_names_of_other_trainers_lead_to_settings_that_there_are():
+    assert set(ELSEWHERE.values()) <= set(known_keys())
 
 
 def test_a_key_that_resembles_nothing_lists_the_sections():
