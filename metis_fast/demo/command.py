@@ -51,6 +51,12 @@ def demo_sizes(config: Config) -> DemoSizes:
     )
 
 
+def is_demo(config: Config) -> bool:
+    """Whether the config is one for `metis-fast demo`: it names the script's trajectories, and no data."""
+    names = {str(phase.trajectories) for phase in config.sft.phases}
+    return bool(names) and names <= _STYLES.keys() and not config.data.train and not any(map(os.path.exists, names))
+
+
 def resolve(config: Config) -> Config:
     """Fill in the paths of the demo's stages, all of them under `run.dir`."""
     root = config.run.dir

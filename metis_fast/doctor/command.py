@@ -15,6 +15,7 @@ from functools import partial
 from metis_fast import config as config_module
 from metis_fast.config import Config
 from metis_fast.data.parquet import PromptFiles
+from metis_fast.demo.command import is_demo, resolve
 from metis_fast.doctor import conversations, inputs, machine, services
 from metis_fast.doctor.finding import Check, Finding, refused
 from metis_fast.errors import MetisError
@@ -36,8 +37,12 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps({"findings": [{"area": area, **asdict(one)} for area, one in found], "errors": states["error"]}))
     else:
-        print(f"\n{states['error']} errors, {states['warning']} warnings, {states['ok']} ok")
+        print(f"\n{_counted(states['error'], 'error')}, {_counted(states['warning'], 'warning')}, {states['ok']} ok")
     return 1 if states["error"] else 0
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number} {what}{'s' * (number != 1)}"
 
 
 def line(finding: Finding) -> str:
@@ -61,7 +66,16 @@ def findings(args: argparse.Namespace) -> Iterator[tuple[str, Finding]]:
         yield "settings", refused("config", error)
         return
     yield "settings", Finding("config", "ok", f"{args.config} can be read")
+    made_here = is_demo(config)
+    if made_here:
+        config = resolve(config)
+        made_here = not config.model.path.exists()
+    if made_here:
+        yield "settings", Finding("demo", "warning", "model, data and cold start are not made yet",
+                                  f"metis-fast demo {args.config} makes them; ask metis-fast doctor again then")  # fmt: skip
     for check in checks(config, args.offline):
+        if made_here and check.area not in ("machine", "packages"):
+            continue
         if sys.stderr.isatty():
             print(f"  {check.area} ...", end="\r", file=sys.stderr)
         for finding in check.findings():

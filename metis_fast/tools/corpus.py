@@ -228,7 +228,9 @@ class Corpus:
 def _check_file(tool: ToolName, path: Path, columns: Mapping[str, tuple[Callable[[pa.DataType], bool], str]]) -> int:
     """Number of rows."""
     where = f"the corpus of {tool}, {path},"
-    if path.exists() and not path.is_file():  # opening a pipe would wait
+    if not path.exists():
+        raise ToolSetupError(f"{where} is not there; set tools.{tool}.corpus")
+    if not path.is_file():  # opening a pipe would wait
         what = "a folder" if path.is_dir() else "a device or a pipe"
         raise ToolSetupError(f"{where} is {what}; it needs a Parquet file: move it away, or set tools.{tool}.corpus")
     try:

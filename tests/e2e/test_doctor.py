@@ -56,6 +56,18 @@ def test_a_job_that_would_run_has_no_error(config: Path, capsys: pytest.CaptureF
     assert "0 errors" in capsys.readouterr().out
 
 
+def test_of_a_demo_that_has_not_begun_nothing_is_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    demo = Path(__file__).parents[2] / "configs" / "demo.yaml"
+    code, found = _doctor(capsys, demo, f"run.dir={tmp_path / 'run'}")
+    assert (code, _wrong(found)) == (0, [])
+    assert f"settings: model, data and cold start are not made yet -> metis-fast demo {demo} makes them; " in "\n".join(
+        _wrong(found, "warning")
+    )
+    assert {one["area"] for one in found} == {"settings", "machine", "packages"}
+    code, found = _doctor(capsys, demo, f"run.dir={tmp_path / 'run'}", "data.train=[none.parquet]")  # not the script's
+    assert code == 1 and "model" in {one["area"] for one in found}
+
+
 def _lacks_weights(folder: Path) -> list[str]:
     from safetensors.torch import load_file, save_file
 

@@ -96,4 +96,4 @@ def test_what_a_tool_worker_lacks_is_one_line_of_the_command(demo: Path, tmp_pat
     missing = f"tools.text_search.corpus={tmp_path / 'none.parquet'}"
     command = ["train", demo / "config.yaml", f"run.dir={tmp_path / 'run'}", "workers.tools=1", missing]
     line = error_line(run(command, tmp_path / "process"))
-    assert "cannot read the corpus of text_search" in line and "set tools.text_search.corpus" in line
+    assert "the corpus of text_search" in line and "is not there; set tools.text_search.corpus" in line

@@ -168,7 +168,9 @@ def test_what_cannot_run_is_told_at_start(tmp_path: Path) -> None:
     config = ToolsConfig.model_validate({"enabled": ["text_search"], "text_search": {"corpus": tmp_path / "none.parquet"}})
     with Hub(WorkersConfig(), LocalLauncher(tmp_path)) as hub:
         workers = start_tool_workers(hub, config, 1, tmp_path)
-        with pytest.raises(ToolSetupError, match="cannot read the corpus of text_search"):
+        with pytest.raises(
+            ToolSetupError, match=r"the corpus of text_search, .*none.parquet, is not there; set tools.text_search.corpus"
+        ):
             wait_ready(workers, lambda: None)
 
 
