@@ -11,17 +11,12 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-import matplotlib
 import numpy as np
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 
 from metis_fast.report.log import read_steps
 from metis_fast.report.slices import KINDS
 from metis_fast.report.summary import Summary, read_summary
-
-_COLORS = {"direct": "#2563eb", "uncertain": "#d97706", "tool_needed": "#059669"}
+from metis_fast.svg import COLOURS, picture
 
 
 def table(summaries: Sequence[Summary]) -> str:
@@ -45,33 +40,29 @@ def table(summaries: Sequence[Summary]) -> str:
 
 def draw(runs: Sequence[Path], figure: Path) -> None:
     """Tool rate and accuracy of the training rollouts by step: thin lines are runs, thick ones their mean."""
-    plt.rcParams["svg.hashsalt"] = "metis_fast"  # the same picture is the same file
     steps = [read_steps(run) for run in runs]
     length = min(map(len, steps))
-    _, axes = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
-    for axis, field, title in zip(axes, ("tool_rate", "accuracy"), ("rollouts that call a tool", "accuracy"), strict=True):
-        for kind in KINDS:
-            curves = np.array(
-                [
-                    [getattr(step.slices[kind], field) if kind in step.slices else np.nan for step in run[:length]]
-                    for run in steps
-                ]
-            )
-            for curve in curves:
-                axis.plot(curve * 100, color=_COLORS[kind], alpha=0.2, linewidth=0.8)
-            axis.plot(np.nanmean(curves, 0) * 100, color=_COLORS[kind], linewidth=2, label=kind.replace("_", " "))
-        axis.set(title=title, xlabel="HDPO step", ylabel="%", ylim=(-3, 103))
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.grid(alpha=0.2)
-    axes[0].legend(frameon=False)
-    plt.savefig(figure, metadata={"Date": None})
+    with picture(figure, 9, 3.2, columns=2) as axes:
+        for axis, field, title in zip(axes, ("tool_rate", "accuracy"), ("rollouts that call a tool", "accuracy"), strict=True):
+            for kind, colour in zip(KINDS, COLOURS, strict=False):
+                curves = np.array(
+                    [
+                        [getattr(step.slices[kind], field) if kind in step.slices else np.nan for step in run[:length]]
+                        for run in steps
+                    ]
+                )
+                for curve in curves:
+                    axis.plot(curve * 100, color=colour, alpha=0.2, linewidth=0.8)
+                axis.plot(np.nanmean(curves, 0) * 100, color=colour, linewidth=2, label=kind.replace("_", " "))
+            axis.set(title=title, xlabel="HDPO step", ylabel="%", ylim=(-3, 103))
+        axes[0].legend()
 
 
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=Path, nargs="+", help="run folders of finished `metis-fast demo` jobs")
-    parser.add_argument("--figure", type=Path, help="where to write the picture (SVG or PNG)")
+    parser.add_argument("--figure", type=Path, help="where to write the picture (SVG)")
     args = parser.parse_args()
     print(table([read_summary(run / "summary.json") for run in args.runs]))
     if args.figure is not None:

@@ -16,7 +16,6 @@ from itertools import pairwise
 from pathlib import Path
 from statistics import fmean
 
-from metis_fast.ablate.picture import COLOURS
 from metis_fast.ablate.results import Spread, rates_of, spread, why_none
 from metis_fast.ablate.spec import Planned
 from metis_fast.config import Config
@@ -24,6 +23,7 @@ from metis_fast.report.heldout import read_heldout
 from metis_fast.report.log import read_steps
 from metis_fast.report.slices import plain_kind
 from metis_fast.scratch import replaced
+from metis_fast.svg import COLOURS, picture
 
 _HALF = 0.5
 
@@ -119,8 +119,7 @@ def write_boundary(folder: Path, found: Sequence[Curve]) -> list[Path]:
     for path, text in zip(paths, (_markdown(found), _csv(found)), strict=False):
         with replaced(path) as scratch:
             scratch.write_text(text, encoding="utf-8")
-    with replaced(paths[2]) as scratch:
-        _draw(found, scratch)
+    _draw(found, paths[2])
     return paths
 
 
@@ -170,12 +169,7 @@ def _csv(found: Sequence[Curve]) -> str:
 
 def _draw(found: Sequence[Curve], path: Path) -> None:
     """Lines: means over seeds; bands: from the least to the most; dotted: what is predicted."""
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    with matplotlib.rc_context({"svg.hashsalt": "metis_fast"}):  # the same picture is the same file
-        figure = Figure(figsize=(6.4, 3.8), layout="constrained")
-        axes = figure.subplots()
+    with picture(path, 6.4, 3.8) as (axes,):
         for curve, colour in zip(found, COLOURS * len(found), strict=False):
             ps = sorted(curve.tool_rate)
             rates = [curve.tool_rate[p] for p in ps]
@@ -187,7 +181,4 @@ def _draw(found: Sequence[Curve], path: Path) -> None:
             if curve.predicted is not None:
                 axes.axvline(curve.predicted, color=colour, linestyle=":", linewidth=1.2)
         axes.set(xlabel="p: a direct answer is right", ylabel="held-out prompts with a call, %", ylim=(-3, 103))
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(alpha=0.2)
-        axes.legend(frameon=False, fontsize=8)
-        figure.savefig(path, format="svg", metadata={"Date": None})
+        axes.legend(fontsize=8)

@@ -5,9 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from metis_fast.ablate.results import Results, Variant
-from metis_fast.scratch import replaced
+from metis_fast.svg import COLOURS, GREY, picture
 
-COLOURS = ("#2563eb", "#d97706", "#059669", "#dc2626", "#7c3aed", "#0891b2", "#be185d", "#4b5563")
 _DIRECT = "direct"
 
 
@@ -21,29 +20,20 @@ def write_picture(folder: Path, results: Results) -> Path:
     if not results.variants:
         path.unlink(missing_ok=True)
         return path
-    import matplotlib
-    from matplotlib.figure import Figure
-
     kind = _DIRECT if _DIRECT in results.kinds else "all"
-    with matplotlib.rc_context({"svg.hashsalt": "metis_fast"}):  # the same picture is the same file
-        figure = Figure(figsize=(6.4, 3.8), layout="constrained")
-        axes = figure.subplots()
+    where = "direct" if kind == _DIRECT else "held-out"
+    with picture(path, 6.4, 3.8) as (axes,):
         before = results.variants[0].before
         start = (before["tool_rate"].get(kind), before["accuracy"].get("all"))
         if start[0] is not None and start[1] is not None:
-            axes.plot(100 * start[0].mean, 100 * start[1].mean, "x", color="#4b5563", label="before training")
+            axes.plot(100 * start[0].mean, 100 * start[1].mean, "x", color=GREY, label="before training")
         for number, variant in enumerate(results.variants):
             colour = COLOURS[number % len(COLOURS)]
             across, up = _points(variant, kind)
             axes.plot(across[1:], up[1:], "o", color=colour, markersize=3, alpha=0.5)
             axes.plot(across[:1], up[:1], "o", color=colour, markersize=8, label=variant.name)
-        where = "direct" if kind == _DIRECT else "held-out"
         axes.set(xlabel=f"{where} prompts with a call, %", ylabel="accuracy on all held-out prompts, %", xlim=(-3, 103))
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(alpha=0.2)
-        figure.legend(loc="outside right upper", frameon=False, fontsize=8)
-        with replaced(path) as scratch:
-            figure.savefig(scratch, format="svg", metadata={"Date": None})
+        axes.figure.legend(loc="outside right upper", fontsize=8)
     return path
 
 
