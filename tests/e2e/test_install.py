@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from metis_fast import __version__
+
 _ROOT = Path(__file__).parents[2]
 
 # The editable install of this checkout must not be what is imported.
@@ -34,11 +36,19 @@ _TINY = (
 )  # fmt: skip
 
 
-def build(folder: Path, *settings: str, **environment: str) -> Path:
-    """A wheel of this checkout."""
+def sdist(folder: Path) -> Path:
+    """The source distribution of this checkout."""
+    make = "import sys, scikit_build_core.build as backend; backend.build_sdist(sys.argv[1])"
+    subprocess.run([sys.executable, "-c", make, folder], cwd=_ROOT, check=True, capture_output=True, text=True)
+    (archive,) = folder.glob("*.tar.gz")
+    return archive
+
+
+def build(folder: Path, *settings: str, source: Path = _ROOT, **environment: str) -> Path:
+    """A wheel of this checkout, or of an sdist."""
     options = [argument for setting in (f"build-dir={folder / 'build'}", *settings) for argument in ("-C", setting)]
     subprocess.run(
-        [sys.executable, "-m", "pip", "wheel", "-q", "--no-build-isolation", "--no-deps", *options, "-w", folder, _ROOT],
+        [sys.executable, "-m", "pip", "wheel", "-q", "--no-build-isolation", "--no-deps", *options, "-w", folder, source],
         env=os.environ | environment,
         check=True,
         capture_output=True,
@@ -78,9 +88,10 @@ def test_kernels_compiled_ahead_of_time_come_with_the_option(tmp_path: Path) -> 
 
 
 @pytest.mark.slow
-def test_a_wheel_in_an_empty_environment_runs_the_demo_and_the_kernels(tmp_path: Path) -> None:
+def test_a_wheel_of_the_sdist_in_an_empty_environment_runs_the_demo_and_the_kernels(tmp_path: Path) -> None:
     """Installs torch and the rest by pip, at the versions of constraints.txt."""
-    wheel = build(tmp_path)
+    wheel = build(tmp_path, source=sdist(tmp_path))
+    assert f"-{__version__}-" in wheel.name
     subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True)
     folder = tmp_path / "elsewhere"
     folder.mkdir()
