@@ -179,15 +179,14 @@ def _sft(args: argparse.Namespace) -> int:
 
 
 def _eval(args: argparse.Namespace) -> int:
+    from metis_fast.report.slices import slice_lines
     from metis_fast.run import pipeline
 
     rates = pipeline.evaluate(_load(args))
     if args.json:
         print(json.dumps({name: dataclasses.asdict(rate) for name, rate in rates.items()}))
         return 0
-    print(f"{'':24} {'rollouts':>8} {'accuracy':>9} {'tool rate':>9} {'calls':>6}")
-    for name, rate in rates.items():
-        print(f"{name:24} {rate.num:8} {rate.accuracy:9.3f} {rate.tool_rate:9.3f} {rate.tool_calls:6.2f}")
+    print("\n".join(slice_lines(rates)))
     return 0
 
 

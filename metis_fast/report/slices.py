@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from statistics import fmean
 from typing import Protocol
 
@@ -48,6 +48,14 @@ def abilities_in(slices: Mapping[str, Slice]) -> list[str]:
 def has_rates(of: Slice) -> bool:
     """Whether one of its rollouts has a verdict; else its rates are over nothing, and no numbers to show."""
     return of.num > of.num_no_verdict
+
+
+def slice_lines(rates: Mapping[str, Slice]) -> Iterator[str]:
+    """A table for a terminal."""
+    yield f"{'':24} {'rollouts':>8} {'accuracy':>9} {'tool rate':>9} {'calls':>6}"
+    for name, rate in rates.items():
+        known = f"{rate.accuracy:9.3f} {rate.tool_rate:9.3f} {rate.tool_calls:6.2f}" if has_rates(rate) else "no verdict"
+        yield f"{name:24} {rate.num:8} {known}"
 
 
 def main_abilities(of: Iterable[Mapping[str, Slice]]) -> list[str]:

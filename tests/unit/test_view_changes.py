@@ -23,7 +23,7 @@ from metis_fast.errors import DataError
 from metis_fast.report.html import write_report
 from metis_fast.report.lines import JsonLines
 from metis_fast.report.log import RunLog
-from metis_fast.report.slices import ability_name
+from metis_fast.report.slices import ability_name, slice_lines
 from metis_fast.report.summary import read_summary, write_summary
 from metis_fast.testing.tiny import build_tokenizer
 from metis_fast.types import Slice, StepStats
@@ -178,6 +178,11 @@ def test_tools_are_not_given_up_where_the_judge_fails(finished: Path):
         return [dataclasses.replace(one, step=step, slices={"tool_needed": rate}) for step, rate in enumerate(rates)]
 
     assert tools_given_up(run(NONE)) is None and tools_given_up(run(given_up)) is not None
+
+
+def test_a_slice_without_a_verdict_has_no_rates_in_the_terminal():
+    lines = [line.split() for line in slice_lines({"search": SOME, "llm": NONE})]
+    assert lines[1:] == [["search", "8", "0.500", "0.250", "0.50"], ["llm", "8", "no", "verdict"]]
 
 
 def test_the_name_of_an_ability_cannot_speak_to_the_terminal():

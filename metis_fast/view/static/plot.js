@@ -87,6 +87,10 @@ function build(picture, width) {
     rate: () => [0, 1],
     share: (plot, low, high) => [0, Math.max(0.01, high * 1.05)],
     stack: (plot, low, high) => [0, (high || 1) * 1.03],
+    number: (plot, low, high) => { // uPlot's own range of nothing but zeros is 0 to 100
+      const room = low === high ? Math.abs(low) || 1 : 0;
+      return uPlot.rangeNum(low - room, high + room, 0.1, true);
+    },
   }[picture.form];
   const axis = { stroke: ink, grid: { stroke: grid, width: 1 }, ticks: { show: false }, font: "12px system-ui" };
   return [{
@@ -104,7 +108,7 @@ function build(picture, width) {
 
 function axisText(picture, value) {
   if (picture.form === "rate" || picture.form === "share") return `${+(100 * value).toPrecision(3)} %`;
-  if (Math.abs(value) >= 1e5) return value.toExponential(0);
+  if (Math.abs(value) >= 1e5) return (+value.toPrecision(2)).toExponential();
   return String(+value.toPrecision(3));
 }
 
