@@ -50,7 +50,7 @@ class LlmJudgeConfig(Section):
     model: Text = ""
     """Model name to ask for. Empty: the one that the endpoint serves; several are an error at start."""
     prompt: Annotated[OrNone[FilePath], BY_CONTENT] = None
-    """Text file of a prompt of your own, which names {question}, {truth} and {answer} (docs/scoring.md); none: the packaged
+    """Text file of a prompt of your own, which names {question}, {truth} and {answer} (docs/llm-judge.md); none: the packaged
     one."""
     api_key_env: Annotated[Text, MAY_CHANGE] = "METIS_JUDGE_API_KEY"
     """Environment variable that holds the key, if the endpoint wants one."""
@@ -139,7 +139,7 @@ class ScoreConfig(Section):
     response, observations included; without question or ground truth it is wrong, and no judge is asked."""
     format: Literal["ours", "reference"] = "ours"
     """What r_fmt asks for. `ours`: tags that open and close in order, and an answer behind the last `</reason>`, which there
-    must be. `reference`: tags of the whole response, counted; docs/scoring.md has both rules."""
+    must be. `reference`: tags of the whole response, counted; docs/llm-judge.md has both rules."""
     w_ans: NonNegativeFloat = 0.9
     """Weight of the answer in r_acc."""
     w_fmt: NonNegativeFloat = 0.1

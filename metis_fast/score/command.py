@@ -22,7 +22,7 @@ def add_verbs(judge: argparse._SubParsersAction, verb: AddVerb) -> None:
     """Put the verbs under `judge`. verb: adds one, with what runs it and what it is for."""
     text = "Try a judge on labelled examples; exit code 1 if it disagrees with a label or gives no verdict."
     sub = verb(judge, "check", _check, text)
-    sub.add_argument("file", type=Path, metavar="FILE", help="examples: .tsv, .jsonl or .parquet (docs/scoring.md)")
+    sub.add_argument("file", type=Path, metavar="FILE", help="examples: .tsv, .jsonl or .parquet (docs/llm-judge.md)")
     _add_settings(sub, "YAML file; none: the defaults")
     sub.add_argument(
         "--repeats", type=int, default=1, metavar="N", help="ask N times, to find what it contradicts itself on (default 1)"

@@ -41,7 +41,7 @@ class Example:
 
 
 def read_examples(path: Path) -> list[Example]:
-    """Those of a file; its columns are in docs/scoring.md.
+    """Those of a file; its columns are in docs/llm-judge.md.
 
     Raises:
         DataError: it cannot be read, or a line does not fit; the message names the line.

@@ -1,4 +1,4 @@
-"""What an LLM judge is told: the packaged prompt (prompts/judge.txt) or a user's own file. docs/scoring.md has its form."""
+"""What an LLM judge is told: the packaged prompt (prompts/judge.txt) or a user's own file. docs/llm-judge.md has its form."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reads the reply of an LLM judge: a chat completion in, a verdict out. docs/scoring.md has the grammar."""
+"""Reads the reply of an LLM judge: a chat completion in, a verdict out. docs/llm-judge.md has the grammar."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def read_reply(body: bytes) -> Said:
     if not text.strip() and (message.reasoning_content or message.reasoning):
         raise _only_thought()
     got = f"got {one_line(text, from_end=True)!r}"
-    advice = "make the model say the word alone with score.llm.extra_body (docs/scoring.md)"
+    advice = "make the model say the word alone with score.llm.extra_body (docs/llm-judge.md)"
     raise TryAgain("expected CORRECT or INCORRECT and nothing else", got, advice)
 
 
@@ -142,7 +142,7 @@ def read_text(body: bytes) -> str:
 
 
 def _only_thought() -> TryAgain:
-    advice = "turn thinking off (docs/scoring.md), or start the server without its reasoning parser"
+    advice = "turn thinking off (docs/llm-judge.md), or start the server without its reasoning parser"
     return TryAgain("the reply has thinking and nothing after it", advice=advice)
 
 
@@ -179,7 +179,7 @@ def _whole_reply(body: bytes) -> tuple[str, _Message]:
         again = isinstance(part, _Part) and part.type in _THOUGHT_PARTS and text.strip()
         text += "?" if again else _text(part)  # as in `without_thoughts`: a word before a thought is no last word
     if end in _CUT:
-        advice = "raise score.llm.max_tokens, or turn the model's thinking off with score.llm.extra_body (docs/scoring.md)"
+        advice = "raise score.llm.max_tokens, or turn the model's thinking off with score.llm.extra_body (docs/llm-judge.md)"
         raise TryAgain("the reply was cut off before its end", one_line(text), advice)
     if end not in _ENDS:
         raise TryAgain(f"the reply ended with finish_reason {one_line(end)!r}", one_line(text))

@@ -1,6 +1,6 @@
 """Numbers as people write them: read exactly, compared by value, by rounding, or within a tolerance.
 
-docs/scoring.md has the grammar.
+docs/equality.md has the grammar.
 """
 
 from __future__ import annotations

@@ -17,7 +17,6 @@ _PAGES = sorted((_ROOT / "docs").rglob("*.md"))
 _LONG = {  # pages of more than 250 lines, and why
     "docs/kernels.md": "its second half is tables of what was measured",
     "docs/rollouts.md": "engines, modes and faults hang together",
-    "docs/scoring.md": "the rule of equality is a grammar, shown whole",
     "docs/tools.md": "the threat model stands beside what each tool does",
     "docs/settings.md": "generated, a reference",
 }
