@@ -22,6 +22,7 @@ from metis_fast.errors import ConfigError
 from metis_fast.report.summary import Summary
 from metis_fast.run import pipeline
 from metis_fast.run.cold_start import sft
+from metis_fast.scratch import replaced
 from metis_fast.testing.tiny import build_tiny, read_shape
 from metis_fast.types import Prompt
 
@@ -129,9 +130,8 @@ class _Stages:
         job()
         self._done[name] = time.perf_counter() - began
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        scratch = self._path.with_name(".stages.json.tmp")
-        scratch.write_text(json.dumps(self._done, indent=1) + "\n", encoding="utf-8")
-        os.replace(scratch, self._path)
+        with replaced(self._path) as scratch:
+            scratch.write_text(json.dumps(self._done, indent=1) + "\n", encoding="utf-8")
 
 
 def _make_data(config: Config, folder: Path) -> None:

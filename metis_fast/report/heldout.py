@@ -15,6 +15,7 @@ from pydantic import TypeAdapter
 
 from metis_fast.errors import DataError
 from metis_fast.report.lines import why
+from metis_fast.scratch import replaced
 from metis_fast.summary import ScoredSummary
 
 
@@ -52,9 +53,8 @@ def write_heldout(folder: Path, step: int, groups: Sequence[ScoredSummary]) -> N
     """Write an evaluation after `step` training steps, atomically; one that is there is replaced."""
     path = _path(folder, step)
     path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{path.name}.tmp")
-    scratch.write_text("".join(json.dumps(asdict(_record(group))) + "\n" for group in groups), encoding="utf-8")
-    scratch.replace(path)
+    with replaced(path) as scratch:
+        scratch.write_text("".join(json.dumps(asdict(_record(group))) + "\n" for group in groups), encoding="utf-8")
 
 
 @cache

@@ -27,6 +27,7 @@ from metis_fast.report.lines import why
 from metis_fast.report.panel import active
 from metis_fast.report.slices import KINDS, has_rates, main_abilities
 from metis_fast.report.trackers import Trackers
+from metis_fast.scratch import replaced
 from metis_fast.types import Outcome, Savings, Slice, StepStats, UpdateStats
 
 _LINES_BETWEEN_HEADERS = 25
@@ -202,12 +203,10 @@ def _keep_lines(path: Path, keep: Callable[[bytes], bool]) -> None:
     """Rewrite a file, if it exists, with the whole lines that `keep` wants; atomically."""
     if not path.exists():
         return
-    scratch = path.with_name(f".{path.name}.tmp")
-    with scratch.open("wb") as handle:
+    with replaced(path) as scratch, scratch.open("wb") as handle:
         handle.writelines(line for line in _whole_lines(path) if keep(line))
         handle.flush()
         os.fsync(handle.fileno())
-    scratch.replace(path)
 
 
 def _drop_steps(folder: Path, step: int) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 from metis_fast.errors import DataError, one_line
 from metis_fast.report.lines import named
 from metis_fast.report.slices import KINDS, abilities_in, has_rates, plain_kind
+from metis_fast.scratch import replaced
 from metis_fast.types import Slice
 
 
@@ -109,9 +110,8 @@ def write_summary(path: Path, *, seed: int, wall_s: float, before: Mapping[str, 
     """
     summary = Summary(seed=seed, wall_s=wall_s, before=_side(before), after=_side(after))
     tree = {"seed": seed, "wall_s": wall_s, "before": _side_tree(summary.before), "after": _side_tree(summary.after)}
-    scratch = path.with_name(f".{path.name}.tmp")
-    scratch.write_text(json.dumps(tree, indent=2) + "\n", encoding="utf-8")
-    scratch.replace(path)
+    with replaced(path) as scratch:
+        scratch.write_text(json.dumps(tree, indent=2) + "\n", encoding="utf-8")
     return summary
 
 

@@ -29,6 +29,7 @@ from metis_fast.data.content import DataRecord
 from metis_fast.data.parquet import PromptFiles
 from metis_fast.errors import ConfigError
 from metis_fast.report.progress import progress
+from metis_fast.scratch import replaced
 
 _LOG = logging.getLogger(__name__)
 _CONFIG, _INPUTS, _CHANGES = "config.yaml", "inputs.json", "changes.jsonl"
@@ -134,8 +135,10 @@ class RunRecord:
             "settings": dict(_leaves(deciding(self.config))),
             "inputs": {key: one.to_json() if isinstance(one, DataRecord) else one for key, one in inputs.items()},
         }
-        _write(folder / _INPUTS, json.dumps({"sha256": _checksum(tree), **tree}) + "\n")
-        _write(folder / _CONFIG, config_module.to_yaml(self.config))
+        texts = {_INPUTS: json.dumps({"sha256": _checksum(tree), **tree}) + "\n", _CONFIG: config_module.to_yaml(self.config)}
+        for name, text in texts.items():
+            with replaced(folder / name) as scratch:
+                scratch.write_text(text, encoding="utf-8")
 
 
 def open_record(
@@ -189,12 +192,6 @@ def open_record(
 
 def _checksum(tree: object) -> str:
     return sha256(json.dumps(tree).encode()).hexdigest()
-
-
-def _write(path: Path, text: str) -> None:
-    scratch = path.with_name(f".{path.name}.tmp")
-    scratch.write_text(text, encoding="utf-8")
-    scratch.replace(path)
 
 
 def _tick(bar: tqdm, rows: int, check: Callable[[], None]) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from metis_fast.errors import CheckpointError, DataError, one_line
+from metis_fast.scratch import replaced
 
 JsonLine = Mapping[str, int | float]
 
@@ -74,12 +75,10 @@ def _keep(path: Path, before: int) -> None:
     lines = [line for line in read_lines(path) if line["step"] < before]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        scratch = path.with_name(f".{path.name}.tmp")
-        with scratch.open("w", encoding="utf-8") as file:
+        with replaced(path) as scratch, scratch.open("w", encoding="utf-8") as file:
             file.writelines(json.dumps(line) + "\n" for line in lines)
             file.flush()
             os.fsync(file.fileno())
-        scratch.replace(path)
     except OSError as error:
         raise _unwritten(path, error) from None
 
