@@ -44,12 +44,12 @@ def sdist(folder: Path) -> Path:
     return archive
 
 
-def build(folder: Path, *settings: str, source: Path = _ROOT, **environment: str) -> Path:
+def build(folder: Path, *settings: str, source: Path = _ROOT, environment: dict[str, str] | None = None) -> Path:
     """A wheel of this checkout, or of an sdist."""
     options = [argument for setting in (f"build-dir={folder / 'build'}", *settings) for argument in ("-C", setting)]
     subprocess.run(
         [sys.executable, "-m", "pip", "wheel", "-q", "--no-build-isolation", "--no-deps", *options, "-w", folder, source],
-        env=os.environ | environment,
+        env=os.environ | (environment or {}),
         check=True,
         capture_output=True,
         text=True,
@@ -60,7 +60,7 @@ def build(folder: Path, *settings: str, source: Path = _ROOT, **environment: str
 
 def install(folder: Path, *settings: str, **environment: str) -> dict[str, str]:
     """Build a wheel, unpack it, use it: where metis_kernels is, and what it says of its compiled parts."""
-    wheel = build(folder, *settings, **environment)
+    wheel = build(folder, *settings, environment=environment)
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(folder / "installed")
     environ = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
