@@ -10,7 +10,6 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 
 import numpy as np
-import psutil
 
 from ..candidate import Spread
 from .candidates import Candidate, Session
@@ -151,6 +150,8 @@ async def _memory(candidate: Candidate) -> int:
 
 def _resident() -> int:
     """Bytes of the processes under this one, pages that several share counted once (PSS)."""
+    import psutil  # only of the extra [bench]; other benchmarks need none of it
+
     total = 0
     for process in psutil.Process(os.getpid()).children(recursive=True):
         with suppress(psutil.NoSuchProcess, psutil.AccessDenied):

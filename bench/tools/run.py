@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import dataclasses
+import importlib.util
 import json
 import sys
 from collections.abc import Mapping, Sequence
@@ -66,6 +67,8 @@ def request(args: argparse.Namespace) -> Request:
     given += ["--live-fraction"] * (args.live_fraction != 1) + ["--device"] * (args.device == "cuda")
     if given:
         raise BenchError(f"{given[0]}: tools has none; it takes --shape, --runs, --peers and --json")
+    if importlib.util.find_spec("psutil") is None:
+        raise BenchError("tools needs psutil; pip install 'metis-fast[bench]'")
     return Request(shape, rounds, (*_OWN, *wanted))
 
 
