@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import dataclasses
+import importlib.util
 import json
 import sys
 import tempfile
@@ -63,6 +64,8 @@ def request(args: argparse.Namespace) -> Request:
         raise BenchError(f"--dtype: rollout samples in fp32, got {args.dtype!r}")
     if args.device == "cuda":
         raise BenchError("--device cuda: rollout counts CPU seconds, so its engine runs on the CPU")
+    if importlib.util.find_spec("openai") is None:
+        raise BenchError("rollout needs openai, for the client that it is compared with; pip install 'metis-fast[bench]'")
     return Request(shape, args.engine or ENGINES[0], runs, threads, args.seed)
 
 
