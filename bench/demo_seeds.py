@@ -64,6 +64,8 @@ def main() -> None:
     parser.add_argument("runs", type=Path, nargs="+", help="run folders of finished `metis-fast demo` jobs")
     parser.add_argument("--figure", type=Path, help="where to write the picture (SVG)")
     args = parser.parse_args()
+    if args.figure is not None and args.figure.suffix != ".svg":
+        parser.error(f"--figure {args.figure}: expected a name that ends in .svg")
     print(table([read_summary(run / "summary.json") for run in args.runs]))
     if args.figure is not None:
         draw(args.runs, args.figure)

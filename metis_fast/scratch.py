@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
 import secrets
 import signal
 import threading
@@ -53,7 +54,8 @@ def _made(folder: Path, stem: str) -> tuple[Path, int]:
 
 def _remove_stale(folder: Path, stem: str) -> None:
     try:
-        names = [name for name in os.listdir(folder) if name.startswith(stem) and name.endswith(".tmp")]
+        ours = re.compile(re.escape(stem) + r"[0-9a-f]{8}\.tmp")
+        names = [name for name in os.listdir(folder) if ours.fullmatch(name)]
     except OSError:  # it may be written, and not be listed
         return
     for name in names:

@@ -26,11 +26,14 @@ _DARK = {_INK: "#e6edf3", _PAGE: "#0d1117", GREY: "#9198a1"}
 @contextmanager
 def picture(path: Path, width: float, height: float, columns: int = 1) -> Iterator[list[Axes]]:
     """Yield the axes of a new figure to draw on, side by side, and write it when the block ends. The same picture is the same
-    file. width, height: inches.
+    file, whatever matplotlib's own settings are. width, height: inches.
 
     Raises:
+        ValueError: the name does not end in `.svg`.
         OSError: it cannot be written; a picture of an earlier call stays.
     """
+    if path.suffix != ".svg":
+        raise ValueError(f"{path}: expected a name that ends in .svg")
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -39,7 +42,9 @@ def picture(path: Path, width: float, height: float, columns: int = 1) -> Iterat
     settings |= dict.fromkeys(
         ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color", "grid.color"), _INK
     )
-    with matplotlib.rc_context(settings):
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(settings)
         figure = Figure(figsize=(width, height), layout="constrained")
         axes = list(figure.subplots(1, columns, squeeze=False)[0])
         for one in axes:

@@ -13,12 +13,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from metis_fast import config as config_module
-from metis_fast.config import Config, DemoConfig
+from metis_fast.config import Config, DemoConfig, ModelConfig
 from metis_fast.data.parquet import PromptFiles
 from metis_fast.demo.files import DemoSizes, SplitSize, write_demo
 from metis_fast.demo.play import play
 from metis_fast.demo.policy import BASE, COLD_START, COLD_START_BY_ODDS, script_texts
-from metis_fast.errors import ConfigError
+from metis_fast.errors import ConfigError, DataError, one_line
 from metis_fast.report.summary import Summary
 from metis_fast.run import pipeline
 from metis_fast.run.cold_start import sft
@@ -53,9 +53,22 @@ def demo_sizes(config: Config) -> DemoSizes:
 
 
 def is_demo(config: Config) -> bool:
-    """Whether the config is one for `metis-fast demo`: it names the script's trajectories, and no data."""
-    names = {str(phase.trajectories) for phase in config.sft.phases}
-    return bool(names) and names <= _STYLES.keys() and not config.data.train and not any(map(os.path.exists, names))
+    """Whether the config is one for `metis-fast demo`: it names both of the script's trajectories, and leaves what the demo
+    fills in as it is by default."""
+    return (
+        {str(phase.trajectories) for phase in config.sft.phases} == _STYLES.keys()
+        and config.sft.heldout is None
+        and config.model.path == ModelConfig().path
+        and not (config.data.train or config.data.heldout)
+        and config.tools.text_search.corpus is None
+        and config.tools.image_search.corpus is None
+    )
+
+
+def missing_stages(config: Config) -> list[str]:
+    """Stages before training that are not done, by name and in order. config: of `resolve`."""
+    names = ("data", "model", *(f"play {name}" for name in _STYLES), "sft")
+    return [name for name in names if name not in _Stages(config.run.dir).done]
 
 
 def resolve(config: Config) -> Config:
@@ -116,22 +129,30 @@ class _Stages:
 
     def __init__(self, root: Path) -> None:
         self._path = root / "stages.json"
-        self._done: dict[str, float] = json.loads(self._path.read_text(encoding="utf-8")) if self._path.exists() else {}
+        self.done = self._read() if self._path.exists() else {}
+
+    def _read(self) -> dict[str, float]:
+        try:
+            return {str(name): float(seconds) for name, seconds in json.loads(self._path.read_bytes()).items()}
+        except (ValueError, TypeError, AttributeError) as error:
+            raise DataError(
+                f"{self._path}: expected seconds by stage, got {one_line(error)}; remove it to make all stages again"
+            ) from None
 
     @property
     def seconds(self) -> float:
         """Wall seconds of all stages done."""
-        return sum(self._done.values())
+        return sum(self.done.values())
 
     def __call__(self, name: str, job: Callable[[], object]) -> None:
-        if name in self._done:
+        if name in self.done:
             return
         began = time.perf_counter()
         job()
-        self._done[name] = time.perf_counter() - began
+        self.done[name] = time.perf_counter() - began
         self._path.parent.mkdir(parents=True, exist_ok=True)
         with replaced(self._path) as scratch:
-            scratch.write_text(json.dumps(self._done, indent=1) + "\n", encoding="utf-8")
+            scratch.write_text(json.dumps(self.done, indent=1) + "\n", encoding="utf-8")
 
 
 def _make_data(config: Config, folder: Path) -> None:

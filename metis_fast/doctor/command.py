@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import shutil
 import sys
 import textwrap
@@ -15,7 +16,7 @@ from functools import partial
 from metis_fast import config as config_module
 from metis_fast.config import Config
 from metis_fast.data.parquet import PromptFiles
-from metis_fast.demo.command import is_demo, resolve
+from metis_fast.demo.command import is_demo, missing_stages, resolve
 from metis_fast.doctor import conversations, inputs, machine, services
 from metis_fast.doctor.finding import Check, Finding, refused
 from metis_fast.errors import MetisError
@@ -66,15 +67,19 @@ def findings(args: argparse.Namespace) -> Iterator[tuple[str, Finding]]:
         yield "settings", refused("config", error)
         return
     yield "settings", Finding("config", "ok", f"{args.config} can be read")
-    made_here = is_demo(config)
-    if made_here:
+    missing = list[str]()
+    if is_demo(config):
         config = resolve(config)
-        made_here = not config.model.path.exists()
-    if made_here:
-        yield "settings", Finding("demo", "warning", "model, data and cold start are not made yet",
-                                  f"metis-fast demo {args.config} makes them; ask metis-fast doctor again then")  # fmt: skip
+        try:
+            missing = missing_stages(config)
+        except MetisError as error:
+            yield "settings", refused("demo", error)
+            return
+    if missing:
+        advice = f"{shlex.join(['metis-fast', 'demo', str(args.config), *args.overrides])} makes them; ask again then"
+        yield "settings", Finding("demo", "warning", f"not made yet in {config.run.dir}: {', '.join(missing)}", advice)
     for check in checks(config, args.offline):
-        if made_here and check.area not in ("machine", "packages"):
+        if missing and check.area not in ("machine", "packages"):
             continue
         if sys.stderr.isatty():
             print(f"  {check.area} ...", end="\r", file=sys.stderr)

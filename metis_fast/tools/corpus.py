@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,8 +97,12 @@ def content_hash(files: Sequence[Path]) -> str:
 
 
 def files_of(path: Path) -> list[Path]:
-    """What the path of a corpus stands for: a file, or every `*.parquet` in a folder, sorted by name."""
-    return sorted(path.glob("*.parquet")) if path.is_dir() else [path]
+    """What the path of a corpus stands for: a file, or every `*.parquet` in a folder, sorted by name.
+
+    Raises:
+        OSError: it cannot be looked at.
+    """
+    return sorted(file for file in path.iterdir() if file.match("*.parquet")) if path.is_dir() else [path]
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +129,7 @@ class Corpus:
         if path is None:
             raise ToolSetupError(f"{tool} has no corpus; set tools.{tool}.corpus or remove {tool} from tools.enabled")
         path = path.absolute()
-        found = files_of(path)
+        found = _found(tool, path)
         if not found:
             raise ToolSetupError(f"the corpus of {tool}, {path}, is a folder without *.parquet files; set tools.{tool}.corpus")
         corpus = Corpus(tool, path, tuple((file, _check_file(tool, file, columns)) for file in found))
@@ -225,11 +230,26 @@ class Corpus:
         return ToolSetupError(f"cannot read the corpus of {self.tool}, {path}: {one_line(error)}; write the file anew")
 
 
+def _found(tool: ToolName, path: Path) -> list[Path]:
+    """Its files, all of them there."""
+    file = path
+    try:
+        found = files_of(path)
+        for file in found:
+            file.stat()
+    except FileNotFoundError:
+        how = f"is a link to {os.readlink(file)}, which is not there" if file.is_symlink() else "is not there"
+        raise ToolSetupError(f"the corpus of {tool}, {file}, {how}; set tools.{tool}.corpus") from None
+    except OSError as error:
+        raise ToolSetupError(
+            f"cannot read the corpus of {tool}, {file}: {error.strerror or one_line(error)}; set tools.{tool}.corpus"
+        ) from None
+    return found
+
+
 def _check_file(tool: ToolName, path: Path, columns: Mapping[str, tuple[Callable[[pa.DataType], bool], str]]) -> int:
     """Number of rows."""
     where = f"the corpus of {tool}, {path},"
-    if not path.exists():
-        raise ToolSetupError(f"{where} is not there; set tools.{tool}.corpus")
     if not path.is_file():  # opening a pipe would wait
         what = "a folder" if path.is_dir() else "a device or a pipe"
         raise ToolSetupError(f"{where} is {what}; it needs a Parquet file: move it away, or set tools.{tool}.corpus")

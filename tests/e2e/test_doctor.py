@@ -56,16 +56,42 @@ def test_a_job_that_would_run_has_no_error(config: Path, capsys: pytest.CaptureF
     assert "0 errors" in capsys.readouterr().out
 
 
-def test_of_a_demo_that_has_not_begun_nothing_is_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    demo = Path(__file__).parents[2] / "configs" / "demo.yaml"
-    code, found = _doctor(capsys, demo, f"run.dir={tmp_path / 'run'}")
+def test_of_a_demo_that_is_not_made_yet_the_stages_are_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    demo, run = Path(__file__).parents[2] / "configs" / "demo.yaml", tmp_path / "a run"
+    code, found = _doctor(capsys, demo, f"run.dir={run}")
     assert (code, _wrong(found)) == (0, [])
-    assert f"settings: model, data and cold start are not made yet -> metis-fast demo {demo} makes them; " in "\n".join(
-        _wrong(found, "warning")
-    )
     assert {one["area"] for one in found} == {"settings", "machine", "packages"}
-    code, found = _doctor(capsys, demo, f"run.dir={tmp_path / 'run'}", "data.train=[none.parquet]")  # not the script's
-    assert code == 1 and "model" in {one["area"] for one in found}
+    (said,) = [text for text in _wrong(found, "warning") if text.startswith("settings")]
+    assert said == (
+        f"settings: not made yet in {run}: data, model, play base, play cold_start, sft -> "
+        f"metis-fast demo {demo} 'run.dir={run}' makes them; ask again then"
+    )
+    (run / "cold_start").mkdir(parents=True)  # half made, and doctor asked in it
+    (run / "stages.json").write_text('{"data": 1.5, "model": 2}')
+    monkeypatch.chdir(run)
+    code, found = _doctor(capsys, demo, "run.dir=.")
+    assert code == 0 and "not made yet in .: play base, play cold_start, sft -> " in "".join(_wrong(found, "warning"))
+    (run / "stages.json").write_text('["data"')
+    code, found = _doctor(capsys, demo, "run.dir=.")
+    assert code == 1 and "remove it to make all stages again" in "".join(_wrong(found))
+
+
+@pytest.mark.parametrize(
+    "own",
+    [
+        "sft.phases=[{trajectories: base, steps: 1}]",
+        "model.path=no/model",
+        "data.train=[no.parquet]",
+        "data.heldout=[no.parquet]",
+        "tools.text_search.corpus=no.parquet",
+    ],
+)
+def test_what_only_looks_like_a_demo_is_looked_at_whole(own: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    demo = Path(__file__).parents[2] / "configs" / "demo.yaml"
+    code, found = _doctor(capsys, demo, f"run.dir={tmp_path / 'run'}", own)
+    assert code == 1 and {"model", "sft"} <= {one["area"] for one in found if one["state"] == "error"}
 
 
 def _lacks_weights(folder: Path) -> list[str]:

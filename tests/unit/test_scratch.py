@@ -61,7 +61,7 @@ def _write(path: Path) -> None:
 
 
 def test_what_a_killed_writer_left_is_removed_and_what_a_living_one_writes_is_not(tmp_path: Path) -> None:
-    path, other = tmp_path / "page.html", tmp_path / ".page.html.mine"
+    path, other = tmp_path / "page.html", tmp_path / ".page.html.mine.tmp"
     (tmp_path / ".page.html.0a1b2c3d.tmp").write_text("half")
     other.write_text("mine")
     living = tmp_path / ".page.html.4e5f6a7b.tmp"

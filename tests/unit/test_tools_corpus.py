@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from modes import modes_count
 from PIL import Image
 
 from metis_fast.config import ImageSearchConfig, TextSearchConfig
@@ -212,6 +213,31 @@ def test_what_is_not_a_file_is_refused_and_named(tmp_path: Path, make: Callable[
         ToolSetupError, match=rf"^the corpus of text_search, .*sub\.parquet, is {what}; it needs a Parquet file: "
     ):
         TextSearch(TextSearchConfig(corpus=tmp_path / "corpus"))
+
+
+@pytest.mark.parametrize(
+    ("path", "said"),
+    [
+        ("none.parquet", r"the corpus of text_search, .*none\.parquet, is not there; set tools\.text_search\.corpus"),
+        ("link.parquet", r"link\.parquet, is a link to gone, which is not there; set "),
+        ("folder", r"folder/link\.parquet, is a link to gone, which is not there; set "),
+        ("loop", r"cannot read the corpus of text_search, .*loop: Too many levels of symbolic links; set "),
+        ("closed", r"cannot read the corpus of text_search, .*closed: Permission denied; set "),
+        ("closed/a.parquet", r"cannot read the corpus of text_search, .*closed/a\.parquet: Permission denied; set "),
+        ("x" * 300, r"cannot read the corpus of text_search, .*: File name too long; set tools\.text_search\.corpus"),
+    ],
+)
+def test_a_corpus_that_cannot_be_looked_at_is_named(tmp_path: Path, path: str, said: str) -> None:
+    for place in ("link.parquet", "folder/link.parquet"):
+        (tmp_path / place).parent.mkdir(exist_ok=True)
+        (tmp_path / place).symlink_to("gone")
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "closed").mkdir(mode=0)
+    try:
+        with modes_count(), pytest.raises(ToolSetupError, match=said):
+            TextSearch(TextSearchConfig(corpus=tmp_path / path))
+    finally:
+        (tmp_path / "closed").chmod(0o700)
 
 
 def test_a_corpus_that_is_a_device_is_refused() -> None:

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import ctypes
 import dataclasses
 import json
-import os
 import shutil
 import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import httpx2
 import pytest
+from modes import modes_count
 from view_runs import Maker, stats, write_run
 
 from metis_fast import cli
@@ -34,9 +31,6 @@ from metis_fast.view.file import write_file
 from metis_fast.view.run import Run, open_runs
 
 NONE, SOME = Slice(8, 8, 0.0, 0.0, 0.0, 0.0, 0.0), Slice(8, 2, 0.5, 0.25, 0.5, 1.0, 9.0)
-# linux/capability.h
-LINUX_CAPABILITY_VERSION_3, EFFECTIVE = 0x20080522, 0
-CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH = 1 << 1, 1 << 2
 
 
 @pytest.fixture(scope="module")
@@ -48,25 +42,6 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def folder(finished: Path, tmp_path: Path) -> Path:
     """A copy to change."""
     return Path(shutil.copytree(finished, tmp_path / "hdpo"))
-
-
-@contextmanager
-def modes_count() -> Iterator[None]:
-    """For this thread, and those that it starts: root too is kept out of what has no mode for its owner."""
-    if os.geteuid():
-        yield
-        return
-    libc = ctypes.CDLL(None, use_errno=True)
-    head, mine = (ctypes.c_uint32 * 2)(LINUX_CAPABILITY_VERSION_3, 0), (ctypes.c_uint32 * 6)()
-    assert libc.capget(head, mine) == 0
-    all_of_them = mine[EFFECTIVE]
-    mine[EFFECTIVE] = all_of_them & ~(CAP_DAC_OVERRIDE | CAP_DAC_READ_SEARCH)
-    assert libc.capset(head, mine) == 0
-    try:
-        yield
-    finally:
-        mine[EFFECTIVE] = all_of_them
-        assert libc.capset(head, mine) == 0
 
 
 def test_a_log_that_was_made_anew_is_read_anew_though_it_begins_as_the_old_one(tmp_path: Path):

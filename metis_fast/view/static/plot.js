@@ -108,7 +108,7 @@ function build(picture, width) {
 
 function axisText(picture, value) {
   if (picture.form === "rate" || picture.form === "share") return `${+(100 * value).toPrecision(3)} %`;
-  if (Math.abs(value) >= 1e5) return (+value.toPrecision(2)).toExponential();
+  if (Math.abs(value) >= 1e5) return (+value.toPrecision(3)).toExponential();
   return String(+value.toPrecision(3));
 }
 
