@@ -39,9 +39,7 @@ def picture(path: Path, width: float, height: float, columns: int = 1) -> Iterat
 
     settings: dict[RcKeyType, str | bool] = {"svg.hashsalt": "metis_fast", "legend.frameon": False}
     settings |= {"figure.facecolor": _PAGE, "axes.facecolor": _PAGE}
-    settings |= dict.fromkeys(
-        ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color", "grid.color"), _INK
-    )
+    settings |= dict.fromkeys(_INKED, _INK)
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(settings)
