@@ -155,3 +155,22 @@ def test_display_shows_images_and_figures_and_prints_everything_else(boxes: dict
     code = "f = plt.figure(figsize=(2, 1))\ndisplay(image_2, 'a', f)\nf"
     (result,) = run(boxes["original"], code)
     assert sizes(result) == [(60, 40), (200, 100), (200, 100)] and result.stdout == "'a'\n"
+
+
+def test_figures_that_a_call_leaves_open_are_shown_at_its_end_and_closed(boxes: dict[str, LocalToolbox]) -> None:
+    """As in a notebook. One that the call has displayed is not shown twice, and none outlives its call."""
+    figure = "f = plt.figure(figsize=({}, 1))\n"
+    codes = [
+        figure.format(2) + figure.format(3) + "print('drawn')",  # no plt.show()
+        "plt.show()",  # nothing is left
+        figure.format(2) + "plt.show()",
+        figure.format(2) + figure.format(3) + "plt.close()",  # the later one
+        figure.format(2) + "display(f)\n" + figure.format(3) + "f",
+        figure.format(4) + "1 / 0",
+        "2",  # the failed call's is gone
+        figure.format(2) + "import os\nif os.fork() == 0: pass\nelse: os.wait()",
+    ]
+    results = run(boxes["original"], *codes)
+    wide = [[width // 100 for width, _ in sizes(result)] for result in results]
+    assert wide == [[2, 3], [], [2], [2], [2, 3], [], [], [2]]
+    assert results[0].stdout == "drawn\n" and results[6].stdout == "2" and all(not r.stderr for r in results[:5])

@@ -61,7 +61,6 @@ def test_the_papers_hdpo_config_rehearses_with_vllm_and_two_ranks(capsys: pytest
     assert len(files) > 50 and not [path for path in files if KEY_VALUE.encode() in path.read_bytes()]
 
 
-@pytest.mark.slow  # the one before rehearses on ranks, test_sft_run.py has a cold start on ranks
 @pytest.mark.skipif(find_spec("megatron") is None, reason="needs Megatron-core")
 def test_the_papers_sft_config_rehearses_on_two_ranks(capsys: pytest.CaptureFixture[str]) -> None:
     code, said, _ = _rehearse(capsys, _CONFIGS / "qwen3vl_8b_sft.yaml", *_SMALL)

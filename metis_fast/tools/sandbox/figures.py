@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Collection
 
 from matplotlib._pylab_helpers import Gcf
 from matplotlib.backend_bases import FigureManagerBase
@@ -26,6 +27,18 @@ class FigureManager(FigureManagerBase):
         for manager in Gcf.get_all_fig_managers():
             manager.show()
             Gcf.destroy(manager)
+
+
+def show_left_open(displayed: Collection[object]) -> None:
+    """At the end of a call, as notebooks do: show the figures that are still open, but for those of `displayed`; close all."""
+    for manager in Gcf.get_all_fig_managers():
+        if manager.canvas.figure not in displayed:
+            manager.show()
+    close_all()
+
+
+def close_all() -> None:
+    Gcf.destroy_all()
 
 
 class FigureCanvas(backend_agg.FigureCanvasAgg):

@@ -53,6 +53,7 @@ _READY_TREE = ast.parse(_READY)
 _READY_CODE = compile(_READY_TREE, "<ready>", "exec")
 _PLOTTING = "import matplotlib.pyplot as plt"  # costs half a second, so only where a call says "plt"
 _PLT = re.compile(r"\bplt\b")
+_FIGURES = "metis_fast.tools.sandbox.figures"
 _HAS_PLT = importlib.util.find_spec("matplotlib") is not None
 
 
@@ -140,7 +141,7 @@ class _Plots:
     @staticmethod
     def find_spec(name: str, path: object = None, target: object = None) -> None:
         if name == "matplotlib.pyplot":
-            importlib.import_module("metis_fast.tools.sandbox.figures")
+            importlib.import_module(_FIGURES)
 
 
 def _describe(error: BaseException) -> str:
@@ -190,6 +191,7 @@ class Interpreter:
         self._max_pixels = limits.max_image_pixels
         self._max_shown = limits.max_shown_mb << 20
         self._shown = 0  # bytes of images in this call
+        self._displayed: list[object] = []  # matplotlib's figures that this call has shown by `display` or as its value
         self._plotting = not _HAS_PLT  # whether `plt` is there, or never will be
         self._code = ""
         self._ok = True
@@ -273,6 +275,7 @@ class Interpreter:
             figure: Any = value
             figure.savefig(buffer, format="png")
             self.show(Image.open(buffer))
+            self._displayed.append(figure)
             return True
         return False
 
@@ -327,6 +330,7 @@ class Interpreter:
         self._code = code
         self._ok = True
         self._shown = 0
+        self._displayed.clear()
         for fd in (_STDOUT, _STDERR):
             if self._has_output():
                 os.dup2(self._output, fd)
@@ -363,6 +367,8 @@ class Interpreter:
 
     def __iter__(self) -> Iterator[types.CodeType]:
         self._put_back()
+        if (figures := sys.modules.get(_FIGURES)) is not None:
+            figures.close_all()  # of a call that failed
         name = f"{_CELL}{self._transcript.call}>"
         linecache.cache[name] = (len(self._code), None, self._code.splitlines(keepends=True), name)
         tree = ast.parse(self._code, name)
@@ -377,6 +383,8 @@ class Interpreter:
         yield compile(tree, name, "exec")
         if last is not None:
             yield compile(ast.Interactive([last]), name, "single")  # gives its value to sys.displayhook
+        if (figures := sys.modules.get(_FIGURES)) is not None and os.getpid() == self._pid:
+            figures.show_left_open(self._displayed)
 
     def __enter__(self) -> None:
         pass
