@@ -8,6 +8,7 @@ from metis_fast.score.python_math import as_latex
 
 _DELIMITER = re.compile(r"\$+|\\[()\[\]]")
 _MATH = re.compile(r"\$\$(.+?)\$\$|\$(.+?)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
+_BOLD = re.compile(r"\*\*([^*]+)\*\*")
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
 
 # What may stand before a formula and say no more than it.
@@ -30,7 +31,7 @@ _WRAPPER = re.compile(r"\\(?:text|mathrm|boxed)\{([^{}]*)\}")
 _DOES_NOT_EXIST = re.compile(r"(?:(?:the )?limit )?(?:DNE|does not exist|doesn't exist)", re.IGNORECASE)
 _OPTION = re.compile(r"^\s*\$?\s*\\text(?:bf)?\s*\{\s*\(?[A-Z]\)\s*\}(?:\s|\\[ ,;])*(?=.)")  # \text{(B) } 5
 _REPEATING = re.compile(r"(\d*)\.(\d*)\\overline\s*\{?(\d+)\}?")
-_MEMBER = re.compile(r"^(\$?)\s*[a-zA-Z]\s*(?:∈|\\in(?![a-z]))\s*")  # x ∈ [0, 1]
+_MEMBER = re.compile(r"^[a-zA-Z]\s*(?:∈|\\in(?![a-z]))\s*(?=[(\[])")  # x ∈ [0, 1]
 _FULL_STOP = re.compile(r"(?<=[\w)}\]$])\.(?=\$*$)")
 _ROOT = re.compile(r"√\s*(?:(\d+(?:\.\d+)?|[a-zA-Z])(?![\w.π(\\])|\(([^()]*)\))")  # √2x may be the root of either
 _SIGNS = re.compile(r"\+\s*-")  # 14 + -1i
@@ -50,7 +51,8 @@ _NAME = re.compile(
     r"""\s*(?:(?:m\s*)?\\angle\s*[A-Z]{1,3}
     |\\(?:vec|bar|hat|mathbf|over(?:line|rightarrow))\s*\{?\s*[A-Za-z]{1,2}\s*\}?
     |\\(?:text|mathrm|textbf)\s*\{[^{}\d]*\}
-    |(?!\\?(?:arc)?(?:sin|cos|tan|cot|sec|csc|log|ln|lg|exp|sqrt|det|dim|max|min|gcd|lcm|deg|pi|infty|pm|sum|prod|int)(?![a-z]))
+    |(?!\\?(?:arc)?(?:sin|cos|tan|cot|sec|csc|log|ln|lg|exp|sqrt|det|dim|max|min|gcd|lcm|deg|pi|infty|pm|sum|prod|int
+      |not|neq?|approx|sim|leq?|geq?|lt|gt|in|notin|equiv)(?![a-z]))
       (?:\\[a-zA-Z]+|[A-Za-z]{4,}(?:\s+[A-Za-z]+)*|[A-Z]{2}|[A-Za-z])
     |\(\s*[a-zA-Z](?:\s*,\s*[a-zA-Z])*\s*\))
     (?:_(?:\{[\w,\s]*\}|\w))?(?:\s*(?:\\left)?\([^()=]*\))?\s*""",
@@ -96,10 +98,16 @@ def read(text: str) -> str | None:
 
     math-verify would pick the last number out of "3 or 5"; that must not match 5.
     """
-    unboxed = _unboxed(text.strip().strip("`").strip())
+    formula = _read(text)
+    return None if formula is None else _MEMBER.sub("", formula.strip().removeprefix("=").lstrip())
+
+
+def _read(text: str) -> str | None:
+    text = text.strip().strip("`").strip()
+    unboxed = _unboxed(bold[1] if (bold := _BOLD.fullmatch(text)) else text)
     if unboxed is None:
         return None
-    text = _MEMBER.sub(r"\1", _SIGNS.sub("-", _CONSTANT.sub(r"\1 ", _FULL_STOP.sub("", unboxed))))
+    text = _SIGNS.sub("-", _CONSTANT.sub(r"\1 ", _FULL_STOP.sub("", unboxed)))
     text = _REPEATING.sub(_fraction, _OPTION.sub("", text).replace("∞", r"\infty "))
     text = _ROOT.sub(lambda root: rf"\sqrt{{{root[1] or root[2]}}}", text)
     if (formula := as_latex(text)) is not None:

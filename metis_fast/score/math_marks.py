@@ -13,6 +13,7 @@ UNREAD = re.compile(
     r"|\\(?:lim|limsup|liminf|sup|inf|max|min|argmax|argmin)\s*(?:_|\\limits)"
     r"|[A-Z)\]}]\s*\^\s*\{?\s*(?:T|H|\\top|\\intercal|\\dagger|\*)(?![a-zA-Z])|\.{2,}|…|\\[lcdv]?dots(?![a-z])"
     r"|\\(?:mathbf|boldsymbol|vec|overrightarrow|bm|hat)[^=]*\\(?:times|cross|wedge)(?![a-z])|[A-Z}]\s*(?:\\times|×)\s*[A-Z\\]"
+    r"|(?<![a-zA-Z\\])[\w)}]\s*\^\s*(?:\{[^{}]*\}|\w)\s*_"  # 2^{n}_{2}
     r"|!!|!\s*\)\s*!|\^\s*\{\s*\(\s*\w{1,3}\s*\)\s*\}|(?<![A-Za-z\\])[fghFGH]\s*\^\s*\{\s*-\s*1\s*\}\s*(?:\\left)?\("  # x^{(2)}
     r"|(?<![A-Za-z\\])(?:E|\\mathbb\s*\{E\})\s*(?:\\left)?[\[(]"  # an expected value
     r"|\d\s+(?:to|for|by|per|of|from|vs|versus|against|until|through|over|out|in|into|at|with)\s+[-\d(\\]"
@@ -34,6 +35,7 @@ _KNOWN_WORDS = frozenset(
 )
 _DOT = re.compile(r"[A-Za-z}|)]\s*\\cdot\s*(?:\\|[A-Za-z(])")
 _CROSS = re.compile(r"[A-Za-z}|)]\s*\\(?:times|wedge)\s*(?:\\|[A-Za-z(])")
+_AT_A_VALUE = re.compile(r"\\?[A-Za-z]+(?:_\{?\w+\}?)?'*\([^()]*\d[^()]*\)")  # f(1), P(X = 1)
 _CASED = re.compile(r"(?i)\\(?:gamma|delta|theta|lambda|xi|pi|sigma|upsilon|phi|psi|omega)(?![a-z])")
 
 
@@ -146,8 +148,8 @@ def say_other_things(one: str, other: str) -> bool:
     names, others = _names(one), _names(other)
     if names != others and max(len(names), len(others)) > 1:
         return True
-    lefts = [re.sub(r"\s", "", text.partition("=")[0]) for text in (one, other) if "=" in text]
-    if len(lefts) == 2 and lefts[0] != lefts[1] and any(re.search(r"\([^()]*\d", left) for left in lefts):
+    lefts = [re.sub(r"\s|\\(?:left|right)", "", text.partition("=")[0]) for text in (one, other) if "=" in text]
+    if len(lefts) == 2 and lefts[0] != lefts[1] and all(_AT_A_VALUE.fullmatch(left) for left in lefts):
         return True
     return any(
         len(re.findall(r"(?<![<>!=])=(?!=)|\\approx", text)) > 1 and not re.search(r",|;|\bor\b|\band\b|\\text", text)

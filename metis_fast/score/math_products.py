@@ -38,6 +38,11 @@ def _sum(found: re.Match[str]) -> str:
     return rf"{whole} \cdot \frac{{{over}}}{{{under}}}" if found[2] else found[0]
 
 
+def with_braces(formula: str) -> str:
+    """The formula with braces around the parts of its fractions: \\frac12."""
+    return _SHORT_FRACTION.sub(_braced, formula)
+
+
 def without_groups(formula: str) -> str:
     """The formula with the digits of its large numbers together: 1\\,000, and 1,000 in a list with spaces."""
     formula = _GROUPS.sub(_digits, formula)
@@ -51,7 +56,7 @@ def _digits(found: re.Match[str]) -> str:
 
 def written_out(formula: str) -> str | None:
     """The formula with "+" in its mixed numbers and a dot between other factors; None where numbers only stand side by side."""
-    formula = _MIXED.sub(_sum, _SHORT_FRACTION.sub(_braced, _BRACED.sub(r"\1", formula)))
+    formula = _MIXED.sub(_sum, with_braces(_BRACED.sub(r"\1", formula)))
     if _SIDE_BY_SIDE.search(formula):
         return None
     without_left = _BRACKETS.sub("", formula)

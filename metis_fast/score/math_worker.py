@@ -35,6 +35,7 @@ from metis_fast.score.math_marks import (
     shape,
 )
 from metis_fast.score.math_products import without_groups, written_out
+from metis_fast.score.math_spelling import both_signs, is_clock, is_in_doubt, ratio, same_spelling, with_fractions
 
 CPU_SECONDS = 3.0  # a comparison takes 1 to 50 ms; some that need sympy's simplification take a second
 _MEMORY_BYTES = 4 << 30  # address space; sympy itself needs well under 1 GiB
@@ -90,10 +91,16 @@ def _one_symbol_a_name(part: _Part) -> _Part:
 
 def compare(answer: str, gold: str) -> str:
     """ "equal" or "different" by math-verify; "unparsed" where either text is no formula, or of what it leaves out."""
-    if nothing(answer) or nothing(gold):
-        return "equal" if nothing(answer) == nothing(gold) else "different"
+    answer, gold = with_fractions(answer), with_fractions(gold)
     one, other = read(answer), read(gold)
-    if one is None or other is None or is_prose(one) or is_prose(other):
+    nothings = [nothing(text) or nothing(formula or "") for text, formula in ((answer, one), (gold, other))]
+    if any(nothings):
+        return "equal" if nothings[0] == nothings[1] else "different"
+    if one is None or other is None:
+        return "unparsed"
+    if same_spelling(one, other):
+        return "equal"
+    if is_prose(one) or is_prose(other) or any(map(is_in_doubt, (answer, gold))):
         return "unparsed"
     (one, unit), (other, other_unit) = (without_unit(without_groups(text)) for text in (one, other))
     if unit != other_unit:
@@ -110,7 +117,7 @@ def compare(answer: str, gold: str) -> str:
     (name, bare), (other_name, other_bare) = point(one), point(other)
     if name == other_name or not (name and other_name):
         one, other = bare, other_bare
-    one, other = without_names(one, other)
+    one, other = map(both_signs, without_names(one, other))
     if differ_in_product(one, other) or say_other_things(one, other):
         return "different"
     if UNREAD.search(one) or UNREAD.search(other) or differ_in_words(one, other):
@@ -118,9 +125,21 @@ def compare(answer: str, gold: str) -> str:
     if contradict(one, other) or differ_in_case(one, other):
         return "different"
     try:
-        return _compare_lists(one, other)
+        return _compare_ratios(one, other) if ratio(one) and ratio(other) else _compare_lists(one, other)
     except _SYMPY_ERRORS:
         return "unparsed"
+
+
+def _compare_ratios(answer: str, gold: str) -> str:
+    """By their quotients, one after the other: math-verify would divide 1:2:3, and by 1:3 get 1:6."""
+    if is_clock(answer) or is_clock(gold):
+        return "equal" if [int(part) for part in ratio(answer)] == [int(part) for part in ratio(gold)] else "different"
+    (first, *parts), (gold_first, *gold_parts) = ratio(answer), ratio(gold)
+    if len(parts) != len(gold_parts):
+        return "different"
+    quotients = zip(parts, gold_parts, strict=True)
+    results = {_compare(rf"\frac{{{one}}}{{{first}}}", rf"\frac{{{other}}}{{{gold_first}}}") for one, other in quotients}
+    return "unparsed" if "unparsed" in results else "different" if "different" in results else "equal"
 
 
 def _compare_lists(answer: str, gold: str) -> str:
@@ -152,6 +171,8 @@ def _end_of_chain(formula: str) -> str | None:
         gap = abs(sympy.N(value[0], 30) - sympy.Rational(digits))
         if not gap <= sympy.Rational(1, 10 ** len(digits.partition(".")[2])) / 2:
             return None
+    elif re.search(r"\\approx|≈", formula):  # another kind of approximation, of which math-verify takes the first side
+        return None
     sides = links(formula)
     if not sides:
         return formula

@@ -101,6 +101,10 @@ _OF_FORMULAS = frozenset(
     )
 )
 _LAST_MARKS = re.compile(r"([^\W\d_]{2,})\s?([!?.]+)$")
+_QUESTION = re.compile(
+    r"(?:who(?:se|m)?|what|where|when|why|how|which|is|are|was|were|do|does|did|can|could|will|would|should|shall|have|has)\s",
+    re.IGNORECASE,
+)
 _TIMES = re.compile(r"(?<=\d)(?<!\b0)\s?[xX]\s?(?=\d)")  # 4 x 4
 _LAST_AND = re.compile(r"(,[^,]+?),? and (?=[^,]+$)")  # a list: cat, dog and bird
 _SPACE = re.compile(r"\s+")
@@ -141,6 +145,20 @@ def _without_latex(text: str) -> str:
     return text
 
 
+def _without_box(text: str) -> str:
+    """What a box holds that is around the whole, braces in it or not."""
+    box = _BOX.match(text)
+    start = text.find("{") + 1
+    if box is None or not start or text[box.end() : start - 1].strip() or not text.endswith("}"):
+        return text
+    depth = 1
+    for i, char in enumerate(text[start:], start):
+        depth += (char == "{") - (char == "}")
+        if depth == 0:
+            return text[start:-1].strip() if i == len(text) - 1 else text
+    return text
+
+
 def _inside(found: re.Match[str]) -> str:
     return next(part for part in found.groups() if part is not None).strip()
 
@@ -159,6 +177,7 @@ def fold(text: str) -> str:
     text = _SPACE.sub(lambda found: "\n" if "\n" in found[0] else " ", text).strip()
     for _ in range(_ROUNDS):
         before = text
+        text = _without_box(text)
         if "\\" in text or "{" in text:
             text = _without_latex(text).strip()
         if formula := _FORMULA.match(text):
@@ -241,7 +260,7 @@ def _without_dots(found: re.Match[str]) -> str:
 def _without_last_marks(found: re.Match[str]) -> str:
     marks, before = found[2], found.string[: found.start()]
     listed = marks.startswith("..") and re.search("[,;、\\d]", before)
-    asked = "?" in marks and not before.strip()  # "Paris?"
+    asked = "?" in marks and not _QUESTION.match(before)  # "Paris?" is a guess, "Who is there?" may be what a sign says
     return found[0] if listed or asked or not _is_word(found[1]) else found[1]
 
 

@@ -182,6 +182,19 @@ _WITHOUT_DIMENSION = re.compile(r"(?:bit|byte|degree|radian|arcminute|arcsecond|
 # A number with another single letter may be algebra (5x, 5i, 5e), a seat (12A), a row or a latitude (45 N).
 _DROPPED_LETTERS = frozenset("mgshlL°")
 _DROPPED_LETTERS_APART = frozenset("VJ")
+# So may one with two or three: 6ab, 3cd and 2at are products, though pint reads attobarns, candelas and atmospheres.
+_DROPPED_SYMBOLS = frozenset(
+    (
+        *("mm", "cm", "dm", "km", "nm", "um", "µm", "μm", "ft", "yd", "mi", "nmi", "ly", "mg", "kg", "µg", "μg"),
+        *("oz", "lb", "lbs", "ton", "ml", "mL", "cl", "cL", "dl", "dL", "kl", "ML", "gal", "cup", "tsp", "ms", "µs"),
+        *("μs", "ns", "sec", "min", "hr", "hrs", "day", "yr", "yrs", "Hz", "kHz", "MHz", "GHz", "THz", "rpm", "kV"),
+        *("mV", "mA", "kA", "Ah", "mAh", "kW", "mW", "MW", "GW", "TW", "hp", "Wh", "kWh", "MWh", "GWh", "kJ", "MJ"),
+        *("GJ", "mJ", "cal", "eV", "keV", "MeV", "GeV", "Pa", "kPa", "MPa", "GPa", "hPa", "bar", "atm", "psi", "kN"),
+        *("mN", "MN", "Nm", "mol", "dB", "dBm", "rad", "deg", "ohm", "lux", "bit", "kB", "KB", "MB", "GB", "TB"),
+        *("PB", "Kb", "kb", "Mb", "Gb", "Tb", "MiB", "GiB", "KiB", "TiB", "Cal", "pcs", "yds", "wks", "fps"),
+    )
+)
+_LENGTHS = frozenset(("m", "mm", "cm", "dm", "km", "ft", "in", "yd", "mi"))  # of whose symbols a power is an area, a volume
 
 
 @cache
@@ -261,6 +274,28 @@ def same(one: str, other: str) -> bool:
     return one == other or (not chemistry.differ(one, other) and bool(names(one) & names(other)))
 
 
+def _is_sure(part: str, apart: bool, under: bool) -> bool:
+    """Whether a unit, or one side of a quotient, is no algebra: 6a^2, 5x, 3ab, 4n/k. apart: as `may_be_left_out` has it.
+
+    under: it stands behind the slash.
+    """
+    word, _, power = part.strip().partition("^")
+    if not word.isalpha() or len(word) > 3:
+        return True
+    if power:
+        is_length = word in _LENGTHS and power in ("2", "3") and (len(word) > 1 or apart or under)
+        return is_length or (under and word == "s" and power == "2")  # m/s^2
+    if len(word) == 1:
+        return word in _DROPPED_LETTERS or ((apart or under) and word in _DROPPED_LETTERS_APART)
+    low = word.casefold()
+    return (
+        word in _DROPPED_SYMBOLS
+        or low in _OTHER
+        or any(low in spellings for spellings in _CURRENCIES.values())
+        or low in _SINGULAR | _IRREGULAR
+    )
+
+
 def may_be_left_out(unit: str, *, one: bool = False, apart: bool = True) -> bool:
     """Whether a number with this unit may equal one without any: "5 cm" or "5 dogs" and "5", but not "5 million", "5x", "5 pm".
 
@@ -269,8 +304,10 @@ def may_be_left_out(unit: str, *, one: bool = False, apart: bool = True) -> bool
     """
     unit = _tidy(unit)
     low = unit.casefold()
+    if not all(_is_sure(part, apart, i > 0) for i, part in enumerate(unit.split("/"))):
+        return False
     if len(unit) == 1 and unit.isalpha():
-        return unit in _DROPPED_LETTERS or (apart and unit in _DROPPED_LETTERS_APART)
+        return True
     if low in _NOT_A_UNIT or _singulars(low) & _SCALES or unit == "MM" or _CHANGES_A_NUMBER.search(low):
         return False
     found = names(unit)
