@@ -122,6 +122,21 @@ class Layout:
         return f"{rows} rows in {len(self.groups)} groups, sha256 {digest[:16]}"
 
 
+class _Decoded:
+    """A row group in memory, in batches: their types may differ, where one has integers that are no bytes."""
+
+    def __init__(self, batches: tuple[pa.RecordBatch, ...]) -> None:
+        self._batches = batches
+        self._ends = list(accumulate(batch.num_rows for batch in batches))
+        self.num_rows = self._ends[-1] if batches else 0
+        self.nbytes = sum(batch.nbytes for batch in batches)
+
+    def place(self, row: int) -> tuple[pa.RecordBatch, int]:
+        """The batch that holds a row, and its number there."""
+        at = bisect.bisect_right(self._ends, row)
+        return self._batches[at], row - (self._ends[at - 1] if at else 0)
+
+
 class PromptFiles:
     """Rows of Parquet files as prompts, by index; file after file in the order given.
 
@@ -146,7 +161,7 @@ class PromptFiles:
         self.cache_bytes, self._any_style = cache_bytes, any_style
         self._paths = expand(paths)
         self._columns: list[Columns] = []
-        self._cache: OrderedDict[RowGroup, pa.Table] = OrderedDict()
+        self._cache: OrderedDict[RowGroup, _Decoded] = OrderedDict()
         self._first_rows: list[int] = []
         row_groups: list[RowGroup] = []
         num_rows = 0
@@ -201,7 +216,7 @@ class PromptFiles:
             IndexError: no such row.
         """
         row_group = self.row_groups[self._group_of(index)]
-        return self._raw(self._table(row_group), index - row_group.start, index).prompt()
+        return self._raw(*self._decoded(row_group).place(index - row_group.start), index).prompt()
 
     def unusable(self, index: int, prompt: Prompt, problems: Mapping[str, str]) -> BadRowError | None:
         """The error of row `index` if one of its images has something in `problems`, by SHA-256."""
@@ -225,10 +240,10 @@ class PromptFiles:
             yield index, batch
             index += batch.num_rows
 
-    def _raw(self, table: pa.Table | pa.RecordBatch, row: int, index: int) -> RawRow:
+    def _raw(self, batch: pa.RecordBatch, row: int, index: int) -> RawRow:
         path, number = self.location(index)
         try:
-            return RawRow(self._uid(index), path, number, dict(cell_values(table, row)), any_style=self._any_style)
+            return RawRow(self._uid(index), path, number, dict(cell_values(batch, row)), any_style=self._any_style)
         except UnreadableError as error:
             bad = BadRow(str(path), number, error.column, "a value that Python can hold", error.reason)
             return RawRow(self._uid(index), path, number, {}, bad)
@@ -300,19 +315,19 @@ class PromptFiles:
             raise IndexError(f"row {index} of {self._num_rows}")
         return bisect.bisect_right(self._starts, index) - 1
 
-    def _table(self, row_group: RowGroup) -> pa.Table:
+    def _decoded(self, row_group: RowGroup) -> _Decoded:
         if row_group in self._cache:
             self._cache.move_to_end(row_group)
             return self._cache[row_group]
         self._forget(self.cache_bytes - row_group.num_bytes)  # before decoding, so that the two never add up in memory
-        table = pa.Table.from_batches(self._batches(row_group))
-        self._forget(self.cache_bytes - table.nbytes)  # what it holds may be more than Parquet says: repeats are stored once
-        if table.num_rows != row_group.num_rows:
+        decoded = _Decoded(tuple(self._batches(row_group)))
+        self._forget(self.cache_bytes - decoded.nbytes)  # what it holds may be more than Parquet says: repeats are stored once
+        if decoded.num_rows != row_group.num_rows:
             raise DataError(f"{self._paths[row_group.file]}: changed while in use; start again")
-        self._cache[row_group] = table
-        return table
+        self._cache[row_group] = decoded
+        return decoded
 
     def _forget(self, room: int) -> None:
         """The row groups that were not used for longest, until the others fit."""
-        while self._cache and sum(table.nbytes for table in self._cache.values()) > room:
+        while self._cache and sum(decoded.nbytes for decoded in self._cache.values()) > room:
             self._cache.popitem(last=False)

@@ -152,6 +152,17 @@ def test_an_integer_that_is_no_byte_costs_its_own_row_only(tmp_path: Path):
     assert files.record().rows[:8] == PromptFiles([one_row(tmp_path / "binary.parquet")]).record().rows
 
 
+def test_an_integer_that_is_no_byte_costs_no_other_row_of_a_long_row_group(tmp_path: Path):
+    """A row group is read in batches, which differ in their types then."""
+    rows = [ROW | {"images": [{"bytes": [*A]}]} for _ in range(150)]
+    rows[100]["images"] = [{"bytes": [256, *A]}]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "set.parquet")
+    files = PromptFiles([tmp_path / "set.parquet"])
+    with pytest.raises(BadRowError, match=r"row 100, column images\[0\]: expected integers from 0 to 255.*256 at place 0"):
+        files.read(100)
+    assert all(files.read(row).images[0].data == A for row in range(150) if row != 100)
+
+
 def test_row_groups_of_integers_are_held_as_bytes(tmp_path: Path):
     """The cache is bounded by what it holds: twelve groups of 300 kB fit two at a time into 700 kB."""
     noise = encoded((400, 300), "RGB")
@@ -161,7 +172,7 @@ def test_row_groups_of_integers_are_held_as_bytes(tmp_path: Path):
     assert all(len(noise) <= group.num_bytes < 1.1 * len(noise) for group in files.row_groups)
     for row in range(12):
         files.read(row)
-        assert sum(table.nbytes for table in files._cache.values()) <= files.cache_bytes
+        assert sum(decoded.nbytes for decoded in files._cache.values()) <= files.cache_bytes
     assert len(files._cache) == 2
 
 

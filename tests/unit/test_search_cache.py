@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import sqlite3
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -76,6 +77,21 @@ def _write(path: Path, number: int) -> None:
         cache.put("v", "serper", f"{number} {i}", PAGES)
         cache.put("v", "serper", f"shared {i}", PAGES)
     cache.close()
+
+
+def test_a_new_file_that_another_process_is_making_is_waited_for(tmp_path: Path) -> None:
+    """SQLite's own time-out does not cover the change to a write-ahead log."""
+    path = tmp_path / "searches.sqlite"
+    other = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+    other.execute("BEGIN EXCLUSIVE")
+    timer = threading.Timer(0.3, other.execute, ["ROLLBACK"])
+    timer.start()
+    cache = SearchCache(path)
+    cache.put("v", "serper", "q", PAGES)
+    assert cache.get("v", "q") == PAGES
+    cache.close()
+    timer.join()
+    other.close()
 
 
 def test_processes_write_one_file_at_the_same_time(tmp_path: Path) -> None:

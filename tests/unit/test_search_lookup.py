@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from metis_fast.config import ImageSearchConfig
-from metis_fast.errors import ToolSetupError
+from metis_fast.errors import InfrastructureError, ToolSetupError
 from metis_fast.tools.results import ImageSearchResult, Refused, SeenPage
 from metis_fast.tools.search import open_image_source
 from metis_fast.types import ImageBlob
@@ -97,6 +97,19 @@ def test_missing_and_damaged_images_are_told_and_not_shown(tmp_path: Path, caplo
     assert [(page.title, page.image is None) for page in found] == [(str(i), i > 0) for i in range(5)]
     assert "3 of 5 images are missing" in caplog.text and "the first: cached_images/gone.jpg" in caplog.text
     assert "bad.jpg cannot be read and is not shown" in caplog.text
+
+
+def test_images_that_go_away_during_a_run_are_a_failure_of_ours(tmp_path: Path) -> None:
+    cache = write(tmp_path, {"a": entry(["0", "1"], ["cached_images/0.jpg", "cached_images/gone.jpg"])})
+    (tmp_path / "cached_images" / "gone.jpg").symlink_to(tmp_path / "nowhere.jpg")  # was never there
+    source = open_image_source(ImageSearchConfig(cache=cache))
+    before = asyncio.run(source.search([], {"index": "a"}))
+    assert isinstance(before, ImageSearchResult)
+    assert [page.image is None for page in before.pages] == [False, True]
+    (tmp_path / "cached_images").rename(tmp_path / "away")
+    with pytest.raises(InfrastructureError, match=r"cached_images/0\.jpg was there when the run began and has gone"):
+        asyncio.run(source.search([], {"index": "a"}))
+    source.close()
 
 
 @pytest.mark.parametrize(

@@ -144,6 +144,13 @@ def test_a_search_that_serpapi_could_not_make_is_a_failure_and_no_empty_result()
         ("http", {"data": {"items": []}, "success": False}),
         ("http", {"data": {"items": []}, "errors": ["quota"]}),
         ("http", {"data": {"items": []}, "status": "failed"}),
+        ("serper", {"message": "Not enough credits", "organic": []}),
+        ("serper", {"message": "Unauthorized.", "organic": []}),
+        ("http", {"data": {"items": []}, "ok": False}),
+        ("http", {"data": {"items": []}, "status": "fail"}),
+        ("http", {"data": {"items": []}, "code": -1}),
+        ("http", {"data": {"items": []}, "code": 10023}),
+        ("http", {"data": {"items": []}, "status": "Quota exceeded"}),
     ],
 )
 def test_an_empty_list_beside_an_error_is_a_failure_and_is_not_kept(provider: str, value: object) -> None:

@@ -39,7 +39,7 @@ class SearchCache:
             if path is not None:
                 path.parent.mkdir(parents=True, exist_ok=True)
             self._database = sqlite3.connect(path or ":memory:", timeout=_WAIT_S, isolation_level=None, check_same_thread=False)
-            self._database.execute("PRAGMA journal_mode = WAL")
+            _switch_to_wal(self._database)
             self._database.execute("PRAGMA synchronous = OFF")  # what a power cut takes is asked for again
             self._database.execute(_TABLE)
             self._database.execute("SELECT key, pages FROM searches LIMIT 1").fetchone()
@@ -83,6 +83,19 @@ class SearchCache:
         """Close the file. May be called twice."""
         with self._lock:
             self._database.close()
+
+
+def _switch_to_wal(database: sqlite3.Connection) -> None:
+    """Of a new file only; SQLite's own time-out does not wait there for another process that does the same."""
+    deadline = time.monotonic() + _WAIT_S
+    while True:
+        try:
+            database.execute("PRAGMA journal_mode = WAL")
+            return
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
+                raise
+            time.sleep(0.02)
 
 
 def _key(version: str, query: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -12,7 +13,7 @@ from pathlib import Path
 
 from metis_fast import pixels
 from metis_fast.config import ImageSearchConfig
-from metis_fast.errors import ToolSetupError, one_line
+from metis_fast.errors import InfrastructureError, ToolSetupError, one_line
 from metis_fast.image_source import NoImageError, read_image
 from metis_fast.pixels import ImageError
 from metis_fast.tools.protocol import MAX_CALL_IMAGES
@@ -46,10 +47,14 @@ class CachedImages:
         self._images = (config.cache_images or path.parent).absolute()
         self._otherwise = otherwise
         self._pages = _read(path)
-        _count_missing(self._pages, path, self._images)
+        self._missing = _missing(self._pages, path, self._images)
 
     async def search(self, images: Sequence[ImageBlob], extra: Mapping[str, object]) -> ImageSearchResult | Refused:
-        """See `ImageSource`. At most 8 pages; where a page's image is none, or no longer there, it has only its title."""
+        """See `ImageSource`. At most 8 pages; where a page's image is none, or was missing at the start, it has only its title.
+
+        Raises:
+            InfrastructureError: an image that was there has gone.
+        """
         index = extra.get("index")
         found = self._pages.get("" if index is None else str(index))
         if found is None and self._otherwise is not None:
@@ -73,9 +78,14 @@ class CachedImages:
         try:
             data = read_image({"path": path}, self._images)
             pixels.decode(data)
-        except ImageError as error:  # missing ones were counted at the start
-            if not isinstance(error, NoImageError):
-                _LOG.warning("image_search: %s cannot be read and is not shown: %s", self._images / path, error)
+        except NoImageError:
+            if path in self._missing:
+                return None
+            raise InfrastructureError(
+                f"image_search: {self._images / path} was there when the run began and has gone; make it available again"
+            ) from None
+        except ImageError as error:
+            _LOG.warning("image_search: %s cannot be read and is not shown: %s", self._images / path, error)
             return None
         return ImageBlob.of(data)
 
@@ -109,20 +119,23 @@ def _refused(path: Path, what: str) -> ToolSetupError:
     return ToolSetupError(f"tools.image_search.cache={path} {what}; expected {form}; set it to a cache in that form")
 
 
-def _count_missing(pages: Mapping[str, Sequence[_Found]], path: Path, images: Path) -> None:
-    """Tell of images that are not there.
+def _missing(pages: Mapping[str, Sequence[_Found]], path: Path, images: Path) -> frozenset[str]:
+    """Images that are not there, which are told of.
 
     Raises:
         ToolSetupError: none is.
     """
     listed: dict[Path, frozenset[str]] = {}
-    missing, total, first = 0, 0, ""
+    missing: list[str] = []
+    total = 0
 
     def is_there(name: str) -> bool:
         place = images / name
         if place.parent not in listed:  # one listing of a folder instead of a request for each file
             try:
-                listed[place.parent] = frozenset(one.name for one in place.parent.iterdir())
+                with os.scandir(place.parent) as entries:
+                    here = [one.name for one in entries if not one.is_symlink() or Path(one.path).exists()]
+                listed[place.parent] = frozenset(here)
             except (OSError, ValueError):
                 listed[place.parent] = frozenset()
         return place.name in listed[place.parent]
@@ -131,13 +144,15 @@ def _count_missing(pages: Mapping[str, Sequence[_Found]], path: Path, images: Pa
         assert page.path is not None
         total += 1
         if not is_there(page.path):
-            missing, first = missing + 1, first or page.path
-    if missing and missing == total:
+            missing.append(page.path)
+    if missing and len(missing) == total:
         raise ToolSetupError(
-            f"none of the {total} images that tools.image_search.cache={path} names is in {images}, for example {first}; "
+            f"none of the {total} images that tools.image_search.cache={path} names is in {images}, for example {missing[0]}; "
             "unpack them there, or set tools.image_search.cache_images to their folder"
         )
     if missing:
         _LOG.warning(
-            "image_search: %d of %d images are missing in %s and are not shown; the first: %s", missing, total, images, first
+            "image_search: %d of %d images are missing in %s and are not shown; the first: %s",
+            *(len(missing), total, images, missing[0]),
         )
+    return frozenset(missing)

@@ -19,9 +19,14 @@ from metis_fast.tools.search.keys import Key
 from metis_fast.tools.search.reply import Fields, at, pages
 
 _NOTHING = re.compile(
-    r".*hasn't returned any results.*|no (?:\w+ )?results?(?: (?:were )?found)?(?: for .*)?\.?", re.IGNORECASE | re.DOTALL
+    r".*hasn't returned any results.*|no (?:\w+ )?results?(?: (?:were )?found)?(?: for .*)?\.?|ok\.?|success(?:ful(?:ly)?)?\.?",
+    re.IGNORECASE | re.DOTALL,
 )
-_BAD_STATUS = re.compile("[45][0-9][0-9]")
+_BAD_STATE = re.compile(
+    r"err(?:or)?\b|fail|denied|unauthori[sz]ed|forbidden|invalid|exceeded|limit|quota|block|throttl|expired|suspend|time-?\s?out",
+    re.IGNORECASE,
+)
+_MESSAGES = ("message", "msg", "error_message", "error_msg", "detail", "reason")
 _HAN = re.compile("[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]")
 
 
@@ -190,23 +195,22 @@ def _check_empty(value: object, found: object, key: Key) -> None:
     if found or not isinstance(value, Mapping):
         return
     error = value.get("error") or value.get("errors")
+    message = next((text for name in _MESSAGES if isinstance(text := value.get(name), str) and text.strip()), "")
     states = [value.get(name) for name in ("statusCode", "status_code", "code", "status")]
     states.append(at(value, "search_metadata.status"))
-    if (
-        not any(_is_failure(state) for state in states)
-        and value.get("success") is not False
-        and (not error or _NOTHING.fullmatch(str(error)))
-    ):
+    refused = any(value.get(name) is False for name in ("success", "ok"))
+    told = [str(text) for text in (error, message) if text]
+    if not refused and not any(map(_is_failure, states)) and all(_NOTHING.fullmatch(text.strip()) for text in told):
         return
-    texts = (error, at(error, "message"), value.get("message"))
-    said = next((text for text in texts if isinstance(text, str) and text), "") or json.dumps(value)
-    raise Failed("it says that the search failed", key.hide(said), "see its status page", again=True)
+    said = next((text for text in (error, at(error, "message"), message) if isinstance(text, str) and text), "")
+    raise Failed("it says that the search failed", key.hide(said or json.dumps(value)), "see its status page", again=True)
 
 
 def _is_failure(state: object) -> bool:
+    """Whether a state that stands beside no results says why there are none."""
     if isinstance(state, str):
-        return state.lower() in ("error", "failed", "failure") or bool(_BAD_STATUS.fullmatch(state))
-    return isinstance(state, int) and bool(_BAD_STATUS.fullmatch(str(state)))
+        return _BAD_STATE.search(state) is not None or (state.strip().isdecimal() and _is_failure(int(state)))
+    return isinstance(state, int) and not isinstance(state, bool) and not (state in (0, 1) or 200 <= state < 300)
 
 
 def _with_params(url: str, params: Mapping[str, object]) -> str:

@@ -100,8 +100,9 @@ def at(value: object, path: str) -> object:
 
 
 def _text(value: object) -> str:
-    """Numbers are text, too: a page may be called 1984."""
-    return str(value) if isinstance(value, (str, int, float)) and not isinstance(value, bool) else ""
+    """Numbers are text, too: a page may be called 1984; NaN, where a table of theirs has nothing, is none."""
+    is_text = isinstance(value, (str, int, float)) and not isinstance(value, bool) and value == value
+    return str(value) if is_text else ""
 
 
 def _keys(value: object, key: Key) -> str:
