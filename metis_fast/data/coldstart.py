@@ -35,6 +35,7 @@ CACHE_BYTES = 1 << 30
 ROLES = ("system", "user", "assistant", "tool")
 MARK = "<image>"
 _STRUCTURED = ("tool_calls", "function_call", "reasoning_content", "reasoning")  # of other formats; they would be lost
+_WEIGHTS = ("weight", "train", "loss", "loss_mask", "trainable")  # of other formats, which leave messages out of the loss
 _BATCH_ROWS = 64  # a column of integers takes eight times its bytes until it is made one of bytes
 _MOST_PATH = 4096  # longer text cannot be a path (PATH_MAX)
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -351,6 +352,9 @@ def _message(entry: Any, column: str) -> Message:
     for name in _STRUCTURED:
         if entry.get(name):
             raise MisfitError(f"{column}.{name}", "nothing: calls and reasons stand as text in `content`", entry[name])
+    for name in _WEIGHTS:
+        if entry.get(name, 1) in (0, "0", "false", "False"):  # False, too
+            raise MisfitError(f"{column}.{name}", "nothing: every assistant message counts in the loss", entry[name])
     if role == "assistant":
         text = content if isinstance(content, str) else _text_of(content, f"{column}.content")
         if not text.strip():

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import re
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -102,14 +101,11 @@ def _demo(args: argparse.Namespace) -> int:
 
 def _standin(args: argparse.Namespace) -> int:
     from metis_fast.standin import write_standin
+    from metis_fast.standin.sizes import picture_size
 
-    sides = re.fullmatch(r"(\d+)x(\d+)", args.pixels)
-    if sides is None or args.rows < 1:
-        raise ConfigError(
-            "data standin: expected --rows from 1 on and --pixels like 2048x1536, "
-            f"got --rows {args.rows} --pixels {args.pixels}"
-        )
-    size = int(sides[1]), int(sides[2])
+    size = picture_size(args.pixels)
+    if args.rows < 1:
+        raise ConfigError(f"data standin: expected --rows from 1 on, got {args.rows}")
     return _print_paths(dataclasses.asdict(write_standin(args.out, args.rows, size, args.seed)), args.json)
 
 

@@ -171,15 +171,13 @@ def _counted(values: Iterable[tuple[str, int]]) -> str:
 def _standin(args: argparse.Namespace) -> int:
     from metis_fast.evaluate.benchmarks import find
     from metis_fast.evaluate.standin import write_standins
+    from metis_fast.standin.sizes import picture_size
 
-    sides = re.fullmatch(r"(\d+)x(\d+)", args.pixels)
-    if sides is None or args.count < 1:
-        raise ConfigError(
-            "benchmark standin: expected --count from 1 on and --pixels like 160x120, "
-            f"got --count {args.count} --pixels {args.pixels}"
-        )
+    size = picture_size(args.pixels)
+    if args.count < 1:
+        raise ConfigError(f"benchmark standin: expected --count from 1 on, got {args.count}")
     names = [find(name).name for name in args.names]
-    written = write_standins(args.out, names, args.count, (int(sides[1]), int(sides[2])), args.seed)
+    written = write_standins(args.out, names, args.count, size, args.seed)
     if args.json:
         print(json.dumps({name: {"tsv": [*map(str, one.tsv)], "hub": [*map(str, one.hub)]} for name, one in written.items()}))
         return 0

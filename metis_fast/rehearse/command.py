@@ -42,6 +42,7 @@ from metis_fast.score.judge import open_judge
 from metis_fast.score.llm_prompt import read_prompt
 from metis_fast.score.scoring import judge_groups
 from metis_fast.standin import write_standin
+from metis_fast.standin.sizes import picture_size
 from metis_fast.summary import NoVerdict
 from metis_fast.testing.judge import serving as serve_judge
 from metis_fast.testing.search import serving as serve_search
@@ -69,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
         ConfigError: the config cannot be read, or has nothing to rehearse.
     """
     config = config_module.load(args.config, args.overrides)
-    pixels = _pixels(args.pixels)
+    pixels = picture_size(args.pixels, least=256)
     if not config.sft.phases and not config.data.train:
         raise ConfigError("nothing to rehearse: the config names neither sft.phases nor data.train; set one of them")
     with ExitStack() as stack:
@@ -79,9 +80,15 @@ def run(args: argparse.Namespace) -> int:
             folder = scratch.path / "job"  # who writes a folder into another one locks that, and this one's lock is taken
         else:
             folder = args.out
-            if folder.exists() and any(folder.iterdir()):
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                is_empty = not any(folder.iterdir())
+            except OSError as error:
+                raise ConfigError(
+                    f"--out {folder} cannot be used: {error.strerror}; name a folder that can be written"
+                ) from None
+            if not is_empty:
                 raise ConfigError(f"--out {folder} is not empty; name a new folder")
-            folder.mkdir(parents=True, exist_ok=True)
         rehearsal = Rehearsal(config, folder, pixels, stack)
         stages: list[Stage] = []
         for stage in rehearsal.stages():
@@ -101,13 +108,6 @@ def run(args: argparse.Namespace) -> int:
         if args.out is not None:
             print(f"kept: {folder}", flush=True)
         return int(failed)
-
-
-def _pixels(text: str) -> tuple[int, int]:
-    width, _, height = text.partition("x")
-    if not (width.isdigit() and height.isdigit() and int(width) >= 256 and int(height) >= 256):
-        raise ConfigError(f"--pixels: expected WxH, at least 256x256, got {text!r}")
-    return int(width), int(height)
 
 
 class Rehearsal:

@@ -60,7 +60,8 @@ _TAKES_BACK = re.compile(
     r"|instead|rather|unless|except|also|too|well|both|either|better|now|eliminated|excluded|impossible|unlikely|ruled|cannot"
     r"|unsure|guess|doubt|know|probably|possibly|correction|sorry|oops|other|others|another|second|if|might|may|could|yes"
     r"|first|third|fourth|fifth|last|previous|next|former|latter|\d+(?:st|nd|rd|th)|contradict\w*|refut\w*|fail\w*|lack\w*|invalid"
-    r"|inaccurate|untenable|unsupported|distractor\w*|worst|least|exclud\w*|reject\w*|opposite|out|disagree\w*)\b|n't|[?!]",
+    r"|inaccurate|untenable|unsupported|distractor\w*|worst|least|exclud\w*|reject\w*|opposite|out|disagree\w*"
+    r"|trap|trick\w*|decoy|bait|mistak\w*|mislead\w*|irrelevant|discard\w*|dismiss\w*)\b|n't|[?!]",
     re.IGNORECASE,
 )
 _A_LETTER = re.compile(r"(?<![\w'])(?!I\s+(?!is\b|are\b)[a-z])(?:[A-Z]|[b-hj-z])(?![\w'])")  # not of "I counted"
@@ -69,7 +70,7 @@ _LITTLE_WORDS = frozenset(("a", "an", "the", "of", "to", "is", "it", "be", "as",
 _AFFIRMS = re.compile(
     r"(?:it|this|that)(?:'s|\s+(?:is|best|clearly|exactly|really|simply))*\s*(?:the\s+)?"
     r"(?:fits|matches|agrees|correct|right|true|best)\b(?:\s+(?:it|best|well|exactly|here|answer|option|choice|one|the\s+\w+))?[\s.!]*"
-    r"|(?:is\s+)?(?:correct|right|true|best)[\s.!]*",
+    r"|(?:is\s+)?(?:correct|right|true|best|only)[\s.!]*",
     re.IGNORECASE,
 )
 _MARKS = tuple(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from metis_fast.errors import DataError, one_line
@@ -18,6 +19,12 @@ from metis_fast.standin.search_cache import write_search_cache
 
 ROWS, PIXELS = 32, (2048, 1536)
 _OWN = ".standin"  # names the files of a folder that were written here, a line each
+_PLANNED = (  # what may be there while they are written, or after a call that was killed
+    *(f"{name}/data/train-*.parquet" for name in ("rl", "rl_binary", "cold_start", "cold_start_binary")),
+    "image_search/*.json",
+    "image_search/cached_images/*.jpg",
+    "benchmark/*.tsv",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +67,8 @@ def write_standin(
     _check_own(folder)
     asked = ask(rows, pixels, random.Random(f"standin/{seed}"))
     try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / _OWN).write_text("".join(f"{name}\n" for name in _PLANNED), encoding="utf-8")
         write_rl(paths.rl, asked, integers=True)
         write_rl(paths.rl_binary, asked, integers=False)
         write_cold_start(paths.cold_start, asked, base64_text=True, misfits=misfits)
@@ -83,7 +92,11 @@ def _check_own(folder: Path) -> None:
         DataError: a file that no earlier call has written; it may be somebody's data.
     """
     own = folder / _OWN
-    names = set(own.read_text(encoding="utf-8", errors="replace").splitlines()) if own.is_file() else set()
-    if strange := [name for name in _files(folder) if name not in names]:
+    try:
+        names = own.read_text(encoding="utf-8", errors="replace").splitlines() if own.is_file() else []
+        strange = [name for name in _files(folder) if not any(fnmatchcase(name, own_name) for own_name in names)]
+    except OSError as error:
+        raise DataError(f"cannot read {folder}: {one_line(error)}; choose another folder") from None
+    if strange:
         more = f" and {len(strange) - 1} more" if len(strange) > 1 else ""
         raise DataError(f"{folder} holds files that are no stand-ins: {strange[0]}{more}; name a new or an empty folder")

@@ -79,6 +79,8 @@ USER, ASSISTANT = say("user", "Which?"), say("assistant", "That.")
         ([USER, say("assistant", None)], [], r"messages\[1\].content: expected text or a list of parts, got null"),
         ([say("user", [{"type": "video"}]), ASSISTANT], [], r"messages\[0\].content\[0\]: expected {type: text"),
         ([USER, say("assistant", [{"type": "image"}])], [png(0)], r"messages\[1\].content\[0\]: .*an assistant shows no image"),
+        ([USER, ASSISTANT | {"weight": 0}], [], r"messages\[1\].weight: expected nothing: every assistant message counts"),
+        ([USER, ASSISTANT | {"train": False}], [], r"messages\[1\].train: expected nothing: every assistant message counts"),
         ([USER, ASSISTANT | {"tool_calls": [{"id": 1}]}], [], r"messages\[1\].tool_calls: expected nothing: calls"),
         ([say("user", "<image> <image>"), ASSISTANT], [png(0)], r"column images: expected 2 images, .*got 1 image;"),
         ([USER, say("assistant", "<image>")], [png(0)], r"expected 0 images.*1 more in assistant messages.*got 1 image;"),

@@ -38,7 +38,10 @@ QUESTIONS = {
         *(("cities", f"B{mark}", "B", False) for mark in ("+", "++", "&", "/", " and", "=")),
         *(("cities", answer, "B", True) for answer in ("B,", "B is the answer", "应该选B", "B\n\nLondon is the capital")),
         *(("cities", answer, "A, B", True) for answer in ("A and B are correct", "both A and B")),
-        *(("cities", f"B{rest}", "B", False) for rest in (": the trap", ", it is an error", "\n\nParis", ", as we skip it")),
+        *(
+            ("cities", f"B{rest}", "B", False)
+            for rest in (": the trap", ": London is a trap", ", it is an error", "\n\nParis", ", as we skip it")
+        ),
         *(("none", answer, answer[0], False) for answer in ("C++", "B. Franklin", "E. coli", "I, Robot", "C: drive")),
         *(("none", "B. Paris", "B. Paris", True), ("none", "B", "B. Paris", True), ("none", "B, because it fits", "B", True)),
     ],

@@ -83,7 +83,7 @@ def test_a_new_file_that_another_process_is_making_is_waited_for(tmp_path: Path)
     """SQLite's own time-out does not cover the change to a write-ahead log."""
     path = tmp_path / "searches.sqlite"
     other = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
-    other.execute("BEGIN EXCLUSIVE")
+    other.execute("BEGIN IMMEDIATE")
     timer = threading.Timer(0.3, other.execute, ["ROLLBACK"])
     timer.start()
     cache = SearchCache(path)

@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 
 from metis_fast.cli import main
+from metis_fast.errors import DataError
 from metis_fast.standin import StandinPaths, write_standin
 from metis_fast.standin.pictures import KINDS, as_jpeg, draw
 
@@ -169,13 +170,32 @@ def test_stand_ins_are_replaced_and_other_files_are_not(tmp_path: Path, capsys: 
     assert [path.name for path in other.iterdir()] == ["train-00000-of-00002.parquet"]
 
 
+def test_a_folder_of_a_call_that_was_killed_is_written_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("metis_fast.standin.write_search_cache", stop)  # after all Parquet files
+        with pytest.raises(KeyboardInterrupt):
+            write_standin(tmp_path / "x", 3, (64, 48))
+    paths = write_standin(tmp_path / "x", 2, (64, 48))
+    assert table(paths.rl).num_rows == 2
+    assert json.loads(paths.image_search_cache.read_text())  # an empty one is no cache, however few rows there are
+    (paths.rl / "data" / "train-mine.parquet").write_text("somebody's data")
+    with pytest.raises(DataError, match=r"no stand-ins: rl/data/train-mine\.parquet"):
+        write_standin(tmp_path / "x", 2, (64, 48))
+
+
 def test_the_verb_writes_and_names_all_sets(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert main(["data", "standin", str(tmp_path / "x"), "--rows", "2", "--pixels", "80x64", "--json"]) == 0
     named = json.loads(capsys.readouterr().out)
     assert set(named) == {"rl", "rl_binary", "cold_start", "cold_start_binary", "image_search_cache", "benchmark"}
     assert all(Path(path).exists() for path in named.values())
-    assert main(["data", "standin", str(tmp_path / "y"), "--pixels", "80"]) == 2
-    assert "expected --rows from 1 on and --pixels like 2048x1536" in capsys.readouterr().err
+    for size in ("80", "0x0", "20000x10", "99999999x99999999", "30000x30000"):
+        assert main(["data", "standin", str(tmp_path / "y"), "--pixels", size]) == 2
+        assert "expected --pixels like 2048x1536: sides of at least 32, at most 64 million in all" in capsys.readouterr().err
+    assert main(["data", "standin", str(tmp_path / "y"), "--rows", "0"]) == 2
+    assert "expected --rows from 1 on, got 0" in capsys.readouterr().err and not (tmp_path / "y").exists()
     (tmp_path / "file").write_text("")
     assert main(["data", "standin", str(tmp_path / "file"), "--rows", "1", "--pixels", "64x64"]) == 2
     assert "choose a folder that can be written" in capsys.readouterr().err
