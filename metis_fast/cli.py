@@ -171,6 +171,8 @@ def _sft(args: argparse.Namespace) -> int:
             raise ConfigError("sft.phases is empty; name at least one set of conversations and its steps or epochs")
         reports = check.check(config)
         print(json.dumps(check.as_json(reports)) if args.json else check.as_text(reports))
+        for line in check.advice(reports, config):
+            print(f"metis-fast: {line}", file=sys.stderr)
         return int(check.stops(reports, config))
     with held(config.run.dir):
         sft(config, args.out)

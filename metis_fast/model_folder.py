@@ -118,13 +118,12 @@ def read_json(path: Path) -> dict[str, Any]:
     return tree
 
 
-def check_model_folder(folder: Path) -> str:
-    """Find out, before anything is loaded, that a folder holds a Qwen3-VL or a Qwen3; returns its model_type.
-
-    Raises:
-        ModelError: not a folder, another architecture, a part is missing or unreadable, or the weights are quantised.
+def check_is_folder(folder: Path) -> None:
     """
-    if folder.suffix == ".gguf" or (folder.is_dir() and not (folder / "config.json").exists() and any(folder.glob("*.gguf"))):
+    Raises:
+        ModelError: `model.path` is no folder, or one of another program's weights.
+    """
+    if folder.suffix == ".gguf" or (any(folder.glob("*.gguf")) and not any(folder.glob("*.safetensors"))):
         raise ModelError(
             f"model.path {folder} is a GGUF file, quantised for another program; download the repository that it was made from"
         )
@@ -133,6 +132,15 @@ def check_model_folder(folder: Path) -> str:
             f"model.path {folder} is not a folder; give one that holds a Qwen3-VL (config.json, *.safetensors), and download "
             "one of the Hugging Face hub first (hf download NAME --local-dir FOLDER)"
         )
+
+
+def check_model_folder(folder: Path) -> str:
+    """Find out, before anything is loaded, that a folder holds a Qwen3-VL or a Qwen3; returns its model_type.
+
+    Raises:
+        ModelError: not a folder, another architecture, a part is missing or unreadable, or the weights are quantised.
+    """
+    check_is_folder(folder)
     if (folder / "adapter_config.json").exists():
         raise ModelError(f"{folder} holds a LoRA adapter; merge it into its model (merge_and_unload), save that and give it")
     for path in sorted(folder.glob("*")):  # whichever it is, the folder was copied without what it points to
@@ -270,6 +278,7 @@ def read_config(folder: Path) -> PretrainedConfig:
     """
     path = folder / "config.json"
     if not os.path.lexists(path):
+        check_is_folder(folder)
         raise ModelError(f"{folder} lacks config.json; give a Qwen3-VL model folder")
     return config_of(read_json(path), path)
 

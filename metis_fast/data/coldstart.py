@@ -21,6 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from metis_fast.arrow_types import as_list, is_bytes, is_string, item, stored
+from metis_fast.data.columns import advice_for
 from metis_fast.data.cursor import Layout
 from metis_fast.data.paths import expand, first
 from metis_fast.data.row import BadRow, BadRowError, MisfitError, image_of
@@ -180,23 +181,39 @@ class ConversationFiles:
 
 
 def holds_conversations(path: Path) -> bool:
-    """Whether files are in this schema, by the columns of the first; any other set is left to whoever reads it."""
-    try:
-        with pq.ParquetFile(first(path)) as file:
-            return "messages" in file.schema_arrow.names
-    except (DataError, OSError, pa.ArrowException, ValueError):
+    """Whether files are in this schema, by the columns of the first; if not, they are stored rollouts.
+
+    Raises:
+        DataError: there is no file, it cannot be read, or it is neither.
+    """
+    file = first(path)
+    names = _schema(file)[1].names
+    if "messages" in names:
+        return True
+    if {"tokens", "sampled"} <= set(names):
         return False
+    hint = "docs/sft.md shows how to make a file"
+    if {"prompt", "reward_model"} <= set(names):
+        hint = "prompts with truths are for `metis-fast train`: a cold start needs whole conversations (docs/sft.md)"
+    raise DataError(
+        f"{file}: expected a column 'messages', of conversations, or the rollouts of a run, got {', '.join(names)}; {hint}"
+    )
+
+
+def _schema(path: Path) -> tuple[pq.FileMetaData, pa.Schema]:
+    """Footer of a file."""
+    try:
+        with pq.ParquetFile(path) as file:
+            return file.metadata, file.schema_arrow
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file; give the path of a Parquet file or of a folder of them") from None
+    except (OSError, pa.ArrowException, ValueError) as error:
+        raise DataError(f"{path}: not a Parquet file that can be read ({one_line(error)}); {advice_for(path)}") from None
 
 
 def _open(path: Path) -> tuple[pq.FileMetaData, list[str]]:
     """Footer of a file, and the names of the columns to read."""
-    try:
-        with pq.ParquetFile(path) as file:
-            metadata, schema = file.metadata, file.schema_arrow
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such file; give the path of a Parquet file or of a folder of them") from None
-    except (OSError, pa.ArrowException, ValueError) as error:
-        raise DataError(f"{path}: not a Parquet file that can be read ({one_line(error)}); write it anew") from None
+    metadata, schema = _schema(path)
     for name in ("messages", "images"):
         if schema.names.count(name) > 1:
             raise DataError(f"{path}: expected one column {name!r}, got several; rename all but one")

@@ -120,7 +120,7 @@ def open_columns(path: Path) -> tuple[pq.FileMetaData, Columns]:
     except FileNotFoundError:
         raise DataError(f"{path}: no such file; give the path of a Parquet file or of a folder of them") from None
     except (OSError, pa.ArrowException, ValueError) as error:  # the last one: a name that is not UTF-8, its own or a column's
-        raise DataError(f"{path}: not a Parquet file that can be read ({one_line(error)}); {_advice(path)}") from None
+        raise DataError(f"{path}: not a Parquet file that can be read ({one_line(error)}); {advice_for(path)}") from None
     names: dict[str, str] = {}
     for name, (fits, expected) in _TYPES.items():
         there = "image" if name == "images" and name not in schema.names and "image" in schema.names else name
@@ -142,7 +142,7 @@ def open_columns(path: Path) -> tuple[pq.FileMetaData, Columns]:
     return metadata, Columns(names, "images" in names and _holds_integers(schema.field(names["images"]).type))
 
 
-def _advice(path: Path) -> str:
+def advice_for(path: Path) -> str:
     """What to do about a file that is no Parquet file."""
     try:
         with path.open("rb") as file:

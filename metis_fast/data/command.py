@@ -29,7 +29,7 @@ def add_verbs(data: argparse._SubParsersAction, verb: AddVerb) -> None:
     sub = verb(data, "check", _check, "Report every row that does not fit the Metis-RL schema; exit code 1 if there is one.")
     sub.add_argument("files", type=Path, nargs="+", metavar="FILE")
     sub.add_argument("--model", type=Path, metavar="FOLDER", help="count the tokens of every prompt, images included")
-    sub.add_argument("--config", type=Path, metavar="my.yaml", help="of the run: its own tools and MCP servers are known")
+    sub.add_argument("--config", type=Path, metavar="my.yaml", help="of the run: its tools, judge and prompt limit hold")
     sub.add_argument(
         "--max-prompt-tokens",
         type=int,
@@ -56,7 +56,7 @@ def add_verbs(data: argparse._SubParsersAction, verb: AddVerb) -> None:
 
 def _check(args: argparse.Namespace) -> int:
     from metis_fast.data.check import check_files
-    from metis_fast.data.offers import KNOWN_TOOLS
+    from metis_fast.data.offers import KNOWN_TOOLS, enabled
     from metis_fast.data.report import render_json, render_text
     from metis_fast.tools import other_tools
 
@@ -71,8 +71,9 @@ def _check(args: argparse.Namespace) -> int:
     counter = partial(_token_counter, args.model, config.tools, others) if args.model else None
     if counter is not None:
         counter()  # what is wrong with the model is said once, and by this process
-    known = KNOWN_TOOLS.union(tool.name for tool in others)
-    report = check_files(args.files, not args.json, counter, limit, args.processes, args.any_style, known)
+    known = (KNOWN_TOOLS if args.config is None else enabled(config.tools.enabled)).union(tool.name for tool in others)
+    any_style = args.any_style or config.score.judge != "by_row"
+    report = check_files(args.files, not args.json, counter, limit, args.processes, any_style, known)
     print(render_json(report) if args.json else render_text(report))
     return report.exit_code
 

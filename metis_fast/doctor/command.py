@@ -20,6 +20,7 @@ from metis_fast.demo.command import is_demo, missing_stages, resolve
 from metis_fast.doctor import conversations, inputs, machine, services
 from metis_fast.doctor.finding import Check, Finding, refused
 from metis_fast.errors import MetisError
+from metis_fast.plan.cold_start import as_trained, is_cold_start
 from metis_fast.plan.shape import read_model_config
 
 _WHAT = 18  # characters of the second column
@@ -89,8 +90,9 @@ def findings(args: argparse.Namespace) -> Iterator[tuple[str, Finding]]:
 
 def checks(config: Config, offline: bool) -> Iterator[Check]:
     """What is looked at, in this order: cheap things first."""
-    size = _num_parameters(config)
-    yield Check("machine", partial(machine.machine, config, size))
+    if is_cold_start(config):
+        config = as_trained(config)
+    yield Check("machine", partial(machine.machine, config, *_num_parameters(config)))
     yield Check("packages", partial(machine.packages, config))
     yield Check("model", partial(inputs.model, config))
     if config.train.backend == "megatron":
@@ -115,11 +117,13 @@ def checks(config: Config, offline: bool) -> Iterator[Check]:
         yield Check("Ray", partial(services.ray, config))
 
 
-def _num_parameters(config: Config) -> int:
+def _num_parameters(config: Config) -> tuple[int, int]:
+    """Of the model, and of what is trained."""
     try:
-        return inputs.num_parameters(read_model_config(config, None))
+        shape = read_model_config(config, None)
     except MetisError:  # the check of the model says so
-        return 0
+        return 0, 0
+    return inputs.num_parameters(shape), inputs.num_parameters(shape, config.model.freeze)
 
 
 def _styles(config: Config) -> set[str]:

@@ -11,6 +11,7 @@ from metis_fast.doctor.finding import Finding
 from metis_fast.run.cold_start import open_streams
 from metis_fast.sft.streams import Conversations, Stream, num_steps
 from metis_fast.sft.trainers import open_images
+from metis_fast.train.optimizer import Schedule
 
 _ROWS = 48  # of a set
 
@@ -18,10 +19,15 @@ _ROWS = 48  # of a set
 def sft(config: Config) -> Iterator[Finding]:
     """Every phase, and the held-out set."""
     streams, heldout = open_streams(config, open_images(config))
+    total = 0
     for i, (phase, stream) in enumerate(zip(config.sft.phases, streams, strict=True)):
         steps = num_steps(phase, stream.num_rows, config.sft.batch_size)
+        total += steps
         yield Finding(f"phase {i}", "ok", f"{stream.num_rows} rows at {phase.trajectories}, {steps} steps")
         yield from _rows(f"phase {i}", stream, config)
+    if doubt := Schedule(config.sft.optim, total).doubt("sft.optim"):
+        found, _, advice = doubt.partition("; ")
+        yield Finding("learning rate", "warning", found, advice)
     if heldout is not None:
         yield from _rows("held out", heldout, config)
 
@@ -42,7 +48,8 @@ def _rows(what: str, stream: Stream, config: Config) -> Iterator[Finding]:
     ):
         if kind:
             state = "warning" if skip == "skip" else "error"
-            advice = f"metis-fast sft --check names all of them; mend them, or set {setting}=skip"
+            advice = "metis-fast sft --check names all of them; "
+            advice += f"{setting}=skip leaves them out" if skip == "skip" else f"mend them, or set {setting}=skip"
             yield Finding(what, state, f"{of}, {len(kind)} do not fit, the first: {kind[0].bad_row}", advice)
     if not wrong:
         yield Finding(what, "ok", of)

@@ -16,6 +16,7 @@ from metis_fast.checkpoint.export import check_export
 from metis_fast.checkpoint.safetensors_folder import INDEX
 from metis_fast.config import Config
 from metis_fast.data.cursor import decode_all
+from metis_fast.data.offers import enabled, offered_tools
 from metis_fast.data.parquet import PromptFiles
 from metis_fast.data.row import BadRow, BadRowError
 from metis_fast.doctor.finding import Finding, gigabytes
@@ -23,7 +24,7 @@ from metis_fast.doctor.services import described
 from metis_fast.errors import ModelError, RecordingError, ToolSetupError, one_line
 from metis_fast.model_folder import doubts, hf_shapes, load_processor, load_tokenizer, read_config, read_json
 from metis_fast.pictures import ImagePreparer
-from metis_fast.plan.command import own_layout
+from metis_fast.plan.command import awake, own_layout
 from metis_fast.plan.gpus import GIB, GPUS, Gpu
 from metis_fast.plan.shape import read_model_config
 from metis_fast.rollout.chat import Chat
@@ -35,9 +36,10 @@ from metis_fast.types import Prompt
 _ROWS = 48  # of a set of prompts
 
 
-def num_parameters(config: PretrainedConfig) -> int:
-    """Of the model that a config.json describes."""
-    return sum(map(math.prod, hf_shapes(config).values()))
+def num_parameters(config: PretrainedConfig, freeze: Sequence[str] = ()) -> int:
+    """Of the model that a config.json describes, without its tower where `freeze` has "vision"."""
+    shapes = hf_shapes(config)
+    return sum(math.prod(shape) for name, shape in shapes.items() if "vision" not in freeze or ".visual." not in name)
 
 
 def model(config: Config) -> Iterator[Finding]:
@@ -100,9 +102,8 @@ def layout(config: Config) -> Iterator[Finding]:
     one = own_layout(config, shape, gpu)
     ranks = f"{config.train.megatron.num_ranks} ranks"
     found = f"{ranks}; {one.memory.total / GIB:.0f} of {gpu.memory / GIB:.0f} GiB of {name} predicted"
-    yield Finding(
-        "train.megatron", "ok" if one.fits else "error", found, "" if one.fits else "see metis-fast plan for layouts that fit"
-    )
+    advice = awake(gpu.memory, one, config) or "see metis-fast plan for layouts that fit"
+    yield Finding("train.megatron", "ok" if one.fits else "error", found, "" if one.fits else advice)
 
 
 def _gpu() -> tuple[str, Gpu]:
@@ -150,6 +151,17 @@ def prompts(config: Config, key: str, paths: Sequence[Path], offline: bool) -> I
         )
     elif longest:
         yield Finding(key, "ok", f"the longest prompt read has {longest} of at most {config.rollout.max_prompt_tokens} tokens")
+    specs = () if config.tools.server.url else _tools(config, offline)  # a server says in its own check what it has
+    known = enabled(config.tools.enabled).union(one.name for one in specs)
+    lacking = Counter(name for prompt in good for name in offered_tools(prompt) if name not in known)
+    if lacking and not config.tools.server.url:
+        yield Finding(
+            key,
+            "warning",
+            "system messages offer tools that the run does not have: "
+            + ", ".join(f"{name} ({number} of {len(good)} rows)" for name, number in lacking.most_common(4)),
+            "add them to tools.enabled, or leave the rows: a call of one is told that there is none",
+        )
     silent = sum(not any("<answer>" in message.content for message in prompt.messages) for prompt in good)
     if silent:
         yield Finding(

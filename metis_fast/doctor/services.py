@@ -11,6 +11,7 @@ from contextlib import ExitStack, closing
 from pathlib import Path
 
 from metis_fast.config import Config, TextSearchConfig
+from metis_fast.config.cold_start import training_config
 from metis_fast.doctor.finding import Finding
 from metis_fast.errors import ConfigError, InfrastructureError, JudgeError, ToolSetupError, one_line
 from metis_fast.own_folder import OwnFolder
@@ -18,7 +19,6 @@ from metis_fast.recording.opening import open_recording
 from metis_fast.recording.tools import ReplayingToolbox
 from metis_fast.run.room import ranks_by_ray
 from metis_fast.score.judge import open_judge
-from metis_fast.sft.trainers import training_config
 from metis_fast.tools import open_toolbox, other_tools
 from metis_fast.tools.protocol import Toolbox, ToolSpec
 from metis_fast.tools.results import PythonResult, TextSearchResult, ToolResult
@@ -29,6 +29,7 @@ from metis_fast.tools.toolbox import LocalToolbox
 from metis_fast.types import Observation, ToolName
 
 _QUERY = "capital of France"
+_JUDGE_S = 30.0  # for the only try
 
 
 def tool(config: Config, name: ToolName, offline: bool) -> Iterator[Finding]:
@@ -165,8 +166,11 @@ def judges(config: Config, styles: Collection[str], offline: bool) -> Iterator[F
         return
     if config.score.judge != "by_row":
         styles = {config.score.judge}
+    llm = config.score.llm  # a minute is too short for all the tries that a run makes
+    once = llm.model_copy(update={"timeout_s": min(llm.timeout_s, _JUDGE_S), "retries": 0})
+    asked = config.score.model_copy(update={"llm": once})
     for style in sorted(styles):
-        judge = open_judge(config.score, [style])
+        judge = open_judge(asked, [style])
         try:
             if not offline:
                 asyncio.run(judge.check())

@@ -23,7 +23,10 @@ _UNEVEN = 8
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """memory: of the worst rank, at `stage`. own: it is the config's layout."""
+    """memory: of the worst rank, at `stage`. own: it is the config's layout.
+
+    awake: bytes of a GPU while an engine that sleeps during the update samples; 0 where none does.
+    """
 
     layout: MegatronConfig
     memory: RankMemory
@@ -31,6 +34,7 @@ class Candidate:
     seconds: StepSeconds
     fits: bool
     own: bool = False
+    awake: int = 0
 
 
 def evaluate(setting: Setting, layout: MegatronConfig, own: bool = False) -> Candidate:
@@ -45,11 +49,11 @@ def evaluate(setting: Setting, layout: MegatronConfig, own: bool = False) -> Can
         for stage in range(layout.pipeline_parallel)
     ]
     worst = max(range(len(ranks)), key=lambda stage: ranks[stage].total)
-    fits = ranks[worst].total <= setting.gpu.memory
+    awake = 0
     if setting.asleep:  # while it is awake, what the trainer keeps between updates is there, too
-        awake = max(rank.persistent + rank.reserve for rank in ranks) + setting.engine_awake * setting.gpu.memory
-        fits = fits and awake <= setting.gpu.memory
-    return Candidate(layout, ranks[worst], worst, step_seconds(setting, layout), fits, own)
+        awake = int(max(rank.persistent + rank.reserve for rank in ranks) + setting.engine_awake * setting.gpu.memory)
+    fits = max(ranks[worst].total, awake) <= setting.gpu.memory
+    return Candidate(layout, ranks[worst], worst, step_seconds(setting, layout), fits, own, awake)
 
 
 def candidates(setting: Setting, model_config: PretrainedConfig, own: MegatronConfig | None) -> list[Candidate]:

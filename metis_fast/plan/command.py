@@ -13,6 +13,7 @@ from metis_fast import config as config_module
 from metis_fast.config import Config, MegatronConfig
 from metis_fast.errors import ConfigError
 from metis_fast.plan.candidates import Candidate, candidates, evaluate
+from metis_fast.plan.cold_start import as_planned, is_cold_start
 from metis_fast.plan.duration import Setting, engine_tokens
 from metis_fast.plan.gpus import GIB, GPUS, NODE, Gpu
 from metis_fast.plan.host import Host, host
@@ -36,6 +37,8 @@ def run(args: argparse.Namespace) -> int:
         ConfigError: what cannot be planned, and what to change.
     """
     config = config_module.load(args.config, args.overrides)
+    plays = not is_cold_start(config)
+    config = config if plays else as_planned(config)
     model_config = read_model_config(config, args.model)
     own = config.train.megatron if config.train.backend == "megatron" else None
     gpus = args.gpus if args.gpus is not None else own.num_ranks if own is not None else NODE
@@ -44,8 +47,7 @@ def run(args: argparse.Namespace) -> int:
             f"--gpus: expected at most {NODE}, or a multiple of {NODE} (whole nodes), got {gpus}; "
             "set --gpus, or the sizes in train.megatron"
         )
-    asleep = 0.0 if config.rollout.vllm.sleep else _ENGINE_SHARE
-    engine_share = args.engine_share if args.engine_share is not None else asleep
+    engine_share = args.engine_share if args.engine_share is not None else _engine_share(config, plays)
     if not 0 <= engine_share < 1:
         raise ConfigError(f"--engine-share: expected a share from 0 to below 1, got {engine_share}")
     if own is not None and own.num_ranks != gpus:
@@ -59,15 +61,15 @@ def run(args: argparse.Namespace) -> int:
         sampled=args.sampled,
         images=args.images if getattr(model_config, "vision_config", None) is not None else 0,
         image_tokens=args.image_tokens,
-        uniform=args.uniform,
+        uniform=args.uniform if plays else 0.0,
     )
     # an option that the command line has not keeps its default
     given = {field.name: getattr(args, field.name) for field in fields(HostOptions) if hasattr(args, field.name)}
     options = HostOptions(**given)
     shape, gpu = Shape.of(model_config), GPUS[args.gpu]
-    setting = Setting(config, shape, FlopModel.of(model_config), load, gpu, gpus, engine_share)
+    setting = Setting(config, shape, FlopModel.of(model_config), load, gpu, gpus, engine_share, plays=plays)
     longest = config.rollout.max_prompt_tokens + config.rollout.max_response_tokens
-    if engine_tokens(setting) < longest:
+    if plays and engine_tokens(setting) < longest:
         needed = (2 * shape.num_parameters + longest * shape.kv_bytes) / gpu.memory
         raise ConfigError(
             f"an engine with {engine_share:.2f} of a GPU's memory cannot hold the weights and one rollout of {longest} "
@@ -75,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
         )
     options.check(config.rollout)
     found = candidates(setting, model_config, own)
-    around = host(setting, recommended(found), options)
+    around = host(setting, recommended(found), options) if plays else None
     said = json.dumps(to_json(setting, args.gpu, found, around)) if args.json else to_text(setting, args.gpu, found, around)
     print(said)
     return exit_code(found)
@@ -87,14 +89,20 @@ def own_layout(config: Config, model_config: PretrainedConfig, gpu: Gpu) -> Cand
     Raises:
         ConfigError: the model cannot be cut so.
     """
+    plays = not is_cold_start(config)
+    config = config if plays else as_planned(config)
     check(config.train.megatron, model_config)
     images = int(getattr(model_config, "vision_config", None) is not None)
     tokens = min(1024, config.rollout.max_prompt_tokens // 16)  # of a prompt of mean length, half
-    load = Workload.of(config, None, None, sampled=0.5, images=images, image_tokens=max(1, tokens), uniform=0.2)
-    share = 0.0 if config.rollout.vllm.sleep else _ENGINE_SHARE
-    num = config.train.megatron.num_ranks
-    setting = Setting(config, Shape.of(model_config), FlopModel.of(model_config), load, gpu, num, share)
+    uniform = 0.2 if plays else 0.0
+    load = Workload.of(config, None, None, sampled=0.5, images=images, image_tokens=max(1, tokens), uniform=uniform)
+    num, share = config.train.megatron.num_ranks, _engine_share(config, plays)
+    setting = Setting(config, Shape.of(model_config), FlopModel.of(model_config), load, gpu, num, share, plays=plays)
     return evaluate(setting, config.train.megatron, own=True)
+
+
+def _engine_share(config: Config, plays: bool) -> float:
+    return _ENGINE_SHARE if plays and not config.rollout.vllm.sleep else 0.0
 
 
 def recommended(found: Sequence[Candidate]) -> Candidate:
@@ -116,7 +124,7 @@ def _layout(layout: MegatronConfig) -> dict[str, object]:
     return {name: getattr(layout, name) for name in names}
 
 
-def to_json(setting: Setting, gpu: str, found: Sequence[Candidate], around: Host) -> dict[str, object]:
+def to_json(setting: Setting, gpu: str, found: Sequence[Candidate], around: Host | None) -> dict[str, object]:
     """For machines. What is predicted stands under `predicted`."""
     return {
         "gpu": gpu,
@@ -134,17 +142,18 @@ def to_json(setting: Setting, gpu: str, found: Sequence[Candidate], around: Host
                     "fits": one.fits,
                     "worst_stage": one.stage,
                     "memory_bytes": {**asdict(one.memory), "total": one.memory.total},
+                    "awake_bytes": one.awake,
                     "seconds": {**asdict(one.seconds), "total": one.seconds.total},
                 },
             }
             for one in found
         ],
-        "host": {"layout": _layout(around.layout.layout), **host_json(around)},
+        "host": None if around is None else {"layout": _layout(around.layout.layout), **host_json(around)},
     }
 
 
-def to_text(setting: Setting, gpu: str, found: Sequence[Candidate], around: Host) -> str:
-    """For people."""
+def to_text(setting: Setting, gpu: str, found: Sequence[Candidate], around: Host | None) -> str:
+    """For people. around: None for a cold start, which asks little of its machines."""
     shown = list(found[:_ROWS])
     shown += [one for one in found[_ROWS:] if one.own]
     rank = {id(one): i + 1 for i, one in enumerate(found)}
@@ -166,7 +175,7 @@ def to_text(setting: Setting, gpu: str, found: Sequence[Candidate], around: Host
         [
             _assumed(setting, gpu),
             "",
-            " ".join(filter(None, (f"{fitting} of {len(found)} layouts fit.", _advice(setting.config, found)))),
+            " ".join(filter(None, (f"{fitting} of {len(found)} layouts fit.", _advice(setting, found)))),
             "",
             f"PREDICTED memory of the worst rank, GiB of {setting.gpu.memory / GIB:.1f} (* the config's layout)",
             head,
@@ -175,8 +184,7 @@ def to_text(setting: Setting, gpu: str, found: Sequence[Candidate], around: Host
             "PREDICTED seconds of a step",
             split,
             *seconds,
-            "",
-            *host_lines(around, " ".join(_name(around.layout.layout).split())),
+            *([] if around is None else ["", *host_lines(around, " ".join(_name(around.layout.layout).split()))]),
         ]
     )
 
@@ -207,28 +215,61 @@ def _name(layout: MegatronConfig) -> str:
 
 def _assumed(setting: Setting, gpu: str) -> str:
     config, load = setting.config, setting.load
+    images = f"{load.images} x {load.image_tokens} of images"
+    head = (
+        f"PREDICTED, nothing here was measured: {setting.num_gpus} x {gpu}, a model of "
+        f"{setting.shape.num_parameters / 1e9:.2f} B parameters in {config.model.dtype}; "
+    )
+    full = f"Memory is that of a full pass of {config.train.tokens_per_micro_batch} tokens, "
+    tail = "Formulas and shares of peak: docs/plan.md."
+    if not setting.plays:
+        return (
+            f"{head}a cold start on {config.sft.batch_size} conversations a step, on average {load.prompt + load.response} "
+            f"tokens ({images}), with loss on {round(load.response * load.sampled)} of them. {full}"
+            f"{config.rollout.max_prompt_tokens} of them images where there is a tower. {tail}"
+        )
     engine = "the rollout engine keeps nothing of these GPUs while the update runs (--engine-share 0)"
     if setting.engine_share:
         engine = f"a rollout engine keeps {setting.engine_share:.0%} of every GPU"
     elif setting.asleep:
         engine = f"a rollout engine sleeps during the update and then has {setting.engine_awake:.0%} of every GPU"
     return (
-        f"PREDICTED, nothing here was measured: {setting.num_gpus} x {gpu}, a model of "
-        f"{setting.shape.num_parameters / 1e9:.2f} B parameters in {config.model.dtype}; "
-        f"{config.rollout.prompts_per_step} prompts x {config.rollout.rollouts_per_prompt} "
-        f"rollouts a step, on average {load.prompt} prompt tokens ({load.images} x {load.image_tokens} of images), "
+        f"{head}{config.rollout.prompts_per_step} prompts x {config.rollout.rollouts_per_prompt} "
+        f"rollouts a step, on average {load.prompt} prompt tokens ({images}), "
         f"{load.response} response tokens, {load.sampled:.0%} of them sampled; {load.uniform:.0%} of the groups have no "
-        f"advantage. Memory is that of a full pass of {config.train.tokens_per_micro_batch} tokens, "
+        f"advantage. {full}"
         f"{config.rollout.max_prompt_tokens} of them images where there is a tower; {engine}. Tools and judge are assumed "
-        "not to hold up the rollouts. Formulas and shares of peak: docs/plan.md."
+        f"not to hold up the rollouts. {tail}"
     )
 
 
-def _advice(config: Config, found: Sequence[Candidate]) -> str:
+def awake(gpu_memory: int, one: Candidate, config: Config) -> str:
+    """What is to do where a layout fits during the update, and not while the engine is awake; "" elsewhere.
+
+    gpu_memory: bytes of a GPU.
+    """
+    if one.memory.total > gpu_memory or one.awake <= gpu_memory:
+        return ""
+    share = config.rollout.vllm.gpu_memory - (one.awake - gpu_memory) / gpu_memory
+    return (
+        f"while the engine is awake, it and what the trainer keeps take {one.awake / GIB:.0f} GiB: lower "
+        f"rollout.vllm.gpu_memory from {config.rollout.vllm.gpu_memory} to {int(share * 100) / 100} or less"
+    )
+
+
+def _advice(setting: Setting, found: Sequence[Candidate]) -> str:
+    config = setting.config
     own = next((one for one in found if one.own), None)
     if not any(one.fits for one in found):
+        if said := awake(setting.gpu.memory, own or found[0], config):
+            return f"{said[0].upper()}{said[1:]}, or take more GPUs (--gpus)."
         part = max(("activations", "vision", "engine", "optimizer", "gradients"), key=lambda n: getattr(found[0].memory, n))
         least = config.rollout.max_prompt_tokens + config.rollout.max_response_tokens
+        if not setting.plays:
+            return (
+                f"The nearest needs most for {part}. Take more GPUs (--gpus), or lower sft.tokens_per_micro_batch (here at "
+                f"least {least}: the longest conversation), or sft.freeze=[vision]."
+            )
         return (
             f"The nearest needs most for {part}. Take more GPUs (--gpus), lower --engine-share, or lower "
             f"train.tokens_per_micro_batch (here at least {least}: the longest rollout), or model.freeze=[vision]."
@@ -237,4 +278,6 @@ def _advice(config: Config, found: Sequence[Candidate]) -> str:
         return "The config has no layout for this many GPUs; set train.backend=megatron and train.megatron to one of these."
     if own.fits:
         return ""
-    return f"The config's own layout (*) does NOT fit; the best that does is {' '.join(_name(found[0].layout).split())}."
+    best = f"The config's own layout (*) does NOT fit; the best that does is {' '.join(_name(found[0].layout).split())}."
+    said = awake(setting.gpu.memory, own, config)
+    return f"{best} {said[0].upper()}{said[1:]}." if said else best

@@ -74,7 +74,10 @@ class _PassSeconds:
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """What predictions start from. engine_share: of a GPU's memory that the engine keeps; 0: it is elsewhere or asleep."""
+    """What predictions start from. engine_share: of a GPU's memory that the engine keeps; 0: it is elsewhere or asleep.
+
+    plays: whether there are rollouts; a cold start has none.
+    """
 
     config: Config
     shape: Shape
@@ -84,6 +87,7 @@ class Setting:
     num_gpus: int
     engine_share: float
     reached: Efficiency = field(default_factory=Efficiency)
+    plays: bool = True
 
     @property
     def asleep(self) -> bool:
@@ -109,7 +113,7 @@ def step_seconds(setting: Setting, layout: MegatronConfig) -> StepSeconds:
     busy, whole = per_rank / stages, _waves(layout, batch) * train.bottleneck
     used = (train.dense + train.attention + train.head + train.vision + train.tensor_parallel) * busy
     return StepSeconds(
-        rollout=_rollout(setting),
+        rollout=_rollout(setting) if setting.plays else 0.0,
         old_logprobs=owed * _waves(layout, batch) * forward.bottleneck,
         dense=steps * busy * train.dense,
         attention=steps * busy * train.attention,
@@ -119,7 +123,7 @@ def step_seconds(setting: Setting, layout: MegatronConfig) -> StepSeconds:
         bubble=steps * (whole - used + _transfers(setting, layout, batch)),
         data_parallel=steps * _reduction(setting, layout, train.bottleneck * 2 / 3),
         optimizer=steps * _optimizer(setting, layout),
-        weight_sync=_weight_sync(setting),
+        weight_sync=_weight_sync(setting) if setting.plays else 0.0,
     )
 
 

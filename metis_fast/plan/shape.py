@@ -10,7 +10,7 @@ from transformers import PretrainedConfig
 
 from metis_fast.config import Config
 from metis_fast.errors import ConfigError
-from metis_fast.model_folder import config_of, read_json
+from metis_fast.model_folder import check_is_folder, config_of, read_json
 from metis_fast.train.megatron.layout import parts
 
 
@@ -25,6 +25,8 @@ def read_model_config(config: Config, given: Path | None) -> PretrainedConfig:
     file = path / "config.json" if path.is_dir() or given is None else path
     if given is None and not file.is_file():
         if described is None:
+            if folder.suffix == ".gguf" or folder.is_dir():
+                check_is_folder(folder)
             raise ConfigError(
                 f"{file} does not exist, so the model's shape is unknown; set model.path to a model folder, or model.config to "
                 "a config.json that describes the model (metis-fast plan takes it as --model, too)"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import random
@@ -31,6 +32,7 @@ from metis_fast.run.record import open_record
 from metis_fast.run.room import open_room, ranks_by_ray
 from metis_fast.summary import Data
 from metis_fast.train.megatron.backend import MegatronTrainer, check_settings
+from metis_fast.train.optimizer import Schedule
 from metis_fast.train.protocol import Trainer
 from metis_fast.train.torch_backend import TorchTrainer
 from metis_fast.workers.launch import engine_gpus
@@ -39,9 +41,13 @@ if TYPE_CHECKING:
     from metis_fast.cluster.room import Room
     from metis_fast.evaluate.promptset import PromptSet
 
+_LOG = logging.getLogger(__name__)
+
 
 def _open_trainer(config: Config, policy: Policy, interrupts: Interrupts, room: Room | None) -> Trainer:
     updates = config.train.steps * config.rollout.prompts_per_step // config.train.prompts_per_mini_batch
+    if doubt := Schedule(config.train.optim, updates).doubt("train.optim"):
+        _LOG.warning("%s", doubt)
     if config.train.backend == "torch":
         return TorchTrainer(policy, config, config.train.optim, updates)
     placed = room if ranks_by_ray(config) else None

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import logging
+import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
 
 import torch
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from metis_fast import host
 from metis_fast.checkpoint.export import check_export
 from metis_fast.checkpoint.resume import CheckpointStore, LoadedCheckpoint, ResumeState
 from metis_fast.checkpoint.rng import capture_rng
 from metis_fast.config import Config
+from metis_fast.config.cold_start import training_config
 from metis_fast.errors import CheckpointError, ConfigError, DataError, Interrupted
 from metis_fast.model import load_policy
 from metis_fast.model_folder import load_tokenizer
@@ -31,6 +35,7 @@ from metis_fast.train.optimizer import Schedule
 from metis_fast.train.protocol import TrainerState
 
 _LOG = logging.getLogger(__name__)
+_LINE_S = 10.0
 
 
 def sft(config: Config, out: Path) -> None:
@@ -51,12 +56,14 @@ def sft(config: Config, out: Path) -> None:
         images = trainers.open_images(config)
         streams, heldout = open_streams(config, images)
         steps = [num_steps(p, s.num_rows, config.sft.batch_size) for p, s in zip(phases, streams, strict=True)]
+        if doubt := Schedule(config.sft.optim, sum(steps)).doubt("sft.optim"):
+            _LOG.warning("%s", doubt)
         host.prepare(config.run.threads)
         torch.manual_seed(config.run.seed)
         own = config.model_copy(update={"run": config.run.model_copy(update={"dir": folder})})
         record = open_record(own, {}, ("model", "sft"))
         source = check_export(config.model.path, out, config.model.dtype)
-        config = trainers.training_config(config, folder)
+        config = training_config(config, folder)
         room = open_room(config, stack, interrupts.check, plays=False)
         policy = load_policy(config.model, device=trainers.device(config))
         policy.images = images  # what was looked at when a row was read is decoded already
@@ -66,7 +73,11 @@ def sft(config: Config, out: Path) -> None:
         state.resume()
         record.save(state.step)
         bar = stack.enter_context(progress(sum(steps), "SFT", config.log, "step"))
+        stack.enter_context(logging_redirect_tqdm())  # warnings above the bar, not in it
         bar.update(state.step)
+        lines = _Lines(sum(steps), bool(bar.disable))
+        if state.step:
+            lines.say(f"goes on after step {state.step} of {sum(steps)}")
         ahead = stack.enter_context(closing(Ahead(state.draws())))
         try:
             state.measure(interrupts.check)
@@ -75,6 +86,7 @@ def sft(config: Config, out: Path) -> None:
                 loss = state.train(ahead.take())
                 bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
                 bar.update()
+                lines.step(state.step, loss)
                 state.measure(interrupts.check)
                 if config.checkpoint.every and state.step % (10 * config.checkpoint.every) == 0:
                     state.save()
@@ -86,6 +98,25 @@ def sft(config: Config, out: Path) -> None:
         state.checkpoints.finish()
         state.tell()
         trainers.export(config, trainer, policy, source, out)
+
+
+class _Lines:
+    """On stderr in place of the bar where nobody sees that, as in the log of a batch job: one in ten seconds, and the last."""
+
+    def __init__(self, total: int, shown: bool) -> None:
+        self._total, self._shown, self._due = total, shown, 0.0
+
+    def step(self, done: int, loss: float) -> None:
+        """After a step. done: how many are."""
+        now = time.monotonic()
+        if now >= self._due or done == self._total:
+            self._due = now + _LINE_S
+            self.say(f"step {done} of {self._total}, loss {loss:.4f}")
+
+    def say(self, text: str) -> None:
+        """A line."""
+        if self._shown:
+            print(f"SFT: {text}", file=sys.stderr, flush=True)
 
 
 def open_streams(config: Config, images: ImagePreparer) -> tuple[list[Stream], Stream | None]:

@@ -48,7 +48,7 @@ def _known_style(style: str) -> str:
     if name is None:
         raise ConfigError(
             f"the data has judge style {style!r}; known styles are {', '.join(STYLES)} (or {', '.join(SYNONYMS)}); change "
-            "reward_model.style of those rows, which `metis-fast data check` names"
+            "reward_model.style of those rows, which `metis-fast data check` names, or set score.judge to one judge for all"
         )
     return name
 

@@ -17,6 +17,7 @@ from metis_fast.report.progress import progress
 from metis_fast.run.cold_start import open_streams
 from metis_fast.sft.streams import Conversations, Stream, num_steps
 from metis_fast.sft.trainers import open_images
+from metis_fast.train.optimizer import Schedule
 from metis_fast.types import Rollout
 
 _ROWS = 64  # read together: tokenizers work beside each other
@@ -91,6 +92,19 @@ def stops(reports: Sequence[SetReport], config: Config) -> bool:
     """Whether a run would end at a row: one that is not to be skipped, or because a set has no other."""
     bad, long = config.sft.on_bad_row == "stop", config.sft.on_long_row == "stop"
     return any((report.bad and bad) or (report.long and long) or not report.tokens for report in reports)
+
+
+def advice(reports: Sequence[SetReport], config: Config) -> list[str]:
+    """What is to be done before a run, a line each."""
+    lines: list[str] = []
+    for kind, number, setting, is_stop in (
+        ("do not fit", sum(report.bad for report in reports), "sft.on_bad_row", config.sft.on_bad_row == "stop"),
+        ("are too long", sum(report.long for report in reports), "sft.on_long_row", config.sft.on_long_row == "stop"),
+    ):
+        if number and is_stop:
+            lines.append(f"a run would end at the first of the {number} rows that {kind}: mend them, or set {setting}=skip")
+    doubt = Schedule(config.sft.optim, sum(report.steps for report in reports)).doubt("sft.optim")
+    return [*lines, *([doubt] if doubt else [])]
 
 
 def as_json(reports: Sequence[SetReport]) -> list[dict[str, Any]]:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
 from metis_fast.checkpoint.export import Source, check_logprobs, export_model, export_policy, probe_rollout
 from metis_fast.config import Config
+from metis_fast.config.cold_start import backend
 from metis_fast.errors import ConfigError
 from metis_fast.model import Policy, first_device
 from metis_fast.model_folder import hf_shapes, load_processor
@@ -34,32 +35,6 @@ class Imitator(Trainer, Protocol):
             NonFiniteError: loss or gradient is NaN or Inf; the step was not applied.
         """
         ...
-
-
-def training_config(config: Config, folder: Path) -> Config:
-    """The config in which the settings of the cold start stand where trainers look for those of RL. folder: for logs."""
-    sft = config.sft
-    return config.model_copy(
-        update={
-            "run": config.run.model_copy(update={"dir": folder}),
-            "model": config.model.model_copy(update={"freeze": sft.freeze}),
-            "train": config.train.model_copy(
-                update={
-                    "backend": backend(config),
-                    "tokens_per_micro_batch": sft.tokens_per_micro_batch,
-                    "optim": sft.optim,
-                }
-            ),
-            "loss": config.loss.model_copy(update={"kl_coef": 0.0}),  # it would keep a copy of the weights
-        }
-    )
-
-
-def backend(config: Config) -> Literal["torch", "megatron"]:
-    """That the cold start of a config runs on."""
-    if config.sft.backend == "auto":
-        return "torch" if config.sft.optim.muon_lr else config.train.backend
-    return config.sft.backend
 
 
 def check_backend(config: Config) -> None:

@@ -33,6 +33,17 @@ class Schedule:
     def __init__(self, config: OptimConfig, total_steps: int) -> None:
         self._config, self._total = config, total_steps
 
+    def doubt(self, name: str) -> str:
+        """What is to be told of a warm-up that the run does not get through; empty elsewhere. name: of the settings."""
+        warmup = self._config.warmup_steps
+        if warmup < self._total or warmup <= 1:
+            return ""
+        highest = self.lr(self._total - 1)
+        return (
+            f"{name}.warmup_steps={warmup} is no less than the {self._total} optimizer steps of the run, so the learning rate "
+            f"gets to {highest:.2g} of {self._config.lr:.2g}; lower it, a tenth of the steps is usual"
+        )
+
     def share(self, step: int) -> float:
         """At an optimizer step (from 0), as a share of the configured one."""
         config = self._config

@@ -13,12 +13,12 @@ from trainer_cases import assert_close, gradients
 from transformers import AutoConfig
 
 from metis_fast.config import Config, ModelConfig
+from metis_fast.config.cold_start import training_config
 from metis_fast.data.coldstart import ConversationFiles
 from metis_fast.model import load_policy
 from metis_fast.model_folder import load_processor
 from metis_fast.pictures import ImagePreparer
 from metis_fast.sft.encoding import Encoder
-from metis_fast.sft.trainers import training_config
 from metis_fast.train.megatron.backend import MegatronTrainer
 from metis_fast.train.processor import limited
 from metis_fast.train.torch_backend import TorchTrainer

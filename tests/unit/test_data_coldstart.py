@@ -164,7 +164,14 @@ def test_missing_and_damaged_files_are_named(tmp_path):
     (tmp_path / "a.parquet").write_bytes(b"PAR1 not")
     with pytest.raises(DataError, match="not a Parquet file that can be read"):
         ConversationFiles(tmp_path)
-    assert not holds_conversations(tmp_path / "none.parquet")
+    with pytest.raises(DataError, match="not a Parquet file that can be read"):
+        holds_conversations(tmp_path)
+    pq.write_table(pa.table({"prompt": ["a"], "reward_model": ["b"]}), tmp_path / "a.parquet")
+    with pytest.raises(DataError, match="prompts with truths are for `metis-fast train`: a cold start needs"):
+        holds_conversations(tmp_path)
+    pq.write_table(pa.table({"question": ["a"], "answer": ["b"]}), tmp_path / "a.parquet")
+    with pytest.raises(DataError, match="of conversations, or the rollouts of a run, got question"):
+        holds_conversations(tmp_path)
 
 
 def test_row_groups_are_kept_up_to_the_cache_and_no_further(tmp_path):

@@ -11,7 +11,7 @@ from metis_fast.machine import memory_bytes
 
 
 def _trainer(config: Config, num_parameters: int) -> list[Finding]:
-    return [one for one in machine(config, num_parameters) if one.what == "trainer"]
+    return [one for one in machine(config, num_parameters, num_parameters) if one.what == "trainer"]
 
 
 def test_a_model_too_large_for_one_process_is_said_and_a_small_one_is_not(tmp_path: Path) -> None:
