@@ -377,7 +377,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = build_parser()
     args, rest = parser.parse_known_args(_without_dashes(sys.argv[1:] if argv is None else argv))
     if rest and (any(word.startswith("-") for word in rest) or not hasattr(args, "overrides")):
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        hint = "; settings are written section.key=value (metis-fast config lists them)" if hasattr(args, "overrides") else ""
+        parser.error(f"unrecognized arguments: {' '.join(rest)}{hint}")
     if rest:
         args.overrides = [*args.overrides, *rest]
     return args

@@ -55,7 +55,8 @@ class LlmMatcher:
         if not config.base_url:
             raise JudgeError(
                 "answers are to be judged by a model (score.judge, or judge style llm in the data), but score.llm.base_url is "
-                "empty; set score.llm.base_url to an OpenAI-compatible endpoint, like http://127.0.0.1:8000/v1"
+                "empty; set score.llm.base_url to an OpenAI-compatible endpoint, like http://127.0.0.1:8000/v1, or "
+                "score.judge to one that needs no model (rule, choice, math)"
             )
         self._config = config
         self._backoff_s = backoff_s

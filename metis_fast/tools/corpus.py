@@ -127,7 +127,10 @@ class Corpus:
             ToolSetupError: it is not set, missing, damaged or empty, or a column is not there or of another type.
         """
         if path is None:
-            raise ToolSetupError(f"{tool} has no corpus; set tools.{tool}.corpus or remove {tool} from tools.enabled")
+            other = "tools.text_search.provider" if tool is ToolName.TEXT_SEARCH else "tools.image_search.cache"
+            raise ToolSetupError(
+                f"{tool} has no corpus; set tools.{tool}.corpus, or {other}, or remove {tool} from tools.enabled"
+            )
         path = path.absolute()
         found = _found(tool, path)
         if not found:

@@ -41,7 +41,7 @@ def _rows(demo: Path, out: Path, change: Callable[[list[dict]], object]) -> Path
         (["data.heldout=[/nowhere/heldout.parquet]"], "/nowhere/heldout.parquet: no such file"),
         (["model.path=/nowhere/model"], "model.path /nowhere/model is not a folder"),
         (["tools.text_search.corpus=/nowhere/pages.parquet"], "set tools.text_search.corpus"),
-        (["tools.text_search.corpus=null"], "text_search has no corpus; set tools.text_search.corpus or remove text_search"),
+        (["tools.text_search.corpus=null"], "text_search has no corpus; set tools.text_search.corpus, or tools.text_search.pr"),
         (["tools.image_search.corpus=null"], "image_search has no corpus"),
         (["rollout.max_prompt_tokens=8"], "rollout.max_prompt_tokens is 8; raise the limit or remove the row"),
     ],

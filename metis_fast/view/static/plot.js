@@ -10,12 +10,19 @@ const HEIGHT = 190;
 const ROWS = 200; // of the table of numbers
 
 const shown = new Set();
+const LATEST_MS = 100;
 const waiting = []; // pictures below what is seen, drawn when there is time
-const whenIdle = window.requestIdleCallback ?? ((act) => setTimeout(act, 20));
+
+/** A busy machine may never call a page idle: then each picture waits no longer than LATEST_MS. */
+function whenIdle(act) {
+  if (window.requestIdleCallback) requestIdleCallback(act, { timeout: LATEST_MS });
+  else setTimeout(act, 20);
+}
 
 function drawNext() {
-  waiting.shift()?.();
-  if (waiting.length) whenIdle(drawNext);
+  const draw = waiting.shift();
+  if (waiting.length) whenIdle(drawNext); // first, so that one picture's error is that picture's only
+  draw?.();
 }
 
 function style(name) {
