@@ -268,8 +268,9 @@ def _pieces(files: PromptFiles) -> Iterator[list[RawRow | BadRow]]:
                     piece = []
         except DataError as error:
             column = f"all, row group {group.group}"
+            got = str(error).removeprefix(f"{files.location(group.start)[0]}: ")
             places = map(files.location, range(group.start + num, group.start + group.num_rows))
-            piece += (BadRow(str(path), row, column, "data that decodes", str(error)) for path, row in places)
+            piece += (BadRow(str(path), row, column, "data that decodes", got) for path, row in places)
         if piece:
             yield piece
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from metis_fast.data.row import BadRow
@@ -54,9 +54,9 @@ class CheckReport:
 
 
 def render_text(report: CheckReport) -> str:
-    """For people: one line for each bad row and each warning, then a summary."""
+    """For people: one line for each bad row (for neighbours with one fault, together) and each warning, then a summary."""
     usable = report.rows - len(report.bad_rows)
-    lines = [f"bad row: {bad_row}" for bad_row in report.bad_rows]
+    lines = [f"bad row: {_together(rows)}" for rows in _neighbours(report.bad_rows)]
     lines += [f"warning: {warning}" for warning in report.warnings]
     lines.append(f"rows       {report.rows} ({usable} usable, {len(report.bad_rows)} bad)")
     lines.append(f"abilities  {_shares(report.abilities, usable)}")
@@ -87,6 +87,26 @@ def _shares(counts: Mapping[str, int], of: int) -> str:
     if len(counts) > len(shown):
         parts.append(f"and {len(counts) - len(shown)} more")
     return ", ".join(parts) or "none"
+
+
+def _neighbours(bad_rows: Sequence[BadRow]) -> Iterator[list[BadRow]]:
+    """Runs of rows that follow each other and have the same fault: of a damaged row group, or of a column that is missing."""
+    run: list[BadRow] = []
+    for bad_row in bad_rows:
+        if run and bad_row != dataclasses.replace(run[-1], row=run[-1].row + 1):
+            yield run
+            run = []
+        run.append(bad_row)
+    if run:
+        yield run
+
+
+def _together(rows: Sequence[BadRow]) -> str:
+    first, last = rows[0], rows[-1]
+    if first == last:
+        return str(first)
+    where = f"{first.file}, rows {first.row} to {last.row}, column {first.column}"
+    return f"{where}: expected {first.expected}, got {first.got}"
 
 
 def render_json(report: CheckReport) -> str:

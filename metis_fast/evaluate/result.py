@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from metis_fast.config import Config
 from metis_fast.errors import DataError, one_line
 from metis_fast.evaluate.aggregates import mean, reasons, units_of
-from metis_fast.evaluate.question import Mark, Question
+from metis_fast.evaluate.question import JUDGE_FAILED, Mark, Question
 from metis_fast.evaluate.replies import Reply, line, read_lines, seconds_of, write_whole
 from metis_fast.score.protocol import Cost
 
@@ -114,6 +114,14 @@ def _tools(questions: Sequence[Question], replies: Sequence[Reply]) -> Json:
 def judge_failures(result: Json) -> int:
     """Verdicts that are missing since the judge did not answer."""
     return sum(scored["judge_failures"] for scored in result["scorers"].values())
+
+
+def judge_reasons(result: Json) -> dict[str, int]:
+    """How often the judge did not answer, by what it said of that."""
+    every = Counter[str]()
+    for scored in result["scorers"].values():
+        every.update({reason: num for reason, num in scored["reasons"].items() if reason.startswith(JUDGE_FAILED)})
+    return {reason.removeprefix(f"{JUDGE_FAILED}: "): num for reason, num in every.most_common()}
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,7 @@ from functools import cache
 from pathlib import Path
 
 from metis_fast.config import Config
+from metis_fast.errors import one_line
 from metis_fast.evaluate.judging import (
     LlmJudges,
     check_settings,
@@ -23,7 +24,7 @@ from metis_fast.evaluate.judging import (
 from metis_fast.evaluate.playing import Play, Table, open_table, tool_files
 from metis_fast.evaluate.promptset import PromptSet, prepare
 from metis_fast.evaluate.question import Mark
-from metis_fast.evaluate.result import Json, judge_failures, write_result
+from metis_fast.evaluate.result import Json, judge_failures, judge_reasons, write_result
 from metis_fast.model_folder import check_model_folder
 from metis_fast.own_folder import OwnFolder
 from metis_fast.report.progress import progress
@@ -32,6 +33,8 @@ from metis_fast.run.fleet import Fleet
 from metis_fast.run.interrupt import Interrupts
 from metis_fast.score.protocol import Cost
 from metis_fast.tools import open_toolbox
+
+_MOST_OF_A_REASON = 200  # characters, for people
 
 
 def run_benchmarks(config: Config, keys: Sequence[str] = ()) -> dict[str, Json]:
@@ -164,12 +167,24 @@ def summary(results: Mapping[str, Json]) -> str:
             lines.append(f"{key:20} {name:16} {figure['name']:16} {value}{error}{missing}")
         rate, failed = result["tool_rate"]["value"], result["infrastructure_failures"]["num"]
         used = "-" if rate is None else f"{100 * rate:.1f} %"
-        broken = f"; {failed} replies are missing, as tools or engines failed: run the same command again" if failed else ""
-        lines.append(f"{key:20} tools called in {used} of {result['replies']} replies{broken}")
+        why = _most_often(result["infrastructure_failures"]["reasons"])
+        broken = (
+            f"; {failed} replies are missing, as tools or engines failed: run the same command again{why}" if failed else ""
+        )
+        called = "tools, of which there are none, called" if result["settings"]["tools"] == "off" else "tools called"
+        lines.append(f"{key:20} {called} in {used} of {result['replies']} replies{broken}")
         if missing := judge_failures(result):
-            lines.append(f"{key:20} {missing} verdicts are missing, as the judge failed: run the same command again")
+            why = _most_often(judge_reasons(result))
+            lines.append(f"{key:20} {missing} verdicts are missing, as the judge failed: run the same command again{why}")
         lines += [f"{key:20} warning: {warning}" for warning in result["warnings"]]
     return "\n".join(lines)
+
+
+def _most_often(reasons: Mapping[str, int]) -> str:
+    if not reasons:
+        return ""
+    most = max(reasons, key=lambda reason: reasons[reason])
+    return f" ({'most often: ' if len(reasons) > 1 else ''}{one_line(most)[:_MOST_OF_A_REASON]})"
 
 
 def as_json(results: Mapping[str, Json]) -> str:

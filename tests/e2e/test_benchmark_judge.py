@@ -114,7 +114,8 @@ def test_a_judge_that_is_killed_gives_no_false_score_and_the_next_run_asks_for_t
     marks, right = read_lines(broken / "marks.jsonl"), read_lines(whole / "marks.jsonl")
     lost = [mark for mark in marks if mark["value"] is None and mark["reason"].startswith("the judge failed: ")]
     assert ended.code == 1 and len(lost) >= every.total() - before.total() > 0, ended
-    assert f"{len(lost)} verdicts are missing, as the judge failed: run the same command again" in ended.out
+    assert f"{len(lost)} verdicts are missing, as the judge failed: run the same command again (" in ended.out
+    assert "connection" in ended.out.split("run the same command again (")[1]
     assert all(mark == one or mark in lost for mark, one in zip(marks, right, strict=True))
     scorers = json.loads((broken / "result.json").read_text())["scorers"]
     assert sum(scored["judge_failures"] for scored in scorers.values()) == len(lost)

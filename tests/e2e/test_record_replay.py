@@ -69,7 +69,8 @@ def _recorded(file: Path) -> dict[str, int]:
 
 def test_a_recorded_run_replays_bit_for_bit_with_network_sandbox_corpora_and_judge_gone(demo: Path, tmp_path: Path) -> None:
     file, recorded, replayed = tmp_path / "file" / "run.sqlite", tmp_path / "recorded", tmp_path / "replayed"
-    command = ["train", demo / "config.yaml", "train.steps=2", "eval.every=1", "score.judge=llm", "log.tensorboard=false"]
+    command = ["train", demo / "config.yaml", "train.steps=2", "train.optim.warmup_steps=0", "eval.every=1", "score.judge=llm"]
+    command.append("log.tensorboard=false")
     with serving(JudgeServer(_verdict, models=("judge",))) as url:
         judged = [*command, f"score.llm.base_url={url}"]
         succeed([*judged, f"tools.record={file}", f"run.dir={recorded}"], tmp_path / "first")

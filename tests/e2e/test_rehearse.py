@@ -85,7 +85,7 @@ def test_what_is_not_there_to_rehearse_is_one_line(capsys: pytest.CaptureFixture
     assert "names neither sft.phases nor data.train" in capsys.readouterr().err
     config.write_text("data: {train: [x]}\n")
     assert cli.main(["rehearse", str(config), "--pixels", "10"]) == 2
-    assert "expected WxH" in capsys.readouterr().err
+    assert "expected --pixels like 2048x1536" in capsys.readouterr().err
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()
     assert cli.main(["rehearse", str(config), "--out", str(tmp_path / "full")]) == 2

@@ -98,6 +98,19 @@ def test_json_holds_every_bad_row_with_its_five_fields(tmp_path: Path):
     assert tree["rows"] == 2
 
 
+def test_text_tells_neighbours_with_one_fault_together(tmp_path: Path):
+    rows = [("math", []), ("music", []), ("music", []), ("music", []), ("math", []), ("music", []), ("search", [b"no image"])]
+    path = write_rows(tmp_path / "set.parquet", *rows)
+    expected = "column reward_model.style: expected rule, choice, math, llm, got"
+    assert render_text(check_files([path], progress=False)).splitlines()[:4] == [
+        f"bad row: {path}, rows 1 to 3, {expected} 'music'",
+        f"bad row: {path}, row 5, {expected} 'music'",
+        f"bad row: {path}, row 6, column images[0]: expected an image that Pillow can decode, got '8 bytes: "
+        "cannot identify image file'",
+        "rows       7 (2 usable, 5 bad)",
+    ]
+
+
 def test_text_lists_each_bad_row_on_a_line_and_then_the_summary(tmp_path: Path):
     path = write_rows(tmp_path / "set.parquet", ("music", []), ("math", [SMALL]), ("search", [LARGE]), ("math", []))
     assert render_text(check_files([path], progress=False)).splitlines() == [

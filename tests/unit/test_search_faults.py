@@ -62,7 +62,7 @@ FAULTS: dict[str, tuple[Reply, int, str]] = {
         1,
         r"the reply has no list '.*' \(it has results2, credits\); .*changed",
     ),
-    "no results, but an error": (
+    "no results, but an error, a message, or a status that is no success": (
         Reply(200, b'{"organic": [], "organic_results": [], "data": {"items": []}, "statusCode": 500, "message": "Internal"}'),
         _TRIES,
         r"it says that the search failed \(Internal\); see its status page",

@@ -304,7 +304,7 @@ def test_composed_and_decomposed_text_is_the_same(text: str) -> None:
 
 
 def test_a_corpus_that_cannot_serve_is_refused_when_opened(tmp_path: Path) -> None:
-    with pytest.raises(ToolSetupError, match=r"set tools\.text_search\.corpus or remove text_search from tools\.enabled"):
+    with pytest.raises(ToolSetupError, match=r"set tools\.text_search\.corpus, or tools\.text_search\.provider, or remove"):
         TextSearch(TextSearchConfig())
     with pytest.raises(ToolSetupError, match="absent"):
         tool(tmp_path / "absent.parquet")

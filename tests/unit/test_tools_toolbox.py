@@ -93,9 +93,10 @@ def test_names_are_the_enabled_tools(search_box: Toolbox) -> None:
     assert list(search_box.names) == [ToolName.TEXT_SEARCH, ToolName.IMAGE_SEARCH]
 
 
-@pytest.mark.parametrize("tool", ["text_search", "image_search"])
-def test_a_search_tool_without_a_corpus_is_refused(tmp_path: Path, tool: str) -> None:
-    with pytest.raises(ToolSetupError, match=rf"set tools\.{tool}\.corpus or remove {tool} from tools\.enabled"):
+@pytest.mark.parametrize(("tool", "other"), [("text_search", "provider"), ("image_search", "cache")])
+def test_a_search_tool_without_a_corpus_is_refused(tmp_path: Path, tool: str, other: str) -> None:
+    said = rf"set tools\.{tool}\.corpus, or tools\.{tool}\.{other}, or remove {tool} from tools\.enabled"
+    with pytest.raises(ToolSetupError, match=said):
         open_toolbox(ToolsConfig.model_validate({"enabled": [tool]}), tmp_path)
 
 
