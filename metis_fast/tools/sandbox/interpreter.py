@@ -195,7 +195,7 @@ class Interpreter:
         self._plotting = not _HAS_PLT  # whether `plt` is there, or never will be
         self._code = ""
         self._ok = True
-        self._replaced: list[object] = []  # streams
+        self._kept: list[object] = []  # streams
         self._handlers: dict[int, Callable[[int, types.FrameType | None], object]] = {}
         self._limits = resource.getrlimit(resource.RLIMIT_AS)  # what the agent's code may take, and what ours may
         self._own_limits = (self._limits[1], self._limits[1])
@@ -335,9 +335,11 @@ class Interpreter:
             if self._has_output():
                 os.dup2(self._output, fd)
             name = "stdout" if fd == _STDOUT else "stderr"
-            # Kept: `print` holds no reference to the stream it writes to, and a thread may be in it (CPython issue 130163).
-            self._replaced.append(getattr(sys, name, None))
-            setattr(sys, name, io.TextIOWrapper(_Stream(self, fd), "utf-8", "replace", write_through=True))
+            stream = io.TextIOWrapper(_Stream(self, fd), "utf-8", "replace", write_through=True)
+            # `print` holds no reference to the stream it writes to, and a thread may be in it (CPython issue 130163): the one
+            # that is replaced here is kept, and so is the new one, which the agent's code may replace.
+            self._kept += (getattr(sys, name, None), stream)
+            setattr(sys, name, stream)
         sys.displayhook = self._display
         warnings.simplefilter("default", append=True)  # changes nothing, but what was shown before is shown again in this call
 
