@@ -23,7 +23,9 @@ _STAGES = {
 
 def _stopped(ended: Ended) -> None:
     assert ended.hit and ended.code == 130, ended
-    assert ended.err == "metis-fast: stopped; run the same command again to go on\n", ended
+    *steps, last = ended.err.splitlines()
+    assert last == "metis-fast: stopped; run the same command again to go on", ended
+    assert all(line.startswith("SFT: step ") for line in steps), ended
     assert ended.after_s < 30, ended
     assert not ended.orphans and not ended.scratch, ended
 
