@@ -60,7 +60,7 @@ _LIMIT_S = 240.0  # of a command, on a machine that does other things too
 class Moment:
     """When a process sends itself a signal: `delay_s` after its main thread entered a function, the `entry`-th time.
 
-    stage: "<file stem>.<function>". The signal is sent only while the function still runs; otherwise at its next entry.
+    stage: "<file stem>.<function>". The signal is sent while the function still runs: at its end, if that comes earlier.
     rank: the one that is sent the signal instead.
     """
 
@@ -106,7 +106,7 @@ class _Watch:
 
     def __init__(self, moment: Moment, mark: Path) -> None:
         self._moment, self._mark, self._thread = moment, mark, threading.get_ident()
-        self._entries, self._struck = 0, False
+        self._entries, self._struck, self._lock = 0, False, threading.Lock()
         module, _, name = moment.stage.partition(".")
         found = [function for part in _modules(module) for function in _functions(part, name)]
         assert found, f"no function {moment.stage}"
@@ -121,13 +121,12 @@ class _Watch:
         def watched(*args: object, **kwargs: object) -> object:
             if threading.get_ident() != self._thread:
                 return whole(*args, **kwargs)
-            running = threading.Event()
-            running.set()
-            self._enter(running)
+            self._enter()
             try:
                 return whole(*args, **kwargs)
             finally:
-                running.clear()
+                if self._entries >= self._moment.entry:
+                    self._strike()  # a fast machine is done before the moment comes
 
         name = f"_watched_{id(function)}"
         scope[name] = watched
@@ -136,22 +135,24 @@ class _Watch:
         function.__defaults__ = function.__kwdefaults__ = None
         function.__code__ = made["wrapper"].__code__
 
-    def _enter(self, running: threading.Event) -> None:
+    def _enter(self) -> None:
         self._entries += 1
-        if self._struck or self._entries < self._moment.entry:
+        if self._entries != self._moment.entry:
             return
         if self._moment.delay_s == 0:
             self._strike()
         else:
-            threading.Thread(target=self._later, args=[running], daemon=True).start()
+            threading.Thread(target=self._later, daemon=True).start()
 
-    def _later(self, running: threading.Event) -> None:
+    def _later(self) -> None:
         time.sleep(self._moment.delay_s)
-        if running.is_set() and not self._struck:
-            self._strike()
+        self._strike()
 
     def _strike(self) -> None:
-        self._struck = True
+        with self._lock:
+            if self._struck:
+                return
+            self._struck = True
         pid = os.getpid() if self._moment.rank is None else rank_pid(os.getpid(), self._moment.rank)
         self._mark.write_text(str(time.time()))
         os.kill(pid, self._moment.number)

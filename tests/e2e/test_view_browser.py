@@ -324,7 +324,8 @@ def test_what_is_missing_is_said_and_the_rest_is_shown(page: Page, folders: list
     page.to("overview?runs=grpo-1")
     notes = page.script("return document.querySelector('.notes').textContent")
     assert "summary.json is missing" in notes and "no end yet" in notes and "step-000001.parquet" in notes
-    assert "3 of 3" in page.text and page.all(".plot canvas")
+    assert "3 of 3" in page.text
+    page.until(lambda: page.all(".plot canvas"), "a curve is not drawn")
     page.to("rollouts?run=grpo-1")
     assert page.total == 2 * 3 * 4
     page.to("rollout?run=grpo-1&part=step-000077&row=0")
@@ -336,7 +337,7 @@ def test_what_is_missing_is_said_and_the_rest_is_shown(page: Page, folders: list
 
 def test_a_folder_that_has_gone_is_said_without_a_reload(page: Page, folders: list[Path]):
     page.to("overview?runs=grpo-2")
-    assert page.all(".plot canvas")
+    page.until(lambda: page.all(".plot canvas"), "a curve is not drawn")
     shutil.rmtree(folders[2])
     page.until(lambda: f"{folders[2]} has gone" in page.text, "that it has gone is not said")
     page.to("rollouts?run=grpo-2")
