@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import json
+import logging
 import math
 import os
 import re
@@ -22,6 +23,7 @@ from pydantic import BaseModel, ValidationError
 
 from metis_fast.config import LlmJudgeConfig
 from metis_fast.errors import JudgeError
+from metis_fast.redaction import redact, redact_body
 from metis_fast.score.llm_prompt import Message
 from metis_fast.score.llm_reply import described, one_line
 from metis_fast.score.protocol import JudgeUnavailable, TryAgain
@@ -70,18 +72,24 @@ def parse_address(base_url: str) -> httpx2.URL:
     """`score.llm.base_url` without blanks, trailing slashes and the name of an operation; a query stays.
 
     Raises:
-        JudgeError: it is no address of HTTP.
+        JudgeError: it is no address of HTTP, or names a user.
     """
     text = base_url.strip()
+    if "@" in re.split(r"[/?#]", re.sub(r"^(?:[a-z]+:)?/*", "", text, flags=re.IGNORECASE), maxsplit=1)[0]:
+        raise JudgeError(
+            "score.llm.base_url names a user or a password, which would be kept in the run folder; leave them out, and put the "
+            "key in the environment variable that score.llm.api_key_env names"
+        )
+    shown = re.sub(r"[?#].*", "", base_url, flags=re.DOTALL)  # a query may hold a key
     if not re.match(r"https?://[^/]", text, re.IGNORECASE):
-        rest = re.sub(r"^(?:[a-z]+:)?/+|^https?:", "", text, flags=re.IGNORECASE) or "127.0.0.1:8000/v1"
-        raise JudgeError(f"score.llm.base_url={base_url!r} does not begin with http:// or https://; write http://{rest}")
+        rest = re.sub(r"^(?:[a-z]+:)?/+|^https?:", "", shown.strip(), flags=re.IGNORECASE) or "127.0.0.1:8000/v1"
+        raise JudgeError(f"score.llm.base_url={shown!r} does not begin with http:// or https://; write http://{rest}")
     try:
         url = httpx2.URL(text).copy_with(fragment=None)
         _refuse_unusable(url)
     except httpx2.InvalidURL as error:
         raise JudgeError(
-            f"score.llm.base_url={base_url!r} is no address: {error}; write it like http://127.0.0.1:8000/v1"
+            f"score.llm.base_url={shown!r} is no address: {error}; write it like http://127.0.0.1:8000/v1"
         ) from None
     path, mark, query = url.raw_path.partition(b"?")
     return url.copy_with(raw_path=(_OPERATION.sub(b"", path) or b"/") + mark + query)
@@ -105,9 +113,8 @@ def _is_usable(url: httpx2.URL) -> bool:
     return url.scheme in ("http", "https")
 
 
-def _shown(url: httpx2.URL) -> str:
-    """Without its secrets."""
-    return one_line(str(url.copy_with(userinfo=b"", query=None)))
+def _without_secrets(url: httpx2.URL) -> str:
+    return str(url.copy_with(userinfo=b"", query=None))
 
 
 def proxy_of(url: httpx2.URL) -> tuple[str, str] | None:
@@ -157,6 +164,8 @@ class Endpoint:
         self._key = os.environ.get(config.api_key_env, "").strip()
         if not self._key.isascii() or not self._key.isprintable():
             raise JudgeError(f"the environment variable {config.api_key_env} has characters that no key has; set it anew")
+        # what it tells when it is debugged has the headers of replies, which may repeat the key
+        logging.getLogger("httpcore2").setLevel(logging.INFO)
         self._proxy = proxy_of(self._url)
         self.way = f" through the proxy in ${self._proxy[0]}" if self._proxy else ""
         """How requests get there, as part of a message."""
@@ -165,7 +174,7 @@ class Endpoint:
             self._see_log = f"mend {self._proxy[0]}, or add {self._url.host} to NO_PROXY if it is reached without"
 
     def __str__(self) -> str:
-        return _shown(self._url).rstrip("/")
+        return one_line(_without_secrets(self._url)).rstrip("/")
 
     def client(self) -> httpx2.AsyncClient:
         """A client for one event loop.
@@ -281,13 +290,13 @@ class Endpoint:
             try:
                 response = await client.send(request, stream=True)
                 try:
-                    content = await _read(response)
+                    content = redact_body(await self._read(response), self._key)
                 finally:
                     await response.aclose()
             except httpx2.RequestError as error:
                 failure = self._no_connection(error)
                 if redirects:
-                    failure = TryAgain(f"{failure.reason}, redirected to {_shown(request.url)}", failure.detail, _SET_URL)
+                    failure = TryAgain(f"{failure.reason}, redirected to {self._target(request.url)}", failure.detail, _SET_URL)
                 raise failure from None
             reply = _Reply(response.status_code, response.headers, content)
             if not response.has_redirect_location:
@@ -297,9 +306,40 @@ class Endpoint:
                 return replace(reply, moved_to="what is no address")
             redirects += 1
             if request.method != method or redirects > _MAX_REDIRECTS or not _is_usable(request.url):
-                return replace(reply, moved_to=_shown(request.url))
+                return replace(reply, moved_to=self._target(request.url))
             if "Authorization" not in request.headers:  # the client takes one key away where another host is asked
                 request.headers.pop("api-key", None)
+
+    async def _read(self, response: httpx2.Response) -> bytes:
+        """A body of at most _MAX_BODY_BYTES. It is unpacked here: the client would do it without a limit.
+
+        Raises:
+            TryAgain: it is larger, or damaged.
+        """
+        status, packing = response.status_code, response.headers.get("content-encoding", "identity").strip().lower()
+        if packing not in ("", "identity", "gzip", "x-gzip"):
+            raise TryAgain(
+                f"HTTP status {status} with Content-Encoding {one_line(redact(packing, self._key))!r}, which was not asked for"
+            )
+        gzip = zlib.decompressobj(wbits=zlib.MAX_WBITS | 16) if "gzip" in packing else None
+        body = bytearray()
+        try:
+            async for part in response.aiter_raw():
+                body += gzip.decompress(part, _MAX_BODY_BYTES + 1 - len(body)) if gzip else part
+                if len(body) > _MAX_BODY_BYTES:
+                    advice = "see what score.llm.base_url leads to"
+                    raise TryAgain(f"HTTP status {status} with more than {_MAX_BODY_BYTES >> 20} MiB", advice=advice)
+                if gzip and gzip.eof:
+                    break  # the rest would be kept
+        except zlib.error as error:
+            raise TryAgain(f"HTTP status {status} with a damaged gzip body", one_line(str(error))) from None
+        if gzip and not gzip.eof and body:
+            raise TryAgain(f"HTTP status {status} with a gzip body that is cut off")
+        return bytes(body)
+
+    def _target(self, url: httpx2.URL) -> str:
+        """Of a redirect, which may repeat the key."""
+        return one_line(redact(_without_secrets(url), self._key))
 
     async def _failure(self, client: httpx2.AsyncClient, reply: _Reply) -> JudgeUnavailable:
         status, said = reply.status, _said(reply.body)
@@ -341,7 +381,7 @@ class Endpoint:
         causes: list[BaseException] = [error]
         while cause := causes[-1].__cause__ or causes[-1].__context__:
             causes.append(cause)
-        said = one_line(str(causes[-1]) or type(causes[-1]).__name__)
+        said = one_line(redact(str(causes[-1]), self._key) or type(causes[-1]).__name__)
         if self._proxy:
             return TryAgain(f"no connection{self.way}", said, self._see_log)
         for kind, reason, advice in _TLS_AND_HOST:
@@ -362,32 +402,6 @@ _TLS_AND_HOST: tuple[tuple[type[BaseException], str, str], ...] = (
     (ssl.SSLError, "no TLS connection", "write http:// in score.llm.base_url if the server speaks plain HTTP"),
     (socket.gaierror, "no such host", "mend the host in score.llm.base_url"),
 )
-
-
-async def _read(response: httpx2.Response) -> bytes:
-    """A body of at most _MAX_BODY_BYTES. It is unpacked here: the client would do it without a limit.
-
-    Raises:
-        TryAgain: it is larger, or damaged.
-    """
-    status, packing = response.status_code, response.headers.get("content-encoding", "identity").strip().lower()
-    if packing not in ("", "identity", "gzip", "x-gzip"):
-        raise TryAgain(f"HTTP status {status} with Content-Encoding {one_line(packing)!r}, which was not asked for")
-    gzip = zlib.decompressobj(wbits=zlib.MAX_WBITS | 16) if "gzip" in packing else None
-    body = bytearray()
-    try:
-        async for part in response.aiter_raw():
-            body += gzip.decompress(part, _MAX_BODY_BYTES + 1 - len(body)) if gzip else part
-            if len(body) > _MAX_BODY_BYTES:
-                advice = "see what score.llm.base_url leads to"
-                raise TryAgain(f"HTTP status {status} with more than {_MAX_BODY_BYTES >> 20} MiB", advice=advice)
-            if gzip and gzip.eof:
-                break  # the rest would be kept
-    except zlib.error as error:
-        raise TryAgain(f"HTTP status {status} with a damaged gzip body", one_line(str(error))) from None
-    if gzip and not gzip.eof and body:
-        raise TryAgain(f"HTTP status {status} with a gzip body that is cut off")
-    return bytes(body)
 
 
 def _names(body: bytes) -> list[str] | None:

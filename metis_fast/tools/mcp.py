@@ -41,6 +41,7 @@ from metis_fast import pixels
 from metis_fast.config import McpServerConfig
 from metis_fast.errors import InfrastructureError, ToolSetupError, one_line
 from metis_fast.machine import num_cores
+from metis_fast.redaction import redact
 from metis_fast.tools.arguments import Arguments, schema_problem
 from metis_fast.tools.mcp_noise import Noise, count_in
 from metis_fast.tools.protocol import MAX_CALL_IMAGES, ToolSpec
@@ -171,7 +172,7 @@ class McpSession:
             await connection.ready()  # a call before this one may have been cancelled meanwhile
             result = await connection.call(source.theirs[name], arguments)
             if crash := _crash(result, source.theirs[name], source.config.failures):
-                raise _Failed(f"it failed in the server: {crash}{connection.last_words()}")
+                raise _Failed(f"it failed in the server: {_redacted(crash, source.config)}{connection.last_words()}")
             if result.is_error:
                 await connection.check_offer(source.theirs[name], arguments)
             return await _content(result, source.max_chars)
@@ -223,9 +224,9 @@ class _Connection:
                 await self._ending.wait()
         except Exception as error:  # of the server, the network or the SDK, of many kinds and in groups
             if self._client.done():
-                _LOG.debug("session with %s: %s", self._source.what, _said(error))
+                _LOG.debug("session with %s: %s", self._source.what, _said(error, self._source.config))
             else:
-                self._client.set_exception(_Failed(f"no session ({_said(error)}){self.last_words()}"))
+                self._client.set_exception(_Failed(f"no session ({_said(error, self._source.config)}){self.last_words()}"))
                 self._client.exception()  # nobody may be waiting any more; that is no defect to be logged
         finally:
             self._client.cancel()
@@ -255,11 +256,11 @@ class _Connection:
             if error.code == INVALID_PARAMS:
                 # older servers refuse so what their schema allows; they have listed the tool, so it is the arguments
                 return CallToolResult(content=[TextContent(text=error.message)], is_error=True)
-            raise _Failed(f"{_said(error)} (code {error.code}){self.last_words()}") from error
+            raise _Failed(f"{_said(error, self._source.config)} (code {error.code}){self.last_words()}") from error
         except TimeoutError:
             raise _Failed(f"no answer within {limit:g} s (timeout_s){self.last_words()}") from None
         except Exception as error:  # as above: an answer that is none, or does not fit the tool's output schema
-            raise _Failed(f"{_said(error)}{self.last_words()}") from error
+            raise _Failed(f"{_said(error, self._source.config)}{self.last_words()}") from error
 
     async def check_offer(self, name: str, arguments: Mapping[str, object]) -> None:
         """Whether the server still offers what prompts tell of, so that an error of a call can be the agent's.
@@ -274,7 +275,9 @@ class _Connection:
         except TimeoutError:
             raise _Failed(f"no list of tools within {limit:g} s (connect_s) after an error") from None
         except Exception as error:  # as above
-            raise _Failed(f"no list of tools after an error ({_said(error)}){self.last_words()}") from error
+            raise _Failed(
+                f"no list of tools after an error ({_said(error, self._source.config)}){self.last_words()}"
+            ) from error
         if name not in listed:
             raise _Failed(f"the server no longer has {name}, which prompts offer")
         schema = dict(listed[name].input_schema)
@@ -284,7 +287,7 @@ class _Connection:
     def last_words(self) -> str:
         """What the server wrote last to stderr, and whether it wrote there what belongs there, for errors."""
         noise = f"; {self.noise}" if self.noise.lines else ""
-        return noise + ("" if self._log.closed else _last_words(self._log))
+        return noise + ("" if self._log.closed else _last_words(self._log, self._source.config))
 
     def abandon(self) -> None:
         """End it, from its loop, without waiting."""
@@ -351,9 +354,9 @@ async def _tools(config: McpServerConfig, folder: Path) -> list[Tool]:
             async with asyncio.timeout(config.connect_s + _SLACK_S), _client(config, folder, log) as client:
                 return await _listed(client)
         except TimeoutError:
-            raise _Failed(f"no list of tools within {config.connect_s:g} s (connect_s){_last_words(log)}") from None
+            raise _Failed(f"no list of tools within {config.connect_s:g} s (connect_s){_last_words(log, config)}") from None
         except Exception as error:  # of the server, the network or the SDK, of many kinds and in groups
-            raise _Failed(f"{_said(error)}{_last_words(log)}") from error
+            raise _Failed(f"{_said(error, config)}{_last_words(log, config)}") from error
 
 
 async def _listed(client: Client) -> list[Tool]:
@@ -457,19 +460,26 @@ def _stderr() -> TextIO:
     return tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")
 
 
-def _last_words(log: TextIO) -> str:
+def _redacted(text: str, config: McpServerConfig) -> str:
+    """Without what the server was given of the environment."""
+    for name in config.variables():
+        text = redact(text, os.environ.get(name, "").strip())
+    return text
+
+
+def _last_words(log: TextIO, config: McpServerConfig) -> str:
     """The last line that a command wrote to stderr."""
     size = os.fstat(log.fileno()).st_size
-    lines = os.pread(log.fileno(), 4096, max(0, size - 4096)).decode(errors="replace").split("\n")
+    lines = _redacted(os.pread(log.fileno(), 4096, max(0, size - 4096)).decode(errors="replace"), config).split("\n")
     last = next((one_line(line) for line in reversed(lines) if line.strip()), "")
     return f"; its last line: {last[:_LONGEST_ERROR]}" if last else ""
 
 
-def _said(error: BaseException) -> str:
+def _said(error: BaseException, config: McpServerConfig) -> str:
     """The first error in groups of them, in one line."""
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
     if isinstance(error, _Failed):
         return str(error)
-    said = one_line(error)
+    said = _redacted(one_line(error), config)
     return (said if isinstance(error, MCPError) and said else f"{type(error).__name__}: {said}")[:_LONGEST_ERROR]

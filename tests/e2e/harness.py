@@ -253,6 +253,15 @@ class Command:
                 found.append(psutil.Process(pid))
         return found
 
+    def named(self, part: str) -> list[psutil.Process]:
+        """Those of its family with `part` in an argument; one that ended meanwhile has none."""
+        found: list[psutil.Process] = []
+        for process in self.family():
+            with contextlib.suppress(psutil.NoSuchProcess):  # that of a zombie is one, too
+                if any(part in argument for argument in process.cmdline()):
+                    found.append(process)
+        return found
+
     def wait(self) -> Ended:
         """Until it ends; whatever it leaves running is given some seconds, and reported."""
         family: dict[int, psutil.Process] = {}

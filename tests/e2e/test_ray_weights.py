@@ -63,8 +63,9 @@ def test_a_run_whose_nodes_pull_what_changed_is_bit_for_bit_one_whose_nodes_pull
 def test_a_node_that_was_started_again_pulls_all_and_then_what_changed(train: Callable[..., Job], tmp_path: Path) -> None:
     job, folder = train("run", "sync.mode=delta", "train.steps=8"), tmp_path / "run"
     job.when(lambda: len(_records(folder)) >= 2)
-    below = psutil.Process(job.pid).children(recursive=True)
-    next(one for one in below if one.cmdline() and one.cmdline()[0].startswith("ray::Player")).kill()
+    below = {child.pid for child in psutil.Process(job.pid).children(recursive=True)}
+    running = (one for one in psutil.process_iter(["cmdline"]) if one.pid in below and one.info["cmdline"])
+    next(one for one in running if one.info["cmdline"][0].startswith("ray::Player")).kill()
     assert job.wait(left_s=120) == 0, job.err.read_text()
     assert "was lost" in job.err.read_text()
     assert [record["step"] for record in _records(folder)] == list(range(8))

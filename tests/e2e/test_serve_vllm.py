@@ -92,7 +92,7 @@ def test_answers_of_two_engines_go_on_when_one_is_killed_amid_two_minutes(tmp_pa
     settings = {"port": 0, "temperature": 0.0, "system": str(tmp_path / "system"), "max_concurrent": 32, "queue": 64}
     told, stopped = Told(), threading.Event()
     with serving(tmp_path, None, rollout=rollout, serve=settings | {"drain_s": 120.0}) as server:
-        engines = {name: one for one in server.command.family() for name in ("engine-0", "engine-1") if name in one.cmdline()}
+        engines = {name: one for name in ("engine-0", "engine-1") for one in server.command.named(name)}
         assert len(engines) == 2
         questions = well_read(server, 3 * _CLIENTS)
         began = time.monotonic()

@@ -154,7 +154,7 @@ def test_a_real_engine_goes_on_with_the_trainers_weights_after_each_fault_and_le
         while len(records()) <= done:  # the start, and the gate, are over; an engine is up
             assert running.alive, running.read("err")
             time.sleep(0.02)
-        (engine,) = [one for one in running.family() if "engine-0" in one.cmdline()]
+        (engine,) = running.named("engine-0")
         scratch.add(Path(engine.environ()[SCRATCH]))
         assert any(path.name.startswith("vllm_dist_") for folder in scratch if folder.exists() for path in folder.iterdir())
         for one in fault:

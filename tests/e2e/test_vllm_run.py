@@ -355,7 +355,7 @@ def test_an_engine_that_is_killed_or_stopped_amid_a_run_comes_back_with_the_curr
             assert running.alive, running.read("err")
             time.sleep(0.01)
         time.sleep(0.2)  # the next step's messages are being sampled
-        (engine,) = [one for one in running.family() if "engine-0" in one.cmdline()]
+        (engine,) = running.named("engine-0")
         os.kill(engine.pid, number)
     ended = running.wait()
     assert ended.code == 0 and not ended.orphans, ended
@@ -376,7 +376,7 @@ def test_a_tensor_parallel_engine_gets_every_version_and_outlives_a_rank_that_is
             assert running.alive, running.read("err")
             time.sleep(0.01)
         time.sleep(0.2)  # the next step's messages are being sampled
-        ranks = sorted(one.pid for one in running.family() if any("spawn_main" in word for word in one.cmdline()))
+        ranks = sorted(one.pid for one in running.named("spawn_main"))
         assert len(ranks) == 2
         os.kill(ranks[rank], number)
     ended = running.wait()

@@ -182,7 +182,8 @@ def test_a_key_is_hidden_in_every_spelling() -> None:
         *("ab&#0047;cd&#x02B;ef==", "ab&amp;sol;cd&amp;#43;ef==", r"ab\u0026sol;cd+ef=="),
     ]
     assert key.hide(", ".join(spelt)) == ", ".join(["[key]"] * len(spelt))
-    assert Key("K", "ab&<cd>").hide("ab&amp;&lt;cd&gt; ab&amp;amp;&amp;lt;cd&amp;gt; ab&<cd&GT;") == "[key] [key] [key]"
+    spelt = ["abc&amp;&lt;cd&gt;", "abc&amp;amp;&amp;lt;cd&amp;gt;", "abc&<cd&GT;"]
+    assert Key("K", "abc&<cd>").hide(", ".join(spelt)) == ", ".join(["[key]"] * len(spelt))
     start = time.monotonic()
     Key("K", "\\/ab%&cd").hide("\\" * 100_000 + "%25" * 100_000 + "&amp;" * 100_000)
     assert time.monotonic() - start < 10

@@ -10,15 +10,12 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cache
-from html.entities import html5
 
 from metis_fast.config import TextSearchConfig
 from metis_fast.errors import ToolSetupError
+from metis_fast.redaction import SHORTEST, redact
 
 _PUBLISHED = {"serper": "SERPER_API_KEY", "brightdata": "BRIGHTDATA_API_TOKEN", "serpapi": "SERPAPI_API_KEY"}
-_SHORTEST = 8  # characters; hiding a shorter text would spoil pages
-_HIDDEN = "[key]"
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,27 +27,8 @@ class Key:
     zone: str = field(default="", repr=False)
 
     def hide(self, text: str) -> str:
-        """`text` without the key, however it is spelt there: as it is, or as addresses, JSON and HTML spell its signs, once
-        or several times over."""
-        return _spellings(self.value).sub(_HIDDEN, text) if self.value else text
-
-
-@cache
-def _spellings(value: str) -> re.Pattern[str]:
-    return re.compile("".join(map(_spelt, value)), flags=re.IGNORECASE)
-
-
-def _spelt(sign: str) -> str:
-    """A pattern. Repetitions have limits, since a text of backslashes alone would else take the square of its length."""
-    if sign.isalnum():
-        return sign
-    code = ord(sign)
-    names = "".join(f"{name}|" for name, meant in html5.items() if meant == sign and name.endswith(";"))
-    entity = rf"{_AMPERSAND}(?:amp;){{0,3}}(?:{names}#0{{0,6}}{code};|#x0{{0,6}}{code:x};)"
-    return rf"(?:\\{{0,15}}{re.escape(sign)}|%(?:25){{0,4}}{code:02x}|\\{{1,15}}u{code:04x}|{entity})"
-
-
-_AMPERSAND = r"(?:&|%(?:25){0,4}26|\\{1,15}u0026)"
+        """`text` without the key; see `redact`."""
+        return redact(text, self.value)
 
 
 NO_KEY = Key()
@@ -78,9 +56,9 @@ def read_key(config: TextSearchConfig) -> Key:
     if not name or config.provider == "local":
         return NO_KEY
     value = _variable(config, name, "the key", "api_key_env")
-    if len(value) < _SHORTEST or not re.fullmatch(r"[!-~]+", value):
+    if len(value) < SHORTEST or not re.fullmatch(r"[!-~]+", value):
         raise ToolSetupError(
-            f"the environment variable {name} holds no key for provider {config.provider}: expected at least {_SHORTEST} "
+            f"the environment variable {name} holds no key for provider {config.provider}: expected at least {SHORTEST} "
             "printable ASCII characters without blanks; set it anew"
         )
     return Key(

@@ -15,6 +15,7 @@ import httpx2
 
 from metis_fast.config import ToolServerConfig
 from metis_fast.errors import InfrastructureError, ToolSetupError, one_line
+from metis_fast.redaction import redact_body
 from metis_fast.score.llm_endpoint import proxy_of
 from metis_fast.tools.search.http import retry_after
 from metis_fast.tools.server.wire import MAX_ANSWER_BYTES, WAIT_S, Failure, Fault, decode_failure
@@ -58,7 +59,7 @@ class ServerAddress:
             ) from None
         self._url = url.copy_with(query=None, fragment=None, raw_path=url.raw_path.partition(b"?")[0].rstrip(b"/") or b"/")
         self.headers = {"Accept": "application/json", "Accept-Encoding": "identity"}
-        token = os.environ.get(config.token_env, "").strip() if config.token_env else ""
+        self.token = token = os.environ.get(config.token_env, "").strip() if config.token_env else ""
         if not token.isascii() or not token.isprintable():
             raise ToolSetupError(
                 f"the environment variable {config.token_env} has characters that no token has; set it anew, to the server's"
@@ -155,7 +156,7 @@ class Link:
                         raise InfrastructureError(f"the tool server sent more than {MAX_ANSWER_BYTES >> 20} MiB for one call")
             finally:
                 await response.aclose()
-        return _reply(response, bytes(content))
+        return _reply(response, bytes(content), self.address.token)
 
     async def close(self) -> None:
         """Close the connection, if it is this loop's; otherwise it went with its own."""
@@ -193,9 +194,9 @@ def ask_once(address: ServerAddress, path: str) -> Reply:
         ) from None
     finally:
         transport.close()
-    return _reply(response, content)
+    return _reply(response, content, address.token)
 
 
-def _reply(response: httpx2.Response, body: bytes) -> Reply:
-    failure = decode_failure(body) if response.status_code >= 400 else None
+def _reply(response: httpx2.Response, body: bytes, token: str) -> Reply:
+    failure = decode_failure(redact_body(body, token)) if response.status_code >= 400 else None
     return Reply(response.status_code, body, failure, retry_after(response.headers))
