@@ -97,6 +97,9 @@ class HttpSearchConfig(Section):
         return self
 
 
+_KEYS = {"serper": "SERPER_API_KEY", "brightdata": "BRIGHTDATA_API_TOKEN", "serpapi": "SERPAPI_API_KEY"}
+
+
 class TextSearchConfig(Section):
     """The `text_search` tool, over a local corpus or a provider on the web (docs/web-search.md)."""
 
@@ -134,6 +137,16 @@ class TextSearchConfig(Section):
     offline: bool = False
     """Answer from the caches alone. A query that they do not have is a failure of ours, never `No results`."""
     http: HttpSearchConfig = HttpSearchConfig()
+
+    @property
+    def key_name(self) -> str:
+        """Environment variable that holds the provider's key; empty where there is none."""
+        return "" if self.provider == "local" else self.api_key_env or _KEYS.get(self.provider, "")
+
+    def variables(self) -> tuple[str, ...]:
+        """Those that a process needs which searches, and no other: the key's and, for Bright Data, the zone's."""
+        zone = self.zone_env if self.provider == "brightdata" else ""
+        return tuple(name for name in (self.key_name, zone) if name)
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Self
@@ -50,6 +51,15 @@ class Config(Section):
     serve: Annotated[ServeConfig, MAY_CHANGE] = ServeConfig()
     log: Annotated[LogConfig, MAY_CHANGE] = LogConfig()
     demo: DemoConfig = DemoConfig()
+
+    def key_names(self) -> frozenset[str]:
+        """Environment variables that hold keys and tokens: they are for the processes that need them, and no other."""
+        servers = self.tools.mcp
+        names = {*self.tools.text_search.variables(), *self.score.llm.key_names(), *(one.token_env for one in servers)}
+        names |= {self.tools.server.token_env, self.tools.serve.token_env, self.serve.token_env}
+        # a server may be given $PATH, too
+        names |= {name for one in servers for name in one.variables() if re.search("KEY|TOKEN|SECRET|PASS|CREDENTIAL", name)}
+        return frozenset(names - {""})
 
     @model_validator(mode="after")
     def _sizes_fit(self) -> Self:

@@ -1,17 +1,17 @@
 """Conversations in the Metis-ColdStart Parquet schema, by index (docs/sft.md lists every accepted shape).
 
-messages   JSON text of a list of {role, content}, or such a list itself
-images     list of base64 text (with or without `data:`), of bytes, of integers, or of {bytes, path}; in reading order
+messages   JSON text of a list of {role, content}, such a list itself, or a struct of lists
+images     list of base64 text (with or without `data:`), of bytes, of integers, or of {bytes, path}, or a struct of lists of
+           these; in reading order
 """
 
 from __future__ import annotations
 
 import bisect
-import json
 import logging
 import re
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,17 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from metis_fast.arrow_types import as_list, is_bytes, is_string, item, stored
-from metis_fast.data.columns import advice_for
+from metis_fast.arrow_types import is_bytes, is_json, is_map, is_string, item, read_json, stored
+from metis_fast.data.columns import (
+    Columns,
+    Decoded,
+    UnreadableError,
+    advice_for,
+    cell_values,
+    holds_integers,
+    is_images,
+    refuse_unknown,
+)
 from metis_fast.data.cursor import Layout
 from metis_fast.data.paths import expand, first
 from metis_fast.data.row import BadRow, BadRowError, MisfitError, image_of
@@ -84,12 +93,12 @@ class ConversationFiles:
         """
         self.paths = expand([path])
         self._cache_bytes = cache_bytes
-        self._cache: OrderedDict[int, pa.Table] = OrderedDict()
+        self._cache: OrderedDict[int, Decoded] = OrderedDict()
         self._groups: list[tuple[int, int]] = []  # file, row group in it
         sizes: list[tuple[int, int]] = []
         self._first_rows: list[int] = []
         num_rows = 0
-        self._columns: list[list[str]] = []
+        self._columns: list[Columns] = []
         for number, file in enumerate(self.paths):
             metadata, columns = _open(file)
             self._columns.append(columns)
@@ -98,7 +107,7 @@ class ConversationFiles:
                 row_group = metadata.row_group(group)
                 if row_group.num_rows:
                     self._groups.append((number, group))
-                    sizes.append((row_group.num_rows, _read_bytes(row_group, columns)))
+                    sizes.append((row_group.num_rows, columns.num_bytes(row_group)))
                     num_rows += row_group.num_rows
         if not num_rows:
             raise DataError(f"no rows in {path}; give files that hold at least one conversation")
@@ -119,7 +128,7 @@ class ConversationFiles:
     @property
     def held_bytes(self) -> int:
         """Of the row groups in memory."""
-        return sum(table.nbytes for table in self._cache.values())
+        return sum(decoded.nbytes for decoded in self._cache.values())
 
     def forget(self) -> None:
         """Drop the row groups in memory."""
@@ -138,16 +147,14 @@ class ConversationFiles:
             DataError: its row group cannot be decoded.
         """
         group = bisect.bisect_right(self._starts, index) - 1
-        table, row = self._table(group), index - self._starts[group]
+        batch, row = self._decoded(group).place(index - self._starts[group])
         path, number = self.location(index)
-        values: dict[str, object] = {}
-        for name in table.column_names:
-            try:
-                values[name] = table.column(name)[row].as_py()
-            except (ValueError, OverflowError, pa.ArrowException) as error:  # text that is not UTF-8
-                raise self.bad(index, MisfitError(name, "a value that Python can hold", one_line(error))) from None
         try:
+            values = dict(cell_values(batch, row))
             return parse_conversation(values, f"{path.stem}:{number}", path.parent)
+        except UnreadableError as error:
+            misfit = MisfitError(error.column, "a value that Python can hold", error.reason)
+            raise self.bad(index, misfit) from None
         except MisfitError as misfit:
             raise self.bad(index, misfit) from None
 
@@ -156,25 +163,28 @@ class ConversationFiles:
         path, number = self.location(index)
         return kind(BadRow(str(path), number, misfit.column, misfit.expected, misfit.got))
 
-    def _table(self, group: int) -> pa.Table:
+    def _decoded(self, group: int) -> Decoded:
         if group in self._cache:
             self._cache.move_to_end(group)
             return self._cache[group]
-        room = self._cache_bytes - self.layout.groups[group][1]
-        while self._cache and self.held_bytes > room:
-            self._cache.popitem(last=False)  # before decoding, so that the two never add up in memory
+        self._make_room(self.layout.groups[group][1])  # before decoding, so that the two never add up in memory
         file, number = self._groups[group]
-        path = self.paths[file]
+        path, columns = self.paths[file], self._columns[file]
         try:
             with pq.ParquetFile(path, page_checksum_verification=True) as parquet:
-                batches = [_as_bytes(batch) for batch in parquet.iter_batches(_BATCH_ROWS, [number], self._columns[file])]
+                batches = parquet.iter_batches(_BATCH_ROWS, [number], list(columns.names.values()))
+                decoded = Decoded(tuple(map(columns.named, batches)))
         except (OSError, pa.ArrowException) as error:
             raise DataError(f"{path}: cannot read row group {number}: {one_line(error)}; write the file anew") from None
-        table = pa.Table.from_batches(batches)
-        if table.num_rows != self.layout.groups[group][0]:
+        if decoded.num_rows != self.layout.groups[group][0]:
             raise DataError(f"{path}: changed while in use; start again")
-        self._cache[group] = table
-        return table
+        self._make_room(decoded.nbytes)  # it may be more than Parquet says: repeats are stored once
+        self._cache[group] = decoded
+        return decoded
+
+    def _make_room(self, num_bytes: int) -> None:
+        while self._cache and self.held_bytes > self._cache_bytes - num_bytes:
+            self._cache.popitem(last=False)
 
 
 # -- files and schema -------------------------------------------------------------------------------------------------------
@@ -211,112 +221,40 @@ def _schema(path: Path) -> tuple[pq.FileMetaData, pa.Schema]:
         raise DataError(f"{path}: not a Parquet file that can be read ({one_line(error)}); {advice_for(path)}") from None
 
 
-def _open(path: Path) -> tuple[pq.FileMetaData, list[str]]:
-    """Footer of a file, and the names of the columns to read."""
+def _open(path: Path) -> tuple[pq.FileMetaData, Columns]:
+    """Footer of a file, and the columns to read."""
     metadata, schema = _schema(path)
     for name in ("messages", "images"):
         if schema.names.count(name) > 1:
             raise DataError(f"{path}: expected one column {name!r}, got several; rename all but one")
     if "messages" not in schema.names:
         raise DataError(f"{path}: expected a column 'messages', got {', '.join(schema.names)}; see docs/sft.md")
-    if not _is_messages(schema.field("messages").type):
-        raise DataError(
-            f"{path}: expected column 'messages' to be JSON text or a list of {{role, content}} with plain text, got "
-            f"{schema.field('messages').type}; write it as text (docs/sft.md)"
-        )
-    columns = ["messages"]
-    if "images" in schema.names:
-        if not _is_images(schema.field("images").type):
-            raise DataError(
-                f"{path}: expected column 'images' to be a list of base64 text, bytes, integers or {{bytes, path}}, got "
-                f"{schema.field('images').type}; see docs/sft.md"
-            )
-        columns.append("images")
-    return metadata, columns
+    names: dict[str, str] = {}
+    for name, (fits, expected) in _TYPES.items():
+        if name in schema.names:
+            field = schema.field(name)
+            refuse_unknown(path, field, expected)
+            if not fits(stored(field.type)):
+                raise DataError(f"{path}: expected column {name!r} to be {expected}, got {field.type}; see docs/sft.md")
+            names[name] = name
+    return metadata, Columns(names, "images" in names and holds_integers(schema.field("images").type))
 
 
 def _is_messages(kind: pa.DataType) -> bool:
-    kind = stored(kind)
-    message = item(kind)
-    if is_string(kind):
+    if is_string(kind) or is_bytes(kind):
         return True
-    if message is None or not pa.types.is_struct(message):
-        return False
-    # content of an extension type is text inside text: its quotes would be learnt
-    fields = [message.field(name).type for name in ("role", "content") if message.get_field_index(name) >= 0]
-    plain = [field.value_type if pa.types.is_dictionary(field) else field for field in fields]
-    return len(fields) == 2 and all(map(is_string, plain))
+    message = item(kind)
+    if message is None:
+        message = kind  # a struct of lists
+    elif is_json(kind.value_type) or is_map(message):
+        return True
+    return pa.types.is_struct(message) and all(message.get_field_index(name) >= 0 for name in ("role", "content"))
 
 
-def _is_images(kind: pa.DataType) -> bool:
-    kind = stored(kind)
-    entry = item(kind)
-    if entry is None:
-        return pa.types.is_null(kind)
-    if pa.types.is_struct(entry):
-        return any(entry.get_field_index(name) >= 0 for name in ("bytes", "path"))
-    inner = item(entry)
-    integers = inner is not None and pa.types.is_integer(inner)
-    return is_bytes(entry) or is_string(entry) or pa.types.is_null(entry) or integers
-
-
-def _read_bytes(row_group: pq.RowGroupMetaData, columns: Sequence[str]) -> int:
-    chunks = (row_group.column(index) for index in range(row_group.num_columns))
-    return sum(chunk.total_uncompressed_size for chunk in chunks if chunk.path_in_schema.partition(".")[0] in columns)
-
-
-def _as_bytes(batch: pa.RecordBatch) -> pa.RecordBatch:
-    """The batch, in which images that are lists of integers have become bytes: an eighth of the memory."""
-    place = batch.schema.get_field_index("images")
-    if place < 0:
-        return batch
-    images = batch.column(place)
-    entry = item(stored(images.type))
-    if entry is None:
-        return batch
-    if isinstance(images, pa.ExtensionArray):
-        images = images.storage
-    inner, name = item(entry), None
-    if inner is None and pa.types.is_struct(entry) and entry.get_field_index("bytes") >= 0:
-        inner, name = item(entry.field("bytes").type), "bytes"
-    if inner is None or not pa.types.is_integer(inner):
-        return batch
-    images = as_list(images).cast(pa.large_list(entry))
-    values = images.values
-    lists = values if name is None else values.field(name)
-    data = _bytes_of(lists)
-    if name is not None:
-        mask = values.is_null()
-        fields = [data if field.name == name else values.field(field.name) for field in entry]
-        data = pa.StructArray.from_arrays(fields, [field.name for field in entry], mask=mask)
-    new = pa.LargeListArray.from_arrays(images.offsets, data, mask=images.is_null() if images.null_count else None)
-    return batch.set_column(place, "images", new)
-
-
-def _bytes_of(lists: Any) -> pa.Array:
-    """[n] of lists of integers as [n] of bytes. One that is no byte makes its list text that no image is: see `_image`."""
-    lists = as_list(lists).cast(pa.large_list(item(lists.type)))
-    offsets = lists.offsets.to_numpy()
-    values = lists.values
-    if pa.types.is_int8(values.type):
-        values = values.view(pa.uint8())  # as Java has bytes: -1 is 255
-    null = values.is_null().to_numpy(zero_copy_only=False)
-    flat = values.fill_null(0).to_numpy(zero_copy_only=False)
-    wrong = np.flatnonzero((flat < 0) | (flat > 255) | null)
-    data = flat.astype(np.uint8)
-    made = pa.Array.from_buffers(
-        pa.large_binary(), len(lists), [None, pa.py_buffer(offsets.astype(np.int64)), pa.py_buffer(data)]
-    )
-    if not len(wrong) and not lists.null_count:
-        return made
-    bad = set((np.searchsorted(offsets, wrong, side="right") - 1).tolist())
-    whole: list[bytes | None] = made.to_pylist()
-    empty = lists.is_null().to_pylist()
-    rows = [None if empty[i] else _NO_BYTES if i in bad else value for i, value in enumerate(whole)]
-    return pa.array(rows, pa.large_binary())
-
-
-_NO_BYTES = b"integers that are no bytes"
+_TYPES: Mapping[str, tuple[Callable[[pa.DataType], bool], str]] = {
+    "messages": (_is_messages, "JSON text or a list of {role, content}"),
+    "images": (is_images, "a list of base64 text, bytes, integers or {bytes, path}"),
+}
 
 
 # -- a row ------------------------------------------------------------------------------------------------------------------
@@ -329,7 +267,7 @@ def parse_conversation(values: Mapping[str, Any], uid: str, folder: Path) -> Con
         MisfitError: the row does not fit the schema.
     """
     messages = tuple(_messages(values["messages"]))
-    entries = values.get("images") or []
+    entries = _listed(values.get("images"))
     marks = sum(len(message.around_images) - 1 for message in messages)
     if marks != len(entries):
         said = sum(message.content.count(MARK) for message in messages if message.role == "assistant")
@@ -346,11 +284,21 @@ class _Count(int):
         return f"{int(self)} image{'s' * (self != 1)}"
 
 
-def _messages(value: Any) -> Iterator[Message]:
-    if isinstance(value, str):
+def _listed(images: Any) -> list[Any]:
+    """Images of a row as a list, whether they are one, none, a single image, or JSON text."""
+    if isinstance(images, str) and images.lstrip().startswith("["):
         try:
-            value = json.loads(value)
-        except (ValueError, RecursionError) as error:
+            images = read_json(images)
+        except ValueError as error:
+            raise MisfitError("images", f"a list of images as JSON ({one_line(error)[:80]})", images) from None
+    return images if isinstance(images, list) else [images] if images else []
+
+
+def _messages(value: Any) -> Iterator[Message]:
+    if isinstance(value, str | bytes):
+        try:
+            value = read_json(value.decode() if isinstance(value, bytes) else value)
+        except ValueError as error:
             raise MisfitError("messages", f"a list of messages as JSON ({one_line(error)[:80]})", value) from None
     if not isinstance(value, list) or not value:
         raise MisfitError("messages", "a list of messages", value)
@@ -418,8 +366,6 @@ def _text_of(parts: Any, column: str) -> str:
 
 
 def _image(entry: Any, column: str, folder: Path) -> ImageBlob:
-    if entry == _NO_BYTES or (isinstance(entry, dict) and entry.get("bytes") == _NO_BYTES):
-        raise MisfitError(column, "bytes as integers of 0 to 255", "others among them")
     if isinstance(entry, str) and (len(entry) > _MOST_PATH or entry[:5].lower() == "data:"):
         entry = {"bytes": entry}
     return image_of(entry, column, folder)

@@ -6,9 +6,11 @@ as long, and as Arrow's eight times the memory.
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +110,24 @@ class Columns:
         return self.integers and name == self.names["images"] and is_number and bool(inside)
 
 
+class Decoded:
+    """A row group in memory, in batches: their types may differ, where one has integers that are no bytes.
+
+    num_rows: of all batches. nbytes: what they hold.
+    """
+
+    def __init__(self, batches: tuple[pa.RecordBatch, ...]) -> None:
+        self._batches = batches
+        self._ends = list(accumulate(batch.num_rows for batch in batches))
+        self.num_rows = self._ends[-1] if batches else 0
+        self.nbytes = sum(batch.nbytes for batch in batches)
+
+    def place(self, row: int) -> tuple[pa.RecordBatch, int]:
+        """The batch that holds a row, and its number there."""
+        at = bisect.bisect_right(self._ends, row)
+        return self._batches[at], row - (self._ends[at - 1] if at else 0)
+
+
 def open_columns(path: Path) -> tuple[pq.FileMetaData, Columns]:
     """Footer of a file, and the columns to read.
 
@@ -131,15 +151,21 @@ def open_columns(path: Path) -> tuple[pq.FileMetaData, Columns]:
                 raise DataError(f"{path}: expected a column {name!r}, got {', '.join(schema.names)}; {_hint(schema.names)}")
             continue
         field = schema.field(there)
-        if extension := unknown_extension(field) if name != "extra_info" else "":
-            raise DataError(
-                f"{path}: expected column {there!r} to be {expected}, got the extension type {extension!r}, which only its "
-                f"author can read; write the column without it (pyarrow: table[{there!r}].combine_chunks().storage)"
-            )
+        if name != "extra_info":
+            refuse_unknown(path, field, expected)
         if not fits(stored(field.type)):
             raise DataError(f"{path}: expected column {there!r} to be {expected}, got {field.type}; see docs/data.md")
         names[name] = there
-    return metadata, Columns(names, "images" in names and _holds_integers(schema.field(names["images"]).type))
+    return metadata, Columns(names, "images" in names and holds_integers(schema.field(names["images"]).type))
+
+
+def refuse_unknown(path: Path, field: pa.Field, expected: str) -> None:
+    """Raises: DataError: a column is of an extension type that nobody here knows. expected: what it should be."""
+    if extension := unknown_extension(field):
+        raise DataError(
+            f"{path}: expected column {field.name!r} to be {expected}, got the extension type {extension!r}, which only its "
+            f"author can read; write the column without it (pyarrow: table[{field.name!r}].combine_chunks().storage)"
+        )
 
 
 def advice_for(path: Path) -> str:
@@ -186,7 +212,7 @@ def cell_values(batch: pa.RecordBatch | pa.Table, row: int) -> Iterator[tuple[st
 
 def _together(name: str, value: Any) -> Any:
     """Messages and images as lists of structs, where a writer made structs of lists of them (`Sequence` of `datasets`)."""
-    if name in ("prompt", "images") and isinstance(value, dict):
+    if name in ("prompt", "messages", "images") and isinstance(value, dict):
         lists = {key: entry for key, entry in value.items() if isinstance(entry, list)}
         if lists and len({len(entry) for entry in lists.values()}) == 1:
             return [dict(zip(lists, entries, strict=True)) for entries in zip(*lists.values(), strict=True)]
@@ -254,7 +280,8 @@ def _is_prompt(kind: pa.DataType) -> bool:
     return is_json(kind.value_type) or is_map(message) or _has_fields(message, ("role", "content"))
 
 
-def _is_images(kind: pa.DataType) -> bool:
+def is_images(kind: pa.DataType) -> bool:
+    """Whether a column can hold images: a list of them, one, or a struct of lists."""
     return _is_image(kind) or _is_image(item(kind) or kind)
 
 
@@ -264,14 +291,15 @@ def _is_image(kind: pa.DataType) -> bool:
     return image or is_bytes(kind) or is_string(kind) or is_integers(kind) or pa.types.is_null(kind)
 
 
-def _holds_integers(kind: pa.DataType) -> bool:
+def holds_integers(kind: pa.DataType) -> bool:
+    """Whether bytes of a column's images are lists of integers."""
     kind = stored(kind)
     if is_integers(kind):
         return True
     if pa.types.is_struct(kind):
-        return any(field.name == "bytes" and _holds_integers(field.type) for field in kind)
+        return any(field.name == "bytes" and holds_integers(field.type) for field in kind)
     inside = item(kind)
-    return inside is not None and _holds_integers(inside)
+    return inside is not None and holds_integers(inside)
 
 
 def _is_struct(kind: pa.DataType) -> bool:
@@ -281,7 +309,7 @@ def _is_struct(kind: pa.DataType) -> bool:
 _TYPES: Mapping[str, tuple[Callable[[pa.DataType], bool], str]] = {
     "data_source": (is_string, "text"),
     "prompt": (_is_prompt, "a list of {role, content}, or that as JSON text"),
-    "images": (_is_images, "a list of {bytes, path}"),
+    "images": (is_images, "a list of {bytes, path}"),
     "ability": (is_string, "text"),
     "reward_model": (
         lambda kind: _is_struct(kind) and (not pa.types.is_struct(kind) or _has_fields(kind, ("ground_truth",))),

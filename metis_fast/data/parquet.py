@@ -17,7 +17,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from metis_fast.data.columns import Columns, UnreadableError, cell_values, open_columns
+from metis_fast.data.columns import Columns, Decoded, UnreadableError, cell_values, open_columns
 from metis_fast.data.content import DataRecord, row_digest
 from metis_fast.data.digesting import digests
 from metis_fast.data.paths import expand, unique_names
@@ -122,21 +122,6 @@ class Layout:
         return f"{rows} rows in {len(self.groups)} groups, sha256 {digest[:16]}"
 
 
-class _Decoded:
-    """A row group in memory, in batches: their types may differ, where one has integers that are no bytes."""
-
-    def __init__(self, batches: tuple[pa.RecordBatch, ...]) -> None:
-        self._batches = batches
-        self._ends = list(accumulate(batch.num_rows for batch in batches))
-        self.num_rows = self._ends[-1] if batches else 0
-        self.nbytes = sum(batch.nbytes for batch in batches)
-
-    def place(self, row: int) -> tuple[pa.RecordBatch, int]:
-        """The batch that holds a row, and its number there."""
-        at = bisect.bisect_right(self._ends, row)
-        return self._batches[at], row - (self._ends[at - 1] if at else 0)
-
-
 class PromptFiles:
     """Rows of Parquet files as prompts, by index; file after file in the order given.
 
@@ -161,7 +146,7 @@ class PromptFiles:
         self.cache_bytes, self._any_style = cache_bytes, any_style
         self._paths = expand(paths)
         self._columns: list[Columns] = []
-        self._cache: OrderedDict[RowGroup, _Decoded] = OrderedDict()
+        self._cache: OrderedDict[RowGroup, Decoded] = OrderedDict()
         self._first_rows: list[int] = []
         row_groups: list[RowGroup] = []
         num_rows = 0
@@ -315,12 +300,12 @@ class PromptFiles:
             raise IndexError(f"row {index} of {self._num_rows}")
         return bisect.bisect_right(self._starts, index) - 1
 
-    def _decoded(self, row_group: RowGroup) -> _Decoded:
+    def _decoded(self, row_group: RowGroup) -> Decoded:
         if row_group in self._cache:
             self._cache.move_to_end(row_group)
             return self._cache[row_group]
         self._forget(self.cache_bytes - row_group.num_bytes)  # before decoding, so that the two never add up in memory
-        decoded = _Decoded(tuple(self._batches(row_group)))
+        decoded = Decoded(tuple(self._batches(row_group)))
         self._forget(self.cache_bytes - decoded.nbytes)  # what it holds may be more than Parquet says: repeats are stored once
         if decoded.num_rows != row_group.num_rows:
             raise DataError(f"{self._paths[row_group.file]}: changed while in use; start again")

@@ -34,7 +34,6 @@ from metis_fast.summary import Data
 from metis_fast.tools import open_toolbox
 from metis_fast.tools.protocol import Toolbox
 from metis_fast.tools.remote import RemoteToolbox, start_tool_workers
-from metis_fast.tools.search import keys
 from metis_fast.tools.server.client import ServerToolbox
 from metis_fast.workers.hub import Hub
 from metis_fast.workers.launch import LocalLauncher
@@ -131,9 +130,7 @@ def _open_base(config: Config, host: Host, logs: Path, stack: ExitStack) -> _Bas
     stack.callback(scratch.close)
     hub = None
     if needs_hub(config):
-        secret = (*keys.variables(config.tools.text_search), *config.score.llm.key_names(), config.tools.server.token_env)
-        secret += (config.serve.token_env, *(server.token_env for server in config.tools.mcp))
-        launcher = LocalLauncher(logs, host.gpus, withheld=secret)
+        launcher = LocalLauncher(logs, host.gpus, withheld=config.key_names())
         stack.callback(launcher.close)
         hub = stack.enter_context(Hub(config.workers, launcher))
     recording = open_recording(config)

@@ -89,7 +89,7 @@ def _without_image(talk: Talk, one: Asked) -> None:
     a, b = 317 + one.number, 48
     talk.say("user", f"What is {a} * {b}?")
     talk.say("assistant", f"<reason>I compute it.</reason>\n{call('python', {'code': f'print({a} * {b})'})}")
-    talk.say("user", code_result(str(a * b), 0))
+    talk.say("user", code_result(f"{a * b}\n", 0))
     talk.say("assistant", f"<reason>That is it.</reason>\n<answer>{a * b}</answer>")
 
 

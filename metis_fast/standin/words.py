@@ -46,9 +46,9 @@ def call(tool: str, arguments: dict[str, str]) -> str:
 
 
 def code_result(stdout: str, num_images: int) -> str:
-    """What the published python tool answers."""
+    """What the published python tool answers. stdout: as it was printed."""
     blocks = f"Code execution result:\nstdout:\n```\n{stdout}\n```\n\nstderr:\n```\n\n```"
-    return blocks + ("\n\nImages:\n" + "\n".join(["<image>"] * num_images) if num_images else "")
+    return blocks + ("\n\nImages:\n" + "<image>" * num_images if num_images else "")
 
 
 def search_result(query: str, pages: Sequence[tuple[str, str, str]]) -> str:
@@ -59,5 +59,5 @@ def search_result(query: str, pages: Sequence[tuple[str, str, str]]) -> str:
 
 def image_result(titles: Sequence[str]) -> str:
     """What the published image search answers: each page with its image."""
-    pages = "\n".join(f"{i}. <image>\n[{title}]" for i, title in enumerate(titles, 1))
+    pages = "\n\n".join(f"{i}. <image>\n[{title}]\n" for i, title in enumerate(titles, 1))
     return f"A Google image search for the image found {len(titles)} results:\n\n## Web Results\n{pages}"

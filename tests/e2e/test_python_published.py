@@ -67,8 +67,19 @@ def test_names_are_ready(boxes: dict[str, LocalToolbox]) -> None:
     code = "print(np.pi, math.pi, sin(0), cos(0), os.sep, base64.b64encode(b'x'), Image.new('RGB', (1, 2)).size, BytesIO)"
     (result,) = run(boxes["original"], code)
     assert result.ok and result.stdout.startswith("3.14159") and "(1, 2)" in result.stdout
-    (plot,) = run(boxes["original"], "plt.figure(figsize=(2, 1)); plt.plot([1, 2]); plt.show()")
-    assert plot.ok and sizes(plot) == [(200, 100)] and plot.stderr == ""
+    plotting = "plt.figure(figsize=(2, 1)); plt.plot([1, 2])"
+    saved = "plt.savefig(file := BytesIO(), bbox_inches='tight'); print(*Image.open(file).size)"
+    (plot,) = run(boxes["original"], f"%matplotlib inline\n{plotting}; {saved}; plt.show()")
+    assert plot.ok and sizes(plot) == [tuple(map(int, plot.stdout.split()))] and plot.stderr == ""
+    (wrong,) = run(boxes["original"], "%timeit 1")
+    assert not wrong.ok and "SyntaxError" in wrong.stderr
+
+
+def test_a_session_goes_on_after_exit_as_it_was(boxes: dict[str, LocalToolbox]) -> None:
+    """`exit()` closes stdin, too."""
+    before, ended, after = run(boxes["original"], "input()", "x = 1\nexit()", "print(x)\ninput()")
+    assert "EOFError" in before.stderr and "EOFError" in after.stderr and after.stdout == "1\n"
+    assert ended.stdout == ""
 
 
 def test_a_name_that_the_agent_took_stays_its_own(boxes: dict[str, LocalToolbox]) -> None:

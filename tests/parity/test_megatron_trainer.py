@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from megatron_cases import DP, PP, settings_of
@@ -44,12 +45,21 @@ def open_trainer(models, groups, tmp_path_factory):
 @pytest.fixture(scope="module")
 def trainer(open_trainer):
     """Its ranks are started once. The first test needs it as it was made, the others do not."""
-    return open_trainer(PP)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("METIS_JUDGE_API_KEY", "of the judge")
+        return open_trainer(PP)
 
 
 def mine():
     """Files of this process in shared memory."""
     return [path for folder in FOLDER.glob(f"metis-fast-ranks-{os.getpid()}-*") for path in folder.iterdir()]
+
+
+def test_ranks_get_the_environment_without_its_keys(trainer):
+    assert trainer.num_updates == 0
+    ranks = [child.environ() for child in psutil.Process().children() if "--rank" in child.cmdline()]
+    assert len(ranks) >= 2 and all("PATH" in variables for variables in ranks)
+    assert not any("METIS_JUDGE_API_KEY" in variables for variables in ranks)
 
 
 def test_the_runs_side_is_a_trainer_like_the_torch_one(trainer, truth):

@@ -258,3 +258,14 @@ log: {rollouts: true, tensorboard: false}
 
 def test_a_run_folder_written_before_is_read_as_yaml_reads_it(write):
     assert load(write("config.yaml", FORMER)) == build(yaml.safe_load(FORMER))
+
+
+def test_the_variables_that_hold_keys_and_no_others_are_named():
+    servers = [
+        {"name": "maps", "command": ["maps"], "env": {"PATH": "$PATH", "MAPS": "$MAPS_API_KEY", "LEVEL": "2"}},
+        {"name": "news", "url": "http://news.example/mcp", "token_env": "NEWS_BEARER"},
+    ]
+    config = build({"tools": {"mcp": servers, "text_search": {"provider": "brightdata"}}})
+    asked = {"BRIGHTDATA_API_TOKEN", "BRIGHTDATA_ZONE", "MAPS_API_KEY", "NEWS_BEARER"}
+    assert config.key_names() == asked | {"METIS_JUDGE_API_KEY", "METIS_TOOLS_TOKEN", "METIS_SERVE_TOKEN"}
+    assert not Config().key_names() & {"", "SERPER_API_KEY"}

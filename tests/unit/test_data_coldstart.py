@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 
 import pyarrow as pa
@@ -126,7 +127,7 @@ def test_integers_that_are_no_bytes_are_named_and_leave_the_others_as_they_are(t
     pq.write_table(changed, tmp_path / "a.parquet")
     files = ConversationFiles(tmp_path / "a.parquet")
     assert [files.read(i).images[0].data for i in (0, 2)] == [rows[0][1][0], rows[2][1][0]]
-    with pytest.raises(BadConversationError, match=r"images\[0\]: expected bytes as integers of 0 to 255"):
+    with pytest.raises(BadConversationError, match=r"images\[0\]: expected integers from 0 to 255"):
         files.read(1)
 
 
@@ -146,14 +147,108 @@ def test_files_of_another_schema_are_refused(tmp_path, columns, expected):
         ConversationFiles(tmp_path / "a.parquet")
 
 
-def test_content_that_is_json_inside_of_text_is_refused_instead_of_learnt_with_its_quotes(tmp_path):
+def _json(texts, kind=None):
+    """What `datasets` writes where rows are of different types: JSON text, as an extension type, here or within `kind`."""
+    return pa.array(texts, pa.string()).cast(pa.json_()) if kind is None else texts.cast(kind)
+
+
+def _listed_json(rows):
+    texts = pa.array([[json.dumps(one) for one in row] for row in rows], pa.list_(pa.string()))
+    return _json(texts, pa.list_(pa.json_()))
+
+
+def _json_content(rows):
+    fields = [("role", pa.string()), ("content", pa.string())]
+    plain = [[{"role": one["role"], "content": json.dumps(one["content"])} for one in row] for row in rows]
     kind = pa.list_(pa.struct([("role", pa.string()), ("content", pa.json_())]))
-    storage = pa.array(
-        [[{"role": "user", "content": '"a"'}]], pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
-    )
-    pq.write_table(pa.table({"messages": storage.cast(kind)}), tmp_path / "a.parquet")
-    with pytest.raises(DataError, match=r"a list of {role, content} with plain text, got"):
+    return _json(pa.array(plain, pa.list_(pa.struct(fields))), kind)
+
+
+_MESSAGES = {
+    "binary JSON": lambda rows: pa.array([json.dumps(row).encode() for row in rows]),
+    "arrow.json": lambda rows: _json([json.dumps(row) for row in rows]),
+    "text in arrow.json": lambda rows: _json([json.dumps(json.dumps(row)) for row in rows]),
+    "list of arrow.json": _listed_json,
+    "content in arrow.json": _json_content,
+    "struct of lists": lambda rows: pa.array([{key: [one[key] for one in row] for key in ("role", "content")} for row in rows]),
+    "list of maps": lambda rows: pa.array(
+        [[list(one.items()) for one in row] for row in rows], pa.list_(pa.map_(pa.string(), pa.string()))
+    ),
+}
+_BASE64 = pa.list_(pa.string())
+_IMAGES = {
+    "JSON": lambda rows: pa.array([json.dumps([_text(one) for one in row]) for row in rows]),
+    "arrow.json": lambda rows: _json([json.dumps([{"bytes": _text(one)} for one in row]) for row in rows]),
+    "list of arrow.json": lambda rows: _listed_json([[{"bytes": list(one), "path": None} for one in row] for row in rows]),
+    "struct of lists": lambda rows: pa.array([{"bytes": row, "path": [None] * len(row)} for row in rows]),
+    "struct of lists of integers": lambda rows: pa.array([{"bytes": [list(one) for one in row]} for row in rows]),
+    "struct": lambda rows: pa.array([{"bytes": row[0], "path": "a.png"} if row else None for row in rows]),
+    "bytes": lambda rows: pa.array([row[0] if row else None for row in rows]),
+    "integers": lambda rows: pa.array([list(row[0]) if row else None for row in rows]),
+    "text": lambda rows: pa.array([_text(row[0]) if row else None for row in rows]),
+}
+
+
+def _text(data):
+    return base64.b64encode(data).decode()
+
+
+@pytest.mark.parametrize("form", _MESSAGES)
+def test_every_form_of_the_messages_is_read_as_the_text_that_was_written(tmp_path, form):
+    rows = [messages for messages, images in conversations(6) if all(isinstance(one["content"], str) for one in messages)]
+    images = [
+        [png(i) for i in range(sum(one["content"].count("<image>") for one in row if one["role"] != "assistant"))]
+        for row in rows
+    ]
+    for row in rows:
+        row[-1]["content"] += ' says "so" \\ and\n42'
+    pq.write_table(pa.table({"messages": _MESSAGES[form](rows), "images": images}), tmp_path / "a.parquet", row_group_size=2)
+    files = ConversationFiles(tmp_path / "a.parquet")
+    assert holds_conversations(tmp_path / "a.parquet") and len(files) == len(rows) >= 3
+    for number, row in enumerate(rows):
+        assert [(one.role, one.content) for one in files.read(number).messages] == [
+            (one["role"], one["content"]) for one in row
+        ]
+
+
+def test_content_of_either_kind_in_arrow_json_is_read(tmp_path):
+    row = [say("user", [{"type": "image"}, {"type": "text", "text": 'a "b"'}]), say("assistant", 'c "d"')]
+    table = pa.table({"messages": _json_content([row]), "images": [[png(0)]]})
+    pq.write_table(table, tmp_path / "a.parquet")
+    user, assistant = ConversationFiles(tmp_path / "a.parquet").read(0).messages
+    assert user.around_images == ("", 'a "b"') and assistant.content == 'c "d"'
+
+
+@pytest.mark.parametrize("form", _IMAGES)
+def test_images_in_other_forms_of_writers_are_read(tmp_path, form):
+    images = [[png(0)], [], [png(2)]]
+    if "lists" in form or "JSON" in form or "json" in form:
+        images[1] = [png(4), png(5)]
+    messages = [json.dumps([say("user", "<image>" * len(row)), ASSISTANT]) for row in images]
+    pq.write_table(pa.table({"messages": messages, "images": _IMAGES[form](images)}), tmp_path / "a.parquet")
+    files = ConversationFiles(tmp_path / "a.parquet")
+    assert [[image.data for image in files.read(i).images] for i in range(3)] == images
+
+
+def test_a_type_that_only_its_author_can_read_is_refused_with_what_to_do(tmp_path):
+    field = pa.field("messages", pa.string(), metadata={"ARROW:extension:name": "someone.chat", "ARROW:extension:metadata": ""})
+    pq.write_table(pa.table([["[]"]], pa.schema([field])), tmp_path / "a.parquet")
+    with pytest.raises(DataError, match=r"'messages'.*extension type 'someone.chat'.*write the column without it"):
         ConversationFiles(tmp_path / "a.parquet")
+
+
+def test_integers_that_are_no_bytes_spoil_no_other_batch_of_a_row_group(tmp_path):
+    lists = [[list(png(i % 4))] for i in range(150)]
+    lists[70] = [[300]]
+    messages = [json.dumps([say("user", "<image>"), ASSISTANT])] * 150
+    pq.write_table(
+        pa.table({"messages": messages, "images": pa.array(lists, pa.list_(pa.list_(pa.int32())))}), tmp_path / "a.parquet"
+    )
+    files = ConversationFiles(tmp_path / "a.parquet")
+    for number in (0, 63, 64, 69, 71, 127, 128, 149):
+        assert files.read(number).images[0].data == png(number % 4)
+    with pytest.raises(BadConversationError, match=r"row 70, column images\[0\]: expected integers from 0 to 255"):
+        files.read(70)
 
 
 def test_missing_and_damaged_files_are_named(tmp_path):

@@ -160,7 +160,7 @@ def test_a_huge_integer_beside_a_null_is_a_bad_row_alone(tmp_path: Path) -> None
     files = ConversationFiles(tmp_path / "a.parquet")
     assert [files.read(i).images[0].data for i in (0, 3)] == [data, data]
     for row in (1, 2):
-        with pytest.raises(BadConversationError, match="integers of 0 to 255"):
+        with pytest.raises(BadConversationError, match="integers from 0 to 255"):
             files.read(row)
 
 

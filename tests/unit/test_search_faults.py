@@ -21,7 +21,7 @@ from searching import KEY, PROVIDERS, found, keys, settings, source_over
 from metis_fast.errors import InfrastructureError, ToolSetupError
 from metis_fast.testing.search import Reply, SearchServer, some_pages
 from metis_fast.tools.search.http import MAX_BODY_BYTES, retry_after
-from metis_fast.tools.search.keys import Key, environment, variables
+from metis_fast.tools.search.keys import Key, environment
 from metis_fast.tools.search.pace import Pace
 from metis_fast.tools.search.web import WebText
 
@@ -167,9 +167,9 @@ def test_the_key_is_in_no_log_cache_setting_page_or_repr(
 
 def test_only_a_process_that_searches_gets_the_variables() -> None:
     config = settings("brightdata", "http://127.0.0.1")
-    assert variables(config) == ("BRIGHTDATA_API_TOKEN", "BRIGHTDATA_ZONE")
+    assert config.variables() == ("BRIGHTDATA_API_TOKEN", "BRIGHTDATA_ZONE")
     assert environment(config) == {"BRIGHTDATA_API_TOKEN": KEY, "BRIGHTDATA_ZONE": "serp_zone1"}
-    assert variables(settings("serper", "http://h", api_key_env="OTHER")) == ("OTHER",)
+    assert settings("serper", "http://h", api_key_env="OTHER").variables() == ("OTHER",)
     assert environment(settings("serper", "http://h", api_key_env="OTHER")) == {}
 
 

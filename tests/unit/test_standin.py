@@ -16,8 +16,12 @@ from PIL import Image
 
 from metis_fast.cli import main
 from metis_fast.errors import DataError
+from metis_fast.rollout.protocols.metis import Metis
 from metis_fast.standin import StandinPaths, write_standin
 from metis_fast.standin.pictures import KINDS, as_jpeg, draw
+from metis_fast.standin.words import code_result, image_result, search_result
+from metis_fast.tools.results import ImageSearchResult, Page, PythonResult, SeenPage, TextSearchResult
+from metis_fast.types import ImageBlob
 
 ROWS = 48
 
@@ -199,3 +203,16 @@ def test_the_verb_writes_and_names_all_sets(tmp_path: Path, capsys: pytest.Captu
     (tmp_path / "file").write_text("")
     assert main(["data", "standin", str(tmp_path / "file"), "--rows", "1", "--pixels", "64x64"]) == 2
     assert "choose a folder that can be written" in capsys.readouterr().err
+
+
+def test_observations_of_cold_start_are_those_of_the_protocol():
+    protocol, blob = Metis(), ImageBlob(b"", "")
+    for stdout, images in (("12\n", ()), ("", (blob,)), ("a\nb", (blob, blob))):
+        worded = protocol.word(PythonResult((), stdout, "", images, True))
+        assert code_result(stdout, len(images)) == worded.text
+    pages = [("A", "https://a.example", "one"), ("B", "https://b.example", "two")]
+    found = TextSearchResult("q", tuple(Page(rank, *page) for rank, page in enumerate(pages, 1)))
+    assert search_result("q", pages) == protocol.word(found).text
+    for titles in (["A"], ["A", "B", "C"]):
+        seen = ImageSearchResult(tuple(SeenPage(title, "https://a.example", blob) for title in titles))
+        assert image_result(titles) == protocol.word(seen).text

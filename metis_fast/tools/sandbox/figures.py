@@ -8,18 +8,24 @@ from collections.abc import Collection
 from matplotlib._pylab_helpers import Gcf
 from matplotlib.backend_bases import FigureManagerBase
 from matplotlib.backends import backend_agg
+from matplotlib.figure import Figure
 from PIL import Image
 
 from metis_fast.tools.sandbox.interpreter import current
+
+
+def picture(figure: Figure) -> Image.Image:
+    """A figure as a notebook shows it: cut to what is drawn. One without axes as it is."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", bbox_inches="tight" if figure.axes else None)
+    return Image.open(buffer)
 
 
 class FigureManager(FigureManagerBase):
     """Draws a figure into the transcript of the running call."""
 
     def show(self) -> None:
-        buffer = io.BytesIO()
-        self.canvas.figure.savefig(buffer, format="png")
-        current().show(Image.open(buffer))
+        current().show(picture(self.canvas.figure))
 
     @classmethod
     def pyplot_show(cls, *, block: bool | None = None) -> None:

@@ -53,6 +53,7 @@ _READY_TREE = ast.parse(_READY)
 _READY_CODE = compile(_READY_TREE, "<ready>", "exec")
 _PLOTTING = "import matplotlib.pyplot as plt"  # costs half a second, so only where a call says "plt"
 _PLT = re.compile(r"\bplt\b")
+_MAGIC = re.compile(r"^%matplotlib\b.*$", re.MULTILINE)  # of notebooks, which agents write from habit; here it is always so
 _FIGURES = "metis_fast.tools.sandbox.figures"
 _HAS_PLT = importlib.util.find_spec("matplotlib") is not None
 
@@ -271,10 +272,8 @@ class Interpreter:
             self.show(value)
             return True
         if isinstance(value, getattr(sys.modules.get("matplotlib.figure"), "Figure", ())):
-            buffer = io.BytesIO()
             figure: Any = value
-            figure.savefig(buffer, format="png")
-            self.show(Image.open(buffer))
+            self.show(importlib.import_module(_FIGURES).picture(figure))
             self._displayed.append(figure)
             return True
         return False
@@ -340,6 +339,8 @@ class Interpreter:
             # that is replaced here is kept, and so is the new one, which the agent's code may replace.
             self._kept += (getattr(sys, name, None), stream)
             setattr(sys, name, stream)
+        if sys.stdin is None or sys.stdin.closed:  # `exit()` closes it
+            sys.stdin = open(os.devnull, encoding="utf-8")  # noqa: SIM115  # for all calls from here on
         sys.displayhook = self._display
         warnings.simplefilter("default", append=True)  # changes nothing, but what was shown before is shown again in this call
 
@@ -373,7 +374,7 @@ class Interpreter:
             figures.close_all()  # of a call that failed
         name = f"{_CELL}{self._transcript.call}>"
         linecache.cache[name] = (len(self._code), None, self._code.splitlines(keepends=True), name)
-        tree = ast.parse(self._code, name)
+        tree = _parsed(self._code, name)
         if not self._plotting and _PLT.search(self._code):
             self._plotting = True
             plotting = ast.parse(_PLOTTING)
@@ -417,6 +418,16 @@ class Interpreter:
             start, size = self._transcript.all.spent()
             if size and self._has_output():
                 kernel.punch_hole(self._output, start, size)
+
+
+def _parsed(code: str, name: str) -> ast.Module:
+    try:
+        return ast.parse(code, name)
+    except SyntaxError:
+        plain = _MAGIC.sub("", code)
+        if plain == code:
+            raise
+    return ast.parse(plain, name)
 
 
 def _receive(connection: socket.socket, size: int) -> bytes:

@@ -15,8 +15,6 @@ from metis_fast.config import TextSearchConfig
 from metis_fast.errors import ToolSetupError
 from metis_fast.redaction import SHORTEST, redact
 
-_PUBLISHED = {"serper": "SERPER_API_KEY", "brightdata": "BRIGHTDATA_API_TOKEN", "serpapi": "SERPAPI_API_KEY"}
-
 
 @dataclass(frozen=True, slots=True)
 class Key:
@@ -34,16 +32,9 @@ class Key:
 NO_KEY = Key()
 
 
-def variables(config: TextSearchConfig) -> tuple[str, ...]:
-    """Environment variables that a process needs which searches, and no other: the key's and, for Bright Data, the zone's."""
-    key = config.api_key_env or _PUBLISHED.get(config.provider, "")
-    zone = config.zone_env if config.provider == "brightdata" else ""
-    return tuple(name for name in (key, zone) if name and config.provider != "local")
-
-
 def environment(config: TextSearchConfig) -> Mapping[str, str]:
-    """Those of `variables` that are set, for a worker that runs `text_search`."""
-    return {name: os.environ[name] for name in variables(config) if name in os.environ}
+    """Those of `config.variables()` that are set, for a worker that runs `text_search`."""
+    return {name: os.environ[name] for name in config.variables() if name in os.environ}
 
 
 def read_key(config: TextSearchConfig) -> Key:
@@ -52,8 +43,8 @@ def read_key(config: TextSearchConfig) -> Key:
     Raises:
         ToolSetupError: its variable, or that of the zone, is not set, or holds what is no key.
     """
-    name = config.api_key_env or _PUBLISHED.get(config.provider, "")
-    if not name or config.provider == "local":
+    name = config.key_name
+    if not name:
         return NO_KEY
     value = _variable(config, name, "the key", "api_key_env")
     if len(value) < SHORTEST or not re.fullmatch(r"[!-~]+", value):

@@ -102,6 +102,7 @@ class MegatronTrainer:
                 logs,
                 check,
                 self._keepers,
+                config.key_names(),
             )
         except BaseException:  # Ctrl-C, too: it goes on, and no keeper stays behind
             self._end_keepers()

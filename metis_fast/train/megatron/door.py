@@ -7,7 +7,7 @@ import queue
 import socket
 import struct
 import threading
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from multiprocessing import AuthenticationError
 from multiprocessing.connection import Connection, answer_challenge, deliver_challenge, wait
 from pathlib import Path
@@ -62,7 +62,8 @@ class Launch(Protocol):
 
 
 class Here:
-    """Ranks of this machine: started here, or by somebody else (`launch: join`). logs: folder for the output of the former.
+    """Ranks of this machine: started here, or by somebody else (`launch: join`). logs: folder for the output of the former,
+    withheld: variables of the environment that they do not get.
 
     Raises:
         ConfigError: the layout's address is not one of this machine's own, or cannot be listened at.
@@ -70,8 +71,8 @@ class Here:
 
     store = "127.0.0.1"
 
-    def __init__(self, layout: MegatronConfig, logs: Path) -> None:
-        self._layout, self._logs = layout, logs
+    def __init__(self, layout: MegatronConfig, logs: Path, withheld: Collection[str] = ()) -> None:
+        self._layout, self._logs, self._withheld = layout, logs, withheld
         self.start_s = min(_START_S, layout.timeout_s) if layout.launch == "local" else layout.timeout_s
         address = loopback(layout.listen)
         try:
@@ -86,7 +87,7 @@ class Here:
         """See `Launch`."""
         if self._layout.launch == "join":
             return Peer(number)
-        return start(number, self._layout.num_ranks, self.where, key, self._logs)
+        return start(number, self._layout.num_ranks, self.where, key, self._logs, self._withheld)
 
     def connections(self) -> Iterator[socket.socket]:
         """See `Launch`."""

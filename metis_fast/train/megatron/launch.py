@@ -60,11 +60,12 @@ class Ranks:
         logs: Path,
         check: Callable[[], None] = _nothing,
         launch: Launch | None = None,
+        withheld: Collection[str] = (),
     ) -> None:
         """Start the ranks, or wait for them to join, and build `Class(context, arguments)` on each.
 
         worker: "module:Class". logs: folder for their output. check: called while waiting; what it raises ends the ranks and
-        goes on. launch: None: on this machine.
+        goes on. launch: None: on this machine; withheld: variables of the environment that ranks started there do not get.
 
         Raises:
             ConfigError: an address, key or rank number that cannot work.
@@ -79,7 +80,7 @@ class Ranks:
         self._open = self._in_step = True
         allow_files(1024 + 8 * layout.num_ranks)
         try:
-            launch = launch or Here(layout, logs)
+            launch = launch or Here(layout, logs, withheld)
             try:
                 self._gather(launch, worker, logs, check)
             finally:

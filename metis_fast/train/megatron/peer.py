@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -94,15 +94,15 @@ class Peer:
                 self.process.wait(_GONE_S)
 
 
-def start(number: int, num_ranks: int, where: str, key: str, logs: Path) -> Peer:
-    """Start a rank on this machine, which joins at `where`."""
+def start(number: int, num_ranks: int, where: str, key: str, logs: Path, withheld: Collection[str] = ()) -> Peer:
+    """Start a rank on this machine, which joins at `where`. withheld: variables of our environment that it does not get."""
     logs.mkdir(parents=True, exist_ok=True)
     log = logs / f"rank-{number}.log"
     cores = len(os.sched_getaffinity(0))
     environment = {
         "OMP_NUM_THREADS": str(max(1, cores // num_ranks)),
         "GLOO_SOCKET_IFNAME": "lo",
-        **os.environ,
+        **{name: value for name, value in os.environ.items() if name not in withheld},
         "LOCAL_RANK": str(number),
         KEY: key,
         PARENT: str(os.getpid()),
