@@ -80,6 +80,11 @@ def parse_address(base_url: str) -> httpx2.URL:
             "score.llm.base_url names a user or a password, which would be kept in the run folder; leave them out, and put the "
             "key in the environment variable that score.llm.api_key_env names"
         )
+    if text.startswith("$"):
+        raise JudgeError(
+            f"score.llm.base_url={text!r} names a variable, and none is read here; write the address itself, or give it on the "
+            f'command line, where the shell fills it in: score.llm.base_url="{text}"'
+        )
     shown = re.sub(r"[?#].*", "", base_url, flags=re.DOTALL)  # a query may hold a key
     if not re.match(r"https?://[^/]", text, re.IGNORECASE):
         rest = re.sub(r"^(?:[a-z]+:)?/+|^https?:", "", shown.strip(), flags=re.IGNORECASE) or "127.0.0.1:8000/v1"
