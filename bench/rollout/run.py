@@ -65,7 +65,9 @@ def request(args: argparse.Namespace) -> Request:
     if args.device == "cuda":
         raise BenchError("--device cuda: rollout counts CPU seconds, so its engine runs on the CPU")
     if importlib.util.find_spec("openai") is None:
-        raise BenchError("rollout needs openai, for the client that it is compared with; pip install 'metis-fast[bench]'")
+        raise BenchError(
+            "rollout needs openai, for the client that it is compared with; in the project's folder: pip install -e '.[bench]'"
+        )
     return Request(shape, args.engine or ENGINES[0], runs, threads, args.seed)
 
 

@@ -66,7 +66,7 @@ def request(args: argparse.Namespace) -> Request:
     if given:
         raise BenchError(f"{given[0]}: scale has none; it takes --nodes, --prompts, --steps, --shape and --json")
     if importlib.util.find_spec("ray") is None:
-        raise BenchError("scale needs Ray; pip install 'metis-fast[ray]'")
+        raise BenchError("scale needs Ray; in the project's folder: pip install -e '.[ray]'")
     return Request(tuple(map(int, words)), prompts, steps, shape)
 
 

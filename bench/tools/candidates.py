@@ -196,7 +196,7 @@ async def kernels(unsafe: bool) -> Candidate:
     """
     for package in ("jupyter_client", "ipykernel"):
         if importlib.util.find_spec(package) is None:
-            raise PeerMissing(f"{package} is not installed; pip install 'metis-fast[bench]'")
+            raise PeerMissing(f"{package} is not installed; in the project's folder: pip install -e '.[bench]'")
     return _Kernels()
 
 

@@ -68,7 +68,7 @@ def request(args: argparse.Namespace) -> Request:
     if given:
         raise BenchError(f"{given[0]}: tools has none; it takes --shape, --runs, --peers and --json")
     if importlib.util.find_spec("psutil") is None:
-        raise BenchError("tools needs psutil; pip install 'metis-fast[bench]'")
+        raise BenchError("tools needs psutil; in the project's folder: pip install -e '.[bench]'")
     return Request(shape, rounds, (*_OWN, *wanted))
 
 

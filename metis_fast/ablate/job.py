@@ -96,7 +96,7 @@ def _starter(ablation: Ablation, shared: Config, stack: ExitStack) -> Start:
     except ModuleNotFoundError as error:
         if error.name != "ray":
             raise
-        raise ConfigError("`ray` needs Ray; pip install 'metis-fast[ray]', or leave it out") from None
+        raise ConfigError("`ray` needs Ray; in the project's folder: pip install -e '.[ray]', or leave it out") from None
     tasks = RayTasks(ablation.ray, cpus=max(1, shared.run.threads))
     stack.callback(tasks.close)
     return tasks.start

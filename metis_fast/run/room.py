@@ -38,7 +38,7 @@ def open_room(
         if error.name != "ray":
             raise
         raise ConfigError(
-            "workers.launcher=ray needs Ray; pip install 'metis-fast[ray]', or set workers.launcher=local"
+            "workers.launcher=ray needs Ray; in the project's folder: pip install -e '.[ray]', or set workers.launcher=local"
         ) from None
     room = Room(config, ranks, check, plays)
     stack.callback(room.close)

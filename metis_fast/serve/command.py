@@ -15,7 +15,7 @@ def run(config: Config, as_json: bool) -> int:
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] not in ("fastapi", "starlette", "uvicorn", "prometheus_client"):
             raise
-        raise ConfigError(f"serve needs {error.name}; pip install 'metis-fast[server]'") from None
+        raise ConfigError(f"serve needs {error.name}; in the project's folder: pip install -e '.[server]'") from None
 
     def ready(url: str) -> None:
         print(json.dumps({"url": f"{url}/v1"}) if as_json else f"agent server: {url}/v1", flush=True)

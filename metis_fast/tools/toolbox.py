@@ -170,7 +170,7 @@ def _open_mcp(server: McpServerConfig, key: str, folder: Path, max_chars: int) -
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] != "mcp":
             raise
-        raise ToolSetupError("tools.mcp needs the MCP SDK; pip install 'metis-fast[mcp]'") from None
+        raise ToolSetupError("tools.mcp needs the MCP SDK; in the project's folder: pip install -e '.[mcp]'") from None
     return McpSource.open(server, key, folder, max_chars)
 
 

@@ -99,7 +99,7 @@ def tools_given_up(steps: Sequence[StepStats]) -> Advisory | None:
         "Economy is to be learnt among right answers only. If prompts of the kind tool_needed lose their calls, their accuracy "
         "goes next.",
         "Look at the accuracy of tool_needed, and at the observations: a tool that fails teaches not to call it. If the tools "
-        "work, lower loss.w_tool, the price of an error in calls.",
+        "work, lower loss.w_tool, the price of a call, counted in errors.",
     )
 
 

@@ -31,7 +31,7 @@ def run(args: argparse.Namespace) -> int:
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] not in ("fastapi", "starlette", "uvicorn"):
             raise
-        raise ConfigError(f"view needs {error.name}; pip install 'metis-fast[server]'") from None
+        raise ConfigError(f"view needs {error.name}; in the project's folder: pip install -e '.[server]'") from None
 
     def ready(url: str) -> None:
         print(json.dumps({"url": url}) if args.json else f"runs: {url}", flush=True)

@@ -44,7 +44,7 @@ class _Links(HTMLParser):
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if util.find_spec("sphinx") is None:
-        pytest.skip("no sphinx; pip install 'metis-fast[docs]'")
+        pytest.skip("no sphinx; in the project's folder: pip install -e '.[docs]'")
     out = tmp_path_factory.mktemp("site")
     command = [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "-b", "html", "-d", out / "trees"]
     built = subprocess.run([*command, _ROOT / "docs", out / "html"], capture_output=True, text=True, timeout=900)

@@ -262,8 +262,8 @@ def test_a_run_folder_written_before_is_read_as_yaml_reads_it(write):
 
 def test_the_variables_that_hold_keys_and_no_others_are_named():
     servers = [
-        {"name": "maps", "command": ["maps"], "env": {"PATH": "$PATH", "MAPS": "$MAPS_API_KEY", "LEVEL": "2"}},
-        {"name": "news", "url": "http://news.example/mcp", "token_env": "NEWS_BEARER"},
+        {"command": ["maps"], "env": {"PATH": "$PATH", "MAPS": "$MAPS_API_KEY", "LEVEL": "2"}},
+        {"url": "http://news.example/mcp", "token_env": "NEWS_BEARER"},
     ]
     config = build({"tools": {"mcp": servers, "text_search": {"provider": "brightdata"}}})
     asked = {"BRIGHTDATA_API_TOKEN", "BRIGHTDATA_ZONE", "MAPS_API_KEY", "NEWS_BEARER"}

@@ -363,7 +363,7 @@ def test_treebench_is_exported_as_xlsx(config: Callable[..., Config], policy: Po
     assert set(result["scorers"]) == {"rule", "vlmeval", "iou"}
     stored = read_results(own.run.dir)
     if find_spec("openpyxl") is None:
-        with pytest.raises(ConfigError, match=r"pip install 'metis-fast\[benchmark\]'"):
+        with pytest.raises(ConfigError, match=r"pip install -e '\.\[benchmark\]'"):
             export_vlmeval(stored, tmp_path / "kit", "mine")
         return
     from openpyxl import load_workbook

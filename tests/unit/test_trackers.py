@@ -107,7 +107,7 @@ def test_trackio_keeps_a_run_in_its_local_file(stored: Path, tmp_path: Path, mon
 
 def test_what_is_not_installed_is_said_before_a_run_begins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"names trackio, which is not installed; pip install 'metis-fast\[trackio\]'"):
+    with pytest.raises(ConfigError, match=r"names trackio, which is not installed; in the .*: pip install -e '\.\[trackio\]'"):
         RunLog(tmp_path, LogConfig(tensorboard=False, trackers=("trackio",)))
 
 

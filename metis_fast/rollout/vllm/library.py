@@ -63,8 +63,8 @@ def load(cpu_cache_gb: int = 1, exact_float32: bool = False) -> ModuleType:
         from vllm.model_executor.models import registry
     except ImportError as error:
         raise EngineError(
-            f"rollout.engine=vllm needs vllm 0.32, which cannot be imported ({error}); install metis-fast[vllm], or see "
-            "docs/rollouts.md for machines without a GPU"
+            f"rollout.engine=vllm needs vllm 0.32, which cannot be imported ({error}); in the project's folder: "
+            "pip install -e '.[vllm]' (docs/cluster.md, Install), or see docs/rollouts.md for machines without a GPU"
         ) from None
     from metis_fast.rollout.vllm import plugin
 

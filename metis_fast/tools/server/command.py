@@ -31,7 +31,7 @@ def _serve(args: argparse.Namespace) -> int:
     try:
         from metis_fast.tools.server.serving import serve
     except ModuleNotFoundError as error:
-        raise ToolSetupError(f"tools serve needs {error.name}; pip install 'metis-fast[server]'") from None
+        raise ToolSetupError(f"tools serve needs {error.name}; in the project's folder: pip install -e '.[server]'") from None
 
     extra = ["tools.python.unsafe=true"] if args.unsafe_tools else []
     tools = config_module.load(args.config, [*args.overrides, *extra]).tools
