@@ -133,10 +133,11 @@ def test_kill_9_of_a_rank_and_of_the_run_amid_an_update_end_it_and_the_same_comm
     command = megatron(job, folder, TP)
     rank = Moment("backend.update", signal.SIGKILL, entry=2, delay_s=delays.uniform(0, 0.1), rank=1)
     killed_rank_says_so(run(command, tmp_path / "first", rank), 1, folder)
-    assert len(metrics(folder)) == 1
+    steps = len(metrics(folder))
+    assert steps in (1, 2)  # 2: the rank was done with the update before it was killed
     ended = run(command, tmp_path / "second", Moment("backend.update", signal.SIGKILL, delay_s=delays.uniform(0, 0.1)))
     assert ended.hit and ended.code == -signal.SIGKILL and not ended.orphans, ended
-    assert len(metrics(folder)) == 1
+    assert len(metrics(folder)) in (1, steps)  # as the last checkpoint has them
     succeed(command, tmp_path / "third")
     assert_same_curve(folder, uninterrupted, 1e-6)
     assert run_state(folder) == run_state(uninterrupted)

@@ -5,11 +5,21 @@ from __future__ import annotations
 import fcntl
 import signal
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from metis_fast.scratch import replaced
+
+
+@pytest.fixture(autouse=True)
+def in_the_foreground() -> Iterator[None]:
+    """What is started in the background of a shell, or by nohup, begins with these ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler), signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGINT, before[0])
+    signal.signal(signal.SIGHUP, before[1])
 
 
 def test_a_file_is_replaced_when_the_block_ends_and_left_alone_after_an_error(tmp_path: Path) -> None:
