@@ -41,8 +41,8 @@ def export_vlmeval(stored: Sequence[Stored], out: Path, model: str, rollout: int
     written = []
     if find_spec("openpyxl") is None and any(one.benchmark in _XLSX for one in stored):
         raise ConfigError(
-            "VLMEvalKit takes xlsx for TreeBench, which needs openpyxl; in the project's folder: pip install -e '.[benchmark]', "
-            "or export the folders of other benchmarks one by one"
+            "VLMEvalKit takes xlsx for TreeBench, which needs openpyxl; in the project's folder: pip install -e "
+            "'.[benchmark]', or export the folders of other benchmarks one by one"
         )
     for one in stored:
         source = _source(one)

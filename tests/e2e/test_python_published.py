@@ -80,6 +80,19 @@ def test_a_session_goes_on_after_exit_as_it_was(boxes: dict[str, LocalToolbox]) 
     before, ended, after = run(boxes["original"], "input()", "x = 1\nexit()", "print(x)\ninput()")
     assert "EOFError" in before.stderr and "EOFError" in after.stderr and after.stdout == "1\n"
     assert ended.stdout == ""
+    codes = [
+        "import sys\nfrom io import StringIO\nsys.stdin = StringIO('7')",
+        "print(input())\nsys.stdin = 3",
+        "2\n",
+        "del sys.stdin",
+    ]
+    assert [result.stdout for result in run(boxes["original"], *codes, "print('on')")] == ["", "7\n", "2", "", "on\n"]
+
+
+@pytest.mark.parametrize("where", ["3e4, 3e4, 'far'", "300, 300, 'far', transform=plt.gca().transAxes"])
+def test_a_figure_with_text_far_outside_is_shown_as_it_is(boxes: dict[str, LocalToolbox], where: str) -> None:
+    (result,) = run(boxes["original"], f"plt.figure(figsize=(2, 1)).add_subplot().text({where})\nplt.show()\nprint('shown')")
+    assert result.ok and sizes(result) == [(200, 100)] and result.stdout == "shown\n"
 
 
 def test_a_name_that_the_agent_took_stays_its_own(boxes: dict[str, LocalToolbox]) -> None:

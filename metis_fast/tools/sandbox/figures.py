@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Collection
+from contextlib import suppress
 
 from matplotlib._pylab_helpers import Gcf
 from matplotlib.backend_bases import FigureManagerBase
@@ -15,9 +16,14 @@ from metis_fast.tools.sandbox.interpreter import current
 
 
 def picture(figure: Figure) -> Image.Image:
-    """A figure as a notebook shows it: cut to what is drawn. One without axes as it is."""
+    """A figure as a notebook shows it: cut to what is drawn. One without axes, or with text far outside, as it is."""
+    if figure.axes:
+        buffer = io.BytesIO()
+        with suppress(ValueError, MemoryError):  # too large a picture
+            figure.savefig(buffer, format="png", bbox_inches="tight")
+            return Image.open(buffer)
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", bbox_inches="tight" if figure.axes else None)
+    figure.savefig(buffer, format="png")
     return Image.open(buffer)
 
 

@@ -339,7 +339,8 @@ class Interpreter:
             # that is replaced here is kept, and so is the new one, which the agent's code may replace.
             self._kept += (getattr(sys, name, None), stream)
             setattr(sys, name, stream)
-        if sys.stdin is None or sys.stdin.closed:  # `exit()` closes it
+        stdin = getattr(sys, "stdin", None)
+        if stdin is None or (type(stdin) is io.TextIOWrapper and stdin.closed):  # `exit()` closes it
             sys.stdin = open(os.devnull, encoding="utf-8")  # noqa: SIM115  # for all calls from here on
         sys.displayhook = self._display
         warnings.simplefilter("default", append=True)  # changes nothing, but what was shown before is shown again in this call
