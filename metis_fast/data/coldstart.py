@@ -33,7 +33,7 @@ from metis_fast.data.columns import (
 )
 from metis_fast.data.cursor import Layout
 from metis_fast.data.paths import expand, first
-from metis_fast.data.row import BadRow, BadRowError, MisfitError, image_of
+from metis_fast.data.row import BadRow, BadRowError, MisfitError, image_entries, image_of
 from metis_fast.errors import DataError, one_line
 from metis_fast.types import ImageBlob, Message
 
@@ -267,7 +267,7 @@ def parse_conversation(values: Mapping[str, Any], uid: str, folder: Path) -> Con
         MisfitError: the row does not fit the schema.
     """
     messages = tuple(_messages(values["messages"]))
-    entries = _listed(values.get("images"))
+    entries = image_entries(values.get("images"))
     marks = sum(len(message.around_images) - 1 for message in messages)
     if marks != len(entries):
         said = sum(message.content.count(MARK) for message in messages if message.role == "assistant")
@@ -282,16 +282,6 @@ class _Count(int):
 
     def __repr__(self) -> str:
         return f"{int(self)} image{'s' * (self != 1)}"
-
-
-def _listed(images: Any) -> list[Any]:
-    """Images of a row as a list, whether they are one, none, a single image, or JSON text."""
-    if isinstance(images, str) and images.lstrip().startswith("["):
-        try:
-            images = read_json(images)
-        except ValueError as error:
-            raise MisfitError("images", f"a list of images as JSON ({one_line(error)[:80]})", images) from None
-    return images if isinstance(images, list) else [images] if images else []
 
 
 def _messages(value: Any) -> Iterator[Message]:

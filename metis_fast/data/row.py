@@ -190,11 +190,24 @@ def _of_parts(role: str, parts: Any, column: str) -> Message:
 
 
 def _images(value: Any, folder: Path) -> tuple[ImageBlob, ...]:
+    return tuple(image_of(entry, f"images[{number}]", folder) for number, entry in enumerate(image_entries(value)))
+
+
+def image_entries(value: Any) -> list[Any]:
+    """The images of a row, whether they are a list, a single one, none, or any of these as JSON text.
+
+    Raises:
+        MisfitError: text that begins like JSON and is none.
+    """
+    if isinstance(value, str) and value.lstrip().startswith(("[", "{")):
+        try:
+            value = read_json(value)
+        except ValueError as error:
+            raise MisfitError("images", f"images as JSON ({one_line(error)[:80]})", value) from None
     if isinstance(value, dict) and not value.get("bytes") and not value.get("path"):
-        return ()  # a column of single structs has this for rows without an image
+        return []  # a column of single structs has this for rows without an image
     is_one = not isinstance(value, list) or is_integers(value)
-    entries = [] if value is None else [value] if is_one else value
-    return tuple(image_of(entry, f"images[{number}]", folder) for number, entry in enumerate(entries))
+    return [] if value is None else [value] if is_one else value
 
 
 def image_of(entry: Any, column: str, folder: Path) -> ImageBlob:

@@ -3,6 +3,7 @@ are known as the same however they are stored; what is not read says what to do.
 
 from __future__ import annotations
 
+import base64
 import io
 import json
 from pathlib import Path
@@ -116,8 +117,10 @@ def test_bytes_of_java_have_a_sign(tmp_path: Path):
         {"bytes": [list(A)], "path": [None]},
         {"bytes": [A], "path": ["x.png"]},
         [{"bytes": list(A), "path": "x.png"}],
+        json.dumps([{"bytes": list(A), "path": None}]),
+        json.dumps({"bytes": base64.b64encode(A).decode()}),
     ],
-    ids=["lists", "one list", "one struct", "struct of lists", "struct of binary", "with a path"],
+    ids=["lists", "one list", "one struct", "struct of lists", "struct of binary", "with a path", "JSON", "JSON of one"],
 )
 def test_integers_and_structs_of_lists_stand_wherever_an_image_may(tmp_path: Path, images: object):
     files = PromptFiles([one_row(tmp_path / "set.parquet", images=images)])
