@@ -206,8 +206,9 @@ def image_entries(value: Any) -> list[Any]:
             raise MisfitError("images", f"images as JSON ({one_line(error)[:80]})", value) from None
     if isinstance(value, dict) and not value.get("bytes") and not value.get("path"):
         return []  # a column of single structs has this for rows without an image
-    is_one = not isinstance(value, list) or is_integers(value)
-    return [] if value is None else [value] if is_one else value
+    if value is None:
+        return []
+    return value if isinstance(value, list) and not is_integers(value) else [value]
 
 
 def image_of(entry: Any, column: str, folder: Path) -> ImageBlob:
