@@ -12,7 +12,7 @@ import itertools
 import mmap
 import os
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -74,17 +74,26 @@ class Keeper:
 
     # -- processes ----------------------------------------------------------------------------------------------------
 
-    async def start(self, name: str, command: Sequence[str], environment: Mapping[str, str], log: Path, gpu: int) -> None:
+    async def start(
+        self,
+        name: str,
+        command: Sequence[str],
+        environment: Mapping[str, str],
+        log: Path,
+        gpu: int,
+        withheld: Collection[str] = (),
+    ) -> None:
         """Start a process under a name.
 
         command: after the interpreter; `{door}` in it becomes the address at which it reaches the run. environment: added to
         this process's own; keys in it go over Ray's connections, into no command line. gpu: which of the bundle's GPUs it sees.
+        withheld: variables of this process's own (keys) that it does not get.
 
         Raises:
             OSError: see `Child`.
         """
         host, port = self._open_door().getsockname()
-        own = dict(os.environ)
+        own = {name: value for name, value in os.environ.items() if name not in withheld}
         if gpus := await self.gpus():
             own["CUDA_VISIBLE_DEVICES"] = gpus[gpu]
         line = [part.format(door=f"{host}:{port}") for part in command]

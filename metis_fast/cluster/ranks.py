@@ -35,9 +35,9 @@ _FORWARDED = ("GLOO_", "NCCL_", "OMP_NUM_THREADS", "VLLM_", "HF_")
 class RankKeepers:
     """The keepers of a room with what the trainer's ranks want of them. A `Launch` of ranks; close it when these have ended."""
 
-    def __init__(self, room: Room, logs: Path, start_s: float) -> None:
-        """start_s: see `Launch`."""
-        self._logs, self.start_s = logs.resolve(), start_s
+    def __init__(self, room: Room, logs: Path, start_s: float, withheld: Collection[str] = ()) -> None:
+        """start_s: see `Launch`. withheld: variables of the environment of `ray start` that ranks do not get."""
+        self._logs, self.start_s, self._withheld = logs.resolve(), start_s, tuple(withheld)
         self._seats = room.seats()
         self._tunnel = Tunnel([seat.keeper for seat in self._seats])
         together = len({seat.where.address for seat in self._seats}) == 1
@@ -69,7 +69,7 @@ class RankKeepers:
         environment = {**self._environment, "LOCAL_RANK": "0", KEY: key}
         try:
             gpu = number - seat.ranks.start
-            ray.get(seat.keeper.start.remote(name, command, environment, log, gpu), timeout=_CALL_S)
+            ray.get(seat.keeper.start.remote(name, command, environment, log, gpu, self._withheld), timeout=_CALL_S)
         except RayError as error:
             cause = error.cause if isinstance(error, RayTaskError) else error
             raise ConfigError(f"cannot start {name} on {seat.where.host}: {one_line(cause)[-300:]}") from None

@@ -118,15 +118,17 @@ def test_a_keepers_process_has_the_temporary_files_of_its_machine_its_own_gpu_an
     from metis_fast.cluster.keeper import Keeper
 
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,GPU-x")
-    code = "import os, tempfile; print(tempfile.mkdtemp(), os.environ['CUDA_VISIBLE_DEVICES'], flush=True); input()"
+    monkeypatch.setenv("SERPER_API_KEY", "of the nodes")
+    shown = "tempfile.mkdtemp(), os.environ['CUDA_VISIBLE_DEVICES'], os.environ.get('SERPER_API_KEY')"
+    code = f"import os, tempfile; print({shown}, flush=True); input()"
 
     async def go() -> None:
         keeper = Keeper()
         assert await keeper.gpus() == ["4", "GPU-x"]
-        await keeper.start("rank-0", ("-c", code), {"TMPDIR": str(tmp_path)}, tmp_path / "log", 1)
+        await keeper.start("rank-0", ("-c", code), {"TMPDIR": str(tmp_path)}, tmp_path / "log", 1, ["SERPER_API_KEY"])
         assert await keeper.wait("rank-0") == 1  # nothing comes in
-        folder, gpu = (tmp_path / "log").read_text().splitlines()[0].split()
-        assert Path(folder).is_dir() and Path(folder).parent == tmp_path and gpu == "GPU-x"
+        folder, gpu, key = (tmp_path / "log").read_text().splitlines()[0].split()
+        assert Path(folder).is_dir() and Path(folder).parent == tmp_path and gpu == "GPU-x" and key == "None"
         await keeper.start("rank-1", ("-c", "import time; time.sleep(600)"), {}, tmp_path / "log", 0)
         await keeper.kill("rank-1")
         assert await keeper.wait("rank-1") == -9

@@ -93,7 +93,7 @@ class MegatronTrainer:
         if room is not None:
             from metis_fast.cluster.ranks import RankKeepers  # at first use: nothing else needs Ray
 
-            self._keepers = RankKeepers(room, logs, config.train.megatron.timeout_s)
+            self._keepers = RankKeepers(room, logs, config.train.megatron.timeout_s, config.key_names())
         try:
             self._ranks = Ranks(
                 config.train.megatron,
